@@ -1,0 +1,7 @@
+//! Shows block devices as regular files whose holes are real.
+#![deny(unsafe_code)]
+
+pub mod error;
+pub mod map;
+pub mod source;
+pub mod units;

@@ -1,0 +1,3 @@
+//! blkholefs: block devices as regular files with real holes.
+
+fn main() {}

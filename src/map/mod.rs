@@ -1,0 +1,63 @@
+//! Hole maps: which ranges of a device are proven to read as zeros.
+//!
+//! Nothing here knows of devices. A source (see [`crate::source`]) makes the leaves; this module composes them the way
+//! devices are stacked and keeps large answers small.
+//! `view` turns a map into the exact answers of lseek(2).
+
+mod compose;
+
+pub use compose::Uniform;
+
+use crate::units::Bytes;
+
+/// What a range holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Bytes that must be read. Always a correct answer.
+    Data,
+    /// Proven to read as zeros now.
+    Hole,
+}
+
+/// The rest of a run: from the offset that was asked to `end`, everything is of one `kind`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The first byte after the run.
+    pub end: Bytes,
+    /// What the run holds.
+    pub kind: Kind,
+}
+
+/// A device's ranges of data and holes.
+///
+/// An answer never fails: what a map cannot know, it calls data (and its source logs why).
+pub trait HoleMap: Send + Sync {
+    /// The length of the device.
+    fn len(&self) -> Bytes;
+
+    /// Whether the device has no bytes at all.
+    fn is_empty(&self) -> bool {
+        self.len() == Bytes::ZERO
+    }
+
+    /// The run that holds `offset`, which must be below [`HoleMap::len`].
+    ///
+    /// `offset < end <= len`. The run need not be maximal: the next one may be of the same kind. An offset that is not
+    /// below the length answers data that ends one byte later, so that a caller's loop always advances.
+    fn run_at(&self, offset: Bytes) -> Run;
+
+    /// Bytes that are data, where that is known without a walk over the whole map.
+    fn allocated(&self) -> Option<Bytes> {
+        None
+    }
+
+    /// Why everything is data, where the map can find no holes at all. May be known only after a first [`HoleMap::run_at`].
+    fn dense_because(&self) -> Option<String> {
+        None
+    }
+
+    /// Memory that the map holds, for the byte budget of the cache.
+    fn memory(&self) -> Bytes {
+        Bytes::ZERO
+    }
+}

@@ -1,0 +1,50 @@
+//! A device without a source of holes: all data, with the reason.
+
+use std::sync::Arc;
+
+use crate::map::{HoleMap, Kind, Run};
+use crate::source::Layer;
+use crate::units::Bytes;
+
+/// All data, and why.
+#[derive(Debug)]
+pub struct Dense {
+    len: Bytes,
+    reason: String,
+}
+
+impl Dense {
+    /// A map of `len` bytes of data.
+    pub fn new(len: Bytes, reason: impl Into<String>) -> Self {
+        Self { len, reason: reason.into() }
+    }
+}
+
+impl HoleMap for Dense {
+    fn len(&self) -> Bytes {
+        self.len
+    }
+
+    fn run_at(&self, offset: Bytes) -> Run {
+        Run { end: self.len.max(offset.saturating_add(Bytes::new(1))), kind: Kind::Data }
+    }
+
+    fn allocated(&self) -> Option<Bytes> {
+        Some(self.len)
+    }
+
+    fn dense_because(&self) -> Option<String> {
+        Some(self.reason.clone())
+    }
+}
+
+/// A layer of `len` bytes of data.
+pub fn layer(name: impl Into<String>, kind: impl Into<String>, len: Bytes, reason: impl Into<String>) -> Layer {
+    Layer {
+        name: name.into(),
+        kind: kind.into(),
+        holes_from: "none".to_owned(),
+        map: Arc::new(Dense::new(len, reason)),
+        below: Vec::new(),
+    }
+}
