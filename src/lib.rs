@@ -4,4 +4,5 @@
 pub mod error;
 pub mod map;
 pub mod source;
+pub mod sys;
 pub mod units;

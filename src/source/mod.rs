@@ -25,7 +25,7 @@ pub struct Layer {
     /// Its holes.
     pub map: Arc<dyn HoleMap>,
     /// The layers that it stands on, in table order.
-    pub below: Vec<Layer>,
+    pub below: Vec<Arc<Layer>>,
 }
 
 impl Layer {
