@@ -3,5 +3,7 @@
 
 pub mod error;
 pub mod map;
+pub mod mount;
 pub mod source;
+pub mod sys;
 pub mod units;

@@ -1,0 +1,3 @@
+//! The only unsafe code: system calls behind safe functions.
+
+pub mod process;
