@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+pub mod fuse;
 pub mod map;
 pub mod mount;
 pub mod source;

@@ -5,6 +5,16 @@
 //! [`umount`] is the other way: it unmounts and waits until the daemon, found by its [`record`], let go of the device.
 
 pub mod argv;
+pub mod daemon;
+mod fusermount;
+pub mod helper;
+pub mod logging;
 pub mod mountinfo;
+pub mod namespace;
 pub mod options;
+pub mod point;
+pub mod record;
+pub mod serve;
+pub mod session;
+pub mod umount;
 mod words;

@@ -68,11 +68,11 @@ pub fn receive_descriptor(socket: &UnixStream) -> io::Result<OwnedFd> {
     let mut space = nix::cmsg_space!(i32);
     let message = recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(descriptors) = control {
-            if let [descriptor] = descriptors[..] {
-                // SAFETY: the kernel installed this descriptor for this message, and nothing else knows of it.
-                return Ok(unsafe { OwnedFd::from_raw_fd(descriptor) });
-            }
+        if let ControlMessageOwned::ScmRights(descriptors) = control
+            && let [descriptor] = descriptors[..]
+        {
+            // SAFETY: the kernel installed this descriptor for this message, and nothing else knows of it.
+            return Ok(unsafe { OwnedFd::from_raw_fd(descriptor) });
         }
     }
     Err(io::ErrorKind::UnexpectedEof.into())
