@@ -18,7 +18,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use log::{debug, warn};
+use log::{debug, info};
 
 use crate::error::{Error, Result};
 use crate::handle::Handle;
@@ -256,7 +256,17 @@ impl FileSystem {
     pub fn drop_maps(&self) {
         let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.values().for_each(|shared| shared.handle.drop_map());
-        warn!("dropped {} maps", handles.len());
+        info!("dropped the maps of {} open devices", handles.len());
+    }
+
+    /// Writes what is open to the log.
+    pub fn log_counters(&self) {
+        let opens = self.open.read().unwrap_or_else(PoisonError::into_inner).len();
+        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        info!("{opens} open files on {} devices", handles.len());
+        for shared in handles.values() {
+            info!("{}: {} opens", shared.handle.backing().path().display(), shared.opens);
+        }
     }
 }
 
