@@ -17,9 +17,9 @@ use crate::sys::sysfs::StatFile;
 use crate::units::{Bytes, Sectors};
 
 /// The length of the image.
-const IMAGE: Bytes = Bytes::new(4 << 30);
+const IMAGE: Bytes = Bytes::new(1 << 30);
 /// Its data: this many extents of this length, spread evenly.
-const EXTENTS: u64 = 512;
+const EXTENTS: u64 = 256;
 const EXTENT: usize = 64 << 10;
 
 /// Runs the demonstration.
