@@ -169,6 +169,13 @@ fn an_empty_device_has_nothing() {
 }
 
 #[test]
+fn no_alignment_is_one_byte() {
+    let map = Cut::new([(3, Data), (2, Hole), (1, Data)]);
+    assert_eq!(view::seek(&map, Bytes::ZERO, Bytes::ZERO, Whence::Hole), Some(Bytes::new(3)));
+    assert_eq!(view::seek(&map, Bytes::ZERO, Bytes::new(3), Whence::Data), Some(Bytes::new(5)));
+}
+
+#[test]
 fn holes_are_rounded_inwards() {
     let map = Cut::new([(512, Data), (8192, Hole), (512, Data), (7168, Hole), (4096, Data), (4095, Hole)]);
     let found: Vec<_> = view::runs(&map, ALIGN, Bytes::ZERO..Bytes::MAX)
@@ -241,6 +248,7 @@ fn reasons_and_sizes_of_compositions() {
     let stripe = |legs| Stripe::new(legs, Bytes::new(512), Bytes::new(8192)).expect("has legs");
     let overlay = |layers| Overlay { layers, len: Bytes::new(4096) };
     assert_eq!(concat(vec![dense(), dense()]).dense_because(), reason);
+    assert_eq!(concat(vec![dense(), uniform(0, Hole)]).dense_because(), reason, "an empty segment has no say");
     assert_eq!(concat(vec![dense(), mixed()]).dense_because(), None);
     assert_eq!(stripe(vec![dense(), dense()]).dense_because(), reason);
     assert_eq!(stripe(vec![mixed(), dense()]).dense_because(), None);
@@ -252,6 +260,7 @@ fn reasons_and_sizes_of_compositions() {
     assert_eq!(stripe(vec![dense(), mixed()]).allocated(), Some(Bytes::new(5120)));
     assert_eq!(overlay(vec![uniform(4096, Hole), mixed()]).allocated(), Some(Bytes::new(1024)));
     assert_eq!(overlay(vec![mixed(), mixed()]).allocated(), None);
+    assert_eq!(overlay(vec![mixed(), dense()]).allocated(), Some(Bytes::new(4096)));
     assert_eq!(overlay(vec![mixed(), mixed()]).memory(), Bytes::new(2));
 }
 

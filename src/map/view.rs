@@ -4,6 +4,8 @@
 //! `align` bytes (the last one ends with the device), and a unit is a hole if all of its bytes are. That rounds holes
 //! inwards, merges neighbours of one kind wherever the map cuts them, and lets the last hole end with the device.
 //!
+//! An `align` of zero is taken as one byte.
+//!
 //! No answer walks further than it needs to: a hole counts as found when one unit of it is.
 
 use std::ops::Range;
