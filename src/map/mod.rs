@@ -67,6 +67,11 @@ pub trait HoleMap: Send + Sync {
         None
     }
 
+    /// Whether there is a hole of 4096 bytes or more, where that is known without a walk.
+    fn is_sparse(&self) -> Option<bool> {
+        None
+    }
+
     /// Why everything is data, where the map can find no holes at all. May be known only after a first [`HoleMap::run_at`].
     fn dense_because(&self) -> Option<String> {
         None

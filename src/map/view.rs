@@ -44,7 +44,8 @@ pub fn run(map: &dyn HoleMap, align: Bytes, offset: Bytes) -> Run {
 
 /// Whether [`seek`] finds a hole before the end of the device.
 pub fn has_hole(map: &dyn HoleMap, align: Bytes) -> bool {
-    View::new(map, align, map.len()).first_hole(Bytes::ZERO) < map.len()
+    let known = if align <= Bytes::new(4096) { map.is_sparse() } else { None };
+    known.unwrap_or_else(|| View::new(map, align, map.len()).first_hole(Bytes::ZERO) < map.len())
 }
 
 /// The runs within `range`, each with its start; kinds alternate. A run that leaves the range is cut there.
