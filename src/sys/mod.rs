@@ -6,4 +6,5 @@ pub mod device;
 pub mod dm;
 pub mod file;
 pub mod loopdev;
+pub mod process;
 pub mod sysfs;
