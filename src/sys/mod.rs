@@ -5,4 +5,5 @@ pub mod device;
 pub mod dm;
 pub mod file;
 pub mod loopdev;
+pub mod sg;
 pub mod sysfs;
