@@ -1,0 +1,89 @@
+//! Mounts of the program under test.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use super::{run, wait_until};
+
+/// A foreground `blkholefs mount`, unmounted with this value. Panics when the daemon does not end well then.
+pub struct Mount {
+    daemon: Child,
+    directory: tempfile::TempDir,
+    log: tempfile::TempPath,
+    file: PathBuf,
+}
+
+impl Mount {
+    /// Mounts a device (or anything else that SPEC may be).
+    pub fn new(spec: &Path) -> Self {
+        Self::with_options(spec, &[])
+    }
+
+    /// [`Mount::new`] with more words for the command line.
+    pub fn with_options(spec: &Path, options: &[&str]) -> Self {
+        let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+        let (log, log_path) = tempfile::NamedTempFile::new().expect("a temporary file").into_parts();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blkholefs"));
+        command.args(["mount", "-f"]).args(options).arg(spec).arg(directory.path());
+        let daemon =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("the program starts");
+        let file = directory.path().join(spec.file_name().unwrap_or_default());
+        let mut mount = Self { daemon, directory, log: log_path, file };
+        let up = wait_until(|| mount.is_mounted() || !mount.is_running()) && mount.is_mounted();
+        assert!(up, "{command:?} mounts nothing: {}", mount.log());
+        mount
+    }
+
+    /// The file that shows the device, when SPEC is one device.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// The mountpoint.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The daemon's process.
+    pub fn pid(&self) -> u32 {
+        self.daemon.id()
+    }
+
+    /// What the daemon wrote to standard error so far.
+    pub fn log(&self) -> String {
+        let mut text = String::new();
+        File::open(&self.log).and_then(|mut file| file.read_to_string(&mut text)).expect("the log can be read");
+        text
+    }
+
+    fn is_mounted(&self) -> bool {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("proc is mounted");
+        let directory = self.directory.path().to_str().expect("a temporary path is text");
+        mounts.lines().any(|line| line.split(' ').nth(4) == Some(directory))
+    }
+
+    fn is_running(&mut self) -> bool {
+        matches!(self.daemon.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the daemon said:\n{}", self.log());
+            let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
+            let _ = self.daemon.kill();
+            let _ = self.daemon.wait();
+            return;
+        }
+        run("umount", [self.directory.path()]);
+        let ended = wait_until(|| !self.is_running());
+        if !ended {
+            let _ = self.daemon.kill();
+        }
+        let status = self.daemon.wait().expect("the daemon is our child");
+        assert!(ended && status.success(), "after umount the daemon: {status}: {}", self.log());
+    }
+}
