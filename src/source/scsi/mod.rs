@@ -3,32 +3,32 @@
 //! A hole needs two promises. The disk promises in READ CAPACITY(16), and in VPD page B2h where it has one, that a block
 //! without storage reads as zeros; and it says of this block, now, that it is deallocated or anchored. The second is
 //! asked each time a hole is claimed, because a disk in a storage network has other writers than this host, which move
-//! no counter here. Only data is remembered: that is allowed whatever they do.
+//! no counter here. Only data is remembered, for a short while: that is allowed whatever they do.
 //!
 //! A disk that cannot keep a promise, or fails a command, is not asked again as long as the map lives.
 
+mod known;
 pub mod pages;
 mod target;
 mod walks;
 
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
+use self::known::{Counters, KnownData};
 use self::target::{Failure, Target};
 use self::walks::Walks;
 use crate::error::Error;
 use crate::map::{HoleMap, Kind, Run};
 use crate::source::{Layer, dense};
+use crate::sys::device::DeviceId;
+use crate::sys::sysfs::StatFile;
 use crate::units::Bytes;
 
 /// What a SCSI disk is called in a layer.
 const KIND: &str = "SCSI disk";
-/// Runs of data that are remembered at most; then all are forgotten.
-const KNOWN_MAX: usize = 4096;
-/// What a walk that takes too long is told to be data at once.
-const RESPITE: Bytes = Bytes::new(64 << 20);
 /// How often a block is asked again because the device reports an event instead.
 const ATTEMPTS: u32 = 4;
 
@@ -36,7 +36,10 @@ const ATTEMPTS: u32 = 4;
 ///
 /// The layer is dense, with the reason, when the disk makes no promise or refuses the first question.
 pub fn layer(name: &str, file: Arc<File>, len: Bytes, block: Bytes) -> Layer {
-    match ScsiMap::new(Target::disk(file), len, block) {
+    let id = file.metadata().ok().map(|metadata| DeviceId::from_dev(metadata.rdev()));
+    let stat = id.and_then(|id| StatFile::open(id).ok());
+    let counters = Box::new(move || stat.as_ref()?.read().ok());
+    match ScsiMap::new(Target::disk(file), counters, len, block) {
         Ok(map) => Layer {
             name: name.to_owned(),
             kind: KIND.to_owned(),
@@ -65,11 +68,18 @@ struct ScsiMap {
 }
 
 impl ScsiMap {
-    fn new(target: Target, len: Bytes, block: Bytes) -> Result<Self, Error> {
+    fn new(target: Target, counters: Counters, len: Bytes, block: Bytes) -> Result<Self, Error> {
         target.promise(len, block)?;
-        let map =
-            Self { target, len, block, known: Mutex::default(), walks: Mutex::default(), gave_up: OnceLock::new() };
+        let map = Self {
+            target,
+            len,
+            block,
+            known: Mutex::new(KnownData::new(counters)),
+            walks: Mutex::default(),
+            gave_up: OnceLock::new(),
+        };
         if len > Bytes::ZERO {
+            map.known().refresh();
             map.ask(Bytes::ZERO)?;
         }
         Ok(map)
@@ -84,9 +94,8 @@ impl ScsiMap {
                     if let Some(fault) = status.fault {
                         log::debug!("GET LBA STATUS at byte {start}: {fault}: data from there on");
                     }
-                    self.remember(start, &status.runs);
-                    let nothing = Run { end: self.len, kind: Kind::Data };
-                    return Ok(status.runs.first().copied().unwrap_or(nothing));
+                    self.known().add(start, &status.runs);
+                    return Ok(status.runs.first().copied().unwrap_or_else(|| self.data_to(self.len)));
                 }
                 Err(Failure::Failed(error)) => return Err(error),
                 Err(Failure::Attention) => self.target.promise(self.len, self.block)?,
@@ -95,21 +104,37 @@ impl ScsiMap {
         Err(Error::failed("GET LBA STATUS keeps being answered with UNIT ATTENTION"))
     }
 
-    fn remember(&self, start: Bytes, runs: &[Run]) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut start = start;
-        for run in runs {
-            if run.kind == Kind::Data {
-                known.insert(start, run.end);
-            }
-            start = run.end;
-        }
+    fn known(&self) -> MutexGuard<'_, KnownData> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn give_up(&self, error: &Error) {
+    fn walks(&self) -> MutexGuard<'_, Walks> {
+        self.walks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known_data(&self, offset: Bytes) -> Option<Bytes> {
+        let mut known = self.known();
+        known.refresh();
+        known.end_of(offset)
+    }
+
+    fn data_to(&self, end: Bytes) -> Run {
+        Run { end: end.min(self.len), kind: Kind::Data }
+    }
+
+    /// Calls what follows data, and remembers it, so that the next question finds the same.
+    fn give_respite(&self, offset: Bytes, respite: Bytes) -> Run {
+        log::warn!("SCSI disk takes too long to tell where a run ends: {respite} bytes of data at byte {offset}");
+        let run = self.data_to(offset.saturating_add(respite));
+        self.known().add(offset, &[run]);
+        run
+    }
+
+    fn give_up(&self, error: &Error) -> Run {
         if self.gave_up.set(error.to_string()).is_ok() {
             log::warn!("SCSI disk shown as all data: {error}");
         }
+        self.data_to(self.len)
     }
 }
 
@@ -120,33 +145,22 @@ impl HoleMap for ScsiMap {
 
     fn run_at(&self, offset: Bytes) -> Run {
         if offset >= self.len {
-            return Run { end: offset.saturating_add(Bytes::new(1)), kind: Kind::Data };
+            return Run::outside(offset);
         }
-        let data_to = |end: Bytes| Run { end: end.min(self.len), kind: Kind::Data };
         if self.gave_up.get().is_some() {
-            return data_to(self.len);
+            return self.data_to(self.len);
         }
-        if let Some(end) = self.known.lock().unwrap_or_else(PoisonError::into_inner).end_of(offset) {
-            return data_to(end);
-        }
-        let walks = || self.walks.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(walked) = walks().join(offset) else {
-            log::warn!("SCSI disk takes too long to tell where a hole ends: data at byte {offset}");
-            return data_to(offset.saturating_add(RESPITE));
-        };
+        let walk = self.walks().take(offset);
         let begin = Instant::now();
-        match self.ask(offset) {
-            Ok(run) => {
-                if run.kind == Kind::Hole {
-                    walks().leave(run.end, walked.saturating_add(begin.elapsed()));
-                }
-                run
-            }
-            Err(error) => {
-                self.give_up(&error);
-                data_to(self.len)
-            }
-        }
+        let run = match self.known_data(offset) {
+            Some(end) => self.data_to(end),
+            None => match walk.respite(self.len) {
+                Some(respite) => return self.give_respite(offset, respite),
+                None => self.ask(offset).unwrap_or_else(|error| self.give_up(&error)),
+            },
+        };
+        self.walks().put(walk.on(run, begin.elapsed()));
+        run
     }
 
     fn dense_because(&self) -> Option<String> {
@@ -154,39 +168,7 @@ impl HoleMap for ScsiMap {
     }
 
     fn memory(&self) -> Bytes {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).runs.len();
-        let entry = 2 * size_of::<(Bytes, Bytes)>();
-        Bytes::new(u64::try_from(known.saturating_mul(entry)).unwrap_or(u64::MAX))
-    }
-}
-
-/// Ranges that were data when they were last asked, by their start; they do not overlap.
-#[derive(Default)]
-struct KnownData {
-    runs: BTreeMap<Bytes, Bytes>,
-}
-
-impl KnownData {
-    /// The end of the known run of data that holds `offset`.
-    fn end_of(&self, offset: Bytes) -> Option<Bytes> {
-        let (_, end) = self.runs.range(..=offset).next_back()?;
-        (*end > offset).then_some(*end)
-    }
-
-    /// Adds `[start, end)`, joined with what it touches.
-    fn insert(&mut self, mut start: Bytes, mut end: Bytes) {
-        while let Some((first, last)) = self.runs.range(..=end).next_back().map(|(first, last)| (*first, *last)) {
-            if last < start {
-                break;
-            }
-            self.runs.remove(&first);
-            start = start.min(first);
-            end = end.max(last);
-        }
-        if self.runs.len() >= KNOWN_MAX {
-            self.runs.clear();
-        }
-        self.runs.insert(start, end);
+        self.known().memory()
     }
 }
 
