@@ -2,7 +2,11 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+pub mod fs;
+pub mod fuse;
+pub mod handle;
 pub mod map;
+pub mod report;
 pub mod source;
 pub mod sys;
 pub mod units;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -65,6 +66,27 @@ pub fn open(path: &Path, direct: bool) -> io::Result<File> {
     let direct = if direct { libc::O_DIRECT } else { 0 };
     // O_NONBLOCK: a drive without a medium, or a FIFO in the place of a device, must not hang the open.
     OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY | direct).open(path)
+}
+
+/// Opens what a descriptor is open on once more, with a position of its own.
+///
+/// # Errors
+/// As open(2).
+pub fn reopen(file: &File) -> io::Result<File> {
+    open(&own_path(file), false)
+}
+
+/// Opens what a descriptor is open on once more, with `O_DIRECT`.
+///
+/// # Errors
+/// As open(2): `EINVAL` where the file system has no direct reads.
+pub fn reopen_direct(file: &File) -> io::Result<File> {
+    open(&own_path(file), true)
+}
+
+/// The path that leads to an open file whatever became of its name.
+fn own_path(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Opens the block device `id` for reading, by the node that the kernel names for it, and proves that it is that device.

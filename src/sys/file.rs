@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
+use super::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
 /// Where the next data begins at or after `offset`; `None` when there is none up to the end of the file.
@@ -36,6 +38,35 @@ fn seek(file: &File, offset: Bytes, whence: Whence) -> io::Result<Option<Bytes>>
         Err(Errno::ENXIO) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Reads `size` bytes at `offset` through the page cache; answers where in `buffer` they are, fewer at the end of the file.
+///
+/// # Errors
+/// As pread(2).
+pub fn read_buffered(file: &File, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
+    Ok(0..read_full(file, buffer.resize(size), offset)?)
+}
+
+/// Reads `size` bytes at `offset` from a descriptor with `O_DIRECT`, by whole units of `align` bytes; answers where in
+/// `buffer` they are, fewer at the end of the device.
+///
+/// # Errors
+/// As pread(2).
+pub fn read_direct(
+    file: &File,
+    buffer: &mut AlignedBuffer,
+    offset: Bytes,
+    size: usize,
+    align: Bytes,
+) -> io::Result<Range<usize>> {
+    let too_big = || io::Error::from(Errno::EOVERFLOW);
+    let start = offset.align_down(align);
+    let end = offset.checked_add(Bytes::new(size as u64)).and_then(|end| end.align_up(align)).ok_or_else(too_big)?;
+    let whole = usize::try_from(end.saturating_sub(start).get()).map_err(|_| too_big())?;
+    let head = usize::try_from(offset.saturating_sub(start).get()).map_err(|_| too_big())?;
+    let count = read_full(file, buffer.resize(whole), start)?;
+    Ok(head.min(count)..(head + size).min(count))
 }
 
 /// Reads until the buffer is full or the file ends.

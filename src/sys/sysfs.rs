@@ -83,15 +83,15 @@ impl StatFile {
         self.fields().and_then(|(_, counters)| counters.ok_or_else(|| io::ErrorKind::InvalidData.into()))
     }
 
-    /// Reads completed, to see whether a device counts at all.
+    /// Sectors read so far, which also tells whether a device counts at all.
     ///
     /// # Errors
     /// As [`StatFile::read`].
-    pub fn reads(&self) -> io::Result<u64> {
-        self.fields().map(|(reads, _)| reads)
+    pub fn sectors_read(&self) -> io::Result<Sectors> {
+        self.fields().map(|(read, _)| read)
     }
 
-    fn fields(&self) -> io::Result<(u64, Option<IoCounters>)> {
+    fn fields(&self) -> io::Result<(Sectors, Option<IoCounters>)> {
         let mut text = [0; 512];
         let count = self.0.read_at(&mut text, 0)?;
         let text = std::str::from_utf8(&text[..count]).map_err(|_| io::ErrorKind::InvalidData)?;
@@ -117,8 +117,8 @@ pub fn writes_in_flight(id: DeviceId) -> io::Result<u64> {
     writes.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Reads the `stat` line: reads completed, and the counters of writes and discards (the latter since 4.18).
-fn parse_stat(text: &str) -> Option<(u64, Option<IoCounters>)> {
+/// Reads the `stat` line: sectors read, and the counters of writes and discards (the latter since 4.18).
+fn parse_stat(text: &str) -> Option<(Sectors, Option<IoCounters>)> {
     let mut fields = [0; 17];
     let mut count = 0;
     for (field, word) in fields.iter_mut().zip(text.split_ascii_whitespace()) {
@@ -131,7 +131,7 @@ fn parse_stat(text: &str) -> Option<(u64, Option<IoCounters>)> {
         discards: fields[11],
         discard_sectors: fields[13],
     });
-    (count > 0).then_some((fields[0], counters))
+    (count > 2).then_some((Sectors::new(fields[2]), counters))
 }
 
 #[cfg(test)]
@@ -142,12 +142,12 @@ mod tests {
     fn the_stat_line_is_read_by_position() {
         let line = " 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17\n";
         let counters = IoCounters { writes: 5, write_sectors: 7, discards: 12, discard_sectors: 14 };
-        assert_eq!(parse_stat(line), Some((1, Some(counters))));
+        assert_eq!(parse_stat(line), Some((Sectors::new(3), Some(counters))));
         let old = "1 2 3 4 5 6 7 8 9 10 11";
         let counters = IoCounters { writes: 5, write_sectors: 7, discards: 0, discard_sectors: 0 };
-        assert_eq!(parse_stat(old), Some((1, Some(counters))));
-        assert_eq!(parse_stat("1 2 3"), Some((1, None)));
-        for text in ["", "x", "1 -2", "1 99999999999999999999999"] {
+        assert_eq!(parse_stat(old), Some((Sectors::new(3), Some(counters))));
+        assert_eq!(parse_stat("1 2 3"), Some((Sectors::new(3), None)));
+        for text in ["", "x", "1 2", "1 -2", "1 99999999999999999999999"] {
             assert_eq!(parse_stat(text), None, "{text:?}");
         }
     }

@@ -12,7 +12,7 @@ pub mod pages;
 mod target;
 mod walks;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
@@ -20,17 +20,42 @@ use std::time::Instant;
 use self::known::{Counters, KnownData};
 use self::target::{Failure, Target};
 use self::walks::Walks;
-use crate::error::Error;
+use crate::error::{Error, plain};
 use crate::map::{HoleMap, Kind, Run};
-use crate::source::{Layer, dense};
+use crate::source::{BlockDevice, Layer, dense};
+use crate::sys::block;
 use crate::sys::device::DeviceId;
-use crate::sys::sysfs::StatFile;
+use crate::sys::sysfs::{self, StatFile};
 use crate::units::Bytes;
 
 /// What a SCSI disk is called in a layer.
 const KIND: &str = "SCSI disk";
 /// How often a block is asked again because the device reports an event instead.
 const ATTEMPTS: u32 = 4;
+
+/// Whether a device is a whole disk of the kernel's SCSI disk driver.
+pub fn is_disk(id: DeviceId) -> bool {
+    let driver = fs::read_link(sysfs::directory(id).join("device/driver"));
+    // Peripheral device type 0 is a direct-access device (SPC-4).
+    driver.is_ok_and(|driver| driver.file_name() == Some("sd".as_ref()))
+        && sysfs::number(id, "device/type") == Some(0)
+        && sysfs::partition(id).is_none()
+}
+
+/// Whether a device is a whole NVMe disk.
+pub fn is_nvme(id: DeviceId) -> bool {
+    sysfs::kernel_name(id).is_some_and(|name| name.starts_with("nvme"))
+}
+
+/// The layer of a SCSI disk.
+pub fn disk_layer(device: &BlockDevice) -> Layer {
+    match block::logical_block(&device.file) {
+        Ok(block) => layer(&device.name(), device.file.clone(), device.len, block),
+        Err(error) => {
+            dense::layer(device.name(), KIND, device.len, format!("no logical block size: {}", plain(&error)))
+        }
+    }
+}
 
 /// The holes of an open SCSI disk (the whole disk, not a partition) of `len` bytes in logical blocks of `block` bytes.
 ///
