@@ -2,9 +2,13 @@
 
 use std::fs::File;
 use std::io::Read as _;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use super::check::check;
+use super::image::Image;
+use super::loop_device::Loop;
 use super::{run, wait_until};
 
 /// A foreground `blkholefs mount`, unmounted with this value. Panics when the daemon does not end well then.
@@ -13,6 +17,7 @@ pub struct Mount {
     directory: tempfile::TempDir,
     log: tempfile::TempPath,
     file: PathBuf,
+    killed: bool,
 }
 
 impl Mount {
@@ -30,7 +35,7 @@ impl Mount {
         let daemon =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("the program starts");
         let file = directory.path().join(spec.file_name().unwrap_or_default());
-        let mut mount = Self { daemon, directory, log: log_path, file };
+        let mut mount = Self { daemon, directory, log: log_path, file, killed: false };
         let up = wait_until(|| mount.is_mounted() || !mount.is_running()) && mount.is_mounted();
         assert!(up, "{command:?} mounts nothing: {}", mount.log());
         mount
@@ -49,6 +54,13 @@ impl Mount {
     /// The daemon's process.
     pub fn pid(&self) -> u32 {
         self.daemon.id()
+    }
+
+    /// Kills the daemon; its mount stays until this value goes.
+    pub fn kill(&mut self) {
+        self.daemon.kill().expect("the daemon is our child");
+        self.daemon.wait().expect("the daemon is our child");
+        self.killed = true;
     }
 
     /// What the daemon wrote to standard error so far.
@@ -84,6 +96,41 @@ impl Drop for Mount {
             let _ = self.daemon.kill();
         }
         let status = self.daemon.wait().expect("the daemon is our child");
-        assert!(ended && status.success(), "after umount the daemon: {status}: {}", self.log());
+        assert!(ended && (status.success() || self.killed), "after umount the daemon: {status}: {}", self.log());
+    }
+}
+
+/// An image, the loop device over it, and the mount of that.
+pub struct LoopMount {
+    /// The mount of the loop device.
+    pub mount: Mount,
+    /// The loop device.
+    pub device: Loop,
+    /// The image.
+    pub image: Image,
+}
+
+impl LoopMount {
+    /// An image of `size` bytes with data in the ranges.
+    pub fn new(size: u64, data: &[Range<u64>]) -> Self {
+        Self::with_options(size, data, &[])
+    }
+
+    /// [`LoopMount::new`] with more words for losetup(8).
+    pub fn with_options(size: u64, data: &[Range<u64>], options: &[&str]) -> Self {
+        let image = Image::with_data(size, data);
+        let device = Loop::with_options(image.path(), options);
+        let mount = Mount::new(device.path());
+        Self { mount, device, image }
+    }
+
+    /// The file that shows the device.
+    pub fn file(&self) -> &Path {
+        self.mount.file()
+    }
+
+    /// Checks holes, bytes and blocks against the device.
+    pub fn check(&self) {
+        check(self.file(), self.device.path());
     }
 }
