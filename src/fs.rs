@@ -18,7 +18,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use log::{debug, warn};
+use log::{debug, info};
 
 use crate::error::{Error, Result};
 use crate::handle::Handle;
@@ -63,6 +63,7 @@ pub struct FileSystem {
     open: RwLock<HashMap<u64, Arc<Open>>>,
     /// The handle of each device that is open, by inode: several opens share it.
     handles: Mutex<HashMap<Ino, Shared>>,
+    listings: Mutex<HashMap<u64, Arc<[Entry]>>>,
     next_fh: AtomicU64,
 }
 
@@ -93,6 +94,7 @@ impl FileSystem {
             changes: Changes::default(),
             open: RwLock::default(),
             handles: Mutex::default(),
+            listings: Mutex::default(),
             next_fh: AtomicU64::new(1),
         })
     }
@@ -141,31 +143,47 @@ impl FileSystem {
         let open = self.handle_of(ino).filter(|handle| handle.backing().is_at(path));
         let handle = match open {
             Some(handle) => handle,
-            None => Arc::new(Handle::new(Backing::open(path)?, self.context.clone())),
+            None => Arc::new(Handle::glance(Backing::open(path)?, self.context.clone())),
         };
         let has_hole = handle.has_hole()?;
         let changed = self.changes.observe(ino, handle.backing());
         Attributes::file(ino, &handle, has_hole, changed, &self.ownership)
     }
 
-    /// The entries of a directory, as they are now, without `.` and `..`.
+    /// Opens a directory: its entries as they are now, `.` and `..` first, so that a listing in parts is one listing.
     ///
     /// # Errors
     /// As readdir(3).
-    pub fn readdir(&self, ino: Ino) -> Result<Vec<Entry>> {
+    pub fn opendir(&self, ino: Ino) -> Result<Fh> {
         let directory = self.nodes.path(ino)?;
-        let names = self.spec.entries(&directory)?;
-        Ok(names
-            .into_iter()
-            .filter_map(|(name, kind)| {
-                let path = self.spec.child(&directory, &name)?;
-                Some(Entry { ino: self.nodes.ino(&path), kind, name })
-            })
-            .collect())
+        let dot = |name: &str, ino| Entry { ino, kind: FileKind::Directory, name: name.into() };
+        let mut entries = vec![dot(".", ino), dot("..", self.parent(ino))];
+        for (name, kind) in self.spec.entries(&directory)? {
+            if let Some(path) = self.spec.child(&directory, &name) {
+                entries.push(Entry { ino: self.nodes.ino(&path), kind, name });
+            }
+        }
+        let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
+        self.listings.lock().unwrap_or_else(PoisonError::into_inner).insert(fh, entries.into());
+        Ok(Fh(fh))
+    }
+
+    /// The entries of an open directory.
+    ///
+    /// # Errors
+    /// EBADF when there is no such open directory.
+    pub fn readdir(&self, fh: Fh) -> Result<Arc<[Entry]>> {
+        let listings = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
+        listings.get(&fh.0).cloned().ok_or_else(|| errno(libc::EBADF))
+    }
+
+    /// Closes an open directory.
+    pub fn releasedir(&self, fh: Fh) {
+        self.listings.lock().unwrap_or_else(PoisonError::into_inner).remove(&fh.0);
     }
 
     /// The directory that holds `ino`; the root holds itself.
-    pub fn parent(&self, ino: Ino) -> Ino {
+    fn parent(&self, ino: Ino) -> Ino {
         let parent = self.nodes.path(ino).ok().and_then(|path| path.parent().map(ToOwned::to_owned));
         parent.map_or(ROOT, |parent| self.nodes.ino(&parent))
     }
@@ -197,6 +215,7 @@ impl FileSystem {
             return Ok(shared.handle.clone());
         }
         let handle = Arc::new(Handle::new(Backing::open(path)?, self.context.clone()));
+        handle.prepare();
         handles.insert(ino, Shared { handle: handle.clone(), opens: 1 });
         Ok(handle)
     }
@@ -237,7 +256,17 @@ impl FileSystem {
     pub fn drop_maps(&self) {
         let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.values().for_each(|shared| shared.handle.drop_map());
-        warn!("dropped {} maps", handles.len());
+        info!("dropped the maps of {} open devices", handles.len());
+    }
+
+    /// Writes what is open to the log.
+    pub fn log_counters(&self) {
+        let opens = self.open.read().unwrap_or_else(PoisonError::into_inner).len();
+        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        info!("{opens} open files on {} devices", handles.len());
+        for shared in handles.values() {
+            info!("{}: {} opens", shared.handle.backing().path().display(), shared.opens);
+        }
     }
 }
 

@@ -6,5 +6,6 @@ pub mod device;
 pub mod dm;
 pub mod file;
 pub mod loopdev;
+pub mod process;
 pub mod sg;
 pub mod sysfs;
