@@ -5,7 +5,11 @@
 //! [`view`] turns a map into the exact answers of lseek(2).
 
 mod compose;
+#[cfg(test)]
+mod model;
 mod stripe;
+#[cfg(test)]
+mod tests;
 pub mod view;
 
 pub use compose::{Clip, Concat, Overlay, Uniform};

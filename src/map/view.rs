@@ -48,12 +48,13 @@ pub fn has_hole(map: &dyn HoleMap, align: Bytes) -> bool {
 /// The runs within `range`, each with its start; kinds alternate. A run that leaves the range is cut there.
 pub fn runs(map: &dyn HoleMap, align: Bytes, range: Range<Bytes>) -> impl Iterator<Item = (Bytes, Run)> {
     let mut view = View::new(map, align, range.end);
+    let end = range.end.min(view.len);
     let mut at = range.start;
     std::iter::from_fn(move || {
-        let start = (at < view.limit).then_some(at)?;
+        let start = (at < end).then_some(at)?;
         let run = view.run(start);
-        at = run.end;
-        Some((start, run))
+        at = run.end.min(end);
+        Some((start, Run { end: at, kind: run.kind }))
     })
 }
 
@@ -62,7 +63,7 @@ struct View<'a> {
     map: &'a dyn HoleMap,
     len: Bytes,
     align: Bytes,
-    /// Nothing at or after this position is looked at, but for the rest of a unit that begins before it.
+    /// Where a walk stops: the end of a unit, or of the device.
     limit: Bytes,
     known: Option<(Bytes, Run)>,
 }
@@ -70,7 +71,9 @@ struct View<'a> {
 impl<'a> View<'a> {
     fn new(map: &'a dyn HoleMap, align: Bytes, limit: Bytes) -> Self {
         let len = map.len();
-        Self { map, len, align: align.max(Bytes::new(1)), limit: limit.min(len), known: None }
+        let align = align.max(Bytes::new(1));
+        let limit = limit.align_up(align).map_or(len, |unit_end| unit_end.min(len));
+        Self { map, len, align, limit, known: None }
     }
 
     fn ask(&mut self, offset: Bytes) -> Run {
