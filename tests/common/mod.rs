@@ -14,6 +14,7 @@ pub mod ioctl;
 pub mod loop_device;
 pub mod mount;
 pub mod random;
+pub mod scsi;
 
 use std::ffi::OsStr;
 use std::io::Write as _;
