@@ -9,12 +9,12 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use common::check::{Extent, Kind, check, map_holes, map_of, open, seek_data, seek_hole};
+use common::check::{Extent, Kind, assert_map, check, map_holes, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing, write, write_at};
 use common::ioctl;
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
-use common::{KIB, MIB, requires, requires_root, run, run_with_input, wait_until};
+use common::{KIB, MIB, assert_becomes, requires, requires_root, run, run_with_input, wait_until};
 
 /// The data ranges of an image as a device sees it that begins at `start` and is `size` long: data grows outwards to
 /// 4 KiB, and ranges that meet become one.
@@ -135,15 +135,15 @@ fn writes_discards_and_punches_are_seen_by_an_open_file() {
     let file = open(source.file());
     assert_eq!(map_holes(source.file()), map_of(16 * MIB, &[0..MIB]));
     write(source.device.path(), 4 * MIB..5 * MIB);
-    assert_eq!(seek_data(&file, MIB), Some(4 * MIB));
+    assert_becomes(&Some(4 * MIB), || seek_data(&file, MIB));
     let device = source.device.path().to_str().expect("text");
     run("blkdiscard", ["--offset", "0", "--length", "524288", device]);
-    assert_eq!(map_holes(source.file()), map_of(16 * MIB, &[512 * KIB..MIB, 4 * MIB..5 * MIB]));
+    assert_map(source.file(), &map_of(16 * MIB, &[512 * KIB..MIB, 4 * MIB..5 * MIB]));
     run("blkdiscard", ["--zeroout", "--offset", "4194304", "--length", "524288", device]);
     source.check();
     // Behind the device's back, as a virtual machine or fstrim does it.
     source.image.write(10 * MIB..10 * MIB + 4096);
-    assert_eq!(seek_data(&file, 6 * MIB), Some(10 * MIB));
+    assert_becomes(&Some(10 * MIB), || seek_data(&file, 6 * MIB));
 }
 
 #[test]
@@ -156,8 +156,8 @@ fn another_image_while_open() {
     assert_eq!(map_holes(source.file()), map_of(MIB, &[0..4096]));
     let other = Image::with_data(MIB, &[512 * KIB..MIB]);
     ioctl::loop_change_fd(source.device.path(), other.path());
-    assert_eq!(seek_data(&file, 0), Some(512 * KIB));
-    assert_eq!(map_holes(source.file()), map_of(MIB, &[512 * KIB..MIB]));
+    assert_becomes(&Some(512 * KIB), || seek_data(&file, 0));
+    assert_map(source.file(), &map_of(MIB, &[512 * KIB..MIB]));
     source.check();
 }
 
@@ -171,8 +171,8 @@ fn another_offset_while_open() {
     assert_eq!(seek_hole(&file, 0), Some(4096));
     ioctl::loop_set_offset(source.device.path(), 2 * MIB);
     assert!(wait_until(|| fs::metadata(source.file()).expect("attributes").len() == 2 * MIB), "the new size is shown");
-    assert_eq!(seek_hole(&file, 0), Some(MIB));
-    assert_eq!(map_holes(source.file()), map_of(2 * MIB, &[0..MIB]));
+    assert_becomes(&Some(MIB), || seek_hole(&file, 0));
+    assert_map(source.file(), &map_of(2 * MIB, &[0..MIB]));
     source.check();
 }
 
@@ -206,11 +206,11 @@ fn growth_while_open() {
     source.image.resize(8 * MIB);
     source.image.write(6 * MIB..7 * MIB);
     // The device has its old size until it is told.
-    assert_eq!(map_holes(source.file()), map_of(MIB, &[0..4096]));
+    assert_map(source.file(), &map_of(MIB, &[0..4096]));
     source.device.losetup(&["--set-capacity"]);
     assert!(wait_until(|| fs::metadata(source.file()).expect("attributes").len() == 8 * MIB), "the new size is shown");
-    assert_eq!(seek_data(&file, 4096), Some(6 * MIB));
-    assert_eq!(map_holes(source.file()), map_of(8 * MIB, &[0..4096, 6 * MIB..7 * MIB]));
+    assert_becomes(&Some(6 * MIB), || seek_data(&file, 4096));
+    assert_map(source.file(), &map_of(8 * MIB, &[0..4096, 6 * MIB..7 * MIB]));
     source.check();
 }
 
@@ -223,7 +223,7 @@ fn image_cut_short() {
     let source = LoopMount::new(4 * MIB, &[0..4096]);
     let file = open(source.file());
     source.image.resize(2 * MIB);
-    assert_eq!(seek_data(&file, 4096), Some(2 * MIB));
+    assert_becomes(&Some(2 * MIB), || seek_data(&file, 4096));
     assert_eq!(seek_hole(&file, 2 * MIB), Some(4 * MIB));
     let error = file.read_at(&mut [0; 4096], 3 * MIB).expect_err("no bytes are there");
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
