@@ -148,7 +148,15 @@ impl FileSystem {
         let open = self.handle_of(ino).filter(|handle| handle.backing().is_at(path));
         let handle = match open {
             Some(handle) => handle,
-            None => Arc::new(Handle::glance(Backing::open(path)?, self.context.clone())),
+            None => match Backing::open(path) {
+                Ok(backing) => Arc::new(Handle::glance(backing, self.context.clone())),
+                // One device that cannot be opened must not spoil the listing of the others.
+                Err(error) => {
+                    debug!("{error}");
+                    let node = std::fs::metadata(path).map_err(|_| not_found())?;
+                    return Ok(Attributes::unopened(ino, &node, &self.ownership));
+                }
+            },
         };
         let has_hole = handle.has_hole()?;
         let changed = self.changes.observe(ino, handle.backing());
