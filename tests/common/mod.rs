@@ -15,6 +15,7 @@ pub mod ioctl;
 pub mod loop_device;
 pub mod mount;
 pub mod random;
+pub mod scsi;
 
 use std::ffi::OsStr;
 use std::fmt;

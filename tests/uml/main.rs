@@ -11,6 +11,7 @@ mod changes;
 mod differential;
 mod freshness;
 mod lvm;
+mod scsi;
 mod suspended;
 mod targets;
 mod thin;
