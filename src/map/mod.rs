@@ -5,8 +5,10 @@
 //! `view` turns a map into the exact answers of lseek(2).
 
 mod compose;
+mod fill;
 
 pub use compose::Uniform;
+pub use fill::{Block, FillBuilder, FillMap, Filler};
 
 use crate::units::Bytes;
 
