@@ -7,9 +7,10 @@ use lru::LruCache;
 
 use super::error::{Damage, Result, ThinError};
 use super::node::{Node, NodeKind, Shape};
-use super::reader::{AlignedBuffer, MetadataReader};
+use super::reader::MetadataReader;
 use super::walk::{Child, MAX_DEPTH, Tree};
 use super::{MetaBlock, RawBlock};
+use crate::sys::buffer::AlignedBuffer;
 
 /// A node in memory that passed its checks.
 #[derive(Debug)]
@@ -64,7 +65,7 @@ impl NodeCache {
             tree.check_range(child, &checked.node())?;
             return Ok(checked);
         }
-        let mut buffer = AlignedBuffer::new(1);
+        let mut buffer = AlignedBuffer::new();
         let block = Box::new(reader.read(child.block, 1, &mut buffer)?[0]);
         let shape = tree.parse(child, &block)?.shape();
         let checked = Arc::new(Checked { block, shape });

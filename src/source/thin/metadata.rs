@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use super::error::{Damage, Result, ThinError};
 use super::lookup::NodeCache;
 use super::node::Values;
-use super::reader::{AlignedBuffer, MetadataReader};
+use super::reader::MetadataReader;
 use super::superblock::Superblock;
 use super::walk::Tree;
 use super::{Details, MetaBlock, RawBlock, ThinId};
 use crate::map::{Block, FillBuilder, FillMap};
+use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
 /// Nodes to keep while a few devices are looked up.
@@ -30,7 +31,7 @@ pub struct Metadata {
 /// # Errors
 /// When it cannot be read or is not the superblock of a pool.
 pub fn read_superblock(reader: &MetadataReader, location: MetaBlock) -> Result<(Superblock, Box<RawBlock>)> {
-    let mut buffer = AlignedBuffer::new(1);
+    let mut buffer = AlignedBuffer::new();
     let raw = Box::new(reader.read(location, 1, &mut buffer)?[0]);
     let superblock = Superblock::parse(&raw, location).map_err(|damage| ThinError::Damaged(location, damage))?;
     Ok((superblock, raw))

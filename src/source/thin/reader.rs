@@ -1,38 +1,16 @@
 //! Reads metadata blocks from a device or an image file.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::error::{Result, ThinError};
 use super::{METADATA_BLOCK, MetaBlock, RawBlock};
-
-/// Memory that direct I/O can read into: it starts on a multiple of the block size.
-pub struct AlignedBuffer {
-    memory: Vec<u8>,
-    start: usize,
-}
-
-impl AlignedBuffer {
-    /// Room for `blocks` metadata blocks.
-    pub fn new(blocks: usize) -> Self {
-        let memory = vec![0; (blocks + 1) * METADATA_BLOCK];
-        // A vector never moves its memory as long as it does not grow, and this one does not.
-        let start = memory.as_ptr().align_offset(METADATA_BLOCK).min(METADATA_BLOCK);
-        Self { memory, start }
-    }
-
-    /// The number of blocks that fit.
-    pub fn blocks(&self) -> usize {
-        self.memory.len() / METADATA_BLOCK - 1
-    }
-
-    fn first(&mut self, blocks: usize) -> &mut [u8] {
-        &mut self.memory[self.start..][..blocks * METADATA_BLOCK]
-    }
-}
+use crate::sys::buffer::AlignedBuffer;
+use crate::sys::device;
+use crate::sys::file::read_full;
+use crate::units::Bytes;
 
 /// A metadata device, or an image of one.
 #[derive(Debug)]
@@ -59,18 +37,12 @@ impl MetadataReader {
     /// # Errors
     /// When it cannot be opened, or is a device without direct I/O.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let open = |flags| OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC | flags).open(path);
-        match open(libc::O_DIRECT) {
+        match device::open(path, true) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) && path.metadata()?.is_file() => {
-                Self::new(open(0)?)
+                Self::new(device::open(path, false)?)
             }
             opened => Self::new(opened?),
         }
-    }
-
-    /// The file that it reads.
-    pub fn file(&self) -> &File {
-        &self.file
     }
 
     /// The number of whole blocks.
@@ -83,20 +55,21 @@ impl MetadataReader {
         self.reads.load(Relaxed)
     }
 
-    /// Reads `count` blocks from `first` on, at most as many as fit into `buffer`.
+    /// Reads `count` blocks from `first` on, through `buffer`.
     ///
     /// # Errors
     /// When the device refuses, or ends before.
     pub fn read<'b>(&self, first: MetaBlock, count: usize, buffer: &'b mut AlignedBuffer) -> Result<&'b [RawBlock]> {
-        let place = buffer.first(count);
-        let past_end = || io::Error::from(io::ErrorKind::UnexpectedEof);
         self.reads.fetch_add(1, Relaxed);
-        let offset = first.get().checked_mul(METADATA_BLOCK as u64);
-        offset
-            .ok_or_else(past_end)
-            .and_then(|offset| self.file.read_exact_at(place, offset))
-            .map_err(|error| ThinError::Io(first, error))?;
-        Ok(place.as_chunks().0)
+        self.try_read(first, buffer.resize(count * METADATA_BLOCK)).map_err(|error| ThinError::Io(first, error))?;
+        Ok(buffer.bytes().as_chunks().0)
+    }
+
+    fn try_read(&self, first: MetaBlock, place: &mut [u8]) -> io::Result<()> {
+        let past_end = || io::Error::from(io::ErrorKind::UnexpectedEof);
+        let offset = first.get().checked_mul(METADATA_BLOCK as u64).filter(|offset| i64::try_from(*offset).is_ok());
+        let count = read_full(&self.file, place, Bytes::new(offset.ok_or_else(past_end)?))?;
+        if count == place.len() { Ok(()) } else { Err(past_end()) }
     }
 }
 
@@ -115,11 +88,9 @@ mod tests {
         image.flush().unwrap();
         let reader = MetadataReader::open(image.path()).unwrap();
         assert_eq!(reader.blocks(), 3);
-        let mut buffer = AlignedBuffer::new(2);
-        assert_eq!(buffer.blocks(), 2);
+        let mut buffer = AlignedBuffer::new();
         let blocks = reader.read(MetaBlock::new(1), 2, &mut buffer).unwrap();
         assert_eq!(blocks.iter().map(|block| block[0]).collect::<Vec<_>>(), [1, 2]);
-        assert!(blocks[0].as_ptr().addr().is_multiple_of(METADATA_BLOCK));
         for (first, count) in [(3, 1), (2, 2), (u64::MAX, 1), (u64::MAX / 4096, 1)] {
             let error = reader.read(MetaBlock::new(first), count, &mut buffer);
             assert!(matches!(error, Err(ThinError::Io(..))), "{first}");

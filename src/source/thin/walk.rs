@@ -21,8 +21,9 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::error::{Damage, Result, ThinError};
 use super::node::{Node, NodeKind, Values};
-use super::reader::{AlignedBuffer, MetadataReader};
+use super::reader::MetadataReader;
 use super::{MetaBlock, RawBlock};
+use crate::sys::buffer::AlignedBuffer;
 
 /// Blocks of one read request: 1 MiB.
 const REQUEST: usize = 256;
@@ -177,7 +178,7 @@ impl Level<'_> {
         failed: &AtomicBool,
         mut visit: impl FnMut(&Node<'_>),
     ) -> Result<Vec<Child>> {
-        let mut buffer = AlignedBuffer::new(REQUEST);
+        let mut buffer = AlignedBuffer::new();
         let mut children = Vec::new();
         while let Some(request) = self.next_request(next).filter(|_| !failed.load(Relaxed)) {
             let first = request[0].block.get();
