@@ -141,7 +141,7 @@ impl FileSystem {
 
     fn attributes(&self, ino: Ino, target: &Target) -> Result<Attributes> {
         let path = match target {
-            Target::Directory(metadata) => return Ok(Attributes::directory(ino, metadata, &self.ownership)),
+            Target::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
             Target::File(path) => path,
         };
         // An open device is asked through its handle; any other is opened for as long as the answer takes.
@@ -278,7 +278,7 @@ impl FileSystem {
         let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         info!("{opens} open files on {} devices, maps of {} bytes", handles.len(), self.maps.used());
         for shared in handles.values() {
-            info!("{}: {} opens", shared.handle.backing().path().display(), shared.opens);
+            info!("{}: {} opens", shared.handle.backing().name().display(), shared.opens);
         }
     }
 }
