@@ -8,6 +8,7 @@
 //! A source never fails: what it cannot know becomes a [`dense`] layer with the reason.
 
 pub mod dense;
+pub mod nbd;
 
 use std::sync::Arc;
 
