@@ -1,3 +1,29 @@
 //! blkholefs: block devices as regular files with real holes.
 
-fn main() {}
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::ExitCode;
+
+use blkholefs::cli;
+use blkholefs::mount::{helper, umount};
+
+/// "Internal error" of mount(8).
+const INTERNAL: u8 = 4;
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let name = args.first().and_then(|path| Path::new(path).file_name()).and_then(OsStr::to_str).unwrap_or("blkholefs");
+    let words = args.get(1..).unwrap_or_default();
+    std::panic::catch_unwind(|| dispatch(name, words)).unwrap_or(ExitCode::from(INTERNAL))
+}
+
+/// The name that the program is called by chooses what it is.
+fn dispatch(name: &str, words: &[OsString]) -> ExitCode {
+    match (name, words.first().and_then(|word| word.to_str())) {
+        ("mount.blkholefs" | "mount.fuse.blkholefs", _) => helper::main(name, words),
+        ("umount.blkholefs" | "umount.fuse.blkholefs", _) => umount::main(name, words),
+        (_, Some("mount")) => helper::command(&words[1..]),
+        (_, Some("umount")) => umount::main("blkholefs", &words[1..]),
+        _ => cli::main(words),
+    }
+}

@@ -1,0 +1,260 @@
+//! The command lines: what mount(8) passes to its helper, what umount(8) passes, and our own subcommands.
+//!
+//! mount(8) calls `mount.blkholefs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]`; people write the operands
+//! last. Both orders, bundled flags and several `-o` are understood.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use lexopt::Arg::{Long, Short, Value};
+
+use crate::error::{Error, Result};
+use crate::mount::mountinfo::FS_TYPE;
+
+/// What a command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command<T> {
+    /// To do the work.
+    Run(T),
+    /// To print how it is called.
+    Help,
+    /// To print the version.
+    Version,
+}
+
+/// One mount to make.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MountRequest {
+    /// What to mount, as typed.
+    pub spec: OsString,
+    /// Where, as typed.
+    pub dir: PathBuf,
+    /// The words of all `-o`, joined by commas.
+    pub options: OsString,
+    /// Do everything but mount (`-f` of mount(8)).
+    pub fake: bool,
+    /// Tolerate unknown options (`-s`).
+    pub sloppy: bool,
+    /// Say what is done (`-v`).
+    pub verbose: bool,
+    /// Serve in the calling process, and log to its standard error.
+    pub foreground: bool,
+    /// The mount namespace to mount in (`-N`).
+    pub namespace: Option<PathBuf>,
+}
+
+/// One mount to end.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UmountRequest {
+    /// The mount's directory, or what was mounted.
+    pub target: PathBuf,
+    /// Abort requests that wait (`-f`).
+    pub force: bool,
+    /// Detach now, end when the last user is gone (`-l`).
+    pub lazy: bool,
+    /// Say what is done (`-v`).
+    pub verbose: bool,
+    /// The mount namespace to unmount in (`-N`).
+    pub namespace: Option<PathBuf>,
+}
+
+/// Parses what mount(8) passes to `mount.blkholefs`.
+///
+/// # Errors
+/// A usage error: an unknown flag, a missing or a third operand, a type that is not ours.
+pub fn mount_helper(args: &[OsString]) -> Result<Command<MountRequest>> {
+    let mut request = MountRequest::default();
+    let mut operands = Vec::new();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next().map_err(wrong)? {
+        match arg {
+            Short('f') => request.fake = true,
+            Short('s') => request.sloppy = true,
+            // There is no mtab to keep the mount out of.
+            Short('n') => {}
+            Short('v') => request.verbose = true,
+            Short('N') => request.namespace = Some(parser.value().map_err(wrong)?.into()),
+            Short('t') => check_type(&parser.value().map_err(wrong)?)?,
+            Short('o') => push_options(&mut request.options, &parser.value().map_err(wrong)?),
+            Short('h') | Long("help") => return Ok(Command::Help),
+            Short('V') | Long("version") => return Ok(Command::Version),
+            Value(operand) => operands.push(operand),
+            other => return Err(wrong(other.unexpected())),
+        }
+    }
+    finish_mount(request, operands)
+}
+
+/// Parses the words after `blkholefs mount`, where `-f` is `--foreground`.
+///
+/// # Errors
+/// A usage error, as for [`mount_helper`].
+pub fn mount_command(args: &[OsString]) -> Result<Command<MountRequest>> {
+    let mut request = MountRequest::default();
+    let mut operands = Vec::new();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next().map_err(wrong)? {
+        match arg {
+            Short('f') | Long("foreground") => request.foreground = true,
+            Short('v') | Long("verbose") => request.verbose = true,
+            Short('o') | Long("options") => push_options(&mut request.options, &parser.value().map_err(wrong)?),
+            Short('h') | Long("help") => return Ok(Command::Help),
+            Short('V') | Long("version") => return Ok(Command::Version),
+            Value(operand) => operands.push(operand),
+            other => return Err(wrong(other.unexpected())),
+        }
+    }
+    finish_mount(request, operands)
+}
+
+/// Parses what umount(8) passes to `umount.blkholefs`, and the words after `blkholefs umount`.
+///
+/// # Errors
+/// A usage error: an unknown flag, no operand or more than one, a type that is not ours.
+pub fn umount(args: &[OsString]) -> Result<Command<UmountRequest>> {
+    let mut request = UmountRequest::default();
+    let mut operands = Vec::new();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next().map_err(wrong)? {
+        match arg {
+            Short('f') => request.force = true,
+            Short('l') => request.lazy = true,
+            // No mtab, and what is read-only already needs no remount when it is busy.
+            Short('n' | 'r') => {}
+            Short('v') => request.verbose = true,
+            Short('N') => request.namespace = Some(parser.value().map_err(wrong)?.into()),
+            Short('t') => check_type(&parser.value().map_err(wrong)?)?,
+            // umount(8) has no file system options; some versions pass on what it read in its table.
+            Short('o') => drop(parser.value().map_err(wrong)?),
+            Short('h') | Long("help") => return Ok(Command::Help),
+            Short('V') | Long("version") => return Ok(Command::Version),
+            Value(operand) => operands.push(operand),
+            other => return Err(wrong(other.unexpected())),
+        }
+    }
+    match <[OsString; 1]>::try_from(operands) {
+        Ok([target]) if !target.is_empty() => Ok(Command::Run(UmountRequest { target: target.into(), ..request })),
+        _ => Err(Error::usage("expected one directory to unmount")),
+    }
+}
+
+fn finish_mount(request: MountRequest, operands: Vec<OsString>) -> Result<Command<MountRequest>> {
+    match <[OsString; 2]>::try_from(operands) {
+        Ok([spec, dir]) if !spec.is_empty() && !dir.is_empty() => {
+            Ok(Command::Run(MountRequest { spec, dir: dir.into(), ..request }))
+        }
+        _ => Err(Error::usage("expected a device and a directory")),
+    }
+}
+
+fn push_options(options: &mut OsString, more: &OsStr) {
+    if !options.is_empty() {
+        options.push(",");
+    }
+    options.push(more);
+}
+
+/// Accepts the names that mount(8) can have found this program by.
+fn check_type(name: &OsStr) -> Result<()> {
+    let plain = FS_TYPE.as_bytes().strip_prefix(b"fuse.").unwrap_or_default();
+    let name = name.as_bytes();
+    let name_of_ours = name.strip_prefix(b"fuse.").unwrap_or(name);
+    match name_of_ours.strip_prefix(plain) {
+        Some(b"" | [b'.', ..]) => Ok(()),
+        _ => Err(Error::usage(format!("file system type '{}' is not {FS_TYPE}", String::from_utf8_lossy(name)))),
+    }
+}
+
+fn wrong(error: lexopt::Error) -> Error {
+    Error::usage(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Vec<OsString> {
+        line.split_whitespace().map(OsString::from).collect()
+    }
+
+    fn helper(line: &str) -> MountRequest {
+        match mount_helper(&words(line)) {
+            Ok(Command::Run(request)) => request,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    fn expected(options: &str) -> MountRequest {
+        MountRequest { spec: "/dev/x".into(), dir: "/m".into(), options: options.into(), ..MountRequest::default() }
+    }
+
+    #[test]
+    fn what_mount_passes() {
+        assert_eq!(helper("/dev/x /m -o rw"), expected("rw"));
+        assert_eq!(helper("/dev/x /m -f -o rw"), MountRequest { fake: true, ..expected("rw") });
+        let verbose = MountRequest { sloppy: true, verbose: true, ..expected("ro,nosuid,") };
+        assert_eq!(helper("/dev/x /m -s -n -v -o ro,nosuid,"), verbose);
+        assert_eq!(helper("/dev/x /m -o rw -t blkholefs.sub"), expected("rw"));
+        let elsewhere = MountRequest { namespace: Some("/proc/1/ns/mnt".into()), ..expected("rw") };
+        assert_eq!(helper("/dev/x /m -o rw -N /proc/1/ns/mnt"), elsewhere);
+    }
+
+    #[test]
+    fn what_people_type() {
+        assert_eq!(helper("-o ro -oallow_other /dev/x /m"), expected("ro,allow_other"));
+        assert_eq!(helper("-o ro /dev/x /m -o uid=1"), expected("ro,uid=1"));
+        assert_eq!(helper("/dev/x -sfnv /m"), MountRequest { sloppy: true, fake: true, verbose: true, ..expected("") });
+        assert_eq!(helper("-fo ro /dev/x /m"), MountRequest { fake: true, ..expected("ro") });
+        assert_eq!(helper("-t fuse.blkholefs -- /dev/x /m"), expected(""));
+        let odd = helper("-- -o -s");
+        assert_eq!((odd.spec, odd.dir), ("-o".into(), "-s".into()));
+    }
+
+    #[test]
+    fn the_subcommand_has_another_f() {
+        let parsed = mount_command(&words("-f -o ro /dev/x /m")).unwrap();
+        assert_eq!(parsed, Command::Run(MountRequest { foreground: true, ..expected("ro") }));
+        let parsed = mount_command(&words("/dev/x /m --foreground --options=ro -v")).unwrap();
+        assert_eq!(parsed, Command::Run(MountRequest { foreground: true, verbose: true, ..expected("ro") }));
+        assert!(mount_command(&words("-s /dev/x /m")).is_err());
+    }
+
+    #[test]
+    fn umount_lines() {
+        let request = UmountRequest { target: "/m".into(), ..UmountRequest::default() };
+        for line in ["/m", "/m -n", "/m -t fuse.blkholefs", "-nr -t blkholefs /m", "/m -o x"] {
+            assert_eq!(umount(&words(line)).unwrap(), Command::Run(request.clone()), "{line}");
+        }
+        let flags = UmountRequest { force: true, lazy: true, verbose: true, namespace: Some("/n".into()), ..request };
+        assert_eq!(umount(&words("/m -flv -N /n")).unwrap(), Command::Run(flags));
+        for line in ["", "/a /b", "/m -x", "/m -t ext4"] {
+            assert_eq!(umount(&words(line)).unwrap_err().exit_code(), 1, "{line}");
+        }
+        assert!(umount(&[OsString::new()]).is_err());
+    }
+
+    #[test]
+    fn help_and_version_win_over_missing_operands() {
+        for (line, expected) in [("-h", Command::Help), ("--help", Command::Help), ("-V", Command::Version)] {
+            assert_eq!(mount_helper(&words(line)).unwrap(), expected, "{line}");
+        }
+        assert_eq!(umount(&words("--version")).unwrap(), Command::Version);
+    }
+
+    #[test]
+    fn wrong_lines_are_usage_errors_and_never_exit_with_2() {
+        for line in ["", "/dev/x", "/dev/x /m /n", "-o", "-x /dev/x /m", "--frob /dev/x /m", "/dev/x /m -t ext4", "-N"]
+        {
+            let error = mount_helper(&words(line)).unwrap_err();
+            assert_eq!(error.exit_code(), 1, "{line}: {error}");
+            assert!(!error.to_string().contains('\n'), "{error}");
+        }
+        for name in ["blkholefs", "fuse.blkholefs", "blkholefs.x", "fuse.blkholefs.x"] {
+            assert!(check_type(OsStr::new(name)).is_ok(), "{name}");
+        }
+        for name in ["", "fuse", "fuse.", "blkholefs2", "xblkholefs", "fuse.fuse.blkholefs"] {
+            assert!(check_type(OsStr::new(name)).is_err(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! The FUSE session: the mount itself, and the threads that answer the kernel.
+//!
+//! Root mounts by mount(2): this gives the mount its own type (`fuse.blkholefs`; plain `fuse` is hidden by
+//! `findmnt --real`) and the source exactly as it was typed, by which `mount -a` and systemd know it again. Everybody else
+//! mounts by fusermount3.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount as mount2};
+use nix::unistd::{getegid, geteuid};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::mount::fusermount;
+use crate::mount::mountinfo::{DeviceNumber, FS_TYPE};
+use crate::mount::options::MountOptions;
+use crate::mount::point::{MountPoint, Mounted, Shape};
+
+/// Threads that answer requests. On two processors the second one halves the time of a lookup, more gain little.
+const SESSION_THREADS: usize = 4;
+
+/// Whether each thread has a queue of its own in the kernel (`FUSE_DEV_IOC_CLONE`, Linux 4.5).
+const CLONE_DESCRIPTOR: bool = true;
+
+/// What the kernel reads ahead in our mount, in KiB: its default of 128 makes a copy wait for each small request.
+const READ_AHEAD_KIB: u32 = 1024;
+
+/// A session whose mount is in place and whose handshake with the kernel is done.
+pub struct Session<F: fuser::Filesystem>(fuser::Session<F>);
+
+impl<F: fuser::Filesystem> Session<F> {
+    /// Answers the kernel until the mount is gone, then drops the file system.
+    ///
+    /// # Errors
+    /// When the connection to the kernel broke.
+    pub fn run(self) -> io::Result<()> {
+        self.0.run()
+    }
+}
+
+/// Mounts `filesystem` on `point`, shown as mounted from `spec`.
+///
+/// # Errors
+/// When the FUSE device cannot be opened, or the mount is refused. Nothing is mounted then.
+pub fn mount<F: fuser::Filesystem>(
+    filesystem: F,
+    spec: &OsStr,
+    point: MountPoint,
+    options: &MountOptions,
+) -> Result<(Session<F>, Mounted)> {
+    let device =
+        if geteuid().is_root() { mount_as_root(spec, &point, options) } else { mount_as_user(spec, &point, options) }?;
+    let mounted = point.mounted(spec)?;
+    let mut config = fuser::Config::default();
+    config.n_threads = Some(SESSION_THREADS);
+    config.clone_fd = CLONE_DESCRIPTOR;
+    // The kernel keeps out whom allow_other does not let in; a second check would hit the kernel's own requests.
+    let session = fuser::Session::from_fd(filesystem, device, fuser::SessionACL::All, config).map_err(|e| {
+        let error = Error::failed("the kernel did not take up the mount").on(mounted.dir()).because(e);
+        match mounted.unmount() {
+            Ok(()) => error,
+            Err(left) => error.hint(format!("the mount is still there: {left}")),
+        }
+    })?;
+    raise_read_ahead(mounted.device());
+    Ok((Session(session), mounted))
+}
+
+fn mount_as_root(spec: &OsStr, point: &MountPoint, options: &MountOptions) -> Result<OwnedFd> {
+    let device = open_fuse_device()?;
+    let root_mode = match point.shape() {
+        Shape::Directory => libc::S_IFDIR,
+        Shape::File => libc::S_IFREG,
+    };
+    let mut data = format!(
+        "fd={},rootmode={root_mode:o},user_id={},group_id={},default_permissions",
+        device.as_raw_fd(),
+        geteuid(),
+        getegid()
+    );
+    if options.allow_other {
+        data.push_str(",allow_other");
+    }
+    if let Some(size) = options.max_read {
+        data.push_str(&format!(",max_read={size}"));
+    }
+    point.namespace().within(|| {
+        mount2(Some(spec), point.dir(), Some(FS_TYPE), options.flags, Some(data.as_str()))
+            .map_err(|e| Error::failed("cannot mount").on(point.dir()).because(e))
+    })?;
+    Ok(device.into())
+}
+
+fn open_fuse_device() -> Result<File> {
+    const FUSE_DEVICE: &str = "/dev/fuse";
+    OpenOptions::new().read(true).write(true).open(FUSE_DEVICE).map_err(|e| {
+        let missing = matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO));
+        let error = Error::new(ErrorKind::System, "cannot open").on(FUSE_DEVICE).because(e);
+        if missing { error.hint("is the kernel's FUSE module loaded? modprobe fuse") } else { error }
+    })
+}
+
+/// Flags that fusermount3 takes from ordinary users.
+const USER_FLAGS: [(MsFlags, &str); 7] = [
+    (MsFlags::MS_RDONLY, "ro"),
+    (MsFlags::MS_NOSUID, "nosuid"),
+    (MsFlags::MS_NODEV, "nodev"),
+    (MsFlags::MS_NOEXEC, "noexec"),
+    (MsFlags::MS_SYNCHRONOUS, "sync"),
+    (MsFlags::MS_NOATIME, "noatime"),
+    (MsFlags::MS_DIRSYNC, "dirsync"),
+];
+
+fn mount_as_user(spec: &OsStr, point: &MountPoint, options: &MountOptions) -> Result<OwnedFd> {
+    if point.namespace().is_other() {
+        return Err(Error::usage("only root can mount in another namespace"));
+    }
+    let mut list = OsString::from("subtype=blkholefs,default_permissions");
+    for (flag, word) in USER_FLAGS {
+        if options.flags.contains(flag) {
+            list.push(",");
+            list.push(word);
+        }
+    }
+    if options.allow_other {
+        list.push(",allow_other");
+    }
+    if let Some(size) = options.max_read {
+        list.push(format!(",max_read={size}"));
+    }
+    list.push(",fsname=");
+    list.push(fusermount::escaped(spec));
+    fusermount::mount(point.dir(), &list)
+}
+
+fn raise_read_ahead(device: DeviceNumber) {
+    let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
+    if let Err(error) = fs::write(Path::new(&path), READ_AHEAD_KIB.to_string()) {
+        log::debug!("{path}: cannot raise: {error}");
+    }
+}

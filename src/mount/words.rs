@@ -1,0 +1,134 @@
+//! Every option word that is known, as data.
+
+use nix::mount::MsFlags;
+
+/// `MS_NOSYMFOLLOW` of `include/uapi/linux/mount.h` (Linux 5.10), which the nix crate lacks.
+pub const MS_NOSYMFOLLOW: MsFlags = MsFlags::from_bits_retain(256);
+
+const NONE: MsFlags = MsFlags::empty();
+
+/// Words that change the flags of mount(2): name, flags to set, flags to clear (mount(8), "FILESYSTEM-INDEPENDENT MOUNT
+/// OPTIONS"). `rw` is here and clears nothing: the file system has no writes. `mand` sets nothing: FUSE refuses it, and
+/// Linux 5.15 dropped it.
+pub const FLAGS: &[(&str, MsFlags, MsFlags)] = &[
+    ("ro", MsFlags::MS_RDONLY, NONE),
+    ("rw", NONE, NONE),
+    ("exec", NONE, MsFlags::MS_NOEXEC),
+    ("noexec", MsFlags::MS_NOEXEC, NONE),
+    ("suid", NONE, MsFlags::MS_NOSUID),
+    ("nosuid", MsFlags::MS_NOSUID, NONE),
+    ("dev", NONE, MsFlags::MS_NODEV),
+    ("nodev", MsFlags::MS_NODEV, NONE),
+    ("atime", NONE, MsFlags::MS_NOATIME),
+    ("noatime", MsFlags::MS_NOATIME, NONE),
+    ("diratime", NONE, MsFlags::MS_NODIRATIME),
+    ("nodiratime", MsFlags::MS_NODIRATIME, NONE),
+    ("relatime", MsFlags::MS_RELATIME, NONE),
+    ("norelatime", NONE, MsFlags::MS_RELATIME),
+    ("strictatime", MsFlags::MS_STRICTATIME, NONE),
+    ("nostrictatime", NONE, MsFlags::MS_STRICTATIME),
+    ("lazytime", MsFlags::MS_LAZYTIME, NONE),
+    ("nolazytime", NONE, MsFlags::MS_LAZYTIME),
+    ("sync", MsFlags::MS_SYNCHRONOUS, NONE),
+    ("async", NONE, MsFlags::MS_SYNCHRONOUS),
+    ("dirsync", MsFlags::MS_DIRSYNC, NONE),
+    ("silent", MsFlags::MS_SILENT, NONE),
+    ("loud", NONE, MsFlags::MS_SILENT),
+    ("mand", NONE, NONE),
+    ("nomand", NONE, NONE),
+    ("iversion", MsFlags::MS_I_VERSION, NONE),
+    ("noiversion", NONE, MsFlags::MS_I_VERSION),
+    ("symfollow", NONE, MS_NOSYMFOLLOW),
+    ("nosymfollow", MS_NOSYMFOLLOW, NONE),
+];
+
+/// Words that say nothing to a file system: they speak to mount(8), systemd or fusermount3, or ask for what is so anyway.
+/// The empty word is what mount(8) leaves at the end of a list when it takes a word of its own out.
+pub const IGNORED: &[&str] = &[
+    "",
+    "defaults",
+    "auto",
+    "noauto",
+    "user",
+    "nouser",
+    "users",
+    "nousers",
+    "owner",
+    "noowner",
+    "group",
+    "nogroup",
+    "_netdev",
+    "nofail",
+    "nonempty",
+    "default_permissions",
+];
+
+/// The same with a value: `comment=backup`.
+pub const IGNORED_WITH_VALUE: &[&str] = &["user", "comment", "helper", "uhelper", "fsname", "subtype"];
+
+/// Words that are understood and refused, with the reason.
+pub const REFUSED: &[(&str, &str)] = &[
+    ("remount", "a mount cannot be changed: unmount it and mount it again"),
+    ("auto_unmount", "the daemon unmounts when it is told to end; auto_unmount can unmount what others put there"),
+];
+
+/// Our own words that take a value.
+pub const WITH_VALUE: &[&str] = &["uid", "gid", "mode", "umask", "max_read", "map_cache", "thin_metadata", "nbd"];
+
+/// Our own words that take none.
+pub const PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io"];
+
+/// The known words that a misspelt `word` may have meant, nearest first.
+pub fn near(word: &str) -> Vec<&'static str> {
+    const LONGEST: usize = 24;
+    if word.len() > LONGEST {
+        return Vec::new();
+    }
+    let flags = FLAGS.iter().map(|flag| flag.0);
+    let known = flags.chain([IGNORED, WITH_VALUE, PLAIN].into_iter().flatten().copied());
+    let mut found: Vec<_> = known
+        .filter(|name| !name.is_empty())
+        .map(|name| (distance(word.as_bytes(), name.as_bytes()), name))
+        .filter(|(distance, name)| *distance <= 2 && *distance * 2 < name.len())
+        .collect();
+    found.sort_unstable();
+    found.into_iter().map(|(_, name)| name).take(3).collect()
+}
+
+/// The number of bytes to insert, delete or replace to make one word the other (Levenshtein).
+fn distance(a: &[u8], b: &[u8]) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distances() {
+        for (a, b, expected) in
+            [("", "", 0), ("", "ab", 2), ("abc", "abc", 0), ("abc", "abd", 1), ("kitten", "sitting", 3)]
+        {
+            assert_eq!(distance(a.as_bytes(), b.as_bytes()), expected, "{a} {b}");
+            assert_eq!(distance(b.as_bytes(), a.as_bytes()), expected, "{b} {a}");
+        }
+    }
+
+    #[test]
+    fn near_words() {
+        assert_eq!(near("alow_other"), ["allow_other", "allow-other"]);
+        assert_eq!(near("map_cahce"), ["map_cache"]);
+        assert_eq!(near("zz"), [""; 0]);
+        assert_eq!(near(&"x".repeat(100_000)), [""; 0]);
+    }
+}

@@ -1,0 +1,11 @@
+//! The kernel's side: ioctls, sysfs and file calls as safe functions. The only unsafe code of the program is here.
+
+pub mod block;
+pub mod buffer;
+pub mod device;
+pub mod dm;
+pub mod file;
+pub mod loopdev;
+pub mod process;
+pub mod sg;
+pub mod sysfs;
