@@ -22,11 +22,13 @@ pub mod dense;
 pub mod device;
 pub mod dm;
 pub mod file;
+mod known;
 pub mod loop_device;
 pub mod nbd;
 pub mod partition;
 mod resolve;
 pub mod scsi;
+mod walks;
 
 pub use backing::Backing;
 pub use device::BlockDevice;

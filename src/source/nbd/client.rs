@@ -6,9 +6,10 @@ use std::sync::OnceLock;
 use std::time::Instant;
 
 use super::connection::{Ask, Connection};
+use super::frame::Dialect;
 use super::pool::{Patience, Pool};
 use super::proto::BASE_ALLOCATION;
-use super::reply::{Content, Dialect, Failure};
+use super::reply::{Content, Failure};
 use super::uri::Uri;
 use crate::error::Result;
 use crate::map::Run;

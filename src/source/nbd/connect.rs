@@ -13,10 +13,10 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
+use super::frame::Dialect;
 use super::proto::{
     self, BlockSizes, ExportInfo, GREETING, Greeting, Info, OPTION_HEADER, Opt, Reply, Violation, option_reply,
 };
-use super::reply::Dialect;
 use super::stream::{Socket, Stream, TICK};
 use super::tls::Identity;
 use super::uri::{Transport, Uri};

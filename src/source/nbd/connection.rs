@@ -12,7 +12,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::connect::Agreement;
-use super::reply::{Answer, Command, Content, Dialect, Failure, HEAD, Head, request};
+use super::frame::{Command, Dialect, HEAD, Head, request};
+use super::reply::{Answer, Content, Failure};
 use super::stream::Stream;
 use crate::units::Bytes;
 
@@ -81,11 +82,6 @@ impl Connection {
             changed: Condvar::new(),
             in_flight: AtomicUsize::new(0),
         }
-    }
-
-    /// What was agreed with the server.
-    pub fn agreement(&self) -> &Agreement {
-        &self.agreement
     }
 
     /// Requests under way.

@@ -82,7 +82,7 @@ impl Pool {
         Ok(Self { uri, identity, first, patience, state, changed: Condvar::new() })
     }
 
-    /// What the first connection agreed on. Later ones may differ in everything but the size.
+    /// What the first connection agreed on. Later ones have the same size and block sizes.
     pub fn first(&self) -> &Agreement {
         &self.first
     }
@@ -159,6 +159,9 @@ impl Pool {
         if now != before {
             return Err(Error::failed(format!("the export has {now} bytes now, not {before} as before"))
                 .on(self.uri.to_string()));
+        }
+        if agreement.blocks != self.first.blocks {
+            return Err(Error::failed("the server wants other block sizes than before").on(self.uri.to_string()));
         }
         Ok(Arc::new(Connection::new(stream, agreement)))
     }

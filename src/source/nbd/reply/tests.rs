@@ -53,14 +53,6 @@ fn ask_status(chunks: &[Sent<'_>]) -> Result<Vec<(u64, Kind)>, Failure> {
 }
 
 #[test]
-fn requests_on_the_wire() {
-    let plain = request(Dialect::Structured, Command::BlockStatus, 7, &bytes(512, 1536));
-    assert_eq!(plain, b"\x25\x60\x95\x13\0\0\0\x07\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\x02\0\0\0\x04\0");
-    let extended = request(Dialect::Extended, Command::Read, 1, &bytes(0, 1 << 32));
-    assert_eq!(extended, b"\x21\xe4\x1c\x71\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0");
-}
-
-#[test]
 fn a_read_in_any_order() {
     let chunks = [data(0, 14, b"ef"), hole(0, 12, 2), data(0, 10, b"ab"), (FLAG_DONE, NONE, vec![])];
     assert_eq!(read(10, 16, &chunks), Ok(b"ab\0\0ef".to_vec()));
@@ -176,24 +168,6 @@ fn extended_headers() {
     assert!(ask(3, &[(1 << 39, 3), (1 << 39, 0)]).is_err(), "count and length disagree");
     assert!(ask(2, &[(1, 0), (u64::MAX, 0)]).is_err(), "beyond 2^64");
     assert!(ask(1, &[(0, 0)]).is_err());
-}
-
-#[test]
-fn heads() {
-    let head = |magic: u32, dialect| {
-        let mut bytes = [1; HEAD];
-        bytes[..4].copy_from_slice(&magic.to_be_bytes());
-        Head::decode(&bytes, dialect).map(|head| head.rest(dialect))
-    };
-    assert_eq!(head(SIMPLE_REPLY, Dialect::Simple), Ok(0));
-    assert_eq!(head(SIMPLE_REPLY, Dialect::Structured), Ok(0));
-    assert_eq!(head(CHUNK, Dialect::Structured), Ok(4));
-    assert_eq!(head(EXTENDED_CHUNK, Dialect::Extended), Ok(16));
-    assert!(head(SIMPLE_REPLY, Dialect::Extended).is_err());
-    assert!(head(CHUNK, Dialect::Simple).is_err());
-    assert!(head(CHUNK, Dialect::Extended).is_err());
-    assert!(head(EXTENDED_CHUNK, Dialect::Structured).is_err());
-    assert!(head(0, Dialect::Structured).is_err());
 }
 
 #[test]
