@@ -14,6 +14,7 @@
 //! | partition | [`partition`] | its disk |
 //! | device-mapper | [`dm`] | its table's targets |
 //! | SCSI disk | [`scsi`] | GET LBA STATUS, where the disk promises zeros |
+//! | export of an NBD server | [`nbd`] | block status (base:allocation) |
 //! | anything else | [`dense`] | nowhere |
 
 pub mod backing;
@@ -21,11 +22,14 @@ pub mod dense;
 pub mod device;
 pub mod dm;
 pub mod file;
+mod known;
 pub mod loop_device;
+pub mod nbd;
 pub mod partition;
 mod resolve;
 pub mod scsi;
 pub mod thin;
+mod walks;
 
 pub use backing::Backing;
 pub use device::BlockDevice;
