@@ -1,77 +1,223 @@
-//! A stand-in for the file system: an empty directory, or an empty file.
+//! FUSE requests to calls of [`FileSystem`] and back: decode, call, reply, nothing else.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
-use std::fs::File;
-use std::time::{Duration, UNIX_EPOCH};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, INodeNo, ReplyAttr, ReplyDirectory, ReplyEntry, Request,
+    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
+use log::{debug, warn};
 
-use crate::error::{Error, Result};
-use crate::mount::options::MountOptions;
-use crate::mount::point::Shape;
-use crate::mount::serve::Hooks;
+use crate::error::Error;
+use crate::fs::{Attributes, Fh, FileKind, FileSystem, Ino};
+use crate::map::view::Whence;
+use crate::sys::buffer::AlignedBuffer;
+use crate::units::Bytes;
 
-/// A file system that is ready to be mounted.
-pub struct Opened {
-    /// What answers the kernel.
-    pub filesystem: Stub,
-    /// What signals ask of it.
-    pub hooks: Hooks,
+/// How long the kernel may keep a name: an inode number belongs to its path for good, so only removal is seen late.
+const ENTRY_TTL: Duration = Duration::from_secs(1);
+
+/// Attributes are asked each time: size, blocks and times follow the device.
+const ATTRIBUTE_TTL: Duration = Duration::ZERO;
+
+/// Path lookups never make two inodes of one number.
+const GENERATION: Generation = Generation(0);
+
+/// The largest read that the kernel sends, and so the most that one buffer grows to.
+const MAX_READ: u32 = 1 << 20;
+
+thread_local! {
+    /// Each session thread reads into a buffer of its own, which is kept.
+    static BUFFER: RefCell<AlignedBuffer> = const { RefCell::new(AlignedBuffer::new()) };
 }
 
-/// Opens and probes `spec`. No thread may be started: the daemon is forked after this.
-///
-/// # Errors
-/// When `spec` cannot be opened.
-pub fn open(spec: &OsStr, shape: Shape, _options: &MountOptions) -> Result<Opened> {
-    let file = File::open(spec).map_err(|e| Error::failed("cannot open").on(spec).because(e))?;
-    let hooks =
-        Hooks { drop_maps: Box::new(|| log::info!("maps dropped")), log_counters: Box::new(|| log::info!("counters")) };
-    Ok(Opened { filesystem: Stub { shape, _file: file }, hooks })
+/// The FUSE side of a [`FileSystem`].
+pub struct BlkHoleFs(Arc<FileSystem>);
+
+impl BlkHoleFs {
+    /// Serves a file system.
+    pub fn new(fs: Arc<FileSystem>) -> Self {
+        Self(fs)
+    }
 }
 
-/// The stand-in.
-pub struct Stub {
-    shape: Shape,
-    _file: File,
+/// The errno of a failure. What a user should know of is logged with its cause; a plain refusal is not.
+fn errno(operation: &str, error: &Error) -> Errno {
+    match error.errno() {
+        code @ (libc::ENOENT | libc::EROFS | libc::EISDIR) => {
+            debug!("{operation}: {error}");
+            Errno::from_i32(code)
+        }
+        code => {
+            warn!("{operation}: {error}");
+            Errno::from_i32(code)
+        }
+    }
 }
 
-impl Filesystem for Stub {
-    fn lookup(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
-        reply.error(Errno::ENOENT);
+fn file_type(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::Directory => FileType::Directory,
+        FileKind::File => FileType::RegularFile,
+    }
+}
+
+fn file_attr(attributes: &Attributes) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(attributes.ino.0),
+        size: attributes.size.get(),
+        blocks: attributes.blocks,
+        atime: attributes.mtime,
+        mtime: attributes.mtime,
+        ctime: attributes.ctime,
+        crtime: attributes.ctime,
+        kind: file_type(attributes.kind),
+        perm: u16::try_from(attributes.mode & 0o7777).unwrap_or(0),
+        nlink: if attributes.kind == FileKind::Directory { 2 } else { 1 },
+        uid: attributes.uid,
+        gid: attributes.gid,
+        rdev: 0,
+        blksize: attributes.block_size,
+        flags: 0,
+    }
+}
+
+impl Filesystem for BlkHoleFs {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // A kernel without one of these serves all the same, only slower.
+        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO] {
+            let _ = config.add_capabilities(wanted);
+        }
+        let _ = config.set_max_write(MAX_READ);
+        if let Err(most) = config.set_max_readahead(MAX_READ) {
+            let _ = config.set_max_readahead(most);
+        }
+        Ok(())
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        let (kind, perm) = match self.shape {
-            Shape::Directory => (FileType::Directory, 0o555),
-            Shape::File => (FileType::RegularFile, 0o444),
-        };
-        let attr = FileAttr {
-            ino,
-            size: 0,
-            blocks: 0,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind,
-            perm,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        };
-        reply.attr(&Duration::ZERO, &attr);
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.0.lookup(Ino(parent.0), name) {
+            Ok(found) => reply.entry_with_ttls(&ATTRIBUTE_TTL, &ENTRY_TTL, &file_attr(&found), GENERATION),
+            Err(error) => reply.error(errno("lookup", &error)),
+        }
     }
 
-    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        if offset == 0 && !reply.add(ino, 1, FileType::Directory, ".") {
-            let _full = reply.add(ino, 2, FileType::Directory, "..");
+    fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        match self.0.getattr(Ino(ino.0)) {
+            Ok(found) => reply.attr(&ATTRIBUTE_TTL, &file_attr(&found)),
+            Err(error) => reply.error(errno("stat", &error)),
+        }
+    }
+
+    fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        match self.0.open(Ino(ino.0), for_writing) {
+            // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
+            Ok(fh) => reply.opened(FileHandle(fh.0), FopenFlags::empty()),
+            Err(error) => reply.error(errno("open", &error)),
+        }
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        BUFFER.with_borrow_mut(|buffer| {
+            let wanted = usize::try_from(size).unwrap_or(usize::MAX);
+            let handle = self.0.handle(Fh(fh.0));
+            let read = handle.as_ref().map_err(|error| error.errno()).and_then(|handle| {
+                handle.read(buffer, Bytes::new(offset), wanted).map_err(|error| errno("read", &error).code())
+            });
+            match read {
+                Ok(bytes) => reply.data(bytes),
+                Err(code) => reply.error(Errno::from_i32(code)),
+            }
+        });
+    }
+
+    fn lseek(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        // ENXIO for a negative offset, as the VFS has it. ENOSYS would end every lseek of this mount.
+        let whence = match whence {
+            libc::SEEK_DATA => Whence::Data,
+            libc::SEEK_HOLE => Whence::Hole,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        let found = self.0.handle(Fh(fh.0)).and_then(|handle| handle.seek(Bytes::new(offset), whence));
+        match found {
+            Ok(Some(found)) => match i64::try_from(found.get()) {
+                Ok(found) => reply.offset(found),
+                Err(_) => reply.error(Errno::EOVERFLOW),
+            },
+            Ok(None) => reply.error(Errno::ENXIO),
+            Err(error) => reply.error(errno("lseek", &error)),
+        }
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.0.release(Fh(fh.0));
+        reply.ok();
+    }
+
+    fn flush(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fsync(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn readdir(&self, _request: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let own = Ino(ino.0);
+        let entries = match self.0.readdir(own) {
+            Ok(entries) => entries,
+            Err(error) => return reply.error(errno("readdir", &error)),
+        };
+        let dots =
+            [(own, FileType::Directory, OsStr::new(".")), (self.0.parent(own), FileType::Directory, OsStr::new(".."))];
+        let named = entries.iter().map(|entry| (entry.ino, file_type(entry.kind), entry.name.as_os_str()));
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (index, (ino, kind, name)) in dots.into_iter().chain(named).enumerate().skip(start) {
+            // The offset of an entry is that of the one after it.
+            if reply.add(INodeNo(ino.0), index as u64 + 1, kind, name) {
+                break;
+            }
         }
         reply.ok();
+    }
+
+    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        // No space of its own; bsdtar aligns its buffers to the block sizes.
+        reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
+    }
+
+    fn getxattr(&self, _request: &Request, _ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
+        // Sticky for the mount, and means what it says: there are none.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _request: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
     }
 }

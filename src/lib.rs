@@ -2,9 +2,12 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+pub mod fs;
 pub mod fuse;
+pub mod handle;
 pub mod map;
 pub mod mount;
+pub mod report;
 pub mod source;
 pub mod sys;
 pub mod units;

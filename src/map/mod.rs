@@ -2,11 +2,16 @@
 //!
 //! Nothing here knows of devices. A source (see [`crate::source`]) makes the leaves; this module composes them the way
 //! devices are stacked and keeps large answers small.
-//! `view` turns a map into the exact answers of lseek(2).
+//! [`view`] turns a map into the exact answers of lseek(2).
 
 mod compose;
+mod stripe;
+pub mod view;
 
-pub use compose::Uniform;
+pub use compose::{Clip, Concat, Overlay, Uniform};
+pub use stripe::{Stripe, Unstripe};
+
+use std::sync::Once;
 
 use crate::units::Bytes;
 
@@ -26,6 +31,13 @@ pub struct Run {
     pub end: Bytes,
     /// What the run holds.
     pub kind: Kind,
+}
+
+impl Run {
+    /// The answer to an offset that is not below the length: data that ends one byte later.
+    pub fn outside(offset: Bytes) -> Self {
+        Self { end: offset.saturating_add(Bytes::new(1)), kind: Kind::Data }
+    }
 }
 
 /// A device's ranges of data and holes.
@@ -60,4 +72,20 @@ pub trait HoleMap: Send + Sync {
     fn memory(&self) -> Bytes {
         Bytes::ZERO
     }
+}
+
+/// Asks `map`, and believes it only as far as [`HoleMap::run_at`] allows: an answer that does not advance, or leaves
+/// the device, makes the rest of the device data. Beyond its end a map is data.
+fn ask(map: &dyn HoleMap, offset: Bytes) -> Run {
+    static WARNED: Once = Once::new();
+    let len = map.len();
+    if offset >= len {
+        return Run { end: Bytes::MAX, kind: Kind::Data };
+    }
+    let run = map.run_at(offset);
+    if offset < run.end && run.end <= len {
+        return run;
+    }
+    WARNED.call_once(|| log::warn!("a hole map answered {run:?} at {offset} of {len}: taken as data to the end"));
+    Run { end: len, kind: Kind::Data }
 }

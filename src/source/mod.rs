@@ -6,8 +6,27 @@
 //! must be written back before it is believed.
 //!
 //! A source never fails: what it cannot know becomes a [`dense`] layer with the reason.
+//!
+//! | device | source | holes come from |
+//! |---|---|---|
+//! | regular file | [`file`] | SEEK_DATA and SEEK_HOLE on a private descriptor |
+//! | loop device | [`loop_device`] | its backing file or device |
+//! | partition | [`partition`] | its disk |
+//! | device-mapper | [`dm`] | its table's targets |
+//! | anything else | [`dense`] | nowhere |
 
+pub mod backing;
 pub mod dense;
+pub mod device;
+pub mod dm;
+pub mod file;
+pub mod loop_device;
+pub mod partition;
+mod resolve;
+
+pub use backing::Backing;
+pub use device::BlockDevice;
+pub use resolve::{Context, Resolver, Stack};
 
 use std::sync::Arc;
 
@@ -25,7 +44,7 @@ pub struct Layer {
     /// Its holes.
     pub map: Arc<dyn HoleMap>,
     /// The layers that it stands on, in table order.
-    pub below: Vec<Layer>,
+    pub below: Vec<Arc<Layer>>,
 }
 
 impl Layer {
@@ -47,4 +66,9 @@ impl Layer {
 pub trait Guard: Send + Sync {
     /// Whether nothing happened since the guard was made. Any doubt, such as a device that no longer answers, is `false`.
     fn unchanged(&self) -> bool;
+
+    /// Whether it guards what is stored, as I/O counters do, and not how the stack is built.
+    fn is_of_content(&self) -> bool {
+        false
+    }
 }

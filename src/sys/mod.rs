@@ -1,3 +1,10 @@
-//! The only unsafe code: system calls behind safe functions.
+//! The kernel's side: ioctls, sysfs and file calls as safe functions. The only unsafe code of the program is here.
 
+pub mod block;
+pub mod buffer;
+pub mod device;
+pub mod dm;
+pub mod file;
+pub mod loopdev;
 pub mod process;
+pub mod sysfs;

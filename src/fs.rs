@@ -1,0 +1,258 @@
+//! The file system, free of FUSE: names, inodes, attributes and the table of open files.
+//!
+//! A SPEC that is a device or an image is one file; a SPEC that is a directory is shown as it is now, with a file for
+//! each block device in it. Nothing is pinned: a device is open only while one of its files is.
+
+mod attributes;
+mod change;
+mod nodes;
+mod spec;
+
+pub use attributes::{Attributes, FileKind};
+pub use nodes::{Ino, ROOT};
+pub use spec::{Spec, Target};
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use log::{debug, warn};
+
+use crate::error::{Error, Result};
+use crate::handle::Handle;
+use crate::source::{Backing, Context};
+use attributes::Ownership;
+use change::Changes;
+use nodes::Nodes;
+
+/// What the user chose for the whole mount.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Owner of every file, instead of the device node's.
+    pub uid: Option<u32>,
+    /// Group of every file, instead of the device node's.
+    pub gid: Option<u32>,
+    /// The permissions that a file may have at most.
+    pub mode: Option<u32>,
+}
+
+/// An open file's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Fh(pub u64);
+
+/// An entry of a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its inode number.
+    pub ino: Ino,
+    /// Directory or file.
+    pub kind: FileKind,
+    /// Its name.
+    pub name: OsString,
+}
+
+/// The mounted file system.
+pub struct FileSystem {
+    spec: Spec,
+    ownership: Ownership,
+    context: Arc<Context>,
+    nodes: Nodes,
+    changes: Changes,
+    open: RwLock<HashMap<u64, Arc<Open>>>,
+    /// The handle of each device that is open, by inode: several opens share it.
+    handles: Mutex<HashMap<Ino, Shared>>,
+    next_fh: AtomicU64,
+}
+
+/// One open file.
+struct Open {
+    ino: Ino,
+    handle: Arc<Handle>,
+}
+
+/// A handle and how many opens it has.
+struct Shared {
+    handle: Arc<Handle>,
+    opens: usize,
+}
+
+impl FileSystem {
+    /// Makes the file system of a SPEC. What the SPEC names must exist and be readable now.
+    ///
+    /// # Errors
+    /// When it is missing, unreadable, or nothing that can be shown.
+    pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
+        let spec = Spec::new(spec)?;
+        Ok(Self {
+            nodes: Nodes::new(),
+            spec,
+            ownership: Ownership::new(options),
+            context: Arc::default(),
+            changes: Changes::default(),
+            open: RwLock::default(),
+            handles: Mutex::default(),
+            next_fh: AtomicU64::new(1),
+        })
+    }
+
+    /// What is mounted.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// Shows the one device as the root itself, for a mount on a regular file.
+    ///
+    /// # Errors
+    /// When the SPEC is a directory.
+    pub fn show_as_file(&mut self) -> Result<()> {
+        self.nodes.root_is_file(&self.spec)
+    }
+
+    /// The entry `name` of a directory.
+    ///
+    /// # Errors
+    /// ENOENT when there is none.
+    pub fn lookup(&self, parent: Ino, name: &OsStr) -> Result<Attributes> {
+        let directory = self.nodes.path(parent)?;
+        let path = self.spec.child(&directory, name).ok_or_else(not_found)?;
+        let target = self.spec.target(&path)?;
+        let ino = self.nodes.ino(&path);
+        self.attributes(ino, &target)
+    }
+
+    /// The attributes of a file or directory. `fh` is the open file that they are asked through.
+    ///
+    /// # Errors
+    /// ENOENT when it is gone, and when an open device no longer answers.
+    pub fn getattr(&self, ino: Ino) -> Result<Attributes> {
+        let path = self.nodes.path(ino)?;
+        let target = self.spec.target(&path)?;
+        self.attributes(ino, &target)
+    }
+
+    fn attributes(&self, ino: Ino, target: &Target) -> Result<Attributes> {
+        let path = match target {
+            Target::Directory(metadata) => return Ok(Attributes::directory(ino, metadata, &self.ownership)),
+            Target::File(path) => path,
+        };
+        // An open device is asked through its handle; any other is opened for as long as the answer takes.
+        let open = self.handle_of(ino).filter(|handle| handle.backing().is_at(path));
+        let handle = match open {
+            Some(handle) => handle,
+            None => Arc::new(Handle::new(Backing::open(path)?, self.context.clone())),
+        };
+        let has_hole = handle.has_hole()?;
+        let changed = self.changes.observe(ino, handle.backing());
+        Attributes::file(ino, &handle, has_hole, changed, &self.ownership)
+    }
+
+    /// The entries of a directory, as they are now, without `.` and `..`.
+    ///
+    /// # Errors
+    /// As readdir(3).
+    pub fn readdir(&self, ino: Ino) -> Result<Vec<Entry>> {
+        let directory = self.nodes.path(ino)?;
+        let names = self.spec.entries(&directory)?;
+        Ok(names
+            .into_iter()
+            .filter_map(|(name, kind)| {
+                let path = self.spec.child(&directory, &name)?;
+                Some(Entry { ino: self.nodes.ino(&path), kind, name })
+            })
+            .collect())
+    }
+
+    /// The directory that holds `ino`; the root holds itself.
+    pub fn parent(&self, ino: Ino) -> Ino {
+        let parent = self.nodes.path(ino).ok().and_then(|path| path.parent().map(ToOwned::to_owned));
+        parent.map_or(ROOT, |parent| self.nodes.ino(&parent))
+    }
+
+    /// Opens a file for reading.
+    ///
+    /// # Errors
+    /// EROFS for any other way of opening; as open(2) on the device.
+    pub fn open(&self, ino: Ino, for_writing: bool) -> Result<Fh> {
+        if for_writing {
+            return Err(errno(libc::EROFS));
+        }
+        let Target::File(path) = self.spec.target(&self.nodes.path(ino)?)? else {
+            return Err(errno(libc::EISDIR));
+        };
+        let handle = self.share(ino, &path)?;
+        let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
+        let open = Arc::new(Open { ino, handle });
+        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(fh, open);
+        debug!("open {} as {fh}", path.display());
+        Ok(Fh(fh))
+    }
+
+    /// The handle of a device that is about to be opened once more.
+    fn share(&self, ino: Ino, path: &Path) -> Result<Arc<Handle>> {
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shared) = handles.get_mut(&ino).filter(|shared| shared.handle.backing().is_at(path)) {
+            shared.opens += 1;
+            return Ok(shared.handle.clone());
+        }
+        let handle = Arc::new(Handle::new(Backing::open(path)?, self.context.clone()));
+        handles.insert(ino, Shared { handle: handle.clone(), opens: 1 });
+        Ok(handle)
+    }
+
+    /// The handle of an open file.
+    ///
+    /// # Errors
+    /// EBADF when there is no such open file.
+    pub fn handle(&self, fh: Fh) -> Result<Arc<Handle>> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.get(&fh.0).map(|open| open.handle.clone()).ok_or_else(|| errno(libc::EBADF))
+    }
+
+    fn handle_of(&self, ino: Ino) -> Option<Arc<Handle>> {
+        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.get(&ino).map(|shared| shared.handle.clone())
+    }
+
+    /// Closes an open file; the device is let go with its last one, before this returns.
+    pub fn release(&self, fh: Fh) {
+        let open = self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&fh.0);
+        let Some(open) = open else { return };
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        // The path may lead to another device by now: then the entry is not of this open.
+        let last = match handles.get_mut(&open.ino) {
+            Some(shared) if Arc::ptr_eq(&shared.handle, &open.handle) => {
+                shared.opens -= 1;
+                shared.opens == 0
+            }
+            _ => false,
+        };
+        if last {
+            handles.remove(&open.ino);
+        }
+    }
+
+    /// What is open now, in a line for the log.
+    pub fn counters(&self) -> String {
+        let files = self.open.read().unwrap_or_else(PoisonError::into_inner).len();
+        let devices = self.handles.lock().unwrap_or_else(PoisonError::into_inner).len();
+        format!("{files} files of {devices} devices are open")
+    }
+
+    /// Drops the maps of all open files; each is made anew when it is asked.
+    pub fn drop_maps(&self) {
+        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.values().for_each(|shared| shared.handle.drop_map());
+        warn!("dropped {} maps", handles.len());
+    }
+}
+
+/// An error that is nothing but an errno: the kernel's own message for it says all.
+fn errno(code: i32) -> Error {
+    Error::failed("refused").because(std::io::Error::from_raw_os_error(code))
+}
+
+fn not_found() -> Error {
+    errno(libc::ENOENT)
+}

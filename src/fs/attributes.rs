@@ -1,0 +1,157 @@
+//! What stat(2) says, by the rules that copy and backup tools rely on.
+
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use super::change::Changed;
+use super::{Ino, Options};
+use crate::error::{Error, Result};
+use crate::handle::Handle;
+use crate::units::Bytes;
+
+/// Read and search bits, the only ones that a read-only view may have.
+const MAX_FILE_MODE: u32 = 0o444;
+const MAX_DIRECTORY_MODE: u32 = 0o555;
+
+/// The size of reads that suits the daemon: cp and others read in this unit.
+const PREFERRED_READ: u32 = 1 << 20;
+
+/// Directory or file: there is nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FileKind {
+    /// A directory of devices.
+    Directory,
+    /// A device, shown as a regular file.
+    File,
+}
+
+/// What stat(2) says of a file or directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attributes {
+    /// The inode number.
+    pub ino: Ino,
+    /// Directory or file.
+    pub kind: FileKind,
+    /// The length.
+    pub size: Bytes,
+    /// Units of 512 bytes that are stored: never 0, and fewer than the size has exactly when there is a hole.
+    pub blocks: u64,
+    /// The size of reads that suits.
+    pub block_size: u32,
+    /// When the contents changed last, as far as is known.
+    pub mtime: SystemTime,
+    /// When anything changed last.
+    pub ctime: SystemTime,
+    /// Permission bits.
+    pub mode: u32,
+    /// The owner.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+}
+
+/// Who owns the files: as their devices, unless the user narrowed it.
+#[derive(Clone, Copy, Debug)]
+pub struct Ownership {
+    uid: Option<u32>,
+    gid: Option<u32>,
+    mode: u32,
+}
+
+impl Ownership {
+    /// What the options say.
+    pub fn new(options: &Options) -> Self {
+        Self { uid: options.uid, gid: options.gid, mode: options.mode.unwrap_or(0o777) }
+    }
+}
+
+impl Attributes {
+    /// The attributes of a directory, after the one that it shows.
+    pub fn directory(ino: Ino, shown: &Metadata, ownership: &Ownership) -> Self {
+        Self {
+            ino,
+            kind: FileKind::Directory,
+            size: Bytes::ZERO,
+            blocks: 0,
+            block_size: 4096,
+            mtime: time(shown.mtime(), shown.mtime_nsec()),
+            ctime: time(shown.ctime(), shown.ctime_nsec()),
+            mode: shown.mode() & MAX_DIRECTORY_MODE,
+            uid: ownership.uid.unwrap_or_else(|| shown.uid()),
+            gid: ownership.gid.unwrap_or_else(|| shown.gid()),
+        }
+    }
+
+    /// The attributes of a device or image.
+    ///
+    /// # Errors
+    /// When it does not answer any more.
+    pub fn file(
+        ino: Ino,
+        handle: &Arc<Handle>,
+        has_hole: bool,
+        changed: Changed,
+        ownership: &Ownership,
+    ) -> Result<Self> {
+        let backing = handle.backing();
+        let shown =
+            backing.metadata().map_err(|error| Error::failed("cannot stat").on(backing.path()).because(error))?;
+        let size = backing.len()?;
+        Ok(Self {
+            ino,
+            kind: FileKind::File,
+            size,
+            blocks: blocks(size, has_hole, handle.allocated()),
+            block_size: PREFERRED_READ,
+            mtime: changed.mtime,
+            ctime: changed.ctime,
+            mode: shown.mode() & MAX_FILE_MODE & ownership.mode,
+            uid: ownership.uid.unwrap_or_else(|| shown.uid()),
+            gid: ownership.gid.unwrap_or_else(|| shown.gid()),
+        })
+    }
+}
+
+/// `st_blocks`: cp and tar look for holes only when it is below the size, and tar takes 0 for "nothing to read".
+fn blocks(size: Bytes, has_hole: bool, allocated: Option<Bytes>) -> u64 {
+    let full = size.get().div_ceil(512);
+    if !has_hole {
+        return full.max(1);
+    }
+    let most = (size.get() / 512).saturating_sub(1);
+    let stored = allocated.map_or(most, |allocated| allocated.get().div_ceil(512));
+    stored.min(most).max(1)
+}
+
+fn time(seconds: i64, nanoseconds: i64) -> SystemTime {
+    let nanoseconds = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(0));
+    match u64::try_from(seconds) {
+        Ok(seconds) => SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + nanoseconds,
+        Err(_) => SystemTime::UNIX_EPOCH,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_never_none_and_fewer_only_with_a_hole() {
+        let mib = Bytes::new(1 << 20);
+        for (size, has_hole, allocated, expected) in [
+            (mib, false, None, 2048),
+            (mib, false, Some(Bytes::ZERO), 2048),
+            (mib, true, None, 2047),
+            (mib, true, Some(Bytes::ZERO), 1),
+            (mib, true, Some(Bytes::new(8192)), 16),
+            (mib, true, Some(mib), 2047),
+            (mib, true, Some(Bytes::MAX), 2047),
+            (Bytes::new(1000), false, None, 2),
+            (Bytes::ZERO, false, None, 1),
+        ] {
+            assert_eq!(blocks(size, has_hole, allocated), expected, "{size} {has_hole} {allocated:?}");
+        }
+    }
+}

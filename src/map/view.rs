@@ -1,0 +1,136 @@
+//! The exact answers of lseek(2) over any map.
+//!
+//! Clients that read with O_DIRECT need holes that start and end on their alignment. So a device is seen in units of
+//! `align` bytes (the last one ends with the device), and a unit is a hole if all of its bytes are. That rounds holes
+//! inwards, merges neighbours of one kind wherever the map cuts them, and lets the last hole end with the device.
+//!
+//! No answer walks further than it needs to: a hole counts as found when one unit of it is.
+
+use std::ops::Range;
+
+use super::{HoleMap, Kind, Run, ask};
+use crate::units::Bytes;
+
+/// What lseek(2) looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whence {
+    /// SEEK_DATA.
+    Data,
+    /// SEEK_HOLE. A virtual hole lies at the end of the device.
+    Hole,
+}
+
+/// The first position at or after `offset` that is of the wanted kind. `None` is ENXIO: `offset` is not below the end
+/// of the device, or there is no data from there on.
+pub fn seek(map: &dyn HoleMap, align: Bytes, offset: Bytes, whence: Whence) -> Option<Bytes> {
+    if offset >= map.len() {
+        return None;
+    }
+    let mut view = View::new(map, align, map.len());
+    let unit = offset.align_down(view.align);
+    let found = match whence {
+        Whence::Data => Some(view.first_data(unit)).filter(|&data| data < view.len),
+        Whence::Hole => Some(view.first_hole(unit)),
+    };
+    found.map(|found| found.max(offset))
+}
+
+/// The rest of the run that holds `offset`, to where its kind really changes.
+pub fn run(map: &dyn HoleMap, align: Bytes, offset: Bytes) -> Run {
+    if offset < map.len() { View::new(map, align, map.len()).run(offset) } else { Run::outside(offset) }
+}
+
+/// Whether [`seek`] finds a hole before the end of the device.
+pub fn has_hole(map: &dyn HoleMap, align: Bytes) -> bool {
+    View::new(map, align, map.len()).first_hole(Bytes::ZERO) < map.len()
+}
+
+/// The runs within `range`, each with its start; kinds alternate. A run that leaves the range is cut there.
+pub fn runs(map: &dyn HoleMap, align: Bytes, range: Range<Bytes>) -> impl Iterator<Item = (Bytes, Run)> {
+    let mut view = View::new(map, align, range.end);
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        let start = (at < view.limit).then_some(at)?;
+        let run = view.run(start);
+        at = run.end;
+        Some((start, run))
+    })
+}
+
+/// A map seen in units. Remembers the last answer, so that a walk asks for each of the map's runs once.
+struct View<'a> {
+    map: &'a dyn HoleMap,
+    len: Bytes,
+    align: Bytes,
+    /// Nothing at or after this position is looked at, but for the rest of a unit that begins before it.
+    limit: Bytes,
+    known: Option<(Bytes, Run)>,
+}
+
+impl<'a> View<'a> {
+    fn new(map: &'a dyn HoleMap, align: Bytes, limit: Bytes) -> Self {
+        let len = map.len();
+        Self { map, len, align: align.max(Bytes::new(1)), limit: limit.min(len), known: None }
+    }
+
+    fn ask(&mut self, offset: Bytes) -> Run {
+        match self.known {
+            Some((start, run)) if start <= offset && offset < run.end => run,
+            _ => {
+                let run = ask(self.map, offset);
+                self.known = Some((offset, run));
+                run
+            }
+        }
+    }
+
+    /// The rest of the run that holds `offset`, which is below the limit.
+    fn run(&mut self, offset: Bytes) -> Run {
+        let unit = offset.align_down(self.align);
+        let data = self.first_data(unit);
+        if data > unit {
+            Run { end: data, kind: Kind::Hole }
+        } else {
+            Run { end: self.first_hole(unit), kind: Kind::Data }
+        }
+    }
+
+    /// The first unit, from `unit` on, that has a byte of data; the limit if there is none before it.
+    fn first_data(&mut self, unit: Bytes) -> Bytes {
+        let mut at = unit;
+        while at < self.limit {
+            let run = self.ask(at);
+            if run.kind == Kind::Data {
+                return at.align_down(self.align);
+            }
+            at = run.end;
+        }
+        self.limit
+    }
+
+    /// The first unit, from `unit` on, that is a hole; the limit if there is none before it.
+    fn first_hole(&mut self, mut unit: Bytes) -> Bytes {
+        while unit < self.limit {
+            match self.data_in(unit) {
+                // Every unit up to the end of the data has some.
+                Some(end) => unit = end.align_up(self.align).unwrap_or(self.limit),
+                None => return unit,
+            }
+        }
+        self.limit
+    }
+
+    /// Where the first data in `unit` ends, or `None` if the unit is a hole.
+    fn data_in(&mut self, unit: Bytes) -> Option<Bytes> {
+        let unit_end = unit.saturating_add(self.align).min(self.len);
+        let mut at = unit;
+        while at < unit_end {
+            let run = self.ask(at);
+            if run.kind == Kind::Data {
+                return Some(run.end);
+            }
+            at = run.end;
+        }
+        None
+    }
+}

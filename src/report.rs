@@ -1,0 +1,250 @@
+//! Texts for people and programs: the map of a device, and what it is made of.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+
+use crate::map::{Kind, Run, view};
+use crate::source::{Layer, Stack};
+use crate::units::Bytes;
+
+/// How a map is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MapFormat {
+    /// One run a line, as `nbdinfo --map` prints it.
+    #[default]
+    Plain,
+    /// What `qemu-img map --output=json` prints of the same bytes.
+    Json,
+    /// The sums of data and holes, as `nbdinfo --map --totals` prints them.
+    Totals,
+}
+
+/// Prints runs as they come, so that a large map needs no memory.
+pub struct MapPrinter<W: Write> {
+    out: W,
+    format: MapFormat,
+    runs: u64,
+    data: Bytes,
+    holes: Bytes,
+}
+
+/// The words of `nbdinfo` for the two kinds, and the bits of NBD's `base:allocation` that they are of.
+fn words(kind: Kind) -> (u8, &'static str) {
+    match kind {
+        Kind::Data => (0, "data"),
+        Kind::Hole => (3, "hole,zero"),
+    }
+}
+
+impl<W: Write> MapPrinter<W> {
+    /// A printer to `out`.
+    pub fn new(out: W, format: MapFormat) -> Self {
+        Self { out, format, runs: 0, data: Bytes::ZERO, holes: Bytes::ZERO }
+    }
+
+    /// Prints the run from `start`.
+    ///
+    /// # Errors
+    /// As the output.
+    pub fn run(&mut self, start: Bytes, run: Run) -> io::Result<()> {
+        let length = run.end.saturating_sub(start);
+        let sum = if run.kind == Kind::Data { &mut self.data } else { &mut self.holes };
+        *sum = sum.saturating_add(length);
+        self.runs += 1;
+        match self.format {
+            MapFormat::Plain => {
+                let (bits, word) = words(run.kind);
+                writeln!(
+                    self.out,
+                    "{start:>10} {length:>11} {bits:>4}  {word}",
+                    start = start.get(),
+                    length = length.get()
+                )
+            }
+            MapFormat::Json => self.json(start, length, run.kind == Kind::Data),
+            MapFormat::Totals => Ok(()),
+        }
+    }
+
+    fn json(&mut self, start: Bytes, length: Bytes, data: bool) -> io::Result<()> {
+        let before = if self.runs == 1 { "[" } else { ",\n" };
+        write!(
+            self.out,
+            "{before}{{ \"start\": {start}, \"length\": {length}, \"depth\": 0, \"present\": true, \"zero\": {zero}, \
+             \"data\": {data}, \"compressed\": false, \"offset\": {start}}}",
+            zero = !data,
+        )
+    }
+
+    /// Prints what comes after the last run.
+    ///
+    /// # Errors
+    /// As the output.
+    pub fn finish(mut self) -> io::Result<()> {
+        match self.format {
+            MapFormat::Plain => {}
+            MapFormat::Json => writeln!(self.out, "{}]", if self.runs == 0 { "[" } else { "" })?,
+            MapFormat::Totals => {
+                let all = self.data.saturating_add(self.holes).get().max(1);
+                for (sum, kind) in [(self.data, Kind::Data), (self.holes, Kind::Hole)] {
+                    let (bits, word) = words(kind);
+                    // Rounded to tenths in integers: a sum of bytes is exact only as one.
+                    let tenths = (u128::from(sum.get()) * 1000 + u128::from(all) / 2) / u128::from(all);
+                    let (whole, tenth) = (tenths / 10, tenths % 10);
+                    writeln!(self.out, "{sum:>10} {whole:>3}.{tenth}% {bits:>3} {word}", sum = sum.get())?;
+                }
+            }
+        }
+        self.out.flush()
+    }
+}
+
+/// A stack as a tree: each layer, its length, and where its holes come from or why it has none.
+pub fn tree(stack: &Stack) -> String {
+    // Some sources know why they are dense only once they were asked.
+    let align = Bytes::new(4096);
+    let sparse = view::has_hole(stack.map(), align);
+    let mut text = String::new();
+    branch(&stack.top, "", "", &mut text);
+    let verdict = match (stack.map().dense_because(), sparse) {
+        (Some(reason), _) => format!("dense: {reason}"),
+        (None, true) => "has holes".to_owned(),
+        (None, false) => "has no holes now".to_owned(),
+    };
+    let _ = writeln!(text, "{verdict}");
+    text
+}
+
+fn branch(layer: &Layer, lead: &str, below_lead: &str, text: &mut String) {
+    let holes = holes(layer);
+    let _ = writeln!(text, "{lead}{}  {}, {}, {holes}", layer.name, layer.kind, human(layer.len()));
+    for (index, below) in layer.below.iter().enumerate() {
+        let last = index + 1 == layer.below.len();
+        let (tick, rest) = if last { ("`- ", "   ") } else { ("|- ", "|  ") };
+        branch(below, &format!("{below_lead}{tick}"), &format!("{below_lead}{rest}"), text);
+    }
+}
+
+/// Where a layer's holes come from, or why it has none.
+fn holes(layer: &Layer) -> String {
+    match layer.map.dense_because() {
+        Some(reason) => format!("dense: {reason}"),
+        None => format!("holes: {}", layer.holes_from),
+    }
+}
+
+/// A stack as JSON: `{"name","kind","size","holes-from","dense-because","below":[...]}`.
+pub fn json(stack: &Stack) -> String {
+    let sparse = view::has_hole(stack.map(), Bytes::new(4096));
+    let mut text = String::new();
+    json_layer(&stack.top, Some(sparse), &mut text);
+    text.push('\n');
+    text
+}
+
+fn json_layer(layer: &Layer, sparse: Option<bool>, text: &mut String) {
+    let dense = layer.map.dense_because();
+    let _ = write!(
+        text,
+        "{{ \"name\": {}, \"kind\": {}, \"size\": {}, \"holes-from\": {}, \"dense-because\": {}",
+        quoted(&layer.name),
+        quoted(&layer.kind),
+        layer.len(),
+        if dense.is_some() { "null".to_owned() } else { quoted(&layer.holes_from) },
+        dense.as_deref().map_or("null".to_owned(), quoted),
+    );
+    if let Some(sparse) = sparse {
+        let _ = write!(text, ", \"has-holes\": {sparse}");
+    }
+    text.push_str(", \"below\": [");
+    for (index, below) in layer.below.iter().enumerate() {
+        text.push_str(if index == 0 { "" } else { ", " });
+        json_layer(below, None, text);
+    }
+    text.push_str("]}");
+}
+
+/// A JSON string (RFC 8259, section 7).
+fn quoted(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for character in text.chars() {
+        match character {
+            '"' | '\\' => quoted.extend(['\\', character]),
+            control if control.is_control() => {
+                let _ = write!(quoted, "\\u{:04x}", u32::from(control));
+            }
+            other => quoted.push(other),
+        }
+    }
+    quoted.push('"');
+    quoted
+}
+
+/// A length as people say it: `1.5GiB`.
+pub fn human(bytes: Bytes) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut unit = 0;
+    let mut tenths = u128::from(bytes.get()) * 10;
+    while tenths >= 10_240 && unit + 1 < UNITS.len() {
+        tenths /= 1024;
+        unit += 1;
+    }
+    match tenths % 10 {
+        0 => format!("{}{}", tenths / 10, UNITS[unit]),
+        tenth => format!("{}.{tenth}{}", tenths / 10, UNITS[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn printed(format: MapFormat, runs: &[(u64, u64, Kind)]) -> String {
+        let mut out = Vec::new();
+        let mut printer = MapPrinter::new(&mut out, format);
+        for (start, end, kind) in runs {
+            printer.run(Bytes::new(*start), Run { end: Bytes::new(*end), kind: *kind }).unwrap();
+        }
+        printer.finish().unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    const RUNS: [(u64, u64, Kind); 3] =
+        [(0, 1_048_576, Kind::Hole), (1_048_576, 1_114_112, Kind::Data), (1_114_112, 10_485_760, Kind::Hole)];
+
+    #[test]
+    fn plain_and_totals_look_like_nbdinfo() {
+        assert_eq!(
+            printed(MapFormat::Plain, &RUNS),
+            "         0     1048576    3  hole,zero\n   1048576       65536    0  data\n   1114112     9371648    3  hole,zero\n"
+        );
+        assert_eq!(printed(MapFormat::Totals, &RUNS), "     65536   0.6%   0 data\n  10420224  99.4%   3 hole,zero\n");
+    }
+
+    #[test]
+    fn json_looks_like_qemu_img() {
+        let text = printed(MapFormat::Json, &RUNS);
+        assert!(text.starts_with(
+            "[{ \"start\": 0, \"length\": 1048576, \"depth\": 0, \"present\": true, \"zero\": true, \"data\": false, \
+             \"compressed\": false, \"offset\": 0},\n{ \"start\": 1048576,"
+        ));
+        let parsed: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(parsed[1]["data"], true);
+        assert_eq!(parsed[2]["offset"], 1_114_112);
+        assert_eq!(printed(MapFormat::Json, &[]), "[]\n");
+    }
+
+    #[test]
+    fn names_are_quoted_for_json() {
+        assert_eq!(quoted("a\"b\\c\nd"), "\"a\\\"b\\\\c\\u000ad\"");
+    }
+
+    #[test]
+    fn lengths_for_people() {
+        for (bytes, text) in
+            [(0, "0B"), (1023, "1023B"), (1024, "1KiB"), (1536, "1.5KiB"), (1 << 40, "1TiB"), (u64::MAX, "15.9EiB")]
+        {
+            assert_eq!(human(Bytes::new(bytes)), text);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! Device-mapper: a device is the targets of its live table, one after the other.
+//!
+//! | target | holes |
+//! |---|---|
+//! | linear, striped | those of the devices it maps to |
+//! | zero | all of it: it reads as zeros, and drops what is written |
+//! | thin | unmapped blocks, see [`thin`](crate::source::thin) |
+//! | error, and every other target | none |
+//!
+//! A suspended device is dense: nothing that could wait for its resume is asked.
+
+mod params;
+mod targets;
+
+use std::sync::{Arc, OnceLock};
+
+use log::debug;
+
+use crate::error::plain;
+use crate::map::Concat;
+use crate::source::device::BlockDevice;
+use crate::source::{Guard, Layer, Resolver, dense};
+use crate::sys::device::DeviceId;
+use crate::sys::dm::{Control, Table, TableTarget};
+use crate::sys::sysfs;
+use crate::units::Sectors;
+
+/// What all device-mapper sources share: the control device, opened at the first need.
+#[derive(Default)]
+pub struct Shared {
+    control: OnceLock<Option<Arc<Control>>>,
+}
+
+impl Shared {
+    /// The control device, or `None` where it cannot be opened.
+    pub fn control(&self) -> Option<Arc<Control>> {
+        let open = || Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok();
+        self.control.get_or_init(|| open().map(Arc::new)).clone()
+    }
+}
+
+/// The live table of a device, and whether it is suspended: a change of either makes another stack.
+struct TableGuard {
+    control: Arc<Control>,
+    id: DeviceId,
+    seen: Table,
+}
+
+impl Guard for TableGuard {
+    fn unchanged(&self) -> bool {
+        self.control.table(self.id).is_ok_and(|table| table == self.seen)
+    }
+}
+
+/// The layer of a device-mapper device.
+pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
+    let name = sysfs::dm_name(device.id).unwrap_or_else(|| device.name());
+    let dense = |reason: String| dense::layer(&name, "device-mapper", device.len, reason);
+    let Some(control) = resolver.context.dm.control() else {
+        return dense("reading its table needs root and /dev/mapper/control".to_owned());
+    };
+    let table = match control.table(device.id) {
+        Ok(table) => table,
+        Err(error) => return dense(format!("cannot read its table: {}", plain(&error))),
+    };
+    resolver.guard(TableGuard { control, id: device.id, seen: table.clone() });
+    if table.suspended {
+        return dense("it is suspended".to_owned());
+    }
+    if !covers(&table.targets, device) {
+        return dense("its table does not cover it without gaps".to_owned());
+    }
+    segments(&name, device, &table.targets, resolver)
+}
+
+/// Whether the targets follow each other from the start of the device to its end.
+fn covers(targets: &[TableTarget], device: &BlockDevice) -> bool {
+    let end = targets.iter().try_fold(Sectors::new(0), |at, target| {
+        let end = at.get().checked_add(target.len.get())?;
+        (target.start == at && target.len.get() > 0).then_some(Sectors::new(end))
+    });
+    end.and_then(Sectors::bytes) == Some(device.len)
+}
+
+/// The layer of a table: of its one target, or of several in a row.
+fn segments(name: &str, device: &BlockDevice, targets: &[TableTarget], resolver: &mut Resolver<'_>) -> Layer {
+    let layer = |target, resolver: &mut Resolver<'_>| targets::layer(name, device, target, resolver);
+    if let [target] = targets {
+        return layer(target, resolver);
+    }
+    let below: Vec<_> = targets.iter().map(|target| Arc::new(layer(target, resolver))).collect();
+    match Concat::new(below.iter().map(|layer| layer.map.clone()).collect()) {
+        Some(map) => Layer {
+            name: name.to_owned(),
+            kind: "device-mapper".to_owned(),
+            holes_from: "the targets of its table".to_owned(),
+            map: Arc::new(map),
+            below,
+        },
+        None => dense::layer(name, "device-mapper", device.len, "its table is longer than a device can be"),
+    }
+}

@@ -1,0 +1,136 @@
+//! A regular file: its file system knows the holes.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use log::warn;
+
+use crate::error::plain;
+use crate::map::{HoleMap, Kind, Run};
+use crate::source::{Guard, Layer, Resolver, dense};
+use crate::sys::device;
+use crate::sys::file::{next_data, next_hole};
+use crate::units::Bytes;
+
+/// The runs of an open file, asked from its file system at every question: always the truth of now, dirty pages and
+/// delayed allocation included.
+pub struct FileMap {
+    file: File,
+    len: Bytes,
+}
+
+impl FileMap {
+    /// The map of the first `len` bytes of a file. The descriptor must be private: lseek moves its position.
+    pub fn new(file: File, len: Bytes) -> Self {
+        Self { file, len }
+    }
+
+    fn size(&self) -> io::Result<Bytes> {
+        self.file.metadata().map(|metadata| Bytes::new(metadata.len()))
+    }
+
+    fn try_run(&self, offset: Bytes) -> io::Result<Run> {
+        let size = self.size()?;
+        if offset >= size {
+            // Past the end of a file that was cut short: a loop device answers such reads with an error, not with zeros.
+            return Ok(Run { end: self.len, kind: Kind::Data });
+        }
+        let end = size.min(self.len);
+        match next_data(&self.file, offset)? {
+            Some(data) if data > offset => Ok(Run { end: data.min(end), kind: Kind::Hole }),
+            Some(_) => Ok(Run { end: next_hole(&self.file, offset)?.unwrap_or(end).min(end), kind: Kind::Data }),
+            // "No more data" and "past the end" are one errno: only an unchanged size tells them apart.
+            None if self.size()? == size => Ok(Run { end, kind: Kind::Hole }),
+            None => Ok(Run { end, kind: Kind::Data }),
+        }
+    }
+}
+
+impl HoleMap for FileMap {
+    fn len(&self) -> Bytes {
+        self.len
+    }
+
+    fn run_at(&self, offset: Bytes) -> Run {
+        let one_more = offset.saturating_add(Bytes::new(1));
+        match self.try_run(offset) {
+            Ok(run) => Run { end: run.end.max(one_more), kind: run.kind },
+            Err(error) => {
+                warn!("lseek on the backing file failed at {offset}: {}: taken for data", plain(&error));
+                Run { end: self.len.max(one_more), kind: Kind::Data }
+            }
+        }
+    }
+
+    fn allocated(&self) -> Option<Bytes> {
+        // st_blocks counts sectors of 512 bytes on every Linux file system, and the file system's own blocks too.
+        let blocks = self.file.metadata().ok()?.blocks();
+        Some(Bytes::new(blocks.checked_mul(512)?).min(self.len))
+    }
+}
+
+/// The file's length: everything else about it is asked live.
+struct SizeGuard {
+    file: File,
+    len: Bytes,
+}
+
+impl Guard for SizeGuard {
+    fn unchanged(&self) -> bool {
+        self.file.metadata().is_ok_and(|metadata| metadata.len() == self.len.get())
+    }
+}
+
+/// The layer of a regular file, exported as it is.
+pub fn layer(file: &File, path: &Path, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
+    let name = path.display().to_string();
+    match (file.try_clone(), device::reopen(file)) {
+        (Ok(same), Ok(private)) => {
+            resolver.guard(SizeGuard { file: same, len });
+            backing(private, name, len)
+        }
+        (Err(error), _) | (_, Err(error)) => {
+            dense::layer(name, "file", len, format!("cannot open it once more: {}", plain(&error)))
+        }
+    }
+}
+
+/// The layer of a file that a device stands on; the device has guards of its own.
+pub fn backing(file: File, name: String, len: Bytes) -> Layer {
+    Layer {
+        name,
+        kind: "file".to_owned(),
+        holes_from: "SEEK_HOLE of its file system".to_owned(),
+        map: Arc::new(FileMap::new(file, len)),
+        below: Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn the_runs_of_a_sparse_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 256 << 10).unwrap();
+        let map = FileMap::new(file.try_clone().unwrap(), Bytes::new(1 << 20));
+        let run = |at: u64| (map.run_at(Bytes::new(at)).end.get(), map.run_at(Bytes::new(at)).kind);
+        assert_eq!(run(0), (256 << 10, Kind::Hole));
+        assert_eq!(run((256 << 10) - 1), (256 << 10, Kind::Hole));
+        assert_eq!(run(256 << 10), ((256 << 10) + 4096, Kind::Data));
+        assert_eq!(run((256 << 10) + 4096), (1 << 20, Kind::Hole));
+        // A write is seen at once; what is past the end of a shorter file is data.
+        file.write_all_at(&[1; 4096], 0).unwrap();
+        assert_eq!(run(0), (4096, Kind::Data));
+        file.set_len(512 << 10).unwrap();
+        assert_eq!(run(300 << 10), (512 << 10, Kind::Hole));
+        assert_eq!(run(512 << 10), (1 << 20, Kind::Data));
+    }
+}

@@ -1,0 +1,83 @@
+//! A loop device: the holes of its backing file, shifted by its offset.
+//!
+//! The kernel names the backing file twice: by device and inode (`LOOP_GET_STATUS64`) and by path (sysfs). Only a file
+//! that is opened by the path and is that inode is believed; no position of anybody else's descriptor is moved.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::plain;
+use crate::map::Clip;
+use crate::source::device::BlockDevice;
+use crate::source::{Guard, Layer, Resolver, dense, file};
+use crate::sys::device::{self, DeviceId};
+use crate::sys::loopdev::LoopStatus;
+use crate::sys::sysfs;
+use crate::units::Bytes;
+
+/// The binding of a loop device. An offset can change without a new disk sequence number, so it is asked itself.
+struct LoopGuard {
+    file: Arc<File>,
+    status: LoopStatus,
+}
+
+impl Guard for LoopGuard {
+    fn unchanged(&self) -> bool {
+        LoopStatus::of(&self.file).is_ok_and(|status| status == self.status)
+    }
+}
+
+/// The layer of a loop device.
+pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
+    let dense = |reason: String| dense::layer(device.name(), "loop", device.len, reason);
+    let status = match LoopStatus::of(&device.file) {
+        Ok(status) => status,
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return dense("nothing is bound to it".to_owned()),
+        Err(error) => return dense(format!("cannot read its status: {}", plain(&error))),
+    };
+    resolver.guard(LoopGuard { file: device.file.clone(), status });
+    if status.encrypted {
+        return dense("it is encrypted".to_owned());
+    }
+    let below = match status.block_device {
+        Some(id) => resolver.device(id, status.offset.saturating_add(device.len)),
+        None => match backing_file(device, &status) {
+            Ok(layer) => Arc::new(layer),
+            Err(reason) => return dense(reason),
+        },
+    };
+    Layer {
+        name: device.name(),
+        kind: "loop".to_owned(),
+        holes_from: "its backing file".to_owned(),
+        map: Arc::new(Clip { inner: below.map.clone(), start: status.offset, len: device.len }),
+        below: vec![below],
+    }
+}
+
+/// Opens the backing file of a loop device, or says why that cannot be done.
+fn backing_file(device: &BlockDevice, status: &LoopStatus) -> Result<Layer, String> {
+    let path = sysfs::attribute(device.id, "loop/backing_file").ok_or("its backing file is not known")?;
+    match open_if_same(Path::new(&path), status) {
+        Ok(Some(file)) => {
+            let len = file.metadata().map_err(|error| plain(&error))?.len();
+            Ok(file::backing(file, path, Bytes::new(len)))
+        }
+        Ok(None) => Err(format!("{path} is another file than the one bound: moved, or of another mount namespace")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(format!("its backing file is not reachable: {path}"))
+        }
+        Err(error) => Err(format!("cannot open its backing file {path}: {}", plain(&error))),
+    }
+}
+
+/// Opens `path` when it is the file that the loop device is bound to.
+fn open_if_same(path: &Path, status: &LoopStatus) -> io::Result<Option<File>> {
+    let file = device::open(path, false)?;
+    let metadata = file.metadata()?;
+    let same = DeviceId::from_dev(metadata.dev()) == status.device && metadata.ino() == status.inode;
+    Ok((same && metadata.file_type().is_file()).then_some(file))
+}

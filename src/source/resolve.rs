@@ -1,0 +1,156 @@
+//! The one factory: a device to its stack of layers.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::map::HoleMap;
+use crate::source::device::{BlockDevice, DeviceGuard};
+use crate::source::{Guard, Layer, dense, dm, file, loop_device, partition};
+use crate::sys::block;
+use crate::sys::device::DeviceId;
+use crate::sys::sysfs;
+use crate::units::Bytes;
+
+/// A stack deeper than this is a mistake; no kernel allows as much (`DM_MAX_...` and the loop driver stop far earlier).
+const MAX_DEPTH: usize = 32;
+
+/// The loop driver's major number (`Documentation/admin-guide/devices.txt`).
+const LOOP_MAJOR: u32 = 7;
+
+/// What outlives a single resolve: the control device, and what the user chose.
+#[derive(Default)]
+pub struct Context {
+    /// What device-mapper sources share.
+    pub dm: dm::Shared,
+}
+
+/// A device, all the way down.
+pub struct Stack {
+    /// The device itself; the layers below it hang on it.
+    pub top: Arc<Layer>,
+    guards: Vec<Box<dyn Guard>>,
+    dirty: Vec<Dirty>,
+}
+
+/// A device of the stack whose page cache may hold writes that the layers below have not seen.
+struct Dirty {
+    file: Arc<File>,
+    /// Set for a device-mapper device: a suspended one would make the flush wait for its resume.
+    dm: Option<DeviceId>,
+}
+
+impl Stack {
+    /// Resolves an open block device.
+    pub fn of_device(device: &BlockDevice, context: &Context) -> Self {
+        Self::build(context, |resolver| resolver.opened(device))
+    }
+
+    /// Resolves an open regular file.
+    pub fn of_file(file: &File, path: &Path, len: Bytes, context: &Context) -> Self {
+        Self::build(context, |resolver| Arc::new(file::layer(file, path, len, resolver)))
+    }
+
+    /// Resolves anything: `top` asks the resolver for what it stands on.
+    pub fn build(context: &Context, top: impl FnOnce(&mut Resolver<'_>) -> Arc<Layer>) -> Self {
+        let mut resolver =
+            Resolver { context, guards: Vec::new(), dirty: Vec::new(), above: Vec::new(), known: HashMap::new() };
+        let top = top(&mut resolver);
+        Self { top, guards: resolver.guards, dirty: resolver.dirty }
+    }
+
+    /// The holes of the whole device.
+    pub fn map(&self) -> &dyn HoleMap {
+        &*self.top.map
+    }
+
+    /// Whether the map may still be believed: nothing happened to any layer since it was made.
+    pub fn unchanged(&self) -> bool {
+        self.guards.iter().all(|guard| guard.unchanged())
+    }
+
+    /// Whether every layer is still built as it was; what is stored may have changed.
+    pub fn same_shape(&self) -> bool {
+        self.guards.iter().all(|guard| guard.is_of_content() || guard.unchanged())
+    }
+
+    /// Writes back the dirty pages of every layer, from the top down: only then do the layers below know of a write.
+    ///
+    /// Returns whether all of it was written. A suspended device is not waited for, and answers `false`.
+    pub fn write_back(&self) -> bool {
+        self.dirty.iter().all(|dirty| {
+            // A device that is suspended between this look and the write still blocks until its resume; LVM keeps that
+            // to milliseconds, and a read would wait for it all the same.
+            let suspended = dirty.dm.is_some_and(|id| sysfs::number(id, "dm/suspended") != Some(0));
+            !suspended && block::write_back(&dirty.file).is_ok()
+        })
+    }
+}
+
+/// Resolves one stack; collects its guards on the way.
+pub struct Resolver<'a> {
+    /// What outlives this resolve.
+    pub context: &'a Context,
+    guards: Vec<Box<dyn Guard>>,
+    dirty: Vec<Dirty>,
+    above: Vec<DeviceId>,
+    known: HashMap<DeviceId, Arc<Layer>>,
+}
+
+impl Resolver<'_> {
+    /// Adds what must stay unchanged for the map to be believed.
+    pub fn guard(&mut self, guard: impl Guard + 'static) {
+        self.guards.push(Box::new(guard));
+    }
+
+    /// The layer of the block device with that number. `len` is its length as the asking layer needs it, for a device
+    /// that cannot even be opened.
+    pub fn device(&mut self, id: DeviceId, len: Bytes) -> Arc<Layer> {
+        if let Some(layer) = self.known.get(&id) {
+            return layer.clone();
+        }
+        match BlockDevice::open_id(id) {
+            Ok(device) => self.opened(&device),
+            Err(error) => {
+                let reason = format!("cannot open: {}", crate::error::plain(&error));
+                Arc::new(dense::layer(id.to_string(), "block device", len, reason))
+            }
+        }
+    }
+
+    /// The layer of an open block device.
+    pub fn opened(&mut self, device: &BlockDevice) -> Arc<Layer> {
+        let refused = if self.above.contains(&device.id) {
+            Some("the stack stands on itself")
+        } else if self.above.len() >= MAX_DEPTH {
+            Some("the stack is too deep")
+        } else {
+            None
+        };
+        if let Some(reason) = refused {
+            return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
+        }
+        self.above.push(device.id);
+        // The guard before anything is read: a change from here on is seen.
+        self.guard(DeviceGuard::new(device));
+        let is_dm = sysfs::dm_name(device.id).is_some();
+        self.dirty.push(Dirty { file: device.file.clone(), dm: is_dm.then_some(device.id) });
+        let layer = Arc::new(self.dispatch(device, is_dm));
+        self.above.pop();
+        self.known.insert(device.id, layer.clone());
+        layer
+    }
+
+    fn dispatch(&mut self, device: &BlockDevice, is_dm: bool) -> Layer {
+        if let Some((disk, start)) = sysfs::partition(device.id) {
+            partition::layer(device, disk, start, self)
+        } else if device.id.major == LOOP_MAJOR {
+            loop_device::layer(device, self)
+        } else if is_dm {
+            dm::layer(device, self)
+        } else {
+            dense::layer(device.name(), "block device", device.len, "this kind of device does not tell its holes")
+        }
+    }
+}

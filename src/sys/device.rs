@@ -1,0 +1,142 @@
+//! Devices by number, and opening them.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use super::sysfs;
+
+/// A block device's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DeviceId {
+    /// The driver.
+    pub major: u32,
+    /// The device among the driver's.
+    pub minor: u32,
+}
+
+impl DeviceId {
+    /// Takes a `dev_t` of the C library apart, such as a `stat`'s `st_rdev`.
+    pub fn from_dev(dev: libc::dev_t) -> Self {
+        Self { major: libc::major(dev), minor: libc::minor(dev) }
+    }
+
+    /// Takes the kernel's `huge_encode_dev` apart (`include/linux/kdev_t.h`), as loop and device-mapper ioctls carry it.
+    pub fn from_huge(dev: u64) -> Self {
+        let low = |value: u64| u32::try_from(value & 0xffff_ffff).unwrap_or_default();
+        Self { major: low((dev >> 8) & 0xfff), minor: low((dev & 0xff) | ((dev >> 12) & 0xf_ff00)) }
+    }
+
+    /// The kernel's `huge_encode_dev` of this number.
+    pub fn to_huge(self) -> u64 {
+        let (major, minor) = (u64::from(self.major), u64::from(self.minor));
+        (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
+    }
+}
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+impl FromStr for DeviceId {
+    type Err = ();
+
+    /// Reads `MAJOR:MINOR`, as sysfs and device-mapper tables write it.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (major, minor) = text.split_once(':').ok_or(())?;
+        let number = |text: &str| match text.bytes().all(|byte| byte.is_ascii_digit()) {
+            true => text.parse().map_err(|_| ()),
+            false => Err(()),
+        };
+        Ok(Self { major: number(major)?, minor: number(minor)? })
+    }
+}
+
+/// Opens a file or device for reading. `direct` asks for `O_DIRECT`.
+///
+/// # Errors
+/// As open(2).
+pub fn open(path: &Path, direct: bool) -> io::Result<File> {
+    let direct = if direct { libc::O_DIRECT } else { 0 };
+    // O_NONBLOCK: a drive without a medium, or a FIFO in the place of a device, must not hang the open.
+    OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY | direct).open(path)
+}
+
+/// Opens what a descriptor is open on once more, with a position of its own.
+///
+/// # Errors
+/// As open(2).
+pub fn reopen(file: &File) -> io::Result<File> {
+    open(&own_path(file), false)
+}
+
+/// Opens what a descriptor is open on once more, with `O_DIRECT`.
+///
+/// # Errors
+/// As open(2): `EINVAL` where the file system has no direct reads.
+pub fn reopen_direct(file: &File) -> io::Result<File> {
+    open(&own_path(file), true)
+}
+
+/// The path that leads to an open file whatever became of its name.
+fn own_path(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+/// Opens the block device `id` for reading, by the node that the kernel names for it, and proves that it is that device.
+///
+/// # Errors
+/// As open(2); `NotFound` when no node of `/dev` is that device.
+pub fn open_id(id: DeviceId, direct: bool) -> io::Result<(File, PathBuf)> {
+    let mut refused = None;
+    for path in nodes(id) {
+        match open(&path, direct) {
+            Ok(file) if is_device(&file, id)? => return Ok((file, path)),
+            Ok(_) => {}
+            Err(error) => refused = Some(error),
+        }
+    }
+    Err(refused.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no node in /dev for {id}"))))
+}
+
+/// Where the node of a device can be: the kernel's name for it, then device-mapper's.
+fn nodes(id: DeviceId) -> impl Iterator<Item = PathBuf> {
+    let kernel = sysfs::kernel_name(id).map(|name| Path::new("/dev").join(name));
+    let mapper = sysfs::dm_name(id).map(|name| Path::new("/dev/mapper").join(name));
+    kernel.into_iter().chain(mapper)
+}
+
+/// Whether an open file is the block device `id`.
+fn is_device(file: &File, id: DeviceId) -> io::Result<bool> {
+    let metadata = file.metadata()?;
+    Ok(metadata.file_type().is_block_device() && DeviceId::from_dev(metadata.rdev()) == id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_read_whole_or_not_at_all() {
+        assert_eq!("254:0".parse(), Ok(DeviceId { major: 254, minor: 0 }));
+        assert_eq!("7:1048575".parse(), Ok(DeviceId { major: 7, minor: 1_048_575 }));
+        for text in ["", ":", "1", "1:", ":1", "+1:2", "1:-2", "1:2:3", "1:2 ", "99999999999:0"] {
+            assert_eq!(text.parse::<DeviceId>(), Err(()), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn huge_numbers_go_there_and_back() {
+        assert_eq!(DeviceId::from_huge(0xfe00), DeviceId { major: 254, minor: 0 });
+        for (major, minor) in [(0, 0), (7, 255), (7, 256), (253, 1_048_575), (4095, 70_000)] {
+            let id = DeviceId { major, minor };
+            assert_eq!(DeviceId::from_huge(id.to_huge()), id);
+        }
+    }
+}

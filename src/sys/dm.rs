@@ -1,0 +1,258 @@
+//! Device-mapper's control device: live tables, status lines and target messages. No libdevmapper.
+//!
+//! The buffers follow `include/uapi/linux/dm-ioctl.h`: a `struct dm_ioctl` header, then for each target of a table a
+//! `struct dm_target_spec` and its text. Replies are parsed as bytes, since their offsets come from outside.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use super::device::{self, DeviceId};
+use crate::units::Sectors;
+
+/// Bytes in `struct dm_ioctl`.
+const HEADER: usize = 312;
+/// Bytes in `struct dm_target_spec`.
+const TARGET_SPEC: usize = 40;
+/// Offsets of fields in `struct dm_ioctl`.
+mod field {
+    pub const VERSION: usize = 0;
+    pub const DATA_SIZE: usize = 12;
+    pub const DATA_START: usize = 16;
+    pub const TARGET_COUNT: usize = 20;
+    pub const FLAGS: usize = 28;
+    pub const DEV: usize = 40;
+    pub const NAME: usize = 48;
+    pub const NAME_END: usize = 176;
+}
+/// The first interface version with everything that is used here (`DM_NOFLUSH_FLAG` for status is of 4.22, kernel 3.1).
+const VERSION: [u32; 3] = [4, 0, 0];
+const DM_READONLY_FLAG: u32 = 1 << 0;
+const DM_SUSPEND_FLAG: u32 = 1 << 1;
+const DM_STATUS_TABLE_FLAG: u32 = 1 << 4;
+const DM_ACTIVE_PRESENT_FLAG: u32 = 1 << 5;
+const DM_BUFFER_FULL_FLAG: u32 = 1 << 8;
+const DM_NOFLUSH_FLAG: u32 = 1 << 11;
+/// A table of more text than this is not one that anybody made on purpose.
+const MAX_BUFFER: usize = 64 << 20;
+
+mod raw {
+    const DM_IOCTL: u8 = 0xfd;
+    pub const TABLE_STATUS: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 12, super::HEADER);
+    pub const TARGET_MSG: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 14, super::HEADER);
+}
+
+/// One target of a device's table, or its status line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableTarget {
+    /// Where it begins on the device.
+    pub start: Sectors,
+    /// Its length.
+    pub len: Sectors,
+    /// The target type: `linear`, `thin`.
+    pub kind: String,
+    /// The arguments of the target, or its status.
+    pub params: String,
+}
+
+/// A device's live table, or its status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// The name that the device was created with.
+    pub name: String,
+    /// Whether it is suspended: reads and writes wait.
+    pub suspended: bool,
+    /// Whether it was loaded read-only.
+    pub read_only: bool,
+    /// Its targets, in the kernel's order.
+    pub targets: Vec<TableTarget>,
+}
+
+/// Whether a status request may make a thin pool commit its metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Commit {
+    /// It does, so that the status (and the metadata on disk) holds every completed write.
+    Yes,
+    /// It must not.
+    No,
+}
+
+/// `/dev/mapper/control`. Every request on it needs CAP_SYS_ADMIN.
+#[derive(Debug)]
+pub struct Control(File);
+
+impl Control {
+    /// Opens the control device.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open() -> io::Result<Self> {
+        device::open(Path::new("/dev/mapper/control"), false).map(Self)
+    }
+
+    /// The live table of a device. Answers for a suspended device too, and changes nothing.
+    ///
+    /// # Errors
+    /// As ioctl(2), `ENXIO` for a device that device-mapper does not know; `InvalidData` for a reply out of bounds.
+    pub fn table(&self, id: DeviceId) -> io::Result<Table> {
+        self.read(id, DM_STATUS_TABLE_FLAG | DM_NOFLUSH_FLAG)
+    }
+
+    /// The status of a device's targets. With [`Commit::Yes`] a thin pool commits first.
+    ///
+    /// # Errors
+    /// As [`Control::table`].
+    pub fn status(&self, id: DeviceId, commit: Commit) -> io::Result<Table> {
+        self.read(id, if commit == Commit::Yes { 0 } else { DM_NOFLUSH_FLAG })
+    }
+
+    /// Sends a message to the target at the start of a device.
+    ///
+    /// # Errors
+    /// As ioctl(2): what the target answers, such as `EBUSY` or `EOPNOTSUPP`.
+    pub fn message(&self, id: DeviceId, text: &str) -> io::Result<()> {
+        // struct dm_target_msg: the sector, then the text with its NUL.
+        let mut buffer = request(id, 0, HEADER + 8 + text.len() + 1 + 256);
+        buffer[HEADER + 8..HEADER + 8 + text.len()].copy_from_slice(text.as_bytes());
+        self.call(raw::TARGET_MSG, &mut buffer)
+    }
+
+    fn read(&self, id: DeviceId, flags: u32) -> io::Result<Table> {
+        let mut size = 16 << 10;
+        loop {
+            let mut buffer = request(id, flags, size);
+            self.call(raw::TABLE_STATUS, &mut buffer)?;
+            if u32_at(&buffer, field::FLAGS).unwrap_or(0) & DM_BUFFER_FULL_FLAG == 0 {
+                return parse(&buffer).ok_or_else(|| io::ErrorKind::InvalidData.into());
+            }
+            if size >= MAX_BUFFER {
+                return Err(io::ErrorKind::OutOfMemory.into());
+            }
+            size *= 4;
+        }
+    }
+
+    fn call(&self, code: libc::c_ulong, buffer: &mut [u8]) -> io::Result<()> {
+        // SAFETY: the buffer is longer than a dm_ioctl and carries its own length in data_size, which bounds what the
+        // kernel reads and writes.
+        match unsafe { libc::ioctl(self.0.as_raw_fd(), code, buffer.as_mut_ptr()) } {
+            0.. => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+/// A request about one device, by its number.
+fn request(id: DeviceId, flags: u32, size: usize) -> Vec<u8> {
+    let mut buffer = vec![0; size];
+    let mut put = |at: usize, bytes: &[u8]| buffer[at..at + bytes.len()].copy_from_slice(bytes);
+    for (index, number) in VERSION.iter().enumerate() {
+        put(field::VERSION + 4 * index, &number.to_ne_bytes());
+    }
+    put(field::DATA_SIZE, &u32::try_from(size).unwrap_or(u32::MAX).to_ne_bytes());
+    put(field::DATA_START, &u32::try_from(HEADER).unwrap_or(u32::MAX).to_ne_bytes());
+    put(field::FLAGS, &flags.to_ne_bytes());
+    put(field::DEV, &id.to_huge().to_ne_bytes());
+    buffer
+}
+
+/// Reads a reply to `DM_TABLE_STATUS`; `None` when anything lies outside it.
+fn parse(reply: &[u8]) -> Option<Table> {
+    let flags = u32_at(reply, field::FLAGS)?;
+    let count = u32_at(reply, field::TARGET_COUNT)?;
+    let data = reply.get(usize::try_from(u32_at(reply, field::DATA_START)?).ok()?..)?;
+    let mut targets = Vec::new();
+    let mut at = 0;
+    if flags & DM_ACTIVE_PRESENT_FLAG != 0 {
+        for _ in 0..count {
+            let spec = data.get(at..)?;
+            targets.push(TableTarget {
+                start: Sectors::new(u64_at(spec, 0)?),
+                len: Sectors::new(u64_at(spec, 8)?),
+                kind: text(spec.get(24..TARGET_SPEC)?),
+                params: text(spec.get(TARGET_SPEC..)?),
+            });
+            // Offsets count from the first target; they only grow, so a looping list is refused.
+            let next = usize::try_from(u32_at(spec, 20)?).ok()?;
+            if next <= at {
+                return None;
+            }
+            at = next;
+        }
+    }
+    Some(Table {
+        name: text(reply.get(field::NAME..field::NAME_END)?),
+        suspended: flags & DM_SUSPEND_FLAG != 0,
+        read_only: flags & DM_READONLY_FLAG != 0,
+        targets,
+    })
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..)?.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    bytes.get(at..)?.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes))
+}
+
+/// The text up to its NUL.
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reply(targets: &[(u64, u64, &str, &str)]) -> Vec<u8> {
+        let id = DeviceId { major: 254, minor: 3 };
+        let mut reply = request(id, DM_ACTIVE_PRESENT_FLAG | DM_SUSPEND_FLAG, HEADER);
+        reply[field::NAME..field::NAME + 4].copy_from_slice(b"test");
+        reply[field::TARGET_COUNT..field::TARGET_COUNT + 4].copy_from_slice(&(targets.len() as u32).to_ne_bytes());
+        for (start, len, kind, params) in targets {
+            let mut spec = vec![0; TARGET_SPEC + params.len() + 1];
+            spec.resize(spec.len().next_multiple_of(8), 0);
+            spec[..8].copy_from_slice(&start.to_ne_bytes());
+            spec[8..16].copy_from_slice(&len.to_ne_bytes());
+            spec[24..24 + kind.len()].copy_from_slice(kind.as_bytes());
+            spec[TARGET_SPEC..TARGET_SPEC + params.len()].copy_from_slice(params.as_bytes());
+            let next = (reply.len() - HEADER + spec.len()) as u32;
+            spec[20..24].copy_from_slice(&next.to_ne_bytes());
+            reply.extend(spec);
+        }
+        reply
+    }
+
+    #[test]
+    fn a_table_is_read_target_by_target() {
+        let table = parse(&reply(&[(0, 8, "linear", "7:0 16"), (8, 4, "zero", "")])).unwrap();
+        assert_eq!(table.name, "test");
+        assert!(table.suspended && !table.read_only);
+        assert_eq!(table.targets.len(), 2);
+        assert_eq!(table.targets[1].start, Sectors::new(8));
+        assert_eq!((table.targets[0].kind.as_str(), table.targets[0].params.as_str()), ("linear", "7:0 16"));
+        assert_eq!((table.targets[1].kind.as_str(), table.targets[1].params.as_str()), ("zero", ""));
+    }
+
+    #[test]
+    fn a_reply_out_of_bounds_is_refused() {
+        let good = reply(&[(0, 8, "linear", "7:0 16"), (8, 4, "zero", "")]);
+        for cut in 0..good.len() {
+            // A cut inside the last target's padding may still be readable; none may panic.
+            let _ = parse(&good[..cut]);
+        }
+        let mut looping = good.clone();
+        looping[HEADER + 20..HEADER + 24].copy_from_slice(&0_u32.to_ne_bytes());
+        assert_eq!(parse(&looping), None);
+        let mut outside = good.clone();
+        outside[field::DATA_START..field::DATA_START + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
+        assert_eq!(parse(&outside), None);
+        let mut endless = good;
+        endless[field::TARGET_COUNT..field::TARGET_COUNT + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
+        assert_eq!(parse(&endless), None);
+    }
+}

@@ -1,0 +1,90 @@
+//! Calls on open files: the runs of a file, and reads with and without the page cache.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek64};
+
+use super::buffer::AlignedBuffer;
+use crate::units::Bytes;
+
+/// Where the next data begins at or after `offset`; `None` when there is none up to the end of the file.
+///
+/// Moves the descriptor's position: use a private one.
+///
+/// # Errors
+/// As lseek(2).
+pub fn next_data(file: &File, offset: Bytes) -> io::Result<Option<Bytes>> {
+    seek(file, offset, Whence::SeekData)
+}
+
+/// Where the next hole begins at or after `offset`, at the latest at the end of the file; `None` past the end.
+///
+/// Moves the descriptor's position: use a private one.
+///
+/// # Errors
+/// As lseek(2).
+pub fn next_hole(file: &File, offset: Bytes) -> io::Result<Option<Bytes>> {
+    seek(file, offset, Whence::SeekHole)
+}
+
+fn seek(file: &File, offset: Bytes, whence: Whence) -> io::Result<Option<Bytes>> {
+    let offset = i64::try_from(offset.get()).map_err(|_| io::Error::from(Errno::EOVERFLOW))?;
+    match lseek64(file, offset, whence) {
+        Ok(found) => u64::try_from(found).map(|found| Some(Bytes::new(found))).map_err(|_| Errno::EOVERFLOW.into()),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Reads `size` bytes at `offset` through the page cache; answers where in `buffer` they are, fewer at the end of the file.
+///
+/// # Errors
+/// As pread(2).
+pub fn read_buffered(file: &File, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
+    Ok(0..read_full(file, buffer.resize(size), offset)?)
+}
+
+/// Reads `size` bytes at `offset` from a descriptor with `O_DIRECT`, by whole units of `align` bytes; answers where in
+/// `buffer` they are, fewer at the end of the device.
+///
+/// # Errors
+/// As pread(2).
+pub fn read_direct(
+    file: &File,
+    buffer: &mut AlignedBuffer,
+    offset: Bytes,
+    size: usize,
+    align: Bytes,
+) -> io::Result<Range<usize>> {
+    let too_big = || io::Error::from(Errno::EOVERFLOW);
+    let start = offset.align_down(align);
+    let end = offset.checked_add(Bytes::new(size as u64)).and_then(|end| end.align_up(align)).ok_or_else(too_big)?;
+    let whole = usize::try_from(end.saturating_sub(start).get()).map_err(|_| too_big())?;
+    let head = usize::try_from(offset.saturating_sub(start).get()).map_err(|_| too_big())?;
+    let count = read_full(file, buffer.resize(whole), start)?;
+    Ok(head.min(count)..(head + size).min(count))
+}
+
+/// Reads until the buffer is full or the file ends.
+///
+/// # Errors
+/// As pread(2).
+pub fn read_full(file: &File, mut buffer: &mut [u8], mut offset: Bytes) -> io::Result<usize> {
+    let wanted = buffer.len();
+    while !buffer.is_empty() {
+        match file.read_at(buffer, offset.get()) {
+            Ok(0) => break,
+            Ok(count) => {
+                buffer = &mut buffer[count..];
+                offset = offset.saturating_add(Bytes::new(count as u64));
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(wanted - buffer.len())
+}
