@@ -1,0 +1,183 @@
+//! What stat(2) and statfs(2) say about the files of a mount, since tools decide by it.
+
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+
+mod common;
+
+use std::fs::{self, Metadata};
+use std::io::Read as _;
+use std::ops::Range;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
+
+use common::check::{Kind, map_holes, open};
+use common::image::write;
+use common::loop_device::Loop;
+use common::mount::{LoopMount, Mount};
+use common::{GIB, KIB, MIB, requires_root, run, wait_until};
+
+fn stat(path: &Path) -> Metadata {
+    fs::metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn times(metadata: &Metadata) -> [i64; 4] {
+    [metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec()]
+}
+
+#[test]
+fn a_regular_file_of_the_size_of_the_device() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(3 * MIB + 512, &[0..4096]);
+    let shown = stat(source.file());
+    assert!(shown.is_file());
+    assert_eq!(shown.len(), 3 * MIB + 512);
+    assert_eq!(shown.nlink(), 1);
+    assert!(shown.blksize().is_power_of_two() && shown.blksize() >= 4096, "st_blksize {}", shown.blksize());
+    let names: Vec<_> = fs::read_dir(source.mount.directory())
+        .expect("readdir")
+        .map(|entry| entry.expect("an entry").file_name())
+        .collect();
+    assert_eq!(names, [source.device.name()]);
+}
+
+/// Nobody gains a right: owner and group are the node's, and no mode bit is set that the node has not.
+#[test]
+fn rights_are_never_wider_than_the_node_s() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(MIB, &[]);
+    for mode in [0o600, 0o640, 0o660, 0o400, 0o000] {
+        fs::set_permissions(source.device.path(), fs::Permissions::from_mode(mode)).expect("the node is ours");
+        let node = stat(source.device.path());
+        assert!(node.file_type().is_block_device());
+        let seen = wait_until(|| stat(source.file()).mode() & 0o7777 & !mode == 0);
+        let shown = stat(source.file());
+        assert!(seen, "mode {:o} for a node of {mode:o}", shown.mode());
+        assert_eq!(shown.mode() & 0o333, 0, "nothing here can be written or executed: {:o}", shown.mode());
+        assert_eq!((shown.uid(), shown.gid()), (node.uid(), node.gid()));
+    }
+    fs::set_permissions(source.device.path(), fs::Permissions::from_mode(0o660)).expect("the node is ours");
+}
+
+/// `st_blocks` is never 0 (GNU tar would store nothing), below the size exactly when there is a hole (cp looks for holes
+/// only then), and follows the device.
+#[test]
+fn blocks() {
+    if !requires_root() {
+        return;
+    }
+    let layouts: [(u64, &[Range<u64>]); 6] = [
+        (MIB, &[]),
+        (MIB, &[0..MIB]),
+        (MIB, &[0..MIB - 4 * KIB]),
+        (64 * GIB, &[GIB..GIB + 4 * KIB]),
+        (MIB, &[8 * KIB..MIB]),
+        (8 * KIB, &[0..4 * KIB]),
+    ];
+    for (size, data) in layouts {
+        let source = LoopMount::new(size, data);
+        let map = map_holes(source.file());
+        common::check::check_blocks(source.file(), &map);
+        let allocated: u64 = data.iter().map(|range| range.end - range.start).sum();
+        let shown = stat(source.file()).blocks() * 512;
+        assert!(shown <= allocated.max(4096) + 64 * KIB, "{shown} bytes for {allocated} of data in {size}");
+    }
+}
+
+/// A part of an image counts its own blocks, not the image's.
+#[test]
+fn blocks_of_a_part_of_an_image() {
+    if !requires_root() {
+        return;
+    }
+    let dense_part = ["--offset=1048576", "--sizelimit=1048576"];
+    let source = LoopMount::with_options(64 * MIB, &[MIB..2 * MIB], &dense_part);
+    common::check::check_blocks(source.file(), &map_holes(source.file()));
+    let sparse_part = ["--offset=33554432", "--sizelimit=1048576"];
+    let source = LoopMount::with_options(64 * MIB, &[MIB..20 * MIB, 32 * MIB..32 * MIB + 4096], &sparse_part);
+    common::check::check_blocks(source.file(), &map_holes(source.file()));
+}
+
+/// Without a look at the map first: `stat` alone must be right too, before and after the device changes.
+#[test]
+fn blocks_follow_the_device() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(MIB, &[]);
+    let sparse = || stat(source.file()).blocks() < MIB / 512;
+    assert!(sparse());
+    write(source.device.path(), 0..MIB);
+    assert!(wait_until(|| !sparse()), "the device has no hole any more");
+    run("blkdiscard", ["--offset", "524288", "--length", "4096", source.device.path().to_str().expect("text")]);
+    assert!(wait_until(sparse), "the device has a hole again");
+    let map = map_holes(source.file());
+    assert!(map.iter().any(|extent| extent.0 == Kind::Hole), "{map:?}");
+}
+
+/// Backup tools skip a file that did not change, and complain about one that changed as they read it.
+#[test]
+fn times_change_when_the_device_changes_and_only_then() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(4 * MIB, &[0..64 * KIB]);
+    let before = stat(source.file());
+    let mut bytes = Vec::new();
+    open(source.file()).read_to_end(&mut bytes).expect("the file can be read");
+    map_holes(source.file());
+    run("sync", ["--file-system".as_ref(), source.file().as_os_str()]);
+    fs::write("/proc/sys/vm/drop_caches", "2").expect("root may drop caches");
+    assert_eq!(times(&stat(source.file())), times(&before), "nothing happened but reading");
+
+    let changes: [(&str, &dyn Fn()); 3] = [
+        ("a write", &|| write(source.device.path(), MIB..MIB + 4096)),
+        ("a write that fills no hole", &|| write(source.device.path(), 0..4096)),
+        ("a discard", &|| {
+            run("blkdiscard", ["--offset", "0", "--length", "4096", source.device.path().to_str().expect("text")]);
+        }),
+    ];
+    for (what, change) in changes {
+        let before = times(&stat(source.file()));
+        change();
+        assert!(wait_until(|| times(&stat(source.file())) != before), "{what} changes no time");
+        let settled = times(&stat(source.file()));
+        map_holes(source.file());
+        assert_eq!(times(&stat(source.file())), settled, "after {what}, once");
+    }
+}
+
+#[test]
+fn inode_numbers_are_stable() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(MIB, &[0..4096]);
+    let number = stat(source.file()).ino();
+    fs::write("/proc/sys/vm/drop_caches", "2").expect("root may drop caches");
+    assert_eq!(stat(source.file()).ino(), number);
+    write(source.device.path(), 0..MIB);
+    assert_eq!(stat(source.file()).ino(), number);
+    let second = Mount::new(source.device.path());
+    assert_eq!(stat(second.file()).ino(), number, "the same device in another mount");
+    let other = Loop::new(source.image.path());
+    let third = Mount::new(other.path());
+    assert_ne!(stat(third.file()).ino(), stat(third.directory()).ino());
+}
+
+#[test]
+fn file_system_attributes() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(MIB, &[0..4096]);
+    let statfs = nix::sys::statvfs::statvfs(source.mount.directory()).expect("statvfs works");
+    // bsdtar sizes its buffers by these.
+    assert_eq!(statfs.block_size(), 4096);
+    assert_eq!(statfs.fragment_size(), 4096);
+    assert!(statfs.name_max() >= 255);
+    assert!(statfs.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY), "{:?}", statfs.flags());
+}

@@ -1,0 +1,179 @@
+//! Maps, and the checks that every device has to pass.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+
+/// What lseek(2) calls a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// To be read.
+    Data,
+    /// Reads as zeros.
+    Hole,
+}
+
+/// One line of a map.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Extent(pub Kind, pub Range<u64>);
+
+impl fmt::Debug for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {}..{}", self.0, self.1.start, self.1.end)
+    }
+}
+
+/// Opens for reading.
+pub fn open(path: &Path) -> File {
+    File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// `lseek(SEEK_DATA)`, where `None` is ENXIO. Any other error panics.
+pub fn seek_data(file: &File, offset: u64) -> Option<u64> {
+    seek(file, offset, Whence::SeekData)
+}
+
+/// `lseek(SEEK_HOLE)`, where `None` is ENXIO. Any other error panics.
+pub fn seek_hole(file: &File, offset: u64) -> Option<u64> {
+    seek(file, offset, Whence::SeekHole)
+}
+
+fn seek(file: &File, offset: u64, whence: Whence) -> Option<u64> {
+    match lseek(file, i64::try_from(offset).expect("an offset of lseek"), whence) {
+        Ok(found) => Some(u64::try_from(found).expect("lseek answers an offset")),
+        Err(Errno::ENXIO) => None,
+        Err(error) => panic!("lseek({offset}): {error}"),
+    }
+}
+
+/// The extents of a file, found as the kernel series' `map_holes.py` finds them: SEEK_HOLE first; where that answers the
+/// offset itself there is a hole, which ends at SEEK_DATA or at the end of the file.
+pub fn map_holes(path: &Path) -> Vec<Extent> {
+    let file = open(path);
+    let end = u64::try_from(lseek(&file, 0, Whence::SeekEnd).expect("files have an end")).expect("an offset");
+    let mut extents = Vec::new();
+    let mut offset = 0;
+    while offset < end {
+        let hole = seek_hole(&file, offset).expect("SEEK_HOLE inside the file always finds one");
+        let extent = if hole == offset {
+            Extent(Kind::Hole, offset..seek_data(&file, offset).unwrap_or(end))
+        } else {
+            Extent(Kind::Data, offset..hole)
+        };
+        assert!(offset < extent.1.end && extent.1.end <= end, "no progress at {offset}: {extent:?}");
+        offset = extent.1.end;
+        extents.push(extent);
+    }
+    extents
+}
+
+/// The map of a file of `size` bytes that has data in these ranges only.
+pub fn map_of(size: u64, data: &[Range<u64>]) -> Vec<Extent> {
+    let mut extents = Vec::new();
+    let mut offset = 0;
+    for range in data {
+        if offset < range.start {
+            extents.push(Extent(Kind::Hole, offset..range.start));
+        }
+        extents.push(Extent(Kind::Data, range.clone()));
+        offset = range.end;
+    }
+    if offset < size {
+        extents.push(Extent(Kind::Hole, offset..size));
+    }
+    extents
+}
+
+/// What must hold for every device at every time when nobody writes: holes read as zeros, the file has the device's bytes,
+/// and `st_blocks` tells whether there is a hole.
+pub fn check(file: &Path, device: &Path) {
+    let map = map_holes(file);
+    check_holes(&map, device);
+    check_same_bytes(file, device);
+    check_blocks(file, &map);
+}
+
+/// Every hole reads as zeros on the device itself.
+pub fn check_holes(map: &[Extent], device: &Path) {
+    let device = Direct::open(device);
+    for Extent(kind, range) in map {
+        if *kind == Kind::Hole {
+            device.chunks(range.clone(), |offset, bytes| {
+                let wrong = bytes.iter().position(|&byte| byte != 0);
+                assert_eq!(wrong, None, "the hole {range:?} is not zero, at {offset} + that, in {map:?}");
+            });
+        }
+    }
+}
+
+/// The file has the size and the bytes of the device.
+pub fn check_same_bytes(file: &Path, device: &Path) {
+    let file = open(file);
+    let size = file.metadata().expect("the file has attributes").len();
+    let device = Direct::open(device);
+    assert_eq!(size, device.size(), "size of the file");
+    let mut shown = vec![0; Direct::CHUNK];
+    device.chunks(0..size, |offset, bytes| {
+        let shown = &mut shown[..bytes.len()];
+        file.read_exact_at(shown, offset).unwrap_or_else(|error| panic!("read at {offset}: {error}"));
+        if shown != bytes {
+            let wrong = shown.iter().zip(bytes).position(|(a, b)| a != b).expect("they differ");
+            panic!("wrong byte at {}: {} for {}", offset + wrong as u64, shown[wrong], bytes[wrong]);
+        }
+    });
+}
+
+/// `st_blocks` is never 0, and below the size exactly when there is a hole.
+pub fn check_blocks(file: &Path, map: &[Extent]) {
+    let metadata = std::fs::metadata(file).expect("the file has attributes");
+    let has_hole = map.iter().any(|extent| extent.0 == Kind::Hole);
+    assert_ne!(metadata.blocks(), 0, "st_blocks");
+    let sparse = metadata.blocks() < metadata.len() / 512;
+    assert_eq!(sparse, has_hole, "st_blocks {} of size {} with {map:?}", metadata.blocks(), metadata.len());
+}
+
+/// Bytes that were read from a block device so far, by anyone: sysfs counts 512-byte sectors.
+pub fn bytes_read(device: &Path) -> u64 {
+    let number = std::fs::metadata(device).expect("the device exists").rdev();
+    let path = format!("/sys/dev/block/{}:{}/stat", nix::sys::stat::major(number), nix::sys::stat::minor(number));
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let sectors: u64 = text.split_whitespace().nth(2).and_then(|word| word.parse().ok()).expect("a count of sectors");
+    sectors * 512
+}
+
+/// A device read with O_DIRECT where it can be, so that what is seen is what is on it.
+struct Direct(File);
+
+impl Direct {
+    const CHUNK: usize = 1 << 20;
+    const ALIGNMENT: usize = 4096;
+
+    fn open(path: &Path) -> Self {
+        let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path);
+        Self(direct.unwrap_or_else(|_| open(path)))
+    }
+
+    fn size(&self) -> u64 {
+        u64::try_from(lseek(&self.0, 0, Whence::SeekEnd).expect("devices have an end")).expect("an offset")
+    }
+
+    /// Calls `each` with the bytes of a range, piece by piece.
+    fn chunks(&self, range: Range<u64>, mut each: impl FnMut(u64, &[u8])) {
+        let mut memory = vec![0; Self::CHUNK + Self::ALIGNMENT];
+        let skipped = memory.as_ptr().align_offset(Self::ALIGNMENT);
+        let buffer = &mut memory[skipped..][..Self::CHUNK];
+        let mut offset = range.start;
+        while offset < range.end {
+            let length = (range.end - offset).min(Self::CHUNK as u64);
+            let buffer = &mut buffer[..usize::try_from(length).expect("a chunk's length")];
+            self.0.read_exact_at(buffer, offset).unwrap_or_else(|error| panic!("device at {offset}: {error}"));
+            each(offset, buffer);
+            offset += length;
+        }
+    }
+}

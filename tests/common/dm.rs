@@ -1,0 +1,145 @@
+//! Device-mapper devices.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::image::Image;
+use super::loop_device::Loop;
+use super::{run, run_with_input, try_run};
+
+/// A device-mapper device, removed with this value. Panics when something still holds the device then.
+pub struct Dm {
+    name: String,
+    path: PathBuf,
+}
+
+impl Dm {
+    /// A device with this table, one target in a line.
+    pub fn new(table: &str) -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let name = format!("test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        run_with_input("dmsetup", ["create", &name], table);
+        let path = Path::new("/dev/mapper").join(&name);
+        Self { name, path }
+    }
+
+    /// A device that shows the whole of another one.
+    pub fn linear(below: &Path) -> Self {
+        Self::new(&format!("0 {} linear {} 0", sectors(below), below.display()))
+    }
+
+    /// The device below /dev/mapper.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Replaces the table of the live device.
+    pub fn reload(&self, table: &str) {
+        run_with_input("dmsetup", ["load", &self.name], table);
+        self.resume();
+    }
+
+    /// Suspends the device: reads and writes wait until [`Dm::resume`].
+    pub fn suspend(&self) {
+        run("dmsetup", ["suspend", &self.name]);
+    }
+
+    /// Resumes the device, with a table that was loaded meanwhile.
+    pub fn resume(&self) {
+        run("dmsetup", ["resume", &self.name]);
+    }
+
+    /// Sends a message to the first target.
+    pub fn message(&self, text: &str) {
+        run("dmsetup", ["message", &self.name, "0", text]);
+    }
+
+    /// The status line.
+    pub fn status(&self) -> String {
+        run("dmsetup", ["status", &self.name])
+    }
+}
+
+impl Drop for Dm {
+    fn drop(&mut self) {
+        let removed = try_run("dmsetup", ["remove", &self.name], "");
+        assert!(removed.is_ok() || std::thread::panicking(), "{removed:?}");
+    }
+}
+
+/// A thin pool on two loop devices.
+pub struct Pool {
+    pool: Dm,
+    block: u64,
+    _data: Loop,
+    metadata: Loop,
+    _images: [Image; 2],
+}
+
+impl Pool {
+    /// A pool for `size` bytes of data in blocks of `block` bytes, with `features` words as the table takes them.
+    pub fn new(size: u64, block: u64) -> Self {
+        let images = [Image::new(size), Image::new(16 << 20)];
+        let data = Loop::new(images[0].path());
+        let metadata = Loop::new(images[1].path());
+        let pool = Dm::new(&format!(
+            "0 {} thin-pool {} {} {} 0 1 skip_block_zeroing",
+            size / 512,
+            metadata.path().display(),
+            data.path().display(),
+            block / 512
+        ));
+        Self { pool, block, _data: data, metadata, _images: images }
+    }
+
+    /// The pool's own device.
+    pub fn dm(&self) -> &Dm {
+        &self.pool
+    }
+
+    /// The metadata device.
+    pub fn metadata(&self) -> &Path {
+        self.metadata.path()
+    }
+
+    /// Bytes in a block.
+    pub fn block(&self) -> u64 {
+        self.block
+    }
+
+    /// A new, empty volume of `size` bytes.
+    pub fn thin(&self, id: u32, size: u64) -> Dm {
+        self.pool.message(&format!("create_thin {id}"));
+        self.activate(id, size, None)
+    }
+
+    /// A snapshot of a volume.
+    pub fn snapshot(&self, id: u32, origin: &Dm, origin_id: u32) -> Dm {
+        origin.suspend();
+        self.pool.message(&format!("create_snap {id} {origin_id}"));
+        origin.resume();
+        self.activate(id, sectors(origin.path()) * 512, None)
+    }
+
+    /// Shows the volume `id`, which must exist, reading from `origin` what is not provisioned.
+    pub fn activate(&self, id: u32, size: u64, origin: Option<&Path>) -> Dm {
+        let origin = origin.map_or(String::new(), |path| path.display().to_string());
+        Dm::new(&format!("0 {} thin {} {id} {origin}", size / 512, self.pool.path().display()))
+    }
+
+    /// Deletes the volume `id`, which must not be shown any more.
+    pub fn delete(&self, id: u32) {
+        self.pool.message(&format!("delete {id}"));
+    }
+}
+
+/// The size of a block device in sectors.
+pub fn sectors(device: &Path) -> u64 {
+    let text = run("blockdev", ["--getsz".as_ref(), device.as_os_str()]);
+    text.trim_end().parse().expect("blockdev prints a number")
+}

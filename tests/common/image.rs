@@ -1,0 +1,81 @@
+//! Image files with holes.
+
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+use super::random::Random;
+use super::run;
+
+/// A sparse file below the temporary directory, removed with this value.
+pub struct Image(tempfile::TempPath);
+
+impl Image {
+    /// A file of `size` bytes that is one hole.
+    pub fn new(size: u64) -> Self {
+        let file = tempfile::Builder::new().prefix("blkholefs-").suffix(".img").tempfile().expect("a temporary file");
+        file.as_file().set_len(size).expect("a size that the file system can hold");
+        Self(file.into_temp_path())
+    }
+
+    /// A file of `size` bytes with data in the ranges.
+    pub fn with_data(size: u64, data: &[Range<u64>]) -> Self {
+        let image = Self::new(size);
+        for range in data {
+            image.write(range.clone());
+        }
+        image
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Fills a range with bytes that are not zero.
+    pub fn write(&self, range: Range<u64>) {
+        write(self.path(), range);
+    }
+
+    /// Makes a range a hole.
+    pub fn punch(&self, range: Range<u64>) {
+        let offset = range.start.to_string();
+        let length = (range.end - range.start).to_string();
+        run(
+            "fallocate",
+            ["--punch-hole", "--offset", &offset, "--length", &length]
+                .map(AsRef::as_ref)
+                .into_iter()
+                .chain([self.path().as_os_str()]),
+        );
+    }
+
+    /// Changes the size.
+    pub fn resize(&self, size: u64) {
+        open_for_writing(self.path()).set_len(size).expect("the image can be resized");
+    }
+}
+
+/// Fills a range of a file or device with bytes that are not zero; they are on the device when this returns.
+pub fn write(path: &Path, range: Range<u64>) {
+    let file = open_for_writing(path);
+    write_at(&file, range);
+    file.sync_data().expect("data reaches the device");
+}
+
+/// Fills a range of an open file or device with bytes that are not zero and depend on the offset; writes back nothing.
+pub fn write_at(file: &File, range: Range<u64>) {
+    let mut random = Random::new(range.start);
+    let mut offset = range.start;
+    while offset < range.end {
+        let chunk = random.bytes((range.end - offset).min(1 << 20));
+        file.write_all_at(&chunk, offset).expect("a write inside the device");
+        offset += chunk.len() as u64;
+    }
+}
+
+/// Opens an existing file or device for writing.
+pub fn open_for_writing(path: &Path) -> File {
+    OpenOptions::new().write(true).open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}

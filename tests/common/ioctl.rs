@@ -1,0 +1,33 @@
+//! Changes of a bound loop device that losetup(8) has no words for (`include/uapi/linux/loop.h`).
+
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+
+/// Bytes of `struct loop_info64`.
+const INFO_SIZE: usize = 232;
+/// Where `lo_offset` is in it.
+const OFFSET: std::ops::Range<usize> = 24..32;
+
+nix::ioctl_write_int_bad!(change_fd, 0x4C06);
+nix::ioctl_read_bad!(get_status64, 0x4C05, [u8; INFO_SIZE]);
+nix::ioctl_write_ptr_bad!(set_status64, 0x4C04, [u8; INFO_SIZE]);
+
+/// Puts another backing file of the same size under a read-only loop device.
+pub fn loop_change_fd(device: &Path, backing: &Path) {
+    let device = File::open(device).expect("the device opens");
+    let backing = File::open(backing).expect("the image opens");
+    // SAFETY: LOOP_CHANGE_FD takes a descriptor, and both are open until it returns.
+    unsafe { change_fd(device.as_raw_fd(), backing.as_raw_fd()) }.expect("a read-only device and an equal size");
+}
+
+/// Moves the start of a loop device inside its backing file.
+pub fn loop_set_offset(device: &Path, offset: u64) {
+    let device = File::open(device).expect("the device opens");
+    let mut info = [0; INFO_SIZE];
+    // SAFETY: the kernel writes one loop_info64, which has INFO_SIZE bytes.
+    unsafe { get_status64(device.as_raw_fd(), &raw mut info) }.expect("the device is bound");
+    info[OFFSET].copy_from_slice(&offset.to_ne_bytes());
+    // SAFETY: the kernel reads one loop_info64, which has INFO_SIZE bytes.
+    unsafe { set_status64(device.as_raw_fd(), &raw const info) }.expect("an offset inside the file");
+}

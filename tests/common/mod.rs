@@ -1,0 +1,94 @@
+//! Fixtures shared by the tests: images, devices and mounts that clean up after themselves, and the checks that every
+//! device has to pass.
+//!
+//! A fixture panics when it cannot be made or cannot be taken away again: a device that is still held after its mount is
+//! gone is a failure of the program under test.
+
+#![allow(dead_code, reason = "each test crate uses its own part of the fixtures")]
+
+pub mod check;
+pub mod differential;
+pub mod dm;
+pub mod image;
+pub mod ioctl;
+pub mod loop_device;
+pub mod mount;
+pub mod random;
+
+use std::ffi::OsStr;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// One KiB.
+pub const KIB: u64 = 1024;
+/// One MiB.
+pub const MIB: u64 = 1024 * KIB;
+/// One GiB.
+pub const GIB: u64 = 1024 * MIB;
+
+/// Runs a program to its end and returns what it printed. Panics if it fails.
+pub fn run<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> String {
+    run_with_input(program, arguments, "")
+}
+
+/// [`run`], with text on the program's standard input.
+pub fn run_with_input<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>, input: &str) -> String {
+    try_run(program, arguments, input).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// [`run_with_input`] for programs that may fail: the error says what was run and what it said.
+pub fn try_run<S: AsRef<OsStr>>(
+    program: &str,
+    arguments: impl IntoIterator<Item = S>,
+    input: &str,
+) -> Result<String, String> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
+    let mut stdin = child.stdin.take().expect("stdin is piped");
+    // A program that fails early closes its input; its exit status says more than this error would.
+    let _ = stdin.write_all(input.as_bytes());
+    drop(stdin);
+    let output = child.wait_with_output().map_err(|error| format!("{command:?}: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr)));
+    }
+    String::from_utf8(output.stdout).map_err(|error| format!("{command:?}: {error}"))
+}
+
+/// Whether the programs are there. If not: a failure where `CI` is set, else a printed skip.
+#[must_use]
+pub fn requires(programs: &[&str]) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = |program: &str| std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
+    programs.iter().all(|program| found(program) || skip(program))
+}
+
+/// Whether this process may make loop devices and mount. If not: as [`requires`].
+#[must_use]
+pub fn requires_root() -> bool {
+    (nix::unistd::geteuid().is_root() || skip("root"))
+        && (Path::new("/dev/loop-control").exists() || skip("loop devices"))
+        && (Path::new("/dev/fuse").exists() || skip("/dev/fuse"))
+}
+
+fn skip(missing: &str) -> bool {
+    assert!(std::env::var_os("CI").is_none_or(|value| value.is_empty()), "this test needs {missing}");
+    eprintln!("skipped: this test needs {missing}");
+    false
+}
+
+/// Waits until `condition` holds; false when it does not within 10 seconds.
+#[must_use]
+pub fn wait_until(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
+}

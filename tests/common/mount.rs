@@ -1,0 +1,136 @@
+//! Mounts of the program under test.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use super::check::check;
+use super::image::Image;
+use super::loop_device::Loop;
+use super::{run, wait_until};
+
+/// A foreground `blkholefs mount`, unmounted with this value. Panics when the daemon does not end well then.
+pub struct Mount {
+    daemon: Child,
+    directory: tempfile::TempDir,
+    log: tempfile::TempPath,
+    file: PathBuf,
+    killed: bool,
+}
+
+impl Mount {
+    /// Mounts a device (or anything else that SPEC may be).
+    pub fn new(spec: &Path) -> Self {
+        Self::with_options(spec, &[])
+    }
+
+    /// [`Mount::new`] with more words for the command line.
+    pub fn with_options(spec: &Path, options: &[&str]) -> Self {
+        let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+        let (log, log_path) = tempfile::NamedTempFile::new().expect("a temporary file").into_parts();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blkholefs"));
+        command.args(["mount", "-f"]).args(options).arg(spec).arg(directory.path());
+        let daemon =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("the program starts");
+        let file = directory.path().join(spec.file_name().unwrap_or_default());
+        let mut mount = Self { daemon, directory, log: log_path, file, killed: false };
+        let up = wait_until(|| mount.is_mounted() || !mount.is_running()) && mount.is_mounted();
+        assert!(up, "{command:?} mounts nothing: {}", mount.log());
+        mount
+    }
+
+    /// The file that shows the device, when SPEC is one device.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// The mountpoint.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The daemon's process.
+    pub fn pid(&self) -> u32 {
+        self.daemon.id()
+    }
+
+    /// Kills the daemon; its mount stays until this value goes.
+    pub fn kill(&mut self) {
+        self.daemon.kill().expect("the daemon is our child");
+        self.daemon.wait().expect("the daemon is our child");
+        self.killed = true;
+    }
+
+    /// What the daemon wrote to standard error so far.
+    pub fn log(&self) -> String {
+        let mut text = String::new();
+        File::open(&self.log).and_then(|mut file| file.read_to_string(&mut text)).expect("the log can be read");
+        text
+    }
+
+    fn is_mounted(&self) -> bool {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("proc is mounted");
+        let directory = self.directory.path().to_str().expect("a temporary path is text");
+        mounts.lines().any(|line| line.split(' ').nth(4) == Some(directory))
+    }
+
+    fn is_running(&mut self) -> bool {
+        matches!(self.daemon.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the daemon said:\n{}", self.log());
+            let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
+            let _ = self.daemon.kill();
+            let _ = self.daemon.wait();
+            return;
+        }
+        run("umount", [self.directory.path()]);
+        let ended = wait_until(|| !self.is_running());
+        if !ended {
+            let _ = self.daemon.kill();
+        }
+        let status = self.daemon.wait().expect("the daemon is our child");
+        assert!(ended && (status.success() || self.killed), "after umount the daemon: {status}: {}", self.log());
+    }
+}
+
+/// An image, the loop device over it, and the mount of that.
+pub struct LoopMount {
+    /// The mount of the loop device.
+    pub mount: Mount,
+    /// The loop device.
+    pub device: Loop,
+    /// The image.
+    pub image: Image,
+}
+
+impl LoopMount {
+    /// An image of `size` bytes with data in the ranges.
+    pub fn new(size: u64, data: &[Range<u64>]) -> Self {
+        Self::with_options(size, data, &[])
+    }
+
+    /// [`LoopMount::new`] with more words for losetup(8).
+    pub fn with_options(size: u64, data: &[Range<u64>], options: &[&str]) -> Self {
+        let image = Image::with_data(size, data);
+        let device = Loop::with_options(image.path(), options);
+        let mount = Mount::new(device.path());
+        Self { mount, device, image }
+    }
+
+    /// The file that shows the device.
+    pub fn file(&self) -> &Path {
+        self.mount.file()
+    }
+
+    /// Checks holes, bytes and blocks against the device.
+    pub fn check(&self) {
+        check(self.file(), self.device.path());
+    }
+}

@@ -1,0 +1,290 @@
+//! Loop devices in every state that they can be in, and changes while the file is open.
+
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+use common::check::{Extent, Kind, check, map_holes, map_of, open, seek_data, seek_hole};
+use common::image::{Image, open_for_writing, write, write_at};
+use common::ioctl;
+use common::loop_device::Loop;
+use common::mount::{LoopMount, Mount};
+use common::{KIB, MIB, requires, requires_root, run, run_with_input, wait_until};
+
+/// The data ranges of an image as a device sees it that begins at `start` and is `size` long: data grows outwards to
+/// 4 KiB, and ranges that meet become one.
+fn seen_from(data: &[Range<u64>], start: u64, size: u64) -> Vec<Range<u64>> {
+    let mut seen: Vec<Range<u64>> = Vec::new();
+    for range in data {
+        let from = range.start.saturating_sub(start) / 4096 * 4096;
+        let to = range.end.saturating_sub(start).next_multiple_of(4096).min(size);
+        match seen.last_mut() {
+            _ if from >= to => {}
+            Some(last) if from <= last.end => last.end = last.end.max(to),
+            _ => seen.push(from..to),
+        }
+    }
+    seen
+}
+
+fn is_dense(map: &[Extent]) -> bool {
+    matches!(map, [Extent(Kind::Data, _)])
+}
+
+#[test]
+fn offset_and_size_limit() {
+    if !requires_root() {
+        return;
+    }
+    let data =
+        [0..4 * KIB, 64 * KIB..68 * KIB, MIB..MIB + 8 * KIB, 3 * MIB - 4 * KIB..3 * MIB, 4 * MIB - 4 * KIB..4 * MIB];
+    let image = Image::with_data(4 * MIB, &data);
+    for (offset, limit) in [
+        (0, 0),
+        (0, MIB + 4 * KIB),
+        (4 * KIB, 0),
+        (512, 0),
+        (512, 2 * MIB),
+        (64 * KIB + 1536, MIB),
+        (66 * KIB, 3 * MIB),
+        (MIB, 100 * MIB),
+        (3 * MIB + 3584, 4096),
+        (4 * MIB - 512, 0),
+    ] {
+        let mut options = vec![format!("--offset={offset}")];
+        if limit != 0 {
+            options.push(format!("--sizelimit={limit}"));
+        }
+        let device = Loop::with_options(image.path(), &options.iter().map(String::as_str).collect::<Vec<_>>());
+        let mount = Mount::new(device.path());
+        let size = if limit == 0 { 4 * MIB - offset } else { limit.min(4 * MIB - offset) };
+        let map = map_of(size, &seen_from(&data, offset, size));
+        assert_eq!(map_holes(mount.file()), map, "offset {offset} limit {limit}");
+        check(mount.file(), device.path());
+    }
+}
+
+#[test]
+fn deleted_backing_file_is_dense() {
+    if !requires_root() {
+        return;
+    }
+    let LoopMount { mount, device, image } = LoopMount::new(MIB, &[0..4096]);
+    assert!(!is_dense(&map_holes(mount.file())));
+    let path = image.path().to_owned();
+    drop(image);
+    assert!(is_dense(&map_holes(mount.file())), "the file that is gone tells nothing");
+    check(mount.file(), device.path());
+
+    // Neither does another file at the same path, nor one whose name ends as the kernel marks deleted files.
+    for name in [path.clone(), format!("{} (deleted)", path.display()).into()] {
+        File::create(&name).and_then(|file| file.set_len(MIB)).expect("a file in its place");
+        let map = map_holes(mount.file());
+        fs::remove_file(&name).expect("the file is ours");
+        assert!(is_dense(&map), "{}", name.display());
+    }
+    check(mount.file(), device.path());
+}
+
+#[test]
+fn renamed_backing_file_still_tells() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(MIB, &[0..4096]);
+    let moved = source.image.path().with_extension("moved");
+    fs::rename(source.image.path(), &moved).expect("a rename in one directory");
+    let map = map_holes(source.file());
+    fs::rename(&moved, source.image.path()).expect("and back");
+    assert_eq!(map, map_of(MIB, &[0..4096]));
+}
+
+/// A buffered write sits in the device's page cache for as long as somebody holds the device open; the image does not
+/// have it yet.
+#[test]
+fn dirty_pages_are_data() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(64 * MIB, &[]);
+    let early = open(source.file());
+    assert_eq!(seek_data(&early, 0), None);
+    let writer = open_for_writing(source.device.path());
+    for offset in [8 * MIB, 8 * MIB + 4 * KIB, 40 * MIB + 512, 64 * MIB - 512] {
+        write_at(&writer, offset..offset + 512);
+        let page = offset / 4096 * 4096;
+        assert_eq!(seek_data(&early, page), Some(page), "a file opened before the write at {offset}");
+        assert_eq!(seek_data(&open(source.file()), page), Some(page), "a file opened after it");
+    }
+    source.check();
+    drop(writer);
+    source.check();
+}
+
+#[test]
+fn writes_discards_and_punches_are_seen_by_an_open_file() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(16 * MIB, &[0..MIB]);
+    let file = open(source.file());
+    assert_eq!(map_holes(source.file()), map_of(16 * MIB, &[0..MIB]));
+    write(source.device.path(), 4 * MIB..5 * MIB);
+    assert_eq!(seek_data(&file, MIB), Some(4 * MIB));
+    let device = source.device.path().to_str().expect("text");
+    run("blkdiscard", ["--offset", "0", "--length", "524288", device]);
+    assert_eq!(map_holes(source.file()), map_of(16 * MIB, &[512 * KIB..MIB, 4 * MIB..5 * MIB]));
+    run("blkdiscard", ["--zeroout", "--offset", "4194304", "--length", "524288", device]);
+    source.check();
+    // Behind the device's back, as a virtual machine or fstrim does it.
+    source.image.write(10 * MIB..10 * MIB + 4096);
+    assert_eq!(seek_data(&file, 6 * MIB), Some(10 * MIB));
+}
+
+#[test]
+fn another_image_while_open() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::with_options(MIB, &[0..4096], &["--read-only"]);
+    let file = open(source.file());
+    assert_eq!(map_holes(source.file()), map_of(MIB, &[0..4096]));
+    let other = Image::with_data(MIB, &[512 * KIB..MIB]);
+    ioctl::loop_change_fd(source.device.path(), other.path());
+    assert_eq!(seek_data(&file, 0), Some(512 * KIB));
+    assert_eq!(map_holes(source.file()), map_of(MIB, &[512 * KIB..MIB]));
+    source.check();
+}
+
+#[test]
+fn another_offset_while_open() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(4 * MIB, &[0..4096, 2 * MIB..3 * MIB]);
+    let file = open(source.file());
+    assert_eq!(seek_hole(&file, 0), Some(4096));
+    ioctl::loop_set_offset(source.device.path(), 2 * MIB);
+    assert!(wait_until(|| fs::metadata(source.file()).expect("attributes").len() == 2 * MIB), "the new size is shown");
+    assert_eq!(seek_hole(&file, 0), Some(MIB));
+    assert_eq!(map_holes(source.file()), map_of(2 * MIB, &[0..MIB]));
+    source.check();
+}
+
+/// An idle mount does not hold the device: it can be detached and bound again.
+#[test]
+fn bound_again_while_mounted() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(MIB, &[0..4096]);
+    source.check();
+    let device = source.device.path().to_str().expect("text");
+    let state = format!("/sys/block/{}/loop", source.device.name());
+    run("losetup", ["--detach", device]);
+    assert!(!Path::new(&state).exists(), "{device} is held by an idle mount");
+    let other = Image::with_data(2 * MIB, &[MIB..2 * MIB]);
+    run("losetup", [device, other.path().to_str().expect("text")]);
+    assert!(wait_until(|| fs::metadata(source.file()).expect("attributes").len() == 2 * MIB), "the new size is shown");
+    assert_eq!(map_holes(source.file()), map_of(2 * MIB, &[MIB..2 * MIB]));
+    source.check();
+}
+
+#[test]
+fn growth_while_open() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(MIB, &[0..4096]);
+    let file = open(source.file());
+    assert_eq!(seek_data(&file, 4096), None);
+    source.image.resize(8 * MIB);
+    source.image.write(6 * MIB..7 * MIB);
+    // The device has its old size until it is told.
+    assert_eq!(map_holes(source.file()), map_of(MIB, &[0..4096]));
+    source.device.losetup(&["--set-capacity"]);
+    assert!(wait_until(|| fs::metadata(source.file()).expect("attributes").len() == 8 * MIB), "the new size is shown");
+    assert_eq!(seek_data(&file, 4096), Some(6 * MIB));
+    assert_eq!(map_holes(source.file()), map_of(8 * MIB, &[0..4096, 6 * MIB..7 * MIB]));
+    source.check();
+}
+
+/// Behind the end of an image that was cut short the device gives errors, not zeros: no hole.
+#[test]
+fn image_cut_short() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(4 * MIB, &[0..4096]);
+    let file = open(source.file());
+    source.image.resize(2 * MIB);
+    assert_eq!(seek_data(&file, 4096), Some(2 * MIB));
+    assert_eq!(seek_hole(&file, 2 * MIB), Some(4 * MIB));
+    let error = file.read_at(&mut [0; 4096], 3 * MIB).expect_err("no bytes are there");
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+}
+
+#[test]
+fn loop_over_loop() {
+    if !requires_root() {
+        return;
+    }
+    let image = Image::with_data(8 * MIB, &[MIB..2 * MIB, 4 * MIB..4 * MIB + 4096]);
+    let lower = Loop::with_options(image.path(), &["--offset=4096"]);
+    let upper = Loop::with_options(lower.path(), &["--offset=1024", "--sizelimit=6291456"]);
+    let mount = Mount::new(upper.path());
+    let data = seen_from(&[MIB..2 * MIB, 4 * MIB..4 * MIB + 4096], 4096 + 1024, 6 * MIB);
+    assert_eq!(map_holes(mount.file()), map_of(6 * MIB, &data));
+    check(mount.file(), upper.path());
+    // Dirty pages of the lower device are not in the image either.
+    let writer = open_for_writing(lower.path());
+    write_at(&writer, 3 * MIB..3 * MIB + 512);
+    let page = (3 * MIB - 1024) / 4096 * 4096;
+    assert_eq!(seek_data(&open(mount.file()), page), Some(page));
+    check(mount.file(), upper.path());
+}
+
+#[test]
+fn partitions() {
+    if !requires_root() || !requires(&["sfdisk"]) {
+        return;
+    }
+    let image = Image::new(64 * MIB);
+    // The second partition begins inside a 4 KiB block.
+    let table = "label: dos\nstart=2048, size=20480\nstart=22533, size=40001\n";
+    run_with_input("sfdisk", ["--quiet".as_ref(), image.path().as_os_str()], table);
+    let data = [2 * MIB..3 * MIB, 11 * MIB - 4096..11 * MIB + 4096, 20 * MIB..20 * MIB + 4096, 63 * MIB..64 * MIB];
+    data.iter().for_each(|range| image.write(range.clone()));
+    let device = Loop::with_options(image.path(), &["--partscan"]);
+    for (number, start, size) in [(1, 2048 * 512, 20480 * 512), (2, 22533 * 512, 40001 * 512)] {
+        let partition = device.partition(number);
+        let mount = Mount::new(&partition);
+        assert_eq!(map_holes(mount.file()), map_of(size, &seen_from(&data, start, size)), "partition {number}");
+        check(mount.file(), &partition);
+        // The whole disk's page cache is another one than the partition's.
+        let writer = open_for_writing(device.path());
+        let inside = (start + size / 2) / 4096 * 4096 + 512;
+        write_at(&writer, inside..inside + 512);
+        let page = (inside - start) / 4096 * 4096;
+        assert_eq!(seek_data(&open(mount.file()), page), Some(page), "partition {number}");
+        check(mount.file(), &partition);
+    }
+}
+
+#[test]
+fn sectors_of_4_kib_and_direct_io() {
+    if !requires_root() {
+        return;
+    }
+    for options in [&["--sector-size=4096"][..], &["--direct-io=on"], &["--read-only"]] {
+        let source = LoopMount::with_options(4 * MIB, &[MIB..MIB + 4096, 2 * MIB..3 * MIB], options);
+        let map = map_of(4 * MIB, &[MIB..MIB + 4096, 2 * MIB..3 * MIB]);
+        assert_eq!(map_holes(source.file()), map, "{options:?}");
+        source.check();
+    }
+}

@@ -1,0 +1,174 @@
+//! lseek(2) on the files of a mount: exact, at every offset, for every layout.
+
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::ops::Range;
+
+use common::check::{Extent, Kind, map_holes, map_of, open, seek_data, seek_hole};
+use common::image::Image;
+use common::mount::{LoopMount, Mount};
+use common::random::Random;
+use common::{GIB, KIB, MIB, requires_root};
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+
+/// What lseek must answer on a file with this map.
+fn expected(map: &[Extent], offset: u64, kind: Kind) -> Option<u64> {
+    let size = map.last().map_or(0, |extent| extent.1.end);
+    if offset >= size {
+        return None;
+    }
+    let found = map.iter().find(|extent| extent.0 == kind && extent.1.end > offset);
+    match kind {
+        Kind::Data => found.map(|extent| extent.1.start.max(offset)),
+        Kind::Hole => Some(found.map_or(size, |extent| extent.1.start.max(offset))),
+    }
+}
+
+fn check_at(file: &File, map: &[Extent], offset: u64) {
+    assert_eq!(seek_data(file, offset), expected(map, offset, Kind::Data), "SEEK_DATA {offset} in {map:?}");
+    assert_eq!(seek_hole(file, offset), expected(map, offset, Kind::Hole), "SEEK_HOLE {offset} in {map:?}");
+}
+
+/// The layouts of the kernel series' `test.py`: the device's map is the image's.
+#[test]
+fn layouts_of_the_kernel_series() {
+    if !requires_root() {
+        return;
+    }
+    let layouts: [(u64, &[Range<u64>]); 4] = [
+        (GIB, &[0..4 * KIB, 256 * MIB..256 * MIB + 64 * KIB, GIB - KIB..GIB]),
+        (GIB, &[128 * MIB..128 * MIB + 4 * KIB, 512 * MIB..512 * MIB + 64 * KIB]),
+        (MIB, &[0..MIB]),
+        (GIB, &[]),
+    ];
+    for (size, data) in layouts {
+        let source = LoopMount::new(size, data);
+        // The file system below keeps blocks of 4 KiB.
+        let data: Vec<_> = data.iter().map(|range| range.start / 4096 * 4096..range.end).collect();
+        assert_eq!(map_holes(source.file()), map_of(size, &data));
+        assert_eq!(map_holes(source.file()), map_holes(source.image.path()));
+        source.check();
+    }
+}
+
+#[test]
+fn boundaries_and_their_neighbours() {
+    if !requires_root() {
+        return;
+    }
+    let mut data: Vec<_> = (1..40).map(|n| n * 64 * KIB..n * 64 * KIB + n % 5 * 4 * KIB + 4 * KIB).collect();
+    data.push(4 * MIB - 8 * KIB..4 * MIB);
+    let source = LoopMount::new(4 * MIB, &data);
+    let map = map_of(4 * MIB, &data);
+    let file = open(source.file());
+    for boundary in map.iter().flat_map(|extent| [extent.1.start, extent.1.end]) {
+        for offset in [boundary.saturating_sub(1), boundary, boundary + 1, boundary + 511, boundary + 4095] {
+            check_at(&file, &map, offset);
+        }
+    }
+    let mut random = Random::new(1);
+    for _ in 0..2000 {
+        check_at(&file, &map, random.within(0..4 * MIB + 10));
+    }
+}
+
+/// The last byte and what lies behind it, with data and with a hole at the end: the table of the kernel series' review.
+#[test]
+fn end_of_the_device() {
+    if !requires_root() {
+        return;
+    }
+    for (data, last_data, last_hole) in [(MIB - 4 * KIB..MIB, Some(MIB - 1), MIB), (0..4 * KIB, None, MIB - 1)] {
+        let source = LoopMount::new(MIB, &[data]);
+        let file = open(source.file());
+        assert_eq!(seek_data(&file, MIB - 1), last_data);
+        assert_eq!(seek_hole(&file, MIB - 1), Some(last_hole));
+        for offset in [MIB, MIB + 1, GIB, i64::MAX as u64] {
+            assert_eq!((seek_data(&file, offset), seek_hole(&file, offset)), (None, None), "{offset}");
+        }
+        for offset in [-1, -4096, i64::MIN] {
+            for whence in [Whence::SeekData, Whence::SeekHole] {
+                assert_eq!(lseek(&file, offset, whence), Err(Errno::ENXIO), "{offset}");
+            }
+        }
+    }
+}
+
+/// Sizes that are no multiple of the 4 KiB that holes are aligned to, and the smallest ones.
+#[test]
+fn odd_sizes() {
+    if !requires_root() {
+        return;
+    }
+    for size in [512, 1024, 4096, 4096 + 512, 12 * KIB - 512, MIB + 512] {
+        for data in [vec![], vec![0..512], vec![size - 512..size], vec![0..size]] {
+            let source = LoopMount::new(size, &data);
+            for Extent(kind, range) in map_holes(source.file()) {
+                let aligned = range.start % 4096 == 0 && (range.end % 4096 == 0 || range.end == size);
+                assert!(kind == Kind::Data || aligned, "hole {range:?} of a device of {size}");
+            }
+            source.check();
+        }
+    }
+}
+
+#[test]
+fn offsets_beyond_2_gib_4_gib_and_8_tib() {
+    if !requires_root() {
+        return;
+    }
+    let size = 15 * 1024 * GIB;
+    let at = |offset: u64| offset..offset + 64 * KIB;
+    let data =
+        [at(2 * GIB - 32 * KIB), at(4 * GIB - 32 * KIB), at(4 * GIB + MIB), at(8 * 1024 * GIB), at(size - 64 * KIB)];
+    let source = LoopMount::new(size, &data);
+    assert_eq!(map_holes(source.file()), map_of(size, &data));
+    let file = open(source.file());
+    let map = map_of(size, &data);
+    for range in &data {
+        for offset in [range.start - 1, range.start, range.start + 1, range.end - 1, range.end] {
+            check_at(&file, &map, offset);
+        }
+    }
+}
+
+/// The descriptor's position moves as lseek(2) says, and other whences work as on any file.
+#[test]
+fn positions() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(MIB, &[64 * KIB..128 * KIB]);
+    let mut file = open(source.file());
+    let mut byte = [0];
+    assert_eq!(seek_data(&file, 0), Some(64 * KIB));
+    file.read_exact(&mut byte).expect("data can be read");
+    assert_ne!(byte, [0]);
+    assert_eq!(file.stream_position().expect("a position"), 64 * KIB + 1);
+    assert_eq!(seek_hole(&file, 64 * KIB + 1), Some(128 * KIB));
+    file.read_exact(&mut byte).expect("a hole can be read");
+    assert_eq!(byte, [0]);
+    // A seek that fails leaves the position alone.
+    assert_eq!(seek_data(&file, 128 * KIB), None);
+    assert_eq!(file.stream_position().expect("a position"), 128 * KIB + 1);
+    assert_eq!(file.seek(SeekFrom::End(-1)).expect("SEEK_END works"), MIB - 1);
+    assert_eq!(file.seek(SeekFrom::Current(-1)).expect("SEEK_CUR works"), MIB - 2);
+}
+
+/// An image file needs no loop device.
+#[test]
+fn image_file_as_spec() {
+    if !requires_root() {
+        return;
+    }
+    let data = [0..64 * KIB, MIB..MIB + 4096, 3 * MIB..4 * MIB];
+    let image = Image::with_data(4 * MIB, &data);
+    let mount = Mount::new(image.path());
+    assert_eq!(map_holes(mount.file()), map_of(4 * MIB, &data));
+    common::check::check(mount.file(), image.path());
+}
