@@ -106,7 +106,9 @@ impl Bench {
 impl Drop for Bench {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let _ = Command::new("umount").arg("--lazy").arg(self.mnt()).stderr(Stdio::null()).status();
+            for place in [self.mnt(), self.path("home/mnt"), self.path("home/file")] {
+                let _ = Command::new("umount").arg("--lazy").arg(place).stderr(Stdio::null()).status();
+            }
             if let Some(pid) = self.daemon() {
                 let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
             }

@@ -217,11 +217,9 @@ fn other_namespace() {
         return;
     }
     let bench = Bench::new();
-    let mut other = Command::new("unshare").args(["--mount", "sleep", "1000"]).spawn().unwrap();
-    let pid = other.id();
-    let own = fs::read_link("/proc/self/ns/mnt").unwrap();
+    let other = Other::new();
+    let pid = other.0.id();
     let namespace = format!("/proc/{pid}/ns/mnt");
-    assert!(wait_until(|| fs::read_link(&namespace).unwrap() != own));
     let table = format!("/proc/{pid}/mountinfo");
     let there = || mount_at(&table, &bench.mnt());
     let device = bench.device.path().to_str().unwrap();
@@ -237,6 +235,27 @@ fn other_namespace() {
     signal(bench.daemon().unwrap(), Signal::SIGTERM);
     assert!(wait_until(|| there().is_none()));
     bench.assert_nothing_left();
-    other.kill().unwrap();
-    other.wait().unwrap();
+}
+
+/// A process in a mount namespace of its own.
+struct Other(Child);
+
+impl Other {
+    fn new() -> Self {
+        let mut command = Command::new("unshare");
+        let child =
+            command.args(["--mount", "sleep", "1000"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let name = format!("/proc/{}/comm", child.id());
+        let other = Self(child);
+        // The namespace is complete when unshare(1) gives way to its command.
+        assert!(wait_until(|| fs::read_to_string(&name).unwrap() == "sleep\n"));
+        other
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

@@ -19,6 +19,7 @@ impl Home {
         fs::copy(env!("CARGO_BIN_EXE_blkholefs"), home.join("blkholefs")).unwrap();
         fs::copy(bench.image.path(), home.join("my,image")).unwrap();
         fs::create_dir(home.join("mnt")).unwrap();
+        fs::create_dir(home.join("run")).unwrap();
         fs::write(home.join("file"), "").unwrap();
         run("chown", ["-R".as_ref(), "nobody".as_ref(), home.as_os_str()]);
         Self(bench)
@@ -29,7 +30,7 @@ impl Home {
         let mut command = Command::new("setpriv");
         command.args(["--reuid=nobody", "--regid=65534", "--clear-groups"]).arg(home.join("blkholefs")).args(words);
         // The session's directory, where the record of the daemon goes.
-        Ran::of(command.current_dir(&home).env("XDG_RUNTIME_DIR", &home))
+        Ran::of(command.current_dir(&home).env("XDG_RUNTIME_DIR", home.join("run")))
     }
 }
 
