@@ -24,9 +24,10 @@ fn device_is_free_at_once() {
         bench.umount();
         assert_eq!(bench.daemon(), None, "the daemon ended before umount returned");
         run("losetup", ["--detach".as_ref(), device.path().as_os_str()]);
-        // Bound to something else by now, perhaps; but not waiting for its last user.
-        let backing = std::fs::read_to_string(format!("/sys/block/{}/loop/backing_file", device.name()));
-        assert_ne!(backing.unwrap_or_default().trim_end(), bench.image.path().to_str().unwrap());
+        // Somebody who looks for a free loop device may hold it open for a moment, or have bound it to something else.
+        let backing = format!("/sys/block/{}/loop/backing_file", device.name());
+        let image = bench.image.path().to_str().unwrap();
+        assert!(wait_until(|| std::fs::read_to_string(&backing).unwrap_or_default().trim_end() != image));
         std::mem::forget(device);
     }
 }
