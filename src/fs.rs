@@ -10,19 +10,20 @@ mod spec;
 
 pub use attributes::{Attributes, FileKind};
 pub use nodes::{Ino, ROOT};
-pub use spec::{Spec, Target};
+pub use spec::{Place, Spec, Target};
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use log::{debug, warn};
+use log::{debug, info};
 
 use crate::error::{Error, Result};
-use crate::handle::Handle;
-use crate::source::{Backing, Context};
+use crate::handle::{Handle, MapCache};
+use crate::source::Context;
+use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
 use nodes::Nodes;
@@ -36,6 +37,10 @@ pub struct Options {
     pub gid: Option<u32>,
     /// The permissions that a file may have at most.
     pub mode: Option<u32>,
+    /// The metadata of an offline pool, whose data the SPEC is.
+    pub thin_metadata: Option<PathBuf>,
+    /// The bytes that the maps of all open files may hold.
+    pub map_cache: Option<Bytes>,
 }
 
 /// An open file's number.
@@ -58,11 +63,13 @@ pub struct FileSystem {
     spec: Spec,
     ownership: Ownership,
     context: Arc<Context>,
+    maps: Arc<MapCache>,
     nodes: Nodes,
     changes: Changes,
     open: RwLock<HashMap<u64, Arc<Open>>>,
     /// The handle of each device that is open, by inode: several opens share it.
     handles: Mutex<HashMap<Ino, Shared>>,
+    listings: Mutex<HashMap<u64, Arc<[Entry]>>>,
     next_fh: AtomicU64,
 }
 
@@ -84,15 +91,17 @@ impl FileSystem {
     /// # Errors
     /// When it is missing, unreadable, or nothing that can be shown.
     pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
-        let spec = Spec::new(spec)?;
+        let spec = Spec::new(spec, options)?;
         Ok(Self {
             nodes: Nodes::new(),
             spec,
             ownership: Ownership::new(options),
             context: Arc::default(),
+            maps: Arc::new(MapCache::new(options.map_cache)),
             changes: Changes::default(),
             open: RwLock::default(),
             handles: Mutex::default(),
+            listings: Mutex::default(),
             next_fh: AtomicU64::new(1),
         })
     }
@@ -133,39 +142,63 @@ impl FileSystem {
     }
 
     fn attributes(&self, ino: Ino, target: &Target) -> Result<Attributes> {
-        let path = match target {
-            Target::Directory(metadata) => return Ok(Attributes::directory(ino, metadata, &self.ownership)),
-            Target::File(path) => path,
+        let place = match target {
+            Target::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
+            Target::File(place) => place,
         };
         // An open device is asked through its handle; any other is opened for as long as the answer takes.
-        let open = self.handle_of(ino).filter(|handle| handle.backing().is_at(path));
+        let open = self.handle_of(ino).filter(|handle| place.is_of(handle.backing()));
         let handle = match open {
             Some(handle) => handle,
-            None => Arc::new(Handle::new(Backing::open(path)?, self.context.clone())),
+            None => match self.spec.open(place) {
+                Ok(backing) => Arc::new(Handle::glance(backing, self.context.clone())),
+                // One device that cannot be opened must not spoil the listing of the others.
+                Err(error) => {
+                    debug!("{error}");
+                    let node = place.path().and_then(|path| std::fs::metadata(path).ok()).ok_or(error)?;
+                    return Ok(Attributes::unopened(ino, &node, &self.ownership));
+                }
+            },
         };
         let has_hole = handle.has_hole()?;
         let changed = self.changes.observe(ino, handle.backing());
         Attributes::file(ino, &handle, has_hole, changed, &self.ownership)
     }
 
-    /// The entries of a directory, as they are now, without `.` and `..`.
+    /// Opens a directory: its entries as they are now, `.` and `..` first, so that a listing in parts is one listing.
     ///
     /// # Errors
     /// As readdir(3).
-    pub fn readdir(&self, ino: Ino) -> Result<Vec<Entry>> {
+    pub fn opendir(&self, ino: Ino) -> Result<Fh> {
         let directory = self.nodes.path(ino)?;
-        let names = self.spec.entries(&directory)?;
-        Ok(names
-            .into_iter()
-            .filter_map(|(name, kind)| {
-                let path = self.spec.child(&directory, &name)?;
-                Some(Entry { ino: self.nodes.ino(&path), kind, name })
-            })
-            .collect())
+        let dot = |name: &str, ino| Entry { ino, kind: FileKind::Directory, name: name.into() };
+        let mut entries = vec![dot(".", ino), dot("..", self.parent(ino))];
+        for (name, kind) in self.spec.entries(&directory)? {
+            if let Some(path) = self.spec.child(&directory, &name) {
+                entries.push(Entry { ino: self.nodes.ino(&path), kind, name });
+            }
+        }
+        let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
+        self.listings.lock().unwrap_or_else(PoisonError::into_inner).insert(fh, entries.into());
+        Ok(Fh(fh))
+    }
+
+    /// The entries of an open directory.
+    ///
+    /// # Errors
+    /// EBADF when there is no such open directory.
+    pub fn readdir(&self, fh: Fh) -> Result<Arc<[Entry]>> {
+        let listings = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
+        listings.get(&fh.0).cloned().ok_or_else(|| errno(libc::EBADF))
+    }
+
+    /// Closes an open directory.
+    pub fn releasedir(&self, fh: Fh) {
+        self.listings.lock().unwrap_or_else(PoisonError::into_inner).remove(&fh.0);
     }
 
     /// The directory that holds `ino`; the root holds itself.
-    pub fn parent(&self, ino: Ino) -> Ino {
+    fn parent(&self, ino: Ino) -> Ino {
         let parent = self.nodes.path(ino).ok().and_then(|path| path.parent().map(ToOwned::to_owned));
         parent.map_or(ROOT, |parent| self.nodes.ino(&parent))
     }
@@ -178,25 +211,26 @@ impl FileSystem {
         if for_writing {
             return Err(errno(libc::EROFS));
         }
-        let Target::File(path) = self.spec.target(&self.nodes.path(ino)?)? else {
+        let Target::File(place) = self.spec.target(&self.nodes.path(ino)?)? else {
             return Err(errno(libc::EISDIR));
         };
-        let handle = self.share(ino, &path)?;
+        let handle = self.share(ino, &place)?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
         let open = Arc::new(Open { ino, handle });
         self.open.write().unwrap_or_else(PoisonError::into_inner).insert(fh, open);
-        debug!("open {} as {fh}", path.display());
+        debug!("open {place:?} as {fh}");
         Ok(Fh(fh))
     }
 
     /// The handle of a device that is about to be opened once more.
-    fn share(&self, ino: Ino, path: &Path) -> Result<Arc<Handle>> {
+    fn share(&self, ino: Ino, place: &Place) -> Result<Arc<Handle>> {
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(shared) = handles.get_mut(&ino).filter(|shared| shared.handle.backing().is_at(path)) {
+        if let Some(shared) = handles.get_mut(&ino).filter(|shared| place.is_of(shared.handle.backing())) {
             shared.opens += 1;
             return Ok(shared.handle.clone());
         }
-        let handle = Arc::new(Handle::new(Backing::open(path)?, self.context.clone()));
+        let handle = Arc::new(Handle::new(self.spec.open(place)?, self.context.clone(), self.maps.clone()));
+        handle.prepare();
         handles.insert(ino, Shared { handle: handle.clone(), opens: 1 });
         Ok(handle)
     }
@@ -233,18 +267,21 @@ impl FileSystem {
         }
     }
 
-    /// What is open now, in a line for the log.
-    pub fn counters(&self) -> String {
-        let files = self.open.read().unwrap_or_else(PoisonError::into_inner).len();
-        let devices = self.handles.lock().unwrap_or_else(PoisonError::into_inner).len();
-        format!("{files} files of {devices} devices are open")
-    }
-
     /// Drops the maps of all open files; each is made anew when it is asked.
     pub fn drop_maps(&self) {
         let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.values().for_each(|shared| shared.handle.drop_map());
-        warn!("dropped {} maps", handles.len());
+        info!("dropped the maps of {} open devices", handles.len());
+    }
+
+    /// Writes what is open to the log.
+    pub fn log_counters(&self) {
+        let opens = self.open.read().unwrap_or_else(PoisonError::into_inner).len();
+        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        info!("{opens} open files on {} devices, maps of {} bytes", handles.len(), self.maps.used());
+        for shared in handles.values() {
+            info!("{}: {} opens", shared.handle.backing().name().display(), shared.opens);
+        }
     }
 }
 

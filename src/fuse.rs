@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use fuser::{
@@ -15,6 +16,7 @@ use log::{debug, warn};
 
 use crate::error::Error;
 use crate::fs::{Attributes, Fh, FileKind, FileSystem, Ino};
+use crate::handle::Handle;
 use crate::map::view::Whence;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -87,6 +89,13 @@ fn file_attr(attributes: &Attributes) -> FileAttr {
     }
 }
 
+fn read(handle: &Handle, offset: Bytes, size: usize, reply: ReplyData) {
+    BUFFER.with_borrow_mut(|buffer| match handle.read(buffer, offset, size) {
+        Ok(bytes) => reply.data(bytes),
+        Err(error) => reply.error(errno("read", &error)),
+    });
+}
+
 impl Filesystem for BlkHoleFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // A kernel without one of these serves all the same, only slower.
@@ -134,17 +143,15 @@ impl Filesystem for BlkHoleFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        BUFFER.with_borrow_mut(|buffer| {
-            let wanted = usize::try_from(size).unwrap_or(usize::MAX);
-            let handle = self.0.handle(Fh(fh.0));
-            let read = handle.as_ref().map_err(|error| error.errno()).and_then(|handle| {
-                handle.read(buffer, Bytes::new(offset), wanted).map_err(|error| errno("read", &error).code())
-            });
-            match read {
-                Ok(bytes) => reply.data(bytes),
-                Err(code) => reply.error(Errno::from_i32(code)),
+        let (offset, size) = (Bytes::new(offset), usize::try_from(size).unwrap_or(usize::MAX));
+        match self.0.handle(Fh(fh.0)) {
+            Err(error) => reply.error(errno("read", &error)),
+            // The session threads serve every file: none of them may wait for one suspended device.
+            Ok(handle) if handle.would_wait() => {
+                thread::spawn(move || read(&handle, offset, size, reply));
             }
-        });
+            Ok(handle) => read(&handle, offset, size, reply),
+        }
     }
 
     fn lseek(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
@@ -188,22 +195,30 @@ impl Filesystem for BlkHoleFs {
         reply.ok();
     }
 
-    fn readdir(&self, _request: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let own = Ino(ino.0);
-        let entries = match self.0.readdir(own) {
+    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.0.opendir(Ino(ino.0)) {
+            Ok(fh) => reply.opened(FileHandle(fh.0), FopenFlags::empty()),
+            Err(error) => reply.error(errno("opendir", &error)),
+        }
+    }
+
+    fn readdir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        let entries = match self.0.readdir(Fh(fh.0)) {
             Ok(entries) => entries,
             Err(error) => return reply.error(errno("readdir", &error)),
         };
-        let dots =
-            [(own, FileType::Directory, OsStr::new(".")), (self.0.parent(own), FileType::Directory, OsStr::new(".."))];
-        let named = entries.iter().map(|entry| (entry.ino, file_type(entry.kind), entry.name.as_os_str()));
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        for (index, (ino, kind, name)) in dots.into_iter().chain(named).enumerate().skip(start) {
+        for (index, entry) in entries.iter().enumerate().skip(start) {
             // The offset of an entry is that of the one after it.
-            if reply.add(INodeNo(ino.0), index as u64 + 1, kind, name) {
+            if reply.add(INodeNo(entry.ino.0), index as u64 + 1, file_type(entry.kind), &entry.name) {
                 break;
             }
         }
+        reply.ok();
+    }
+
+    fn releasedir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        self.0.releasedir(Fh(fh.0));
         reply.ok();
     }
 

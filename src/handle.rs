@@ -8,17 +8,22 @@
 //! When a guard saw a change the stack is resolved again, which costs at most a tenth of the time: a device that is
 //! written faster than its map can be read is all data in between.
 
+mod map_cache;
+
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{Level, log};
 
 use crate::error::Result;
 use crate::map::view::{self, Whence};
 use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
+use map_cache::Slot;
+
+pub use map_cache::MapCache;
 
 /// How often one request may resolve the stack again before it answers "data".
 const MAX_TRIES: usize = 3;
@@ -30,29 +35,79 @@ const REST_FACTOR: u32 = 9;
 pub struct Handle {
     backing: Backing,
     context: Arc<Context>,
-    stack: RwLock<Option<Arc<Stack>>>,
-    rebuild: Mutex<Rebuild>,
+    maps: Arc<MapCache>,
+    held: Arc<Slot>,
+    /// Held while a stack is resolved, so that it is done once.
+    renewing: Mutex<()>,
+    /// What the last stack was dense for, so that it is said once.
+    told: Mutex<Option<String>>,
     /// Whether the user was already told that this device changes too fast.
     told_busy: AtomicBool,
+    /// A glance for the sake of stat(2) is not worth a line of the log; an open file is.
+    quiet: bool,
 }
 
-/// When the stack was resolved, and what that cost.
-#[derive(Default)]
-struct Rebuild {
-    not_before: Option<Instant>,
-    /// What the last stack was dense for, so that it is said once.
-    reason: Option<String>,
+/// A resolved stack, and what it cost.
+struct Held {
+    stack: Stack,
+    /// Taken before anything of the stack was looked at.
+    born: Instant,
+    resolved_in: Duration,
+    /// The first question: some maps are read only then.
+    read_in: OnceLock<Duration>,
+    told: AtomicBool,
+}
+
+impl Held {
+    /// Writes back what is dirty, then asks.
+    fn ask<T>(&self, ask: impl Fn(&Stack) -> Option<T>) -> Option<T> {
+        if !self.stack.write_back() {
+            return None;
+        }
+        if self.read_in.get().is_some() {
+            return ask(&self.stack);
+        }
+        let start = Instant::now();
+        let claim = ask(&self.stack);
+        // Another thread may have been first: its time is as good.
+        let _ = self.read_in.set(start.elapsed());
+        claim
+    }
+
+    /// Whether a claim of this stack stands. One that was made within the request holds every write that completed
+    /// before it; what must not have changed since is only how it is built.
+    fn is_believed(&self, request: Instant) -> bool {
+        if self.born >= request { self.stack.same_shape() } else { self.stack.unchanged() }
+    }
+
+    /// Whether enough time went by since it was made to make another one.
+    fn may_be_replaced(&self) -> bool {
+        let cost = self.resolved_in + self.read_in.get().copied().unwrap_or_default();
+        self.born.elapsed() >= cost * (REST_FACTOR + 1)
+    }
 }
 
 impl Handle {
-    /// Takes an open device.
-    pub fn new(backing: Backing, context: Arc<Context>) -> Self {
+    /// Takes an open device, whose map is kept in `maps`.
+    pub fn new(backing: Backing, context: Arc<Context>, maps: Arc<MapCache>) -> Self {
+        Self::with(backing, context, maps, false)
+    }
+
+    /// Takes a device that is opened only to tell its attributes.
+    pub fn glance(backing: Backing, context: Arc<Context>) -> Self {
+        Self::with(backing, context, Arc::default(), true)
+    }
+
+    fn with(backing: Backing, context: Arc<Context>, maps: Arc<MapCache>, quiet: bool) -> Self {
         Self {
             backing,
             context,
-            stack: RwLock::default(),
-            rebuild: Mutex::default(),
+            maps,
+            held: Arc::default(),
+            renewing: Mutex::default(),
+            told: Mutex::default(),
             told_busy: AtomicBool::new(false),
+            quiet,
         }
     }
 
@@ -90,6 +145,18 @@ impl Handle {
         Ok(claim.unwrap_or(data))
     }
 
+    /// Resolves the stack, if that was not done yet. Cheap: maps are read when they are asked.
+    pub fn prepare(&self) {
+        if self.current().is_none() {
+            self.renew(Instant::now());
+        }
+    }
+
+    /// Whether a read would wait for the resume of a suspended device.
+    pub fn would_wait(&self) -> bool {
+        self.current().is_some_and(|held| held.stack.suspended())
+    }
+
     /// Whether a seek would find a hole.
     ///
     /// # Errors
@@ -102,31 +169,30 @@ impl Handle {
 
     /// Bytes that are stored, where the sources know it without a walk.
     pub fn allocated(&self) -> Option<Bytes> {
-        self.current().and_then(|stack| stack.map().allocated())
+        self.current().and_then(|held| held.stack.map().allocated())
     }
 
     /// Forgets the map and everything that it holds open; the next seek makes a new one.
     pub fn drop_map(&self) {
-        *self.stack.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.held.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Asks a stack for something that is a claim of holes; `None` when it claims none, or none may be claimed now.
     fn claim<T>(&self, len: Bytes, ask: impl Fn(&Stack) -> Option<T>) -> Option<T> {
-        let mut stack = self.current().filter(|stack| stack.map().len() == len);
-        let mut made_now = false;
+        let request = Instant::now();
+        let fits = |held: &Arc<Held>| held.stack.map().len() == len;
+        let mut held = self.current().filter(fits);
+        let mut newer_than = request;
         for _ in 0..MAX_TRIES {
-            let (now, claim) = match stack.take() {
-                Some(now) => {
-                    let claim = Self::ask(&now, &ask);
-                    (now, claim)
-                }
-                None => {
-                    made_now = true;
-                    self.rebuild(&ask)?
-                }
+            let now = match held.take() {
+                Some(held) => held,
+                None => self.renew(newer_than)?,
             };
+            newer_than = newer_than.max(now.born);
+            let claim = now.ask(&ask);
+            self.tell_map(&now);
             // "Data" is verified as well: a device may have gained holes since.
-            if now.map().len() == len && believed(&now, made_now) {
+            if fits(&now) && now.is_believed(request) {
                 return claim;
             }
         }
@@ -134,56 +200,65 @@ impl Handle {
         None
     }
 
-    /// Writes back what is dirty, then asks.
-    fn ask<T>(stack: &Stack, ask: &impl Fn(&Stack) -> Option<T>) -> Option<T> {
-        if stack.write_back() { ask(stack) } else { None }
-    }
-
-    /// Resolves the stack again and asks it; `None` while the last rebuild is too recent.
-    ///
-    /// The question is part of the time it costs: a map may be read only when it is asked.
-    fn rebuild<T>(&self, ask: &impl Fn(&Stack) -> Option<T>) -> Option<(Arc<Stack>, Option<T>)> {
-        let mut rebuild = self.rebuild.lock().unwrap_or_else(PoisonError::into_inner);
-        let start = Instant::now();
-        if rebuild.not_before.is_some_and(|not_before| start < not_before) {
-            self.tell_busy();
-            return None;
+    /// Resolves the stack again; `None` while the last time is too recent. Of several requests one does the work, and
+    /// those that were there before it began share it.
+    fn renew(&self, newer_than: Instant) -> Option<Arc<Held>> {
+        let _one_at_a_time = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(held) = self.current() {
+            if held.born > newer_than {
+                return Some(held);
+            }
+            if !held.may_be_replaced() {
+                self.tell_busy();
+                return None;
+            }
         }
-        let stack = Arc::new(self.backing.resolve(&self.context));
-        let claim = Self::ask(&stack, ask);
-        let cost = start.elapsed();
-        rebuild.not_before = Some(Instant::now() + cost * REST_FACTOR);
-        self.tell_map(&stack, cost, &mut rebuild.reason);
-        *self.stack.write().unwrap_or_else(PoisonError::into_inner) = Some(stack.clone());
-        Some((stack, claim))
+        let born = Instant::now();
+        let stack = self.backing.resolve(&self.context);
+        let resolved_in = born.elapsed();
+        let held = Arc::new(Held { stack, born, resolved_in, read_in: OnceLock::new(), told: AtomicBool::new(false) });
+        *self.held.write().unwrap_or_else(PoisonError::into_inner) = Some(held.clone());
+        Some(held)
     }
 
-    fn current(&self) -> Option<Arc<Stack>> {
-        self.stack.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn current(&self) -> Option<Arc<Held>> {
+        self.held.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn tell_map(&self, stack: &Stack, cost: Duration, told: &mut Option<String>) {
-        let reason = stack.map().dense_because();
+    /// Says once of each stack, after its first question, what became of it.
+    fn tell_map(&self, held: &Held) {
+        if held.told.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let path = self.backing.name().display();
+        let reason = held.stack.map().dense_because();
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         match &reason {
             Some(reason) if told.as_ref() != Some(reason) => {
-                warn!("{}: all data: {reason}", self.backing.path().display());
+                self.tell(Level::Warn, &format!("{path}: all data: {reason}"));
             }
             Some(_) => {}
-            None => info!("{}: new map in {cost:?}", self.backing.path().display()),
+            None => self.tell(Level::Info, &format!("{path}: new map")),
         }
         *told = reason;
+        self.maps.keep(&self.held, held.stack.map().memory());
     }
 
     fn tell_busy(&self) {
         if !self.told_busy.swap(true, Ordering::Relaxed) {
-            let path = self.backing.path().display();
-            warn!("{path}: changes faster than its map can be read: all data in between; back up a snapshot instead");
+            let path = self.backing.name().display();
+            let why = "changes faster than its map can be read: all data in between; back up a snapshot instead";
+            self.tell(Level::Warn, &format!("{path}: {why}"));
         }
+    }
+
+    fn tell(&self, level: Level, message: &str) {
+        log!(if self.quiet { Level::Debug } else { level }, "{message}");
     }
 }
 
-/// Whether a claim stands. A stack that was made within the request holds every write that completed before it; what
-/// must not have changed since is only how it is built.
-fn believed(stack: &Stack, made_now: bool) -> bool {
-    if made_now { stack.same_shape() } else { stack.unchanged() }
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.maps.release(&self.held);
+    }
 }

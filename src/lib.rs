@@ -1,6 +1,7 @@
 //! Shows block devices as regular files whose holes are real.
 #![deny(unsafe_code)]
 
+pub mod cli;
 pub mod error;
 pub mod fs;
 pub mod fuse;

@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::ExitCode;
 
+use blkholefs::cli;
 use blkholefs::mount::{helper, umount};
 
 /// "Internal error" of mount(8).
@@ -23,6 +24,6 @@ fn dispatch(name: &str, words: &[OsString]) -> ExitCode {
         ("umount.blkholefs" | "umount.fuse.blkholefs", _) => umount::main(name, words),
         (_, Some("mount")) => helper::command(&words[1..]),
         (_, Some("umount")) => umount::main("blkholefs", &words[1..]),
-        _ => ExitCode::from(1),
+        _ => cli::main(words),
     }
 }

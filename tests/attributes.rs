@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
-use common::check::{Kind, map_holes, open};
+use common::check::{Kind, check_blocks, map_holes, open};
 use common::image::write;
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
@@ -79,8 +79,7 @@ fn blocks() {
     ];
     for (size, data) in layouts {
         let source = LoopMount::new(size, data);
-        let map = map_holes(source.file());
-        common::check::check_blocks(source.file(), &map);
+        check_blocks(source.file());
         let allocated: u64 = data.iter().map(|range| range.end - range.start).sum();
         let shown = stat(source.file()).blocks() * 512;
         assert!(shown <= allocated.max(4096) + 64 * KIB, "{shown} bytes for {allocated} of data in {size}");
@@ -95,10 +94,10 @@ fn blocks_of_a_part_of_an_image() {
     }
     let dense_part = ["--offset=1048576", "--sizelimit=1048576"];
     let source = LoopMount::with_options(64 * MIB, &[MIB..2 * MIB], &dense_part);
-    common::check::check_blocks(source.file(), &map_holes(source.file()));
+    check_blocks(source.file());
     let sparse_part = ["--offset=33554432", "--sizelimit=1048576"];
     let source = LoopMount::with_options(64 * MIB, &[MIB..20 * MIB, 32 * MIB..32 * MIB + 4096], &sparse_part);
-    common::check::check_blocks(source.file(), &map_holes(source.file()));
+    check_blocks(source.file());
 }
 
 /// Without a look at the map first: `stat` alone must be right too, before and after the device changes.

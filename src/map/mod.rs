@@ -5,10 +5,16 @@
 //! [`view`] turns a map into the exact answers of lseek(2).
 
 mod compose;
+mod fill;
+#[cfg(test)]
+mod model;
 mod stripe;
+#[cfg(test)]
+mod tests;
 pub mod view;
 
 pub use compose::{Clip, Concat, Overlay, Uniform};
+pub use fill::{Block, FillBuilder, FillMap, Filler};
 pub use stripe::{Stripe, Unstripe};
 
 use std::sync::Once;
@@ -60,6 +66,11 @@ pub trait HoleMap: Send + Sync {
 
     /// Bytes that are data, where that is known without a walk over the whole map.
     fn allocated(&self) -> Option<Bytes> {
+        None
+    }
+
+    /// Whether there is a hole of 4096 bytes or more, where that is known without a walk.
+    fn is_sparse(&self) -> Option<bool> {
         None
     }
 

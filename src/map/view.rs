@@ -4,6 +4,8 @@
 //! `align` bytes (the last one ends with the device), and a unit is a hole if all of its bytes are. That rounds holes
 //! inwards, merges neighbours of one kind wherever the map cuts them, and lets the last hole end with the device.
 //!
+//! An `align` of zero is taken as one byte.
+//!
 //! No answer walks further than it needs to: a hole counts as found when one unit of it is.
 
 use std::ops::Range;
@@ -42,18 +44,20 @@ pub fn run(map: &dyn HoleMap, align: Bytes, offset: Bytes) -> Run {
 
 /// Whether [`seek`] finds a hole before the end of the device.
 pub fn has_hole(map: &dyn HoleMap, align: Bytes) -> bool {
-    View::new(map, align, map.len()).first_hole(Bytes::ZERO) < map.len()
+    let known = if align <= Bytes::new(4096) { map.is_sparse() } else { None };
+    known.unwrap_or_else(|| View::new(map, align, map.len()).first_hole(Bytes::ZERO) < map.len())
 }
 
 /// The runs within `range`, each with its start; kinds alternate. A run that leaves the range is cut there.
 pub fn runs(map: &dyn HoleMap, align: Bytes, range: Range<Bytes>) -> impl Iterator<Item = (Bytes, Run)> {
     let mut view = View::new(map, align, range.end);
+    let end = range.end.min(view.len);
     let mut at = range.start;
     std::iter::from_fn(move || {
-        let start = (at < view.limit).then_some(at)?;
+        let start = (at < end).then_some(at)?;
         let run = view.run(start);
-        at = run.end;
-        Some((start, run))
+        at = run.end.min(end);
+        Some((start, Run { end: at, kind: run.kind }))
     })
 }
 
@@ -62,7 +66,7 @@ struct View<'a> {
     map: &'a dyn HoleMap,
     len: Bytes,
     align: Bytes,
-    /// Nothing at or after this position is looked at, but for the rest of a unit that begins before it.
+    /// Where a walk stops: the end of a unit, or of the device.
     limit: Bytes,
     known: Option<(Bytes, Run)>,
 }
@@ -70,7 +74,9 @@ struct View<'a> {
 impl<'a> View<'a> {
     fn new(map: &'a dyn HoleMap, align: Bytes, limit: Bytes) -> Self {
         let len = map.len();
-        Self { map, len, align: align.max(Bytes::new(1)), limit: limit.min(len), known: None }
+        let align = align.max(Bytes::new(1));
+        let limit = limit.align_up(align).map_or(len, |unit_end| unit_end.min(len));
+        Self { map, len, align, limit, known: None }
     }
 
     fn ask(&mut self, offset: Bytes) -> Run {

@@ -1,23 +1,21 @@
 //! `mount.blkholefs`, which mount(8) runs, and `blkholefs mount`.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use log::LevelFilter;
 use nix::unistd::{getegid, geteuid, getgid, getuid};
 
 use crate::error::{Error, Result};
-use crate::fs::{self, FileSystem};
-use crate::fuse::BlkHoleFs;
 use crate::mount::argv::{self, Command, MountRequest};
 use crate::mount::daemon::{self, Ready};
+use crate::mount::filesystem;
 use crate::mount::logging::{self, one_line};
 use crate::mount::namespace::Namespace;
 use crate::mount::options::{self, MountOptions, Unknown};
-use crate::mount::point::{MountPoint, Shape};
-use crate::mount::serve::{Hooks, Service};
+use crate::mount::point::MountPoint;
+use crate::mount::serve::Service;
 use crate::mount::session;
 use crate::sys::process;
 
@@ -99,30 +97,23 @@ fn refuse_setuid() -> Result<()> {
 fn run(name: &str, request: MountRequest) -> Result<u8> {
     logging::start(name, if request.verbose { LevelFilter::Debug } else { LevelFilter::Warn });
     let options = parse_options(&request)?;
-    // The file system first, and an absolute directory: a visit to another namespace ends in its root directory.
-    let mut files = FileSystem::new(&request.spec, &file_options(&options))?;
+    // Both paths are made absolute first: a visit to another namespace ends in the root directory.
+    let spec = absolute_spec(&request.spec)?;
     let dir = absolute(&request.dir)?;
     let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
-    if point.shape() == Shape::File {
-        files.show_as_file()?;
-    }
+    let opened = filesystem::open(&spec, point.shape(), &options)?;
     if request.verbose {
         let does = if request.fake { "would mount" } else { "mounting" };
-        eprintln!(
-            "{name}: {does} {} on {}",
-            one_line(&request.spec.to_string_lossy()),
-            one_line(&dir.to_string_lossy())
-        );
+        eprintln!("{name}: {does} {} on {}", one_line(&spec.to_string_lossy()), one_line(&dir.to_string_lossy()));
     }
     if request.fake {
         return Ok(0);
     }
-    let files = Arc::new(files);
-    let service = Service { spec: &request.spec, options: &options, hooks: hooks(&files) };
+    let service = Service { spec: &request.spec, options: &options, hooks: opened.hooks };
     let serve = |ready: &mut Ready| {
         logging::serve();
         service.run(point, ready, |spec, point, options| {
-            let (session, mounted) = session::mount(BlkHoleFs::new(files), spec, point, options)?;
+            let (session, mounted) = session::mount(opened.filesystem, spec, point, options)?;
             Ok((move || session.run(), mounted))
         })
     };
@@ -148,19 +139,10 @@ fn parse_options(request: &MountRequest) -> Result<MountOptions> {
     Ok(options)
 }
 
-/// What of the options is about files.
-fn file_options(options: &MountOptions) -> fs::Options {
-    let allowed = options.mode.unwrap_or(0o777) & !options.umask.unwrap_or(0);
-    let mode = (options.mode.is_some() || options.umask.is_some()).then_some(allowed);
-    fs::Options { uid: options.uid, gid: options.gid, mode }
-}
-
-fn hooks(files: &Arc<FileSystem>) -> Hooks {
-    let (maps, counters) = (Arc::clone(files), Arc::clone(files));
-    Hooks {
-        drop_maps: Box::new(move || maps.drop_maps()),
-        log_counters: Box::new(move || log::info!("{}", counters.counters())),
-    }
+/// The device's path from the root, or the URI as it is.
+fn absolute_spec(spec: &OsStr) -> Result<OsString> {
+    let is_uri = spec.to_str().is_some_and(|spec| spec.contains("://"));
+    if is_uri { Ok(spec.to_owned()) } else { Ok(absolute(Path::new(spec))?.into()) }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {

@@ -6,6 +6,7 @@
 
 pub mod argv;
 pub mod daemon;
+pub mod filesystem;
 mod fusermount;
 pub mod helper;
 pub mod logging;

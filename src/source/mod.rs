@@ -13,6 +13,7 @@
 //! | loop device | [`loop_device`] | its backing file or device |
 //! | partition | [`partition`] | its disk |
 //! | device-mapper | [`dm`] | its table's targets |
+//! | SCSI disk | [`scsi`] | GET LBA STATUS, where the disk promises zeros |
 //! | anything else | [`dense`] | nowhere |
 
 pub mod backing;
@@ -23,6 +24,8 @@ pub mod file;
 pub mod loop_device;
 pub mod partition;
 mod resolve;
+pub mod scsi;
+pub mod thin;
 
 pub use backing::Backing;
 pub use device::BlockDevice;

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use crate::map::HoleMap;
 use crate::source::device::{BlockDevice, DeviceGuard};
-use crate::source::{Guard, Layer, dense, dm, file, loop_device, partition};
+use crate::source::{Guard, Layer, dense, dm, file, loop_device, partition, scsi};
 use crate::sys::block;
 use crate::sys::device::DeviceId;
-use crate::sys::sysfs;
+use crate::sys::sysfs::{self, SuspendFile};
 use crate::units::Bytes;
 
 /// A stack deeper than this is a mistake; no kernel allows as much (`DM_MAX_...` and the loop driver stop far earlier).
@@ -32,14 +32,11 @@ pub struct Stack {
     pub top: Arc<Layer>,
     guards: Vec<Box<dyn Guard>>,
     dirty: Vec<Dirty>,
+    waits_on: Vec<SuspendFile>,
 }
 
 /// A device of the stack whose page cache may hold writes that the layers below have not seen.
-struct Dirty {
-    file: Arc<File>,
-    /// Set for a device-mapper device: a suspended one would make the flush wait for its resume.
-    dm: Option<DeviceId>,
-}
+struct Dirty(Arc<File>);
 
 impl Stack {
     /// Resolves an open block device.
@@ -54,10 +51,16 @@ impl Stack {
 
     /// Resolves anything: `top` asks the resolver for what it stands on.
     pub fn build(context: &Context, top: impl FnOnce(&mut Resolver<'_>) -> Arc<Layer>) -> Self {
-        let mut resolver =
-            Resolver { context, guards: Vec::new(), dirty: Vec::new(), above: Vec::new(), known: HashMap::new() };
+        let mut resolver = Resolver {
+            context,
+            guards: Vec::new(),
+            dirty: Vec::new(),
+            waits_on: Vec::new(),
+            above: Vec::new(),
+            known: HashMap::new(),
+        };
         let top = top(&mut resolver);
-        Self { top, guards: resolver.guards, dirty: resolver.dirty }
+        Self { top, guards: resolver.guards, dirty: resolver.dirty, waits_on: resolver.waits_on }
     }
 
     /// The holes of the whole device.
@@ -79,12 +82,14 @@ impl Stack {
     ///
     /// Returns whether all of it was written. A suspended device is not waited for, and answers `false`.
     pub fn write_back(&self) -> bool {
-        self.dirty.iter().all(|dirty| {
-            // A device that is suspended between this look and the write still blocks until its resume; LVM keeps that
-            // to milliseconds, and a read would wait for it all the same.
-            let suspended = dirty.dm.is_some_and(|id| sysfs::number(id, "dm/suspended") != Some(0));
-            !suspended && block::write_back(&dirty.file).is_ok()
-        })
+        // A device that is suspended between this look and the write still blocks until its resume; LVM keeps that to
+        // milliseconds, and a read would wait for it all the same.
+        !self.suspended() && self.dirty.iter().all(|Dirty(file)| block::write_back(file).is_ok())
+    }
+
+    /// Whether a device-mapper device of the stack is suspended, so that reads and writes wait for its resume.
+    pub fn suspended(&self) -> bool {
+        self.waits_on.iter().any(SuspendFile::is_suspended)
     }
 }
 
@@ -94,6 +99,7 @@ pub struct Resolver<'a> {
     pub context: &'a Context,
     guards: Vec<Box<dyn Guard>>,
     dirty: Vec<Dirty>,
+    waits_on: Vec<SuspendFile>,
     above: Vec<DeviceId>,
     known: HashMap<DeviceId, Arc<Layer>>,
 }
@@ -102,6 +108,11 @@ impl Resolver<'_> {
     /// Adds what must stay unchanged for the map to be believed.
     pub fn guard(&mut self, guard: impl Guard + 'static) {
         self.guards.push(Box::new(guard));
+    }
+
+    /// Names a device-mapper device whose suspension makes reads and writes of the stack wait.
+    pub fn waits_on(&mut self, id: DeviceId) {
+        self.waits_on.extend(SuspendFile::open(id));
     }
 
     /// The layer of the block device with that number. `len` is its length as the asking layer needs it, for a device
@@ -134,21 +145,25 @@ impl Resolver<'_> {
         self.above.push(device.id);
         // The guard before anything is read: a change from here on is seen.
         self.guard(DeviceGuard::new(device));
-        let is_dm = sysfs::dm_name(device.id).is_some();
-        self.dirty.push(Dirty { file: device.file.clone(), dm: is_dm.then_some(device.id) });
-        let layer = Arc::new(self.dispatch(device, is_dm));
+        self.dirty.push(Dirty(device.file.clone()));
+        let layer = Arc::new(self.dispatch(device));
         self.above.pop();
         self.known.insert(device.id, layer.clone());
         layer
     }
 
-    fn dispatch(&mut self, device: &BlockDevice, is_dm: bool) -> Layer {
+    fn dispatch(&mut self, device: &BlockDevice) -> Layer {
         if let Some((disk, start)) = sysfs::partition(device.id) {
             partition::layer(device, disk, start, self)
         } else if device.id.major == LOOP_MAJOR {
             loop_device::layer(device, self)
-        } else if is_dm {
+        } else if sysfs::dm_name(device.id).is_some() {
+            self.waits_on(device.id);
             dm::layer(device, self)
+        } else if scsi::is_disk(device.id) {
+            scsi::disk_layer(device)
+        } else if scsi::is_nvme(device.id) {
+            scsi::nvme_layer(&device.name(), device.len)
         } else {
             dense::layer(device.name(), "block device", device.len, "this kind of device does not tell its holes")
         }

@@ -7,4 +7,5 @@ pub mod dm;
 pub mod file;
 pub mod loopdev;
 pub mod process;
+pub mod sg;
 pub mod sysfs;

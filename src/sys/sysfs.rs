@@ -99,6 +99,23 @@ impl StatFile {
     }
 }
 
+/// The open `dm/suspended` attribute of a device-mapper device.
+#[derive(Debug)]
+pub struct SuspendFile(File);
+
+impl SuspendFile {
+    /// Opens the attribute; `None` for a device that is not device-mapper's.
+    pub fn open(id: DeviceId) -> Option<Self> {
+        File::open(directory(id).join("dm/suspended")).ok().map(Self)
+    }
+
+    /// Whether the device is suspended now. One that is gone counts as suspended: nothing is to be asked of it.
+    pub fn is_suspended(&self) -> bool {
+        let mut text = [0; 8];
+        !matches!(self.0.read_at(&mut text, 0), Ok(count) if text[..count].trim_ascii() == b"0")
+    }
+}
+
 /// The counters of a device now.
 ///
 /// # Errors

@@ -1,1 +1,360 @@
+//! The differential test: a random stack of devices, random changes by several processes, and after each step the file is
+//! compared with the device. A failure prints the seed (set `BLKHOLEFS_SEED` to repeat it) and what was done.
 
+use std::any::Any;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use super::MIB;
+use super::check::check;
+use super::dm::{Dm, Pool, sectors};
+use super::image::{Image, open_for_writing, write_at};
+use super::loop_device::Loop;
+use super::mount::Mount;
+use super::random::Random;
+
+/// A kind of device to build stacks of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// A loop device with an offset of whole sectors and perhaps a size limit.
+    Loop,
+    /// A partition that begins at any sector.
+    Partition,
+    /// Pieces of the device below in another order, with dm-zero in between.
+    Linear,
+    /// Two or three legs, of which the device below is one.
+    Striped,
+}
+
+/// What is at the bottom of a stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// An image file, shown as it is when nothing is built on it.
+    File,
+    /// A loop device.
+    Loop,
+    /// A thin volume, of which snapshots are made.
+    Thin,
+    /// A thin volume with an external origin.
+    ThinWithOrigin,
+}
+
+/// Builds a random stack of up to `depth` of these levels, and changes it `steps` times.
+pub fn run_seed(seed: u64, base: Base, levels: &[Level], depth: u64, steps: u32) {
+    let mut rig = Rig::new(seed, base, levels, depth);
+    for _ in 0..steps {
+        rig.step();
+        rig.check();
+    }
+}
+
+/// A device that processes write to.
+#[derive(Clone)]
+struct Target {
+    path: PathBuf,
+    size: u64,
+}
+
+struct Rig {
+    random: Random,
+    /// What was built and done, printed when the test fails.
+    history: Vec<String>,
+    /// What is shown, the device and its mount.
+    shown: Vec<(PathBuf, Mount)>,
+    /// Devices of every level.
+    targets: Vec<Target>,
+    /// Descriptors that keep dirty pages in the page cache.
+    held: Vec<File>,
+    /// Thin volumes that snapshots can be made of.
+    volumes: Vec<(u32, Dm)>,
+    pool: Option<Pool>,
+    /// Everything else that was built, bottom first.
+    built: Vec<Box<dyn Any>>,
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.history.join("\n"));
+        }
+        self.held.clear();
+        self.shown.clear();
+        while self.built.pop().is_some() {}
+        self.volumes.clear();
+        self.pool = None;
+    }
+}
+
+impl Rig {
+    fn new(seed: u64, base: Base, levels: &[Level], depth: u64) -> Self {
+        let mut rig = Self {
+            random: Random::new(seed),
+            history: vec![format!("seed {seed}, {base:?}, {levels:?}")],
+            shown: Vec::new(),
+            targets: Vec::new(),
+            held: Vec::new(),
+            volumes: Vec::new(),
+            pool: None,
+            built: Vec::new(),
+        };
+        let mut top = rig.base(base);
+        let height = rig.random.within(0..depth + 1);
+        for _ in 0..height {
+            let level = levels[usize::try_from(rig.random.within(0..levels.len() as u64)).expect("an index")];
+            top = rig.level(level, &top);
+        }
+        rig.show(&top.path);
+        rig.check();
+        rig
+    }
+
+    fn note(&mut self, text: String) {
+        self.history.push(text);
+    }
+
+    fn show(&mut self, path: &Path) {
+        self.note(format!("show {}", path.display()));
+        self.shown.push((path.to_owned(), Mount::new(path)));
+    }
+
+    /// Keeps what was built until the end, and lets processes write to it.
+    fn keep(&mut self, path: &Path, what: impl Any) -> Target {
+        self.built.push(Box::new(what));
+        self.target(path)
+    }
+
+    fn target(&mut self, path: &Path) -> Target {
+        let is_file = path.is_file();
+        let size = if is_file { path.metadata().expect("stat").len() } else { sectors(path) * 512 };
+        let target = Target { path: path.to_owned(), size };
+        self.note(format!("{} has {size} bytes", path.display()));
+        self.targets.push(target.clone());
+        target
+    }
+
+    /// An image of a random size with random data.
+    fn image(&mut self) -> Target {
+        let size = self.random.within(2 * MIB / 512..12 * MIB / 512) * 512;
+        let data: Vec<_> = (0..self.random.within(0..8)).map(|_| self.random.range(size, 4096)).collect();
+        let image = Image::with_data(size, &data);
+        let path = image.path().to_owned();
+        self.note(format!("image with {data:?}"));
+        self.keep(&path, image)
+    }
+
+    fn disk(&mut self) -> Target {
+        let image = self.image();
+        let device = Loop::new(&image.path);
+        let path = device.path().to_owned();
+        self.keep(&path, device)
+    }
+
+    fn base(&mut self, base: Base) -> Target {
+        match base {
+            Base::File => self.image(),
+            Base::Loop => self.disk(),
+            Base::Thin => self.thin(None),
+            Base::ThinWithOrigin => {
+                let origin = self.disk();
+                // What has dependants must not change: the origin is nobody's target.
+                self.targets.clear();
+                self.thin(Some(origin))
+            }
+        }
+    }
+
+    fn thin(&mut self, origin: Option<Target>) -> Target {
+        let block = [64 * 1024, 128 * 1024, 192 * 1024][usize::try_from(self.random.within(0..3)).expect("an index")];
+        let size = self.random.within(4 * MIB / 512..16 * MIB / 512) * 512;
+        let pool = Pool::new(96 * MIB, block);
+        pool.dm().message("create_thin 0");
+        let thin = pool.activate(0, size, origin.as_ref().map(|origin| origin.path.as_path()));
+        let path = thin.path().to_owned();
+        self.note(format!("thin volume in blocks of {block}, origin {:?}", origin.map(|origin| origin.path)));
+        self.pool = Some(pool);
+        self.volumes.push((0, thin));
+        self.target(&path)
+    }
+
+    fn level(&mut self, level: Level, below: &Target) -> Target {
+        match level {
+            Level::Loop => self.loop_over(below),
+            Level::Partition => self.partition(below),
+            Level::Linear => self.linear(below),
+            Level::Striped => self.striped(below),
+        }
+    }
+
+    fn loop_over(&mut self, below: &Target) -> Target {
+        let offset = self.random.within(0..below.size / 4 / 512) * 512;
+        let mut options = vec![format!("--offset={offset}")];
+        if self.random.one_in(2) {
+            let limit = self.random.within(MIB / 512..below.size / 512) * 512;
+            options.push(format!("--sizelimit={limit}"));
+        }
+        self.note(format!("loop over {} {options:?}", below.path.display()));
+        self.caches(below);
+        let device = Loop::with_options(&below.path, &options.iter().map(String::as_str).collect::<Vec<_>>());
+        let path = device.path().to_owned();
+        self.keep(&path, device)
+    }
+
+    /// A loop device over `below` reads through the page cache of `below`. What is changed further down would be hidden by
+    /// that cache, from everyone, until it is dropped: there is no right answer to compare with.
+    fn caches(&mut self, below: &Target) {
+        if !below.path.is_file() {
+            self.targets.retain(|target| target.path == below.path);
+        }
+    }
+
+    fn partition(&mut self, below: &Target) -> Target {
+        let disk = below.size / 512;
+        let start = self.random.within(1..disk / 4);
+        let size = self.random.within(disk / 4..disk - start);
+        self.note(format!("partition of {}: {size} sectors at {start}", below.path.display()));
+        self.caches(below);
+        let mut device = Loop::with_options(&below.path, &["--partscan"]);
+        let path = device.add_partition(1, start, size);
+        self.keep(&path, device)
+    }
+
+    fn linear(&mut self, below: &Target) -> Target {
+        let mut table = String::new();
+        let mut at = 0;
+        for _ in 0..self.random.within(1..5) {
+            let piece = self.random.range(below.size, 512);
+            let length = (piece.end - piece.start) / 512 + 1000.min(below.size / 512 - piece.end / 512);
+            table.push_str(&match self.random.within(0..5) {
+                0 => format!("{at} {length} zero\n"),
+                _ => format!("{at} {length} linear {} {}\n", below.path.display(), piece.start / 512),
+            });
+            at += length;
+        }
+        // Enough for the levels above.
+        table.push_str(&format!("{at} {} linear {} 0\n", below.size / 512, below.path.display()));
+        self.note(table.clone());
+        let device = Dm::new(&table);
+        let path = device.path().to_owned();
+        self.keep(&path, device)
+    }
+
+    fn striped(&mut self, below: &Target) -> Target {
+        let mut legs = vec![below.clone()];
+        for _ in 0..self.random.within(1..3) {
+            legs.push(self.disk());
+        }
+        // At least 4 KiB, and often no power of two.
+        let chunk = self.random.within(8..200);
+        let starts: Vec<_> = legs.iter().map(|_| self.random.within(0..100)).collect();
+        let shortest = legs.iter().map(|leg| leg.size / 512).min().expect("there are legs") - 100;
+        let size = shortest / chunk * chunk * legs.len() as u64;
+        let mut table = format!("0 {size} striped {} {chunk}", legs.len());
+        for (leg, start) in legs.iter().zip(starts) {
+            table.push_str(&format!(" {} {start}", leg.path.display()));
+        }
+        self.note(table.clone());
+        let device = Dm::new(&table);
+        let path = device.path().to_owned();
+        self.keep(&path, device)
+    }
+
+    /// Some processes at once write and discard, and this one leaves dirty pages behind; or a snapshot is made.
+    fn step(&mut self) {
+        if !self.volumes.is_empty() && self.volumes.len() < 4 && self.random.one_in(8) {
+            return self.snapshot();
+        }
+        let mut running: Vec<(String, Child)> = Vec::new();
+        for _ in 0..self.random.within(1..4) {
+            let command = self.change();
+            self.note(format!("{command:?}"));
+            running.push(start(command));
+        }
+        if self.random.one_in(3) {
+            let target = self.random_target();
+            let range = self.random.range(target.size, 512);
+            self.note(format!("dirty pages at {range:?} of {}", target.path.display()));
+            let file = open_for_writing(&target.path);
+            write_at(&file, range);
+            self.held.push(file);
+        } else if self.random.one_in(4) {
+            self.note("the dirty pages are let go".to_owned());
+            self.held.clear();
+        }
+        for (what, child) in running {
+            let output = child.wait_with_output().expect("it is our child");
+            assert!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+
+    fn random_target(&mut self) -> Target {
+        // Mostly what is shown, which was built last.
+        let last = self.targets.len() as u64 - 1;
+        let index = if self.random.one_in(3) { self.random.within(0..last + 1) } else { last };
+        self.targets[usize::try_from(index).expect("an index")].clone()
+    }
+
+    /// A process that writes or discards a range.
+    fn change(&mut self) -> Command {
+        let target = self.random_target();
+        let is_file = target.path.is_file();
+        let Range { start, end } = self.random.range(target.size, 512);
+        let path = target.path.to_str().expect("temporary paths are text");
+        let (offset, length) = (start.to_string(), (end - start).to_string());
+        let mut command;
+        match self.random.within(0..4) {
+            0 if is_file => {
+                command = Command::new("fallocate");
+                command.args(["--punch-hole", "--offset", &offset, "--length", &length, path]);
+            }
+            0 => {
+                command = Command::new("blkdiscard");
+                command.args(["--force", "--offset", &offset, "--length", &length, path]);
+            }
+            1 if !is_file => {
+                command = Command::new("blkdiscard");
+                command.args(["--force", "--zeroout", "--offset", &offset, "--length", &length, path]);
+            }
+            _ => {
+                let (blocks, first) = ((end - start) / 512, start / 512);
+                command = Command::new("dd");
+                command.args(["if=/dev/urandom", "bs=512", "conv=notrunc", "status=none"]);
+                command.args([format!("of={path}"), format!("count={blocks}"), format!("seek={first}")]);
+                if !is_file && self.random.one_in(3) {
+                    command.arg("oflag=direct");
+                }
+            }
+        }
+        command
+    }
+
+    fn snapshot(&mut self) {
+        let index = usize::try_from(self.random.within(0..self.volumes.len() as u64)).expect("an index");
+        let id = u32::try_from(self.volumes.len()).expect("few volumes");
+        let (origin_id, origin) = &self.volumes[index];
+        let text = format!("snapshot {id} of {origin_id}");
+        let pool = self.pool.as_ref().expect("volumes have a pool");
+        let snapshot = pool.snapshot(id, origin, *origin_id);
+        let path = snapshot.path().to_owned();
+        self.note(text);
+        self.volumes.push((id, snapshot));
+        let target = self.target(&path);
+        // What is shown first stays the likeliest target.
+        self.targets.rotate_right(1);
+        self.show(&target.path);
+    }
+
+    fn check(&self) {
+        for (device, mount) in &self.shown {
+            check(mount.file(), device);
+        }
+    }
+}
+
+fn start(mut command: Command) -> (String, Child) {
+    let what = format!("{command:?}");
+    let child =
+        command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{what}: {error}"));
+    (what, child)
+}

@@ -132,6 +132,21 @@ impl Pool {
         Dm::new(&format!("0 {} thin {} {id} {origin}", size / 512, self.pool.path().display()))
     }
 
+    /// The root of a metadata snapshot that someone holds.
+    pub fn held_root(&self) -> Option<u64> {
+        let status = self.pool.status();
+        // start, length, target, transaction, used metadata, used data, held root
+        let held = status.split(' ').nth(6).unwrap_or_else(|| panic!("{status}"));
+        (held != "-").then(|| held.parse().expect("a block number"))
+    }
+
+    /// Takes the pool away and checks its metadata.
+    pub fn thin_check(self) {
+        let Self { pool, metadata, .. } = self;
+        drop(pool);
+        run("thin_check", ["--quiet".as_ref(), metadata.path().as_os_str()]);
+    }
+
     /// Deletes the volume `id`, which must not be shown any more.
     pub fn delete(&self, id: u32) {
         self.pool.message(&format!("delete {id}"));

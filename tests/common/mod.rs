@@ -9,13 +9,16 @@
 pub mod check;
 pub mod differential;
 pub mod dm;
+pub mod freshness;
 pub mod image;
 pub mod ioctl;
 pub mod loop_device;
 pub mod mount;
 pub mod random;
+pub mod scsi;
 
 use std::ffi::OsStr;
+use std::fmt;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -91,4 +94,14 @@ pub fn wait_until(mut condition: impl FnMut() -> bool) -> bool {
         std::thread::sleep(Duration::from_millis(5));
     }
     true
+}
+
+/// Waits until `actual` gives the expected value: after a change, a map may be all data for a while.
+pub fn assert_becomes<T: PartialEq + fmt::Debug>(expected: &T, mut actual: impl FnMut() -> T) {
+    let mut last = actual();
+    let equal = wait_until(|| {
+        last = actual();
+        last == *expected
+    });
+    assert!(equal, "expected {expected:?}, and it stays {last:?}");
 }

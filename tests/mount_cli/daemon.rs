@@ -57,12 +57,12 @@ fn foreground_service_logs_and_obeys() {
     let device = bench.device.path().to_str().unwrap();
     service.wait_for(&format!("blkholefs: {device} is mounted on "));
     signal(service.child.id(), Signal::SIGUSR1);
-    service.wait_for("0 files of 0 devices are open");
+    service.wait_for("0 open files on 0 devices");
     let open = File::open(bench.file()).unwrap();
     signal(service.child.id(), Signal::SIGUSR1);
-    service.wait_for("1 files of 1 devices are open");
+    service.wait_for("1 open files on 1 devices");
     signal(service.child.id(), Signal::SIGHUP);
-    service.wait_for("dropped 1 maps");
+    service.wait_for("dropped the maps of 1 open devices");
     signal(service.child.id(), Signal::SIGUSR2);
     service.wait_for("debug lines are on");
     signal(service.child.id(), Signal::SIGUSR2);

@@ -2,7 +2,16 @@
 //!
 //! Every test is ignored by a plain `cargo test`, because the kernel that it runs on may have no device-mapper.
 
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+
 #[path = "../common/mod.rs"]
 mod common;
 
-mod fixtures;
+mod changes;
+mod differential;
+mod freshness;
+mod lvm;
+mod scsi;
+mod suspended;
+mod targets;
+mod thin;

@@ -1,0 +1,241 @@
+//! `blkholefs demo`: the main job on a sparse image of its own. Everything it makes, it takes away.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::error::{Error, Result};
+use crate::report::human;
+use crate::source::BlockDevice;
+use crate::sys::device::DeviceId;
+use crate::sys::sysfs::StatFile;
+use crate::units::{Bytes, Sectors};
+
+/// The length of the image.
+const IMAGE: Bytes = Bytes::new(1 << 30);
+/// Its data: this many extents of this length, spread evenly.
+const EXTENTS: u64 = 256;
+const EXTENT: usize = 64 << 10;
+
+/// Runs the demonstration.
+///
+/// # Errors
+/// When a step fails; what was made is taken away all the same.
+pub fn run() -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::usage("the demo makes a loop device, which needs root"));
+    }
+    // An interrupted demo still cleans up: the signal is delivered when this returns.
+    let held = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+    let _ = held.thread_block();
+    let result = Scratch::new().and_then(|scratch| show(&scratch));
+    let _ = held.thread_unblock();
+    result
+}
+
+fn show(scratch: &Scratch) -> Result<()> {
+    let image = scratch.path("image");
+    make_image(&image)?;
+    let device = LoopDevice::bind(&image)?;
+    let data = Bytes::new(EXTENTS * EXTENT as u64);
+    say(&format!("image   {} with {} of data, on {}", human(IMAGE), human(data), device.path.display()));
+
+    let mount = Mount::new(&device.path, scratch.path("mnt"))?;
+    let shown = mount.file(&device.path);
+    say(&format!("mount   blkholefs mount {} {}", device.path.display(), mount.directory.display()));
+
+    let (from_device, from_mount) = (scratch.path("from-device"), scratch.path("from-mount"));
+    let whole = device.timed_copy(&device.path, &from_device)?;
+    let sparse = device.timed_copy(&shown, &from_mount)?;
+    say(&format!("cp from the device   read {:>8} in {:.2} s", human(whole.read), whole.took.as_secs_f64()));
+    say(&format!("cp from the mount    read {:>8} in {:.2} s", human(sparse.read), sparse.took.as_secs_f64()));
+
+    for copy in [&from_device, &from_mount] {
+        if !identical(&image, copy)? {
+            return Err(Error::failed("differs from the image").on(copy));
+        }
+    }
+    say("copies  identical to the image, byte for byte");
+    mount.end()?;
+    device.end()
+}
+
+fn say(line: &str) {
+    // A reader that went away does not stop the clean-up.
+    let _ = writeln!(io::stdout(), "{line}");
+}
+
+/// A directory that is removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let base = std::env::temp_dir().join("blkholefs-demo-XXXXXX");
+        let made = nix::unistd::mkdtemp(&base);
+        made.map(Self).map_err(|error| Error::failed("cannot make a directory").on(&base).because(error))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            eprintln!("blkholefs: {}: cannot remove: {error}", self.0.display());
+        }
+    }
+}
+
+/// Writes extents of bytes that do not compress to zeros, spread over a sparse file.
+fn make_image(path: &Path) -> Result<()> {
+    let failed = |error: io::Error| Error::failed("cannot write").on(path).because(error);
+    let file = File::create_new(path).map_err(failed)?;
+    file.set_len(IMAGE.get()).map_err(failed)?;
+    let mut extent = vec![0; EXTENT];
+    for index in 0..EXTENTS {
+        for (at, byte) in extent.iter_mut().enumerate() {
+            *byte = u8::try_from((at as u64 * 31 + index) % 251 + 1).unwrap_or(1);
+        }
+        file.write_all_at(&extent, index * (IMAGE.get() / EXTENTS)).map_err(failed)?;
+    }
+    file.sync_all().map_err(failed)
+}
+
+/// A loop device that is detached at the end.
+struct LoopDevice {
+    path: PathBuf,
+    id: DeviceId,
+    bound: bool,
+}
+
+/// What a copy cost.
+struct Cost {
+    read: Bytes,
+    took: Duration,
+}
+
+impl LoopDevice {
+    fn bind(image: &Path) -> Result<Self> {
+        let output = output(Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(image))?;
+        let path = PathBuf::from(output.trim());
+        let id = BlockDevice::open(&path)?.id;
+        Ok(Self { path, id, bound: true })
+    }
+
+    /// Copies with cp(1) and tells what was read of the device meanwhile.
+    fn timed_copy(&self, from: &Path, to: &Path) -> Result<Cost> {
+        let failed = |error: io::Error| Error::failed("cannot read its counters").on(&self.path).because(error);
+        let stat = StatFile::open(self.id).map_err(failed)?;
+        let before = stat.sectors_read().map_err(failed)?;
+        let start = Instant::now();
+        output(Command::new("cp").arg("--sparse=always").arg(from).arg(to))?;
+        let took = start.elapsed();
+        let after = stat.sectors_read().map_err(failed)?;
+        let sectors = Sectors::new(after.get().saturating_sub(before.get()));
+        Ok(Cost { read: sectors.bytes().unwrap_or(Bytes::MAX), took })
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.detach()
+    }
+
+    fn detach(&mut self) -> Result<()> {
+        self.bound = false;
+        output(Command::new("losetup").arg("--detach").arg(&self.path)).map(drop)
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        if self.bound
+            && let Err(error) = self.detach()
+        {
+            eprintln!("blkholefs: {error}");
+        }
+    }
+}
+
+/// A mount that is unmounted at the end.
+struct Mount {
+    directory: PathBuf,
+    mounted: bool,
+}
+
+impl Mount {
+    fn new(device: &Path, directory: PathBuf) -> Result<Self> {
+        fs::create_dir(&directory).map_err(|error| Error::failed("cannot make it").on(&directory).because(error))?;
+        output(own_program()?.arg("mount").arg(device).arg(&directory))?;
+        Ok(Self { directory, mounted: true })
+    }
+
+    fn file(&self, device: &Path) -> PathBuf {
+        self.directory.join(device.file_name().unwrap_or_default())
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.unmount()
+    }
+
+    fn unmount(&mut self) -> Result<()> {
+        self.mounted = false;
+        output(own_program()?.arg("umount").arg(&self.directory)).map(drop)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if self.mounted
+            && let Err(error) = self.unmount()
+        {
+            eprintln!("blkholefs: {error}");
+        }
+    }
+}
+
+fn own_program() -> Result<Command> {
+    let program = std::env::current_exe();
+    program
+        .map(Command::new)
+        .map_err(|error| Error::new(crate::error::ErrorKind::System, "cannot find the program").because(error))
+}
+
+/// Runs a program; what it prints, or a failure with what it said.
+fn output(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_owned();
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.map_err(|error| Error::failed("cannot run").on(&name).because(error))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(Error::failed(format!("failed ({}): {}", output.status, said.trim())).on(&name))
+}
+
+/// Whether two files hold the same bytes.
+fn identical(one: &Path, other: &Path) -> Result<bool> {
+    let open = |path: &Path| File::open(path).map_err(|error| Error::failed("cannot open").on(path).because(error));
+    let (one_file, other_file) = (open(one)?, open(other)?);
+    let (mut left, mut right) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    let mut at = Bytes::ZERO;
+    loop {
+        let read = |file: &File, buffer: &mut [u8], path: &Path| {
+            crate::sys::file::read_full(file, buffer, at)
+                .map_err(|error| Error::failed("cannot read").on(path).because(error))
+        };
+        let count = read(&one_file, &mut left, one)?;
+        if read(&other_file, &mut right, other)? != count || left[..count] != right[..count] {
+            return Ok(false);
+        }
+        if count == 0 {
+            return Ok(true);
+        }
+        at = at.saturating_add(Bytes::new(count as u64));
+    }
+}

@@ -1,0 +1,46 @@
+//! What is mounted: the file system of a SPEC, ready to serve, and what signals ask of it.
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::fs::{FileSystem, Options};
+use crate::fuse::BlkHoleFs;
+use crate::mount::options::MountOptions;
+use crate::mount::point::Shape;
+use crate::mount::serve::Hooks;
+
+/// A file system that is ready to be mounted.
+pub struct Opened {
+    /// What answers the kernel.
+    pub filesystem: BlkHoleFs,
+    /// What signals ask of it.
+    pub hooks: Hooks,
+}
+
+/// Opens and probes `spec`. No thread is started: the daemon is forked after this.
+///
+/// # Errors
+/// When `spec` cannot be shown, or is a directory and `shape` is not.
+pub fn open(spec: &OsStr, shape: Shape, options: &MountOptions) -> Result<Opened> {
+    let umask = options.umask.unwrap_or(0);
+    let mode = options.mode.unwrap_or(0o777) & !umask;
+    let chosen = Options {
+        uid: options.uid,
+        gid: options.gid,
+        mode: Some(mode),
+        thin_metadata: options.thin_metadata.clone(),
+        map_cache: options.map_cache,
+    };
+    let mut fs = FileSystem::new(spec, &chosen)?;
+    if shape == Shape::File {
+        fs.show_as_file()?;
+    }
+    let fs = Arc::new(fs);
+    let (dropper, counter) = (fs.clone(), fs.clone());
+    let hooks = Hooks {
+        drop_maps: Box::new(move || dropper.drop_maps()),
+        log_counters: Box::new(move || counter.log_counters()),
+    };
+    Ok(Opened { filesystem: BlkHoleFs::new(fs), hooks })
+}

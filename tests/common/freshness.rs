@@ -1,0 +1,115 @@
+//! The race that the program must always win: a write that completed before an lseek is never inside a hole.
+
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+
+use super::check::{Extent, Kind, check, map_holes, open, seek_data, seek_hole};
+use super::random::Random;
+use super::run;
+
+const PAGE: u64 = 4096;
+const WRITERS: u64 = 3;
+
+/// For each page a number that is odd while the page is known to hold data, and changes with every change.
+struct Pages(Vec<AtomicU32>);
+
+impl Pages {
+    fn new(size: u64) -> Self {
+        Self((0..size / PAGE).map(|_| AtomicU32::new(0)).collect())
+    }
+
+    fn written(&self, page: u64) {
+        self.of(page).fetch_or(1, Ordering::SeqCst);
+    }
+
+    /// From here on the page may become a hole.
+    fn forget(&self, page: u64) {
+        let of = self.of(page);
+        of.store((of.load(Ordering::SeqCst) | 1) + 1, Ordering::SeqCst);
+    }
+
+    fn of(&self, page: u64) -> &AtomicU32 {
+        &self.0[usize::try_from(page).expect("a page number")]
+    }
+
+    fn snapshot(&self) -> Vec<u32> {
+        self.0.iter().map(|page| page.load(Ordering::SeqCst)).collect()
+    }
+}
+
+/// Lets writers write and discard parts of `device`, `rounds` times each, and looks for what they wrote in `file`, in each
+/// of them right after the write, and all the while from outside.
+pub fn race(file: &Path, device: &Path, size: u64, rounds: u64) {
+    let pages = Pages::new(size);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let writers: Vec<_> = (0..WRITERS)
+            .map(|writer| {
+                let share = size / PAGE / WRITERS;
+                let own = writer * share..(writer + 1) * share;
+                let pages = &pages;
+                scope.spawn(move || write_and_look(file, device, own, rounds, pages))
+            })
+            .collect();
+        let walker = scope.spawn(|| walk(file, &pages, &done));
+        let results: Vec<_> = writers.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        done.store(true, Ordering::SeqCst);
+        assert!(results.iter().all(Result::is_ok), "a writer failed");
+        let walks = walker.join().expect("no walk finds a wrong hole");
+        assert!(walks > 0, "nobody looked");
+    });
+    check(file, device);
+}
+
+fn write_and_look(file: &Path, device: &Path, own: Range<u64>, rounds: u64, pages: &Pages) {
+    let writer = OpenOptions::new().write(true).open(device).expect("the device opens for writing");
+    let seeker = open(file);
+    let mut random = Random::new(own.start + 1);
+    for _ in 0..rounds {
+        let page = random.within(own.clone());
+        let inside = random.within(0..8) * 512;
+        writer.write_all_at(&random.bytes(512), page * PAGE + inside).expect("a write inside the device");
+        if random.one_in(4) {
+            writer.sync_data().expect("data reaches the device");
+        }
+        pages.written(page);
+        look(&seeker, page);
+        if random.one_in(8) {
+            pages.forget(page);
+            let offset = (page * PAGE).to_string();
+            run("blkdiscard", ["--force", "--offset", &offset, "--length", "4096", device.to_str().expect("text")]);
+        }
+    }
+}
+
+fn look(file: &File, page: u64) {
+    let offset = page * PAGE;
+    assert_eq!(seek_data(file, offset), Some(offset), "page {page} was written");
+    assert_ne!(seek_hole(file, offset), Some(offset), "page {page} was written");
+}
+
+/// Walks the map until the writers are done; returns how often.
+fn walk(file: &Path, pages: &Pages, done: &AtomicBool) -> u32 {
+    let mut walks = 0;
+    loop {
+        let last = done.load(Ordering::SeqCst);
+        let before = pages.snapshot();
+        let map = map_holes(file);
+        let after = pages.snapshot();
+        for Extent(_, range) in map.iter().filter(|extent| extent.0 == Kind::Hole) {
+            for page in range.start.div_ceil(PAGE)..range.end / PAGE {
+                let page = usize::try_from(page).expect("a page number");
+                let held = before[page] % 2 == 1 && before[page] == after[page];
+                assert!(!held, "page {page} was written before the walk, and is in the hole {range:?}");
+            }
+        }
+        walks += 1;
+        if last {
+            return walks;
+        }
+    }
+}

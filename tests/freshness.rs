@@ -1,0 +1,36 @@
+//! Writers against lseek on loop devices.
+
+mod common;
+
+use common::freshness::race;
+use common::image::Image;
+use common::loop_device::Loop;
+use common::mount::Mount;
+use common::{MIB, requires_root};
+
+const SIZE: u64 = 48 * MIB;
+
+#[test]
+fn loop_device() {
+    if !requires_root() {
+        return;
+    }
+    let image = Image::new(SIZE);
+    let device = Loop::new(image.path());
+    let mount = Mount::new(device.path());
+    race(mount.file(), device.path(), SIZE, 200);
+}
+
+#[test]
+fn loop_over_loop() {
+    if !requires_root() {
+        return;
+    }
+    let image = Image::new(SIZE);
+    let lower = Loop::new(image.path());
+    let upper = Loop::new(lower.path());
+    let mount = Mount::new(upper.path());
+    race(mount.file(), upper.path(), SIZE, 200);
+    // Written below what is shown.
+    race(mount.file(), lower.path(), SIZE, 100);
+}

@@ -1,0 +1,162 @@
+//! Tables and devices below that change under an open file.
+
+use std::os::unix::fs::FileExt as _;
+
+use crate::common::check::{Extent, Kind, assert_map, check, map_of, open, seek_data};
+use crate::common::dm::Dm;
+use crate::common::image::{Image, open_for_writing, write, write_at};
+use crate::common::ioctl;
+use crate::common::loop_device::Loop;
+use crate::common::mount::Mount;
+use crate::common::{MIB, assert_becomes, run, wait_until};
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn table_reload_while_open() {
+    let image = Image::with_data(8 * MIB, &[0..MIB, 4 * MIB..5 * MIB]);
+    let disk = Loop::new(image.path());
+    let other_image = Image::with_data(8 * MIB, &[2 * MIB..3 * MIB]);
+    let other = Loop::new(other_image.path());
+    let part = |disk: &Loop, start: u64| format!("0 8192 linear {} {}", disk.path().display(), start / 512);
+    let device = Dm::new(&part(&disk, 0));
+    let mount = Mount::new(device.path());
+    let file = open(mount.file());
+    for (table, data) in [
+        (part(&disk, 0), vec![0..MIB]),
+        (part(&disk, 2 * MIB), vec![2 * MIB..3 * MIB]),
+        ("0 8192 zero".to_owned(), vec![]),
+        (part(&other, 0), vec![2 * MIB..3 * MIB]),
+        (part(&other, MIB + 512), vec![MIB - 4096..2 * MIB]),
+        ("0 4096 zero\n4096 4096 error".to_owned(), vec![2 * MIB..4 * MIB]),
+        (part(&disk, 0), vec![0..MIB]),
+    ] {
+        device.reload(&table);
+        let first = seek_data(&file, 0);
+        let expected = data.first().map(|range| range.start);
+        assert!(first == expected || first == Some(0), "{first:?} after {table}");
+        assert_map(mount.file(), &map_of(4 * MIB, &data));
+        if !table.contains("error") {
+            check(mount.file(), device.path());
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn size_changes_while_open() {
+    let image = Image::with_data(8 * MIB, &[0..4096, 5 * MIB..6 * MIB]);
+    let disk = Loop::new(image.path());
+    let device = Dm::new(&format!("0 4096 linear {} 0", disk.path().display()));
+    let mount = Mount::new(device.path());
+    let file = open(mount.file());
+    for size in [2 * MIB, 8 * MIB, 4 * MIB, 6 * MIB] {
+        device.reload(&format!("0 {} linear {} 0", size / 512, disk.path().display()));
+        assert_becomes(&size, || file.metadata().expect("stat").len());
+        let data = [0..4096, 5 * MIB..6 * MIB];
+        let inside = if size > 5 * MIB { &data[..] } else { &data[..1] };
+        assert_map(mount.file(), &map_of(size, inside));
+        check(mount.file(), device.path());
+    }
+}
+
+/// A table that is loaded but not live changes nothing.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn inactive_table() {
+    let image = Image::with_data(4 * MIB, &[0..MIB]);
+    let disk = Loop::new(image.path());
+    let device = Dm::linear(disk.path());
+    crate::common::run_with_input("dmsetup", ["load", device.name()], "0 8192 zero");
+    let mount = Mount::new(device.path());
+    assert_map(mount.file(), &map_of(4 * MIB, &[0..MIB]));
+    device.resume();
+    assert_map(mount.file(), &map_of(4 * MIB, &[]));
+}
+
+/// `dmsetup remove --force` leaves an error target in place of an open device.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn device_torn_away() {
+    let image = Image::new(4 * MIB);
+    let disk = Loop::new(image.path());
+    let device = Dm::linear(disk.path());
+    let mount = Mount::new(device.path());
+    let file = open(mount.file());
+    assert_eq!(seek_data(&file, 0), None);
+    device.reload("0 8192 error");
+    assert_eq!(seek_data(&file, 0), Some(0));
+    let error = file.read_at(&mut [0; 4096], 0).expect_err("there are no bytes");
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+}
+
+/// What happens two layers down is seen at the top.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn loop_device_below_changes() {
+    let image = Image::with_data(8 * MIB, &[0..4096, 4 * MIB..5 * MIB]);
+    let disk = Loop::new(image.path());
+    let inner = Dm::new(&format!("0 4096 linear {} 0", disk.path().display()));
+    let device = Dm::linear(inner.path());
+    let mount = Mount::new(device.path());
+    let file = open(mount.file());
+    assert_map(mount.file(), &map_of(2 * MIB, &[0..4096]));
+
+    ioctl::loop_set_offset(disk.path(), 4 * MIB);
+    assert_becomes(&None, || seek_data(&file, MIB));
+    assert_map(mount.file(), &map_of(2 * MIB, &[0..MIB]));
+
+    // Written past the devices above, through the loop device's own page cache.
+    let writer = open_for_writing(disk.path());
+    write_at(&writer, MIB + 8192..MIB + 12288);
+    assert_becomes(&Some(MIB + 8192), || seek_data(&file, MIB));
+    drop(writer);
+    image.punch(4 * MIB..5 * MIB);
+    write(inner.path(), 0..4096);
+    assert_map(mount.file(), &map_of(2 * MIB, &[0..4096, MIB + 8192..MIB + 12288]));
+    check(mount.file(), device.path());
+}
+
+/// An idle mount of /dev/mapper holds nothing, and shows what is there now.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn devices_come_and_go() {
+    let mapper = std::path::Path::new("/dev/mapper");
+    let mount = Mount::new(mapper);
+    let image = Image::with_data(2 * MIB, &[0..MIB]);
+    let disk = Loop::new(image.path());
+    for _ in 0..3 {
+        let device = Dm::linear(disk.path());
+        let file = mount.directory().join(device.name());
+        assert_map(&file, &map_of(2 * MIB, &[0..MIB]));
+        check(&file, device.path());
+        // Removed at once: dmsetup does not wait for anyone.
+        drop(device);
+        assert!(wait_until(|| !file.exists()), "the name is gone");
+    }
+    assert_eq!(run("ls", [mount.directory()]), "", "control is no block device");
+}
+
+/// The map of a device whose number is used again is the new device's.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn another_device_of_the_same_name() {
+    let image = Image::with_data(2 * MIB, &[0..MIB]);
+    let disk = Loop::new(image.path());
+    let names = tempfile::tempdir().expect("a temporary directory");
+    let name = names.path().join("disk");
+    let first = Dm::linear(disk.path());
+    let second = Dm::new("0 4096 zero");
+    let link = |device: &Dm| {
+        let _ = std::fs::remove_file(&name);
+        std::os::unix::fs::symlink(device.path(), &name).expect("the directory is ours");
+    };
+    link(&first);
+    let mount = Mount::new(&name);
+    assert_map(mount.file(), &map_of(2 * MIB, &[0..MIB]));
+    let early = open(mount.file());
+    link(&second);
+    assert_map(mount.file(), &map_of(2 * MIB, &[]));
+    check(mount.file(), second.path());
+    let shown = [Extent(Kind::Data, 0..MIB)];
+    assert_eq!(seek_data(&early, 0), Some(shown[0].1.start), "an open file stays with its device");
+}

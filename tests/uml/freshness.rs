@@ -1,0 +1,41 @@
+//! Writers against lseek, on stacks that the host's kernel may not have.
+
+use crate::common::MIB;
+use crate::common::dm::{Dm, Pool};
+use crate::common::freshness::race;
+use crate::common::image::Image;
+use crate::common::loop_device::Loop;
+use crate::common::mount::Mount;
+
+const SIZE: u64 = 48 * MIB;
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn thin() {
+    let pool = Pool::new(64 * MIB, 65536);
+    let thin = pool.thin(0, SIZE);
+    let mount = Mount::new(thin.path());
+    race(mount.file(), thin.path(), SIZE, 60);
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn linear_over_thin() {
+    let pool = Pool::new(64 * MIB, 65536);
+    let thin = pool.thin(0, SIZE);
+    let linear = Dm::linear(thin.path());
+    let mount = Mount::new(linear.path());
+    // Written below what is shown.
+    race(mount.file(), thin.path(), SIZE, 40);
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn striped_over_loop_devices() {
+    let images = [Image::new(SIZE / 2), Image::new(SIZE / 2)];
+    let disks = [Loop::new(images[0].path()), Loop::new(images[1].path())];
+    let [first, second] = [&disks[0], &disks[1]].map(|disk| disk.path().display());
+    let striped = Dm::new(&format!("0 {} striped 2 128 {first} 0 {second} 0", SIZE / 512));
+    let mount = Mount::new(striped.path());
+    race(mount.file(), striped.path(), SIZE, 60);
+}

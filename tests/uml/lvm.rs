@@ -1,0 +1,105 @@
+//! Volumes that LVM made: linear, striped and thin, with LVM's own names.
+
+use std::path::{Path, PathBuf};
+
+use crate::common::check::{assert_map, check, map_of};
+use crate::common::image::{Image, write};
+use crate::common::loop_device::Loop;
+use crate::common::mount::Mount;
+use crate::common::{GIB, MIB, run};
+
+/// LVM without udev and without a trace on the host.
+const CONFIGURATION: &str = "
+activation { udev_sync=0 udev_rules=0 monitoring=0 }
+devices { use_devicesfile=0 scan=[\"/dev\"] obtain_device_list_from_udev=0 }
+backup { backup=0 archive=0 }
+global { event_activation=0 }
+";
+
+/// A volume group on one loop device.
+struct Group {
+    name: String,
+    configuration: tempfile::TempDir,
+    _device: Loop,
+    _image: Image,
+}
+
+impl Group {
+    fn new(name: &str) -> Self {
+        let configuration = tempfile::tempdir().expect("a temporary directory");
+        std::fs::write(configuration.path().join("lvm.conf"), CONFIGURATION).expect("the directory is ours");
+        let image = Image::new(GIB);
+        let device = Loop::new(image.path());
+        let group = Self { name: name.to_owned(), configuration, _device: device, _image: image };
+        group.lvm(&["vgcreate", "--quiet", name, group._device.path().to_str().expect("text")]);
+        group
+    }
+
+    fn lvm(&self, arguments: &[&str]) {
+        let configuration = format!("LVM_SYSTEM_DIR={}", self.configuration.path().display());
+        run("env", [&[configuration.as_str(), "LVM_SUPPRESS_FD_WARNINGS=1"], arguments].concat());
+    }
+
+    fn volume(&self, name: &str) -> PathBuf {
+        Path::new("/dev").join(&self.name).join(name)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            // Nothing holds a volume once its mount is gone.
+            self.lvm(&["vgremove", "--quiet", "--force", "--yes", &self.name]);
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn thin_volumes() {
+    let group = Group::new("testthin");
+    let name = group.name.as_str();
+    group.lvm(&["lvcreate", "--quiet", "-T", "-L", "256M", "-c", "64k", &format!("{name}/pool")]);
+    group.lvm(&["lvcreate", "--quiet", "-T", "-V", "4G", "-n", "data", &format!("{name}/pool")]);
+    let data = group.volume("data");
+    write(&data, GIB..GIB + MIB);
+    let mount = Mount::new(&data);
+    assert_map(mount.file(), &map_of(4 * GIB, &[GIB..GIB + MIB]));
+
+    group.lvm(&["lvcreate", "--quiet", "-s", "-n", "snap", "-K", &format!("{name}/data")]);
+    group.lvm(&["lvchange", "--quiet", "-ay", "-K", &format!("{name}/snap")]);
+    write(&data, 2 * GIB..2 * GIB + 4096);
+    let snap = Mount::new(&group.volume("snap"));
+    assert_map(snap.file(), &map_of(4 * GIB, &[GIB..GIB + MIB]));
+    assert_map(mount.file(), &map_of(4 * GIB, &[GIB..GIB + MIB, 2 * GIB..2 * GIB + 65536]));
+    drop(snap);
+    group.lvm(&["lvremove", "--quiet", "--yes", &format!("{name}/snap")]);
+
+    // LVM moves the metadata to a larger device; the map follows.
+    group.lvm(&["lvextend", "--quiet", "--poolmetadatasize", "+4M", &format!("{name}/pool")]);
+    group.lvm(&["lvextend", "--quiet", "-L", "5G", &format!("{name}/data")]);
+    write(&data, 5 * GIB - 4096..5 * GIB);
+    let expected = [GIB..GIB + MIB, 2 * GIB..2 * GIB + 65536, 5 * GIB - 65536..5 * GIB];
+    assert_map(mount.file(), &map_of(5 * GIB, &expected));
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn ordinary_volumes_in_a_directory() {
+    let group = Group::new("testplain");
+    let name = group.name.as_str();
+    group.lvm(&["lvcreate", "--quiet", "-Zn", "-L", "32M", "-n", "first", name]);
+    group.lvm(&["lvcreate", "--quiet", "-Zn", "-L", "32M", "-n", "second", name]);
+    // The first volume goes on behind the second one.
+    group.lvm(&["lvextend", "--quiet", "-L", "64M", &format!("{name}/first")]);
+    write(&group.volume("first"), 40 * MIB..41 * MIB);
+    write(&group.volume("second"), 0..MIB);
+    let mount = Mount::new(&Path::new("/dev").join(name));
+    let (first, second) = (mount.directory().join("first"), mount.directory().join("second"));
+    assert_map(&first, &map_of(64 * MIB, &[40 * MIB..41 * MIB]));
+    assert_map(&second, &map_of(32 * MIB, &[0..MIB]));
+    check(&first, &group.volume("first"));
+    // The mount is still there, and holds nothing.
+    group.lvm(&["lvremove", "--quiet", "--yes", &format!("{name}/first")]);
+    check(&second, &group.volume("second"));
+}

@@ -1,0 +1,118 @@
+//! SCSI disks: the map is the one that `sg_get_lba_status` sees.
+#![allow(clippy::single_range_in_vec_init, reason = "a list of ranges may have one")]
+
+use std::ops::Range;
+use std::path::Path;
+
+use blkholefs::map::view;
+use blkholefs::source::{BlockDevice, Context, Stack};
+use blkholefs::units::Bytes;
+
+use crate::common::check::{Extent, Kind, check_holes, map_of};
+use crate::common::dm::Dm;
+use crate::common::image::{open_for_writing, write};
+use crate::common::random::Random;
+use crate::common::scsi::ScsiDisk;
+use crate::common::{KIB, MIB, run, run_with_input, wait_until};
+
+const SIZE: u64 = 32 * MIB;
+
+/// The map of a resolved device, to the byte.
+fn map(stack: &Stack) -> Vec<Extent> {
+    let kind = |kind| if kind == blkholefs::map::Kind::Hole { Kind::Hole } else { Kind::Data };
+    let all = Bytes::ZERO..stack.map().len();
+    let runs = view::runs(stack.map(), Bytes::new(1), all);
+    runs.map(|(start, run)| Extent(kind(run.kind), start.get()..run.end.get())).collect()
+}
+
+fn resolve(path: &Path) -> Stack {
+    Stack::of_device(&BlockDevice::open(path).expect("the device opens"), &Context::default())
+}
+
+fn discard(path: &Path, range: &Range<u64>) {
+    let (offset, length) = (format!("--offset={}", range.start), format!("--length={}", range.end - range.start));
+    run("blkdiscard", ["--force".as_ref(), offset.as_ref(), length.as_ref(), path.as_os_str()]);
+}
+
+#[test]
+#[ignore = "needs scsi_debug: run tests/run"]
+fn maps_are_the_disks_whatever_its_blocks_and_granularity() {
+    for (sector, granularity) in [(512, 1), (512, 8), (4096, 1), (4096, 4)] {
+        let parameters = [format!("sector_size={sector}"), format!("unmap_granularity={granularity}")];
+        let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=1", &parameters[0], &parameters[1]]);
+        let stack = resolve(disk.path());
+        assert_eq!(stack.map().dense_because(), None);
+        assert_eq!(map(&stack), [Extent(Kind::Hole, 0..SIZE)], "a new disk");
+        let mut random = Random::new(Random::seed_or(sector + granularity));
+        for round in 1..=12 {
+            let range = random.range(SIZE, 4 * KIB);
+            if random.one_in(3) {
+                discard(disk.path(), &range);
+            } else {
+                write(disk.path(), range);
+            }
+            if round % 4 == 0 {
+                assert_eq!(map(&stack), disk.lba_status(), "blocks of {sector}, granularity {granularity}");
+            }
+        }
+        check_holes(&map(&stack), disk.path());
+    }
+}
+
+#[test]
+#[ignore = "needs scsi_debug: run tests/run"]
+fn without_a_promise_of_zeros_all_is_data() {
+    for (parameters, reason) in [
+        (&["lbprz=0"][..], "LBPRZ is 0 in READ CAPACITY(16)"),
+        (&["lbprz=2"], "does not promise zeros"),
+        (&["lbprz=1", "lbpu=0", "lbpws=0"], "LBPME is 0"),
+    ] {
+        let disk = ScsiDisk::new(8, parameters);
+        let stack = resolve(disk.path());
+        let said = stack.map().dense_because().unwrap_or_default();
+        assert!(said.contains(reason), "{parameters:?}: {said}");
+        assert_eq!(map(&stack), [Extent(Kind::Data, 0..8 * MIB)], "{parameters:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs scsi_debug: run tests/run"]
+fn writes_and_unmaps_of_an_open_disk_are_seen() {
+    let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=1", "unmap_granularity=1"]);
+    let stack = resolve(disk.path());
+    let open = open_for_writing(disk.path());
+    for round in 0..8 {
+        let range = round * MIB..round * MIB + 64 * KIB;
+        write(disk.path(), range.clone());
+        assert_eq!(map(&stack), map_of(SIZE, std::slice::from_ref(&range)), "a write");
+        discard(disk.path(), &range);
+        assert_eq!(map(&stack), map_of(SIZE, &[]), "a discard");
+    }
+    // This one is counted nowhere, so it may take until what is remembered is forgotten.
+    write(disk.path(), 0..MIB);
+    assert_eq!(map(&stack), map_of(SIZE, &[0..MIB]));
+    disk.unmap(0, 1024);
+    assert!(wait_until(|| map(&stack) == map_of(SIZE, &[512 * KIB..MIB])), "{:?}", map(&stack));
+    drop(open);
+}
+
+#[test]
+#[ignore = "needs scsi_debug: run tests/run"]
+fn partitions_and_linear_devices_have_their_disks_holes() {
+    let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=1", "unmap_granularity=1"]);
+    let path = disk.path().to_str().expect("text");
+    run_with_input("sfdisk", ["--quiet", "--no-reread", path], "label: dos\nstart=2048, size=16384\nstart=18432\n");
+    run("blockdev", ["--rereadpt", path]);
+    write(disk.path(), 2 * MIB..3 * MIB);
+    write(disk.path(), 9 * MIB - 4 * KIB..9 * MIB + 4 * KIB);
+    let first = resolve(&disk.partition(1));
+    assert_eq!(map(&first), map_of(8 * MIB, &[MIB..2 * MIB, 8 * MIB - 4 * KIB..8 * MIB]));
+    let second = resolve(&disk.partition(2));
+    assert_eq!(map(&second), map_of(SIZE - 9 * MIB, &[0..4 * KIB]));
+    drop((first, second));
+    let linear = Dm::new(&format!("0 8192 linear {path} 4096\n8192 8192 linear {path} 12288"));
+    let stack = resolve(linear.path());
+    let expected = map_of(8 * MIB, &[0..MIB, 7 * MIB - 4 * KIB..7 * MIB + 4 * KIB]);
+    assert_eq!(map(&stack), expected);
+    check_holes(&expected, linear.path());
+}

@@ -1,0 +1,47 @@
+//! A suspended device answers everything but reads at once.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+
+use crate::common::check::{Extent, Kind, assert_map, map_holes, map_of};
+use crate::common::dm::Dm;
+use crate::common::image::{Image, open_for_writing, write_at};
+use crate::common::loop_device::Loop;
+use crate::common::mount::Mount;
+use crate::common::{MIB, wait_until};
+
+/// Looks at the file in every way that reads nothing, while `suspended` is; whether all of that ended at once.
+fn looks(suspended: &Dm, directory: &Path, file: &Path) -> (bool, Vec<Extent>) {
+    suspended.suspend();
+    let paths = Arc::new((directory.to_owned(), file.to_owned()));
+    let looking = thread::spawn(move || {
+        assert_eq!(std::fs::read_dir(&paths.0).expect("readdir").count(), 1);
+        std::fs::metadata(&paths.1).expect("stat");
+        map_holes(&paths.1)
+    });
+    let ended = wait_until(|| looking.is_finished());
+    suspended.resume();
+    (ended, looking.join().expect("the looks succeed"))
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn suspended_device_is_dense_and_blocks_nothing() {
+    let image = Image::new(4 * MIB);
+    let disk = Loop::new(image.path());
+    let below = Dm::linear(disk.path());
+    let above = Dm::linear(below.path());
+    let mount = Mount::new(above.path());
+    assert_map(mount.file(), &map_of(4 * MIB, &[]));
+    // With dirty pages, which cannot be written back now.
+    let writer = open_for_writing(above.path());
+    write_at(&writer, MIB..MIB + 4096);
+    for suspended in [&above, &below] {
+        let (at_once, map) = looks(suspended, mount.directory(), mount.file());
+        assert!(at_once, "a look waited for the resume of {}", suspended.name());
+        let covered = map.iter().any(|Extent(kind, range)| *kind == Kind::Data && range.contains(&MIB));
+        assert!(covered, "what was written is data: {map:?}");
+    }
+    assert_map(mount.file(), &map_of(4 * MIB, &[MIB..MIB + 4096]));
+}
