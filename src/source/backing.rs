@@ -86,13 +86,10 @@ impl Backing {
         self.file.metadata()
     }
 
-    /// Whether `path` still leads to what is open here.
+    /// Whether `path` still leads to what is open here. A node that was made again may be another device's.
     pub fn is_at(&self, path: &Path) -> bool {
         let (Ok(open), Ok(now)) = (self.file.metadata(), path.metadata()) else { return false };
-        match &self.device {
-            Some(device) => now.file_type().is_block_device() && DeviceId::from_dev(now.rdev()) == device.id,
-            None => now.dev() == open.dev() && now.ino() == open.ino(),
-        }
+        now.dev() == open.dev() && now.ino() == open.ino() && now.rdev() == open.rdev()
     }
 
     /// The stack below, down to the sources of holes.

@@ -10,29 +10,29 @@ use crate::common::mount::Mount;
 use crate::common::{KIB, MIB};
 
 /// A loop device over an image of its own.
-struct Disk {
-    device: Loop,
+pub struct Disk {
+    pub device: Loop,
     _image: Image,
 }
 
 impl Disk {
-    fn new(size: u64, data: &[Range<u64>]) -> Self {
+    pub fn new(size: u64, data: &[Range<u64>]) -> Self {
         let image = Image::with_data(size, data);
         Self { device: Loop::new(image.path()), _image: image }
     }
 
-    fn path(&self) -> std::path::Display<'_> {
+    pub fn path(&self) -> std::path::Display<'_> {
         self.device.path().display()
     }
 }
 
-fn assert_map(device: &Dm, data: &[Range<u64>]) {
+pub fn assert_map(device: &Dm, data: &[Range<u64>]) {
     let mount = Mount::new(device.path());
     assert_eq!(map_holes(mount.file()), map_of(sectors(device.path()) * 512, data), "{}", mount.log());
     check(mount.file(), device.path());
 }
 
-fn assert_dense(device: &Dm) {
+pub fn assert_dense(device: &Dm) {
     let mount = Mount::new(device.path());
     let map = map_holes(mount.file());
     assert!(matches!(map[..], [Extent(Kind::Data, _)]), "{map:?}");
