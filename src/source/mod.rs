@@ -13,6 +13,7 @@
 //! | loop device | [`loop_device`] | its backing file or device |
 //! | partition | [`partition`] | its disk |
 //! | device-mapper | [`dm`] | its table's targets |
+//! | md array | [`md`] | its legs, where the level and the state allow |
 //! | SCSI disk | [`scsi`] | GET LBA STATUS, where the disk promises zeros |
 //! | anything else | [`dense`] | nowhere |
 
@@ -22,6 +23,7 @@ pub mod device;
 pub mod dm;
 pub mod file;
 pub mod loop_device;
+pub mod md;
 pub mod partition;
 mod resolve;
 pub mod scsi;
