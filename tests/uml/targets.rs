@@ -12,13 +12,18 @@ use crate::common::{KIB, MIB};
 /// A loop device over an image of its own.
 pub struct Disk {
     pub device: Loop,
-    _image: Image,
+    image: Image,
 }
 
 impl Disk {
     pub fn new(size: u64, data: &[Range<u64>]) -> Self {
         let image = Image::with_data(size, data);
-        Self { device: Loop::new(image.path()), _image: image }
+        Self { device: Loop::new(image.path()), image }
+    }
+
+    /// Makes a range a hole, behind the back of whoever uses the device.
+    pub fn punch(&self, range: Range<u64>) {
+        self.image.punch(range);
     }
 
     pub fn path(&self) -> std::path::Display<'_> {

@@ -17,7 +17,8 @@ pub(super) struct Array {
     pub(super) component: Bytes,
     /// The legs, in order.
     pub(super) legs: Vec<Leg>,
-    layout: u32,
+    /// Means something for raid10 only; some levels print -1.
+    layout: String,
 }
 
 /// A leg of an array.
@@ -61,7 +62,7 @@ impl Array {
         Ok(Self {
             chunk: Bytes::new(number("chunk_size")?),
             component: kib(number("component_size")?).ok_or("its component_size is out of range")?,
-            layout: u32::try_from(number("layout")?).map_err(|_| "its layout is out of range")?,
+            layout: attribute("layout").unwrap_or_default(),
             legs: legs.collect::<Result<_, _>>()?,
             level,
         })
@@ -69,7 +70,8 @@ impl Array {
 
     /// The number of copies of a raid10 array whose copies are all near ones (`setup_geo` of `drivers/md/raid10.c`).
     pub(super) fn near_copies(&self) -> Option<usize> {
-        let (near, far, rest) = (self.layout & 0xff, self.layout >> 8 & 0xff, self.layout >> 16);
+        let layout = unsigned(&self.layout)?;
+        let (near, far, rest) = (layout & 0xff, layout >> 8 & 0xff, layout >> 16);
         (near > 0 && far == 1 && rest == 0).then(|| usize::try_from(near).ok()).flatten()
     }
 }
@@ -166,7 +168,6 @@ mod tests {
             ("raid_disks", "0"),
             ("raid_disks", "99999999999999999999"),
             ("component_size", "18446744073709551615"),
-            ("layout", "-1"),
             ("rd1/state", "faulty"),
             ("rd1/state", "in_sync,want_replacement"),
             ("rd1/state", "spare"),
@@ -197,5 +198,6 @@ mod tests {
         }
         assert_eq!(copies(0x100), None);
         assert_eq!(copies(0x2_0102), None);
+        assert_eq!(read(&[("layout", "-1")]).unwrap().near_copies(), None);
     }
 }
