@@ -230,7 +230,7 @@ impl Handle {
         if held.told.swap(true, Ordering::Relaxed) {
             return;
         }
-        let path = self.backing.path().display();
+        let path = self.backing.name().display();
         let reason = held.stack.map().dense_because();
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         match &reason {
@@ -246,7 +246,7 @@ impl Handle {
 
     fn tell_busy(&self) {
         if !self.told_busy.swap(true, Ordering::Relaxed) {
-            let path = self.backing.path().display();
+            let path = self.backing.name().display();
             let why = "changes faster than its map can be read: all data in between; back up a snapshot instead";
             self.tell(Level::Warn, &format!("{path}: {why}"));
         }

@@ -7,8 +7,9 @@ use std::time::SystemTime;
 
 use super::change::Changed;
 use super::{Ino, Options};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::handle::Handle;
+use crate::source::backing::Node;
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs;
 use crate::units::Bytes;
@@ -71,26 +72,27 @@ impl Ownership {
 
 impl Attributes {
     /// The attributes of a directory, after the one that it shows.
-    pub fn directory(ino: Ino, shown: &Metadata, ownership: &Ownership) -> Self {
-        let changed = Changed::of_file(shown);
+    pub fn directory(ino: Ino, shown: &Node, ownership: &Ownership) -> Self {
         Self {
             ino,
             kind: FileKind::Directory,
             size: Bytes::ZERO,
             blocks: 0,
             block_size: 4096,
-            mtime: changed.mtime,
-            ctime: changed.ctime,
-            mode: shown.mode() & MAX_DIRECTORY_MODE,
-            uid: ownership.uid.unwrap_or_else(|| shown.uid()),
-            gid: ownership.gid.unwrap_or_else(|| shown.gid()),
+            mtime: shown.mtime,
+            ctime: shown.ctime,
+            mode: shown.mode & MAX_DIRECTORY_MODE,
+            uid: ownership.uid.unwrap_or(shown.uid),
+            gid: ownership.gid.unwrap_or(shown.gid),
         }
     }
 
     /// The attributes of a device that cannot be opened, after its node: all data, of the length that sysfs knows.
     pub fn unopened(ino: Ino, node: &Metadata, ownership: &Ownership) -> Self {
         let size = sysfs::len(DeviceId::from_dev(node.rdev())).unwrap_or(Bytes::ZERO);
-        Self::new(ino, node, size, blocks(size, false, None), Changed::of_file(node), ownership)
+        let node = Node::of(node);
+        let changed = Changed { mtime: node.mtime, ctime: node.ctime };
+        Self::new(ino, &node, size, blocks(size, false, None), changed, ownership)
     }
 
     /// The attributes of a device or image.
@@ -105,14 +107,13 @@ impl Attributes {
         ownership: &Ownership,
     ) -> Result<Self> {
         let backing = handle.backing();
-        let shown =
-            backing.metadata().map_err(|error| Error::failed("cannot stat").on(backing.path()).because(error))?;
+        let shown = backing.node()?;
         let size = backing.len()?;
         let blocks = blocks(size, has_hole, handle.allocated());
         Ok(Self::new(ino, &shown, size, blocks, changed, ownership))
     }
 
-    fn new(ino: Ino, shown: &Metadata, size: Bytes, blocks: u64, changed: Changed, ownership: &Ownership) -> Self {
+    fn new(ino: Ino, shown: &Node, size: Bytes, blocks: u64, changed: Changed, ownership: &Ownership) -> Self {
         Self {
             ino,
             kind: FileKind::File,
@@ -121,9 +122,9 @@ impl Attributes {
             block_size: PREFERRED_READ,
             mtime: changed.mtime,
             ctime: changed.ctime,
-            mode: shown.mode() & MAX_FILE_MODE & ownership.mode,
-            uid: ownership.uid.unwrap_or_else(|| shown.uid()),
-            gid: ownership.gid.unwrap_or_else(|| shown.gid()),
+            mode: shown.mode & MAX_FILE_MODE & ownership.mode,
+            uid: ownership.uid.unwrap_or(shown.uid),
+            gid: ownership.gid.unwrap_or(shown.gid),
         }
     }
 }

@@ -5,10 +5,10 @@
 //! number, and for a loop device the backing file's own times. An image has times of its own.
 
 use std::collections::HashMap;
-use std::fs::{self, Metadata};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use super::Ino;
 use crate::source::Backing;
@@ -23,23 +23,6 @@ pub struct Changed {
     pub mtime: SystemTime,
     /// Of anything.
     pub ctime: SystemTime,
-}
-
-impl Changed {
-    /// The times that a file or device node has itself.
-    pub fn of_file(metadata: &Metadata) -> Self {
-        Self {
-            mtime: time(metadata.mtime(), metadata.mtime_nsec()),
-            ctime: time(metadata.ctime(), metadata.ctime_nsec()),
-        }
-    }
-}
-
-/// A time of stat(2); one before 1970 is taken for 1970.
-fn time(seconds: i64, nanoseconds: i64) -> SystemTime {
-    let nanoseconds = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(0));
-    u64::try_from(seconds)
-        .map_or(SystemTime::UNIX_EPOCH, |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + nanoseconds)
 }
 
 /// What was seen of each device at the last look.
@@ -82,7 +65,7 @@ impl Changes {
         let now = SystemTime::now();
         let Some(id) = backing.id() else {
             let unknown = Changed { mtime: now, ctime: now };
-            return backing.metadata().map_or(unknown, |metadata| Changed::of_file(&metadata));
+            return backing.node().map_or(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
         };
         let trace = Trace::of(backing, id);
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);

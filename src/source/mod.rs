@@ -27,6 +27,7 @@ pub mod md;
 pub mod partition;
 mod resolve;
 pub mod scsi;
+pub mod thin;
 
 pub use backing::Backing;
 pub use device::BlockDevice;
