@@ -153,4 +153,20 @@ mod tests {
         assert_eq!(area(&[1; 15]), Area { chunks: vec![], is_full: false });
         assert_eq!(area(&[]), Area { chunks: vec![], is_full: false });
     }
+
+    #[test]
+    fn any_bytes_are_an_area_or_the_end_of_the_list() {
+        use proptest::prelude::*;
+        let mut runner = proptest::test_runner::TestRunner::deterministic();
+        runner
+            .run(&(proptest::collection::vec(any::<u8>(), 0..600), any::<u64>(), 0..19), |(data, number, power)| {
+                let read = area(&data);
+                assert!(read.chunks.len() <= data.len() / ENTRY);
+                assert!(!read.is_full || read.chunks.len() == data.len() / ENTRY);
+                let layout = Layout::new(Sectors::new(1 << power)).unwrap();
+                let _ = (layout.is_header(&data), layout.area(number), layout.exceptions(Sectors::new(number)));
+                Ok(())
+            })
+            .unwrap();
+    }
 }

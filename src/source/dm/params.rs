@@ -140,4 +140,47 @@ mod tests {
             assert_eq!(striped(text), None, "{text:?}");
         }
     }
+
+    /// Runs every parser; what it gives is never longer than the text.
+    fn read_all(text: &str) {
+        let words = text.split_ascii_whitespace().count();
+        let legs = [mirror(text), raid1(text), striped(text).map(|striped| striped.legs)];
+        for legs in legs.into_iter().flatten() {
+            assert!(!legs.is_empty() && legs.len() <= words / 2);
+            let _ = (mirror_is_in_sync(text, legs.len()), raid_is_in_sync(text, legs.len()));
+        }
+        assert!(multipath_paths(text).is_none_or(|paths| paths.len() <= words / 3));
+        let _ = (linear(text), delay(text), flakey_without_faults(text), unstriped(text), snapshot_origin(text));
+        let _ = (era_origin(text), cloning(text), clone_status(text), snapshot(text), allocated(text));
+    }
+
+    #[test]
+    fn any_line_is_understood_or_not() {
+        use proptest::prelude::*;
+        let lines = [
+            "2 128 7:0 0 254:300 8",
+            "core 2 1024 nosync 2 7:0 0 7:1 8 1 handle_errors",
+            "2 7:0 7:1 16/16 1 AA 1 core",
+            "raid1 3 0 region_size 1024 2 7:0 7:1 7:2 7:3",
+            "raid1 2 AA 2048/2048 idle 0 0 -",
+            "2 0 0 0 2 1 A 0 2 2 7:1 F 3 0 1 7:2 A 0 0 1 E 0 1 0 7:3 A 0",
+            "8 16/1024 8 512/512 0 1 no_hydration 4 hydration_threshold 1 hydration_batch_size 1 rw",
+            "3 128 2 7:1 8",
+            "7:0 7:1 P 8",
+        ];
+        let mutations = proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..6);
+        let mut runner = proptest::test_runner::TestRunner::deterministic();
+        runner
+            .run(&(0..lines.len(), mutations, "[0-9A: /-]{0,60}"), |(line, mutations, random)| {
+                let mut bytes = lines[line].as_bytes().to_vec();
+                for (at, value) in mutations {
+                    let at = at.index(bytes.len());
+                    bytes[at] = value;
+                }
+                read_all(&String::from_utf8_lossy(&bytes));
+                read_all(&random);
+                Ok(())
+            })
+            .unwrap();
+    }
 }
