@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::map::HoleMap;
 use crate::source::device::{BlockDevice, DeviceGuard};
-use crate::source::{Guard, Layer, dense, dm, file, loop_device, nbd, partition, scsi};
+use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi};
 use crate::sys::block;
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs::{self, SuspendFile};
@@ -167,6 +167,8 @@ impl Resolver<'_> {
         } else if sysfs::dm_name(device.id).is_some() {
             self.waits_on(device.id);
             dm::layer(device, self)
+        } else if md::is_array(device.id) {
+            md::layer(device, self)
         } else if scsi::is_disk(device.id) {
             scsi::disk_layer(device)
         } else if scsi::is_nvme(device.id) {
