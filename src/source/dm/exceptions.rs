@@ -163,7 +163,7 @@ mod tests {
                 let read = area(&data);
                 assert!(read.chunks.len() <= data.len() / ENTRY);
                 assert!(!read.is_full || read.chunks.len() == data.len() / ENTRY);
-                let layout = Layout::new(Sectors::new(1 << power)).unwrap();
+                let layout = Layout::new(Sectors::new(1_u64 << power)).unwrap();
                 let _ = (layout.is_header(&data), layout.area(number), layout.exceptions(Sectors::new(number)));
                 Ok(())
             })
