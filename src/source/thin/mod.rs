@@ -13,6 +13,7 @@ pub mod error;
 pub mod lookup;
 pub mod metadata;
 pub mod node;
+pub mod offline;
 pub mod reader;
 pub mod superblock;
 pub mod walk;
