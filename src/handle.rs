@@ -59,12 +59,9 @@ struct Held {
 }
 
 impl Held {
-    /// Writes back what is dirty, then asks.
+    /// Asks, and notes how long the first question took.
     fn ask<T>(&self, ask: impl Fn(&Stack) -> Option<T>) -> Option<T> {
-        if !self.stack.write_back() {
-            return None;
-        }
-        if self.read_in.get().is_some() {
+        if self.is_read() {
             return ask(&self.stack);
         }
         let start = Instant::now();
@@ -74,16 +71,22 @@ impl Held {
         claim
     }
 
+    /// Whether it was asked before.
+    fn is_read(&self) -> bool {
+        self.read_in.get().is_some()
+    }
+
     /// Whether a claim of this stack stands. One that was made within the request holds every write that completed
     /// before it; what must not have changed since is only how it is built.
     fn is_believed(&self, request: Instant) -> bool {
         if self.born >= request { self.stack.same_shape() } else { self.stack.unchanged() }
     }
 
-    /// Whether enough time went by since it was made to make another one.
+    /// Whether enough time went by since it was made to make another one. One that was not asked yet cost nothing.
     fn may_be_replaced(&self) -> bool {
-        let cost = self.resolved_in + self.read_in.get().copied().unwrap_or_default();
-        self.born.elapsed() >= cost * (REST_FACTOR + 1)
+        self.read_in
+            .get()
+            .is_none_or(|read_in| self.born.elapsed() >= (self.resolved_in + *read_in) * (REST_FACTOR + 1))
     }
 }
 
@@ -183,12 +186,19 @@ impl Handle {
         let fits = |held: &Arc<Held>| held.stack.map().len() == len;
         let mut held = self.current().filter(fits);
         let mut newer_than = request;
-        for _ in 0..MAX_TRIES {
+        for tries_left in (0..MAX_TRIES).rev() {
             let now = match held.take() {
                 Some(held) => held,
                 None => self.renew(newer_than)?,
             };
             newer_than = newer_than.max(now.born);
+            if !now.stack.write_back() {
+                return None;
+            }
+            // What was just written back may have moved a counter: a map that is read now would be void at once.
+            if tries_left > 0 && !now.is_read() && !now.stack.unchanged() {
+                continue;
+            }
             let claim = now.ask(&ask);
             self.tell_map(&now);
             // "Data" is verified as well: a device may have gained holes since.
