@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::map::HoleMap;
 use crate::source::device::{BlockDevice, DeviceGuard};
-use crate::source::{Guard, Layer, dense, dm, file, loop_device, partition, scsi};
+use crate::source::{Guard, Layer, dense, dm, file, loop_device, partition, scsi, thin};
 use crate::sys::block;
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs::{self, SuspendFile};
@@ -24,6 +24,8 @@ const LOOP_MAJOR: u32 = 7;
 pub struct Context {
     /// What device-mapper sources share.
     pub dm: dm::Shared,
+    /// What readers of live thin pools share.
+    pub thin: thin::pool::Locks,
 }
 
 /// A device, all the way down.

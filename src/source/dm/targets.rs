@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::params::{self, Place};
 use crate::map::{Clip, HoleMap, Kind, Stripe, Uniform};
 use crate::source::device::BlockDevice;
-use crate::source::{Layer, Resolver, dense};
+use crate::source::{Layer, Resolver, dense, thin::volume};
 use crate::sys::dm::TableTarget;
 use crate::units::{Bytes, Sectors};
 
@@ -19,6 +19,7 @@ pub fn layer(name: &str, device: &BlockDevice, target: &TableTarget, resolver: &
         "linear" => params::linear(&target.params).and_then(|place| linear(place, len, resolver)),
         "striped" => params::striped(&target.params).and_then(|striped| stripe(&striped, len, resolver)),
         "zero" => Some(Segment::new("it reads as zeros", Uniform { len, kind: Kind::Hole }, Vec::new())),
+        "thin" => return thin(name, device, target, len, resolver),
         "error" => return dense::layer(name, kind, len, "it has no bytes, only errors"),
         other => {
             return dense::layer(name, kind, len, format!("holes under dm-{other} are not known to read as zeros"));
@@ -46,6 +47,13 @@ struct Segment {
 impl Segment {
     fn new(holes_from: &str, map: impl HoleMap + 'static, below: Vec<Arc<Layer>>) -> Self {
         Self { holes_from: holes_from.to_owned(), map: Arc::new(map), below }
+    }
+}
+
+fn thin(name: &str, device: &BlockDevice, target: &TableTarget, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
+    match resolver.context.dm.control() {
+        Some(control) => volume::layer(name, device, target, len, control, resolver),
+        None => dense::layer(name, "dm-thin", len, "reading its pool needs root and /dev/mapper/control"),
     }
 }
 
