@@ -159,11 +159,11 @@ mod tests {
         use proptest::prelude::*;
         let mut runner = proptest::test_runner::TestRunner::deterministic();
         runner
-            .run(&(proptest::collection::vec(any::<u8>(), 0..600), any::<u64>(), 0..19), |(data, number, power)| {
+            .run(&(proptest::collection::vec(any::<u8>(), 0..600), any::<u64>(), 0..19_u32), |(data, number, power)| {
                 let read = area(&data);
                 assert!(read.chunks.len() <= data.len() / ENTRY);
                 assert!(!read.is_full || read.chunks.len() == data.len() / ENTRY);
-                let layout = Layout::new(Sectors::new(1 << power)).unwrap();
+                let layout = Layout::new(Sectors::new(1_u64 << power)).unwrap();
                 let _ = (layout.is_header(&data), layout.area(number), layout.exceptions(Sectors::new(number)));
                 Ok(())
             })
