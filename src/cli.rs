@@ -16,6 +16,7 @@ use crate::map::view::Whence;
 use crate::map::{Kind, Run};
 use crate::mount::options::{self, MountOptions, Unknown};
 use crate::report::{self, MapFormat, MapPrinter};
+use crate::source::nbd::{Export, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{OfflinePool, VolumeMedium};
 use crate::source::{Backing, Context};
@@ -41,6 +42,7 @@ Commands:
 Options:
   -o thin_metadata=META   DEVICE holds the data of a thin pool that is not active
       --volume ID         the volume of that pool
+  -o nbd=URI              the export that the kernel's NBD device is connected to
   -h, --help      this text
   -V, --version   the version
 
@@ -101,8 +103,17 @@ struct Asked {
 }
 
 impl Asked {
+    /// What the options say of the sources below.
+    fn context(&self) -> Result<Context> {
+        let nbd = self.options.nbd.as_deref().map(Uri::parse).transpose()?;
+        Ok(Context { nbd: nbd.map(Export::new), ..Context::default() })
+    }
+
     /// Opens what was asked for.
     fn open(&self) -> Result<Backing> {
+        if let Some(text) = self.device.to_str().filter(|text| Uri::looks_like(text)) {
+            return Ok(Backing::new(&self.device, Export::new(Uri::parse(text)?).open()?));
+        }
         let Some(metadata) = &self.options.thin_metadata else { return Backing::open(&self.device) };
         let pool = Arc::new(OfflinePool::open(metadata, &self.device)?);
         let id = match (self.volume, pool.volumes()?.as_slice()) {
@@ -167,7 +178,7 @@ fn size(text: &OsString) -> Result<Bytes> {
 /// `blkholefs map`: the same answers that a seek through a mount gets.
 fn map(arguments: &[OsString]) -> Result<()> {
     let asked = parse(arguments, "map")?;
-    let handle = Handle::new(asked.open()?, Arc::new(Context::default()), Arc::default());
+    let handle = Handle::new(asked.open()?, Arc::new(asked.context()?), Arc::default());
     let (len, align) = (handle.backing().len()?, handle.backing().align());
     let end = asked.length.and_then(|length| asked.offset.checked_add(length)).unwrap_or(len).min(len);
     let format = match (asked.json, asked.totals) {
@@ -202,7 +213,7 @@ fn info(arguments: &[OsString]) -> Result<()> {
         let volumes = Arc::new(OfflinePool::open(metadata, &asked.device)?).volumes()?;
         return print(&if asked.json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
     }
-    let stack = asked.open()?.resolve(&Context::default());
+    let stack = asked.open()?.resolve(&asked.context()?);
     stack.write_back();
     print(&if asked.json { report::json(&stack) } else { report::tree(&stack) })
 }

@@ -23,6 +23,7 @@ use log::{debug, info};
 use crate::error::{Error, Result};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
+use crate::source::nbd::{Export, Uri};
 use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
@@ -39,6 +40,8 @@ pub struct Options {
     pub mode: Option<u32>,
     /// The metadata of an offline pool, whose data the SPEC is.
     pub thin_metadata: Option<PathBuf>,
+    /// The export that the kernel's NBD device is connected to.
+    pub nbd: Option<Uri>,
     /// The bytes that the maps of all open files may hold.
     pub map_cache: Option<Bytes>,
 }
@@ -92,11 +95,12 @@ impl FileSystem {
     /// When it is missing, unreadable, or nothing that can be shown.
     pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
         let spec = Spec::new(spec, options)?;
+        let context = Context { nbd: options.nbd.clone().map(Export::new), ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),
             spec,
             ownership: Ownership::new(options),
-            context: Arc::default(),
+            context: Arc::new(context),
             maps: Arc::new(MapCache::new(options.map_cache)),
             changes: Changes::default(),
             open: RwLock::default(),

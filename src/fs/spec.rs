@@ -5,11 +5,13 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::{FileKind, Options, not_found};
 use crate::error::{Error, Result};
 use crate::source::Backing;
 use crate::source::backing::Node;
+use crate::source::nbd::{Export, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{OfflinePools, VolumeMedium};
 use crate::sys::device;
@@ -30,10 +32,12 @@ pub enum Spec {
 }
 
 /// Where the bytes of a file are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Place {
     /// A device or image of the host.
     Path(PathBuf),
+    /// The export of an NBD server.
+    Export(Arc<Export>),
     /// A volume of the offline pool.
     Volume(ThinId),
 }
@@ -52,6 +56,14 @@ impl Spec {
     /// # Errors
     /// When it is missing, cannot be opened for reading, or is nothing that can be shown.
     pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
+        if let Some(text) = spec.to_str().filter(|text| Uri::looks_like(text)) {
+            let uri = Uri::parse(text)?.absolute()?;
+            let name = OsString::from(uri.file_name());
+            let export = Export::new(uri);
+            // The connection is made again after the daemon was forked.
+            export.client()?;
+            return Ok(Self::File { place: Place::Export(Arc::new(export)), name });
+        }
         // Absolute from here on: the daemon leaves the directory that it was started in.
         let path =
             std::path::absolute(spec).map_err(|error| Error::failed("cannot resolve").on(spec).because(error))?;
@@ -149,6 +161,7 @@ impl Spec {
     pub fn open(&self, place: &Place) -> Result<Backing> {
         match (self, place) {
             (_, Place::Path(path)) => Backing::open(path),
+            (_, Place::Export(export)) => Ok(Backing::new(Path::new(&export.uri().to_string()), export.open()?)),
             (Self::Pool(pools), Place::Volume(id)) => {
                 let name = pools.metadata().join(id.to_string());
                 Ok(Backing::new(&name, VolumeMedium::new(pools.open()?.volume(*id)?)))
@@ -163,6 +176,7 @@ impl Place {
     fn directory(&self) -> Result<Target> {
         match self {
             Self::Path(path) => parent(path),
+            Self::Export(_) => directory(Path::new("/")),
             Self::Volume(_) => Err(not_found()),
         }
     }
@@ -171,7 +185,7 @@ impl Place {
     pub fn is_of(&self, open: &Backing) -> bool {
         match self {
             Self::Path(path) => open.is_at(path),
-            Self::Volume(_) => open.is_at(Path::new("")),
+            Self::Export(_) | Self::Volume(_) => open.is_at(Path::new("")),
         }
     }
 
@@ -179,7 +193,7 @@ impl Place {
     pub fn path(&self) -> Option<&Path> {
         match self {
             Self::Path(path) => Some(path),
-            Self::Volume(_) => None,
+            Self::Export(_) | Self::Volume(_) => None,
         }
     }
 }
