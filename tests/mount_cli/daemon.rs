@@ -122,7 +122,10 @@ fn killed_daemon_can_be_unmounted() {
     signal(daemon, Signal::SIGKILL);
     assert!(wait_until(|| fs::metadata(bench.mnt()).is_err()));
     bench.run("mount.blkholefs", [device, "mnt"]).fails(32, "already mounted here");
+    let record = format!("/run/blkholefs/{}", bench.mounted().unwrap()[2].replace(':', "-"));
+    let names_it = || fs::read_to_string(&record).unwrap_or_default().trim_end() == daemon.to_string();
     bench.umount();
+    assert!(!names_it(), "{record}");
     bench.mount(&[]);
     check(&bench.file(), bench.device.path());
     bench.umount();
