@@ -10,8 +10,8 @@
 
 mod map_cache;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{Level, log};
@@ -53,25 +53,27 @@ struct Held {
     /// Taken before anything of the stack was looked at.
     born: Instant,
     resolved_in: Duration,
-    /// The first question: some maps are read only then.
-    read_in: OnceLock<Duration>,
+    /// Nanoseconds that the slowest question took, 0 before the first.
+    slowest: AtomicU64,
     told: AtomicBool,
 }
 
 impl Held {
-    /// Writes back what is dirty, then asks.
+    /// Asks, and notes how long it took.
     fn ask<T>(&self, ask: impl Fn(&Stack) -> Option<T>) -> Option<T> {
-        if !self.stack.write_back() {
-            return None;
-        }
-        if self.read_in.get().is_some() {
-            return ask(&self.stack);
-        }
         let start = Instant::now();
         let claim = ask(&self.stack);
-        // Another thread may have been first: its time is as good.
-        let _ = self.read_in.set(start.elapsed());
+        let took = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.slowest.fetch_max(took.max(1), Ordering::Relaxed);
         claim
+    }
+
+    /// The longest that a question took: some maps are read only when they are asked. `None` before the first.
+    fn slowest(&self) -> Option<Duration> {
+        match self.slowest.load(Ordering::Relaxed) {
+            0 => None,
+            nanoseconds => Some(Duration::from_nanos(nanoseconds)),
+        }
     }
 
     /// Whether a claim of this stack stands. One that was made within the request holds every write that completed
@@ -80,10 +82,9 @@ impl Held {
         if self.born >= request { self.stack.same_shape() } else { self.stack.unchanged() }
     }
 
-    /// Whether enough time went by since it was made to make another one.
+    /// Whether enough time went by since it was made to make another one. One that was not asked yet cost nothing.
     fn may_be_replaced(&self) -> bool {
-        let cost = self.resolved_in + self.read_in.get().copied().unwrap_or_default();
-        self.born.elapsed() >= cost * (REST_FACTOR + 1)
+        self.slowest().is_none_or(|read| self.born.elapsed() >= (self.resolved_in + read) * (REST_FACTOR + 1))
     }
 }
 
@@ -183,12 +184,19 @@ impl Handle {
         let fits = |held: &Arc<Held>| held.stack.map().len() == len;
         let mut held = self.current().filter(fits);
         let mut newer_than = request;
-        for _ in 0..MAX_TRIES {
+        for tries_left in (0..MAX_TRIES).rev() {
             let now = match held.take() {
                 Some(held) => held,
                 None => self.renew(newer_than)?,
             };
             newer_than = newer_than.max(now.born);
+            if !now.stack.write_back() {
+                return None;
+            }
+            // What was just written back may have moved a counter: a map that is read now would be void at once.
+            if tries_left > 0 && now.slowest().is_none() && !now.stack.unchanged() {
+                continue;
+            }
             let claim = now.ask(&ask);
             self.tell_map(&now);
             // "Data" is verified as well: a device may have gained holes since.
@@ -216,7 +224,8 @@ impl Handle {
         let born = Instant::now();
         let stack = self.backing.resolve(&self.context);
         let resolved_in = born.elapsed();
-        let held = Arc::new(Held { stack, born, resolved_in, read_in: OnceLock::new(), told: AtomicBool::new(false) });
+        let held =
+            Arc::new(Held { stack, born, resolved_in, slowest: AtomicU64::new(0), told: AtomicBool::new(false) });
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = Some(held.clone());
         Some(held)
     }

@@ -75,8 +75,7 @@ fn key(slot: &Arc<Slot>) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::OnceLock;
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, AtomicU64};
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -86,7 +85,7 @@ mod tests {
         let layer = Arc::new(dense::layer("x", "y", Bytes::ZERO, "z"));
         let stack = Stack::build(&Context::default(), |_| layer);
         let (born, resolved_in) = (Instant::now(), Duration::ZERO);
-        let held = Held { stack, born, resolved_in, read_in: OnceLock::new(), told: AtomicBool::new(false) };
+        let held = Held { stack, born, resolved_in, slowest: AtomicU64::new(0), told: AtomicBool::new(false) };
         Arc::new(RwLock::new(Some(Arc::new(held))))
     }
 

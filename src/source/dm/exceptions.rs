@@ -159,7 +159,7 @@ mod tests {
         use proptest::prelude::*;
         let mut runner = proptest::test_runner::TestRunner::deterministic();
         runner
-            .run(&(proptest::collection::vec(any::<u8>(), 0..600), any::<u64>(), 0..19), |(data, number, power)| {
+            .run(&(proptest::collection::vec(any::<u8>(), 0..600), any::<u64>(), 0..19_u32), |(data, number, power)| {
                 let read = area(&data);
                 assert!(read.chunks.len() <= data.len() / ENTRY);
                 assert!(!read.is_full || read.chunks.len() == data.len() / ENTRY);
