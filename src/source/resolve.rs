@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::map::HoleMap;
 use crate::source::device::{BlockDevice, DeviceGuard};
-use crate::source::{Guard, Layer, dense, dm, file, loop_device, partition, scsi, thin};
+use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
 use crate::sys::block;
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs::{self, SuspendFile};
@@ -19,6 +19,9 @@ const MAX_DEPTH: usize = 32;
 /// The loop driver's major number (`Documentation/admin-guide/devices.txt`).
 const LOOP_MAJOR: u32 = 7;
 
+/// The kernel's NBD driver (`NBD_MAJOR` of `include/uapi/linux/major.h`).
+const NBD_MAJOR: u32 = 43;
+
 /// What outlives a single resolve: the control device, and what the user chose.
 #[derive(Default)]
 pub struct Context {
@@ -26,6 +29,8 @@ pub struct Context {
     pub dm: dm::Shared,
     /// What readers of live thin pools share.
     pub thin: thin::pool::Locks,
+    /// The export that the kernel's NBD device is connected to.
+    pub nbd: Option<nbd::Export>,
 }
 
 /// A device, all the way down.
@@ -159,9 +164,13 @@ impl Resolver<'_> {
             partition::layer(device, disk, start, self)
         } else if device.id.major == LOOP_MAJOR {
             loop_device::layer(device, self)
+        } else if device.id.major == NBD_MAJOR {
+            nbd::device_layer(device, self.context.nbd.as_ref())
         } else if sysfs::dm_name(device.id).is_some() {
             self.waits_on(device.id);
             dm::layer(device, self)
+        } else if md::is_array(device.id) {
+            md::layer(device, self)
         } else if scsi::is_disk(device.id) {
             scsi::disk_layer(device)
         } else if scsi::is_nvme(device.id) {

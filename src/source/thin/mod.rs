@@ -11,13 +11,14 @@
 
 pub mod error;
 pub mod guard;
+pub mod held;
 pub mod lookup;
 pub mod metadata;
 pub mod node;
+pub mod offline;
 pub mod params;
 pub mod pool;
 pub mod reader;
-pub mod snapshot;
 pub mod superblock;
 pub mod volume;
 pub mod walk;
