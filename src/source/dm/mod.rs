@@ -23,7 +23,7 @@ mod copies;
 pub mod exceptions;
 pub mod params;
 mod passing;
-mod segment;
+pub(super) mod segment;
 mod snapshot;
 mod targets;
 
@@ -51,7 +51,7 @@ impl Shared {
     pub fn control(&self) -> Option<Arc<Control>> {
         let open = || Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok();
         // The first chance to release what an earlier process left held.
-        let open = || open().inspect(thin::snapshot::recover).map(Arc::new);
+        let open = || open().inspect(thin::held::recover).map(Arc::new);
         self.control.get_or_init(open).clone()
     }
 }
