@@ -11,7 +11,7 @@
 //! | clone | those of the destination when all is copied; before, where source and destination both have one |
 //! | snapshot (store P or PO) | those of the origin, where the store has no exception |
 //! | zero | all of it: it reads as zeros, and drops what is written |
-//! | thin | unmapped blocks, see [`thin`](crate::source::thin) |
+//! | thin | unmapped blocks, see [`thin`] |
 //! | snapshot (store N) | none: its exceptions are in the kernel's memory only |
 //! | crypt, integrity, verity | none: zeros below are not zeros above |
 //! | cache, writecache, vdo | none: what is below is not what is read |
