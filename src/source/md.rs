@@ -40,7 +40,10 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
         Ok((holes_from, map, below)) => {
             Layer { name: device.name(), kind, holes_from: holes_from.to_owned(), map, below }
         }
-        Err(reason) => dense::layer(device.name(), kind, device.len, reason),
+        Err(reason) => {
+            let reason = format!("{kind}: {reason}");
+            dense::layer(device.name(), kind, device.len, reason)
+        }
     }
 }
 
@@ -71,7 +74,7 @@ fn legs_of(array: &Array, len: Bytes, resolver: &mut Resolver<'_>) -> Result<Kno
         "raid10" => ("where all legs of a chunk have one", Arc::new(raid10(array, legs, len)?)),
         "raid0" => ("the legs it stripes over", Arc::new(raid0(array, legs, len)?)),
         "linear" => ("its legs", Arc::new(linear(legs, len)?)),
-        level => return Err(format!("holes under md {level} are not known to read as zeros")),
+        _ => return Err("holes below are not known to read as zeros".to_owned()),
     };
     Ok((holes_from, map, below))
 }

@@ -34,7 +34,7 @@ pub fn mirror(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
 pub fn raid(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let level = asked.target.params.split_ascii_whitespace().next().unwrap_or_default();
     if level != "raid1" {
-        return Err(format!("holes under dm-raid with level {level} are not known to read as zeros"));
+        return Err(format!("holes under level {level} are not known to read as zeros"));
     }
     let legs = asked.params(params::raid1)?;
     let status = asked.guarded_status(all_of_it, resolver)?;
