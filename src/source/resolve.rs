@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::map::HoleMap;
 use crate::source::device::{BlockDevice, DeviceGuard};
-use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi};
+use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
 use crate::sys::block;
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs::{self, SuspendFile};
@@ -29,6 +29,8 @@ pub struct Context {
     pub dm: dm::Shared,
     /// The export that the kernel's NBD device is connected to.
     pub nbd: Option<nbd::Export>,
+    /// What readers of live thin pools share.
+    pub thin: thin::pool::Locks,
 }
 
 /// A device, all the way down.

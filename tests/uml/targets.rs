@@ -174,7 +174,7 @@ fn encryption_is_dense() {
 fn deep_stack() {
     let disk = Disk::new(2 * MIB, &[MIB..MIB + 4096]);
     let mut stack = vec![Dm::linear(disk.device.path())];
-    for _ in 0..40 {
+    for _ in 0..20 {
         let top = Dm::linear(stack.last().expect("it began with one").path());
         stack.push(top);
     }

@@ -34,7 +34,7 @@ use log::debug;
 use crate::error::plain;
 use crate::map::Concat;
 use crate::source::device::BlockDevice;
-use crate::source::{Guard, Layer, Resolver, dense};
+use crate::source::{Guard, Layer, Resolver, dense, thin};
 use crate::sys::device::DeviceId;
 use crate::sys::dm::{Control, Table, TableTarget};
 use crate::sys::sysfs;
@@ -50,7 +50,9 @@ impl Shared {
     /// The control device, or `None` where it cannot be opened.
     pub fn control(&self) -> Option<Arc<Control>> {
         let open = || Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok();
-        self.control.get_or_init(|| open().map(Arc::new)).clone()
+        // The first chance to release what an earlier process left held.
+        let open = || open().inspect(thin::snapshot::recover).map(Arc::new);
+        self.control.get_or_init(open).clone()
     }
 }
 

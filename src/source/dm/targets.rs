@@ -7,7 +7,7 @@ use super::segment::{Asked, Known, Segment, window};
 use super::{copies, passing, snapshot};
 use crate::map::{HoleMap, Kind, Stripe, Uniform};
 use crate::source::device::BlockDevice;
-use crate::source::{Layer, Resolver, dense};
+use crate::source::{Layer, Resolver, dense, thin::volume};
 use crate::sys::dm::TableTarget;
 use crate::units::{Bytes, Sectors};
 
@@ -17,6 +17,9 @@ pub fn layer(name: &str, device: &BlockDevice, target: &TableTarget, resolver: &
     let Some(len) = target.len.bytes() else {
         return dense::layer(name, kind, device.len, "its length is out of range");
     };
+    if target.kind == "thin" {
+        return thin(name, device, target, len, resolver);
+    }
     match segment(&Asked { device, target, len }, resolver) {
         Ok(segment) => Layer {
             name: name.to_owned(),
@@ -64,6 +67,13 @@ fn dense_reason(kind: &str) -> String {
         _ => "holes below are not known to read as zeros",
     };
     reason.to_owned()
+}
+
+fn thin(name: &str, device: &BlockDevice, target: &TableTarget, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
+    match resolver.context.dm.control() {
+        Some(control) => volume::layer(name, device, target, len, control, resolver),
+        None => dense::layer(name, "dm-thin", len, "reading its pool needs root and /dev/mapper/control"),
+    }
 }
 
 fn stripe(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
