@@ -8,8 +8,8 @@
 //! | linear | those of the leg |
 //! | raid4, raid5, raid6, other layouts and levels | none |
 //!
-//! An array that is degraded, that resyncs, reshapes or checks itself, or that is anything else than running and idle, is
-//! dense. All that is known of an array is read from sysfs (`Documentation/admin-guide/md.rst`).
+//! An array that is degraded, that resyncs, reshapes or checks itself, or that is anything else than running and idle,
+//! is dense. All that is known of an array is read from sysfs (`Documentation/admin-guide/md.rst`).
 
 mod array;
 
