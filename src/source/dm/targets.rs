@@ -25,7 +25,10 @@ pub fn layer(name: &str, device: &BlockDevice, target: &TableTarget, resolver: &
             map: segment.map,
             below: segment.below,
         },
-        Err(reason) => dense::layer(name, kind, len, reason),
+        Err(reason) => {
+            let reason = format!("{kind}: {reason}");
+            dense::layer(name, kind, len, reason)
+        }
     }
 }
 
@@ -59,7 +62,7 @@ fn dense_reason(kind: &str) -> String {
         "cache" => "blocks are read from the cache or the origin, and only its metadata tells which",
         "writecache" => "what was written may be in the cache only",
         "vdo" => "it does not tell which blocks are mapped",
-        other => return format!("holes under dm-{other} are not known to read as zeros"),
+        _ => "holes below are not known to read as zeros",
     };
     reason.to_owned()
 }
