@@ -141,7 +141,7 @@ fn size(text: &OsString) -> Result<Bytes> {
 /// `blkholefs map`: the same answers that a seek through a mount gets.
 fn map(arguments: &[OsString]) -> Result<()> {
     let asked = parse(arguments, "map")?;
-    let handle = Handle::new(Backing::open(&asked.device)?, Arc::new(Context::default()));
+    let handle = Handle::new(Backing::open(&asked.device)?, Arc::new(Context::default()), Arc::default());
     let (len, align) = (handle.backing().len()?, handle.backing().align());
     let end = asked.length.and_then(|length| asked.offset.checked_add(length)).unwrap_or(len).min(len);
     let format = match (asked.json, asked.totals) {

@@ -21,8 +21,9 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use log::{debug, info};
 
 use crate::error::{Error, Result};
-use crate::handle::Handle;
+use crate::handle::{Handle, MapCache};
 use crate::source::{Backing, Context};
+use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
 use nodes::Nodes;
@@ -36,6 +37,8 @@ pub struct Options {
     pub gid: Option<u32>,
     /// The permissions that a file may have at most.
     pub mode: Option<u32>,
+    /// The bytes that the maps of all open files may hold.
+    pub map_cache: Option<Bytes>,
 }
 
 /// An open file's number.
@@ -58,6 +61,7 @@ pub struct FileSystem {
     spec: Spec,
     ownership: Ownership,
     context: Arc<Context>,
+    maps: Arc<MapCache>,
     nodes: Nodes,
     changes: Changes,
     open: RwLock<HashMap<u64, Arc<Open>>>,
@@ -91,6 +95,7 @@ impl FileSystem {
             spec,
             ownership: Ownership::new(options),
             context: Arc::default(),
+            maps: Arc::new(MapCache::new(options.map_cache)),
             changes: Changes::default(),
             open: RwLock::default(),
             handles: Mutex::default(),
@@ -136,14 +141,22 @@ impl FileSystem {
 
     fn attributes(&self, ino: Ino, target: &Target) -> Result<Attributes> {
         let path = match target {
-            Target::Directory(metadata) => return Ok(Attributes::directory(ino, metadata, &self.ownership)),
+            Target::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
             Target::File(path) => path,
         };
         // An open device is asked through its handle; any other is opened for as long as the answer takes.
         let open = self.handle_of(ino).filter(|handle| handle.backing().is_at(path));
         let handle = match open {
             Some(handle) => handle,
-            None => Arc::new(Handle::glance(Backing::open(path)?, self.context.clone())),
+            None => match Backing::open(path) {
+                Ok(backing) => Arc::new(Handle::glance(backing, self.context.clone())),
+                // One device that cannot be opened must not spoil the listing of the others.
+                Err(error) => {
+                    debug!("{error}");
+                    let node = std::fs::metadata(path).map_err(|_| not_found())?;
+                    return Ok(Attributes::unopened(ino, &node, &self.ownership));
+                }
+            },
         };
         let has_hole = handle.has_hole()?;
         let changed = self.changes.observe(ino, handle.backing());
@@ -214,7 +227,7 @@ impl FileSystem {
             shared.opens += 1;
             return Ok(shared.handle.clone());
         }
-        let handle = Arc::new(Handle::new(Backing::open(path)?, self.context.clone()));
+        let handle = Arc::new(Handle::new(Backing::open(path)?, self.context.clone(), self.maps.clone()));
         handle.prepare();
         handles.insert(ino, Shared { handle: handle.clone(), opens: 1 });
         Ok(handle)
@@ -263,9 +276,9 @@ impl FileSystem {
     pub fn log_counters(&self) {
         let opens = self.open.read().unwrap_or_else(PoisonError::into_inner).len();
         let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
-        info!("{opens} open files on {} devices", handles.len());
+        info!("{opens} open files on {} devices, maps of {} bytes", handles.len(), self.maps.used());
         for shared in handles.values() {
-            info!("{}: {} opens", shared.handle.backing().path().display(), shared.opens);
+            info!("{}: {} opens", shared.handle.backing().name().display(), shared.opens);
         }
     }
 }

@@ -8,8 +8,10 @@
 //! When a guard saw a change the stack is resolved again, which costs at most a tenth of the time: a device that is
 //! written faster than its map can be read is all data in between.
 
+mod map_cache;
+
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{Level, log};
@@ -19,6 +21,9 @@ use crate::map::view::{self, Whence};
 use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
+use map_cache::Slot;
+
+pub use map_cache::MapCache;
 
 /// How often one request may resolve the stack again before it answers "data".
 const MAX_TRIES: usize = 3;
@@ -30,7 +35,8 @@ const REST_FACTOR: u32 = 9;
 pub struct Handle {
     backing: Backing,
     context: Arc<Context>,
-    held: RwLock<Option<Arc<Held>>>,
+    maps: Arc<MapCache>,
+    held: Arc<Slot>,
     /// Held while a stack is resolved, so that it is done once.
     renewing: Mutex<()>,
     /// What the last stack was dense for, so that it is said once.
@@ -82,23 +88,27 @@ impl Held {
 }
 
 impl Handle {
-    /// Takes an open device.
-    pub fn new(backing: Backing, context: Arc<Context>) -> Self {
-        let told_busy = AtomicBool::new(false);
-        Self {
-            backing,
-            context,
-            held: RwLock::default(),
-            renewing: Mutex::default(),
-            told: Mutex::default(),
-            told_busy,
-            quiet: false,
-        }
+    /// Takes an open device, whose map is kept in `maps`.
+    pub fn new(backing: Backing, context: Arc<Context>, maps: Arc<MapCache>) -> Self {
+        Self::with(backing, context, maps, false)
     }
 
     /// Takes a device that is opened only to tell its attributes.
     pub fn glance(backing: Backing, context: Arc<Context>) -> Self {
-        Self { quiet: true, ..Self::new(backing, context) }
+        Self::with(backing, context, Arc::default(), true)
+    }
+
+    fn with(backing: Backing, context: Arc<Context>, maps: Arc<MapCache>, quiet: bool) -> Self {
+        Self {
+            backing,
+            context,
+            maps,
+            held: Arc::default(),
+            renewing: Mutex::default(),
+            told: Mutex::default(),
+            told_busy: AtomicBool::new(false),
+            quiet,
+        }
     }
 
     /// The open device or image.
@@ -220,7 +230,7 @@ impl Handle {
         if held.told.swap(true, Ordering::Relaxed) {
             return;
         }
-        let path = self.backing.path().display();
+        let path = self.backing.name().display();
         let reason = held.stack.map().dense_because();
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         match &reason {
@@ -231,11 +241,12 @@ impl Handle {
             None => self.tell(Level::Info, &format!("{path}: new map")),
         }
         *told = reason;
+        self.maps.keep(&self.held, held.stack.map().memory());
     }
 
     fn tell_busy(&self) {
         if !self.told_busy.swap(true, Ordering::Relaxed) {
-            let path = self.backing.path().display();
+            let path = self.backing.name().display();
             let why = "changes faster than its map can be read: all data in between; back up a snapshot instead";
             self.tell(Level::Warn, &format!("{path}: {why}"));
         }
@@ -243,5 +254,11 @@ impl Handle {
 
     fn tell(&self, level: Level, message: &str) {
         log!(if self.quiet { Level::Debug } else { level }, "{message}");
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.maps.release(&self.held);
     }
 }

@@ -4,7 +4,7 @@ mod common;
 
 use common::differential::{Base, Level, run_seed};
 use common::random::Random;
-use common::{requires, requires_root};
+use common::requires_root;
 
 fn seeds(default: u64) -> std::ops::Range<u64> {
     let seed = Random::seed_or(default);
@@ -27,7 +27,7 @@ fn loop_devices() {
 
 #[test]
 fn loop_devices_and_partitions() {
-    if requires_root() && requires(&["sfdisk"]) {
+    if requires_root() {
         seeds(300).for_each(|seed| run_seed(seed, Base::Loop, &[Level::Loop, Level::Partition], 3, 20));
     }
 }

@@ -7,14 +7,13 @@ mod common;
 use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 
 use common::check::{Extent, Kind, assert_map, check, map_holes, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing, write, write_at};
 use common::ioctl;
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
-use common::{KIB, MIB, assert_becomes, requires, requires_root, run, run_with_input, wait_until};
+use common::{KIB, MIB, assert_becomes, requires_root, run};
 
 /// The data ranges of an image as a device sees it that begins at `start` and is `size` long: data grows outwards to
 /// 4 KiB, and ranges that meet become one.
@@ -170,7 +169,7 @@ fn another_offset_while_open() {
     let file = open(source.file());
     assert_eq!(seek_hole(&file, 0), Some(4096));
     ioctl::loop_set_offset(source.device.path(), 2 * MIB);
-    assert!(wait_until(|| fs::metadata(source.file()).expect("attributes").len() == 2 * MIB), "the new size is shown");
+    assert_eq!(fs::metadata(source.file()).expect("attributes").len(), 2 * MIB);
     assert_becomes(&Some(MIB), || seek_hole(&file, 0));
     assert_map(source.file(), &map_of(2 * MIB, &[0..MIB]));
     source.check();
@@ -182,17 +181,16 @@ fn bound_again_while_mounted() {
     if !requires_root() {
         return;
     }
-    let source = LoopMount::new(MIB, &[0..4096]);
-    source.check();
-    let device = source.device.path().to_str().expect("text");
-    let state = format!("/sys/block/{}/loop", source.device.name());
-    run("losetup", ["--detach", device]);
-    assert!(!Path::new(&state).exists(), "{device} is held by an idle mount");
+    let image = Image::with_data(MIB, &[0..4096]);
     let other = Image::with_data(2 * MIB, &[MIB..2 * MIB]);
-    run("losetup", [device, other.path().to_str().expect("text")]);
-    assert!(wait_until(|| fs::metadata(source.file()).expect("attributes").len() == 2 * MIB), "the new size is shown");
-    assert_eq!(map_holes(source.file()), map_of(2 * MIB, &[MIB..2 * MIB]));
-    source.check();
+    let device = Loop::reserved(image.path());
+    let mount = Mount::new(device.path());
+    check(mount.file(), device.path());
+    device.detach();
+    device.bind(other.path());
+    assert_eq!(fs::metadata(mount.file()).expect("attributes").len(), 2 * MIB);
+    assert_eq!(map_holes(mount.file()), map_of(2 * MIB, &[MIB..2 * MIB]));
+    check(mount.file(), device.path());
 }
 
 #[test]
@@ -208,7 +206,7 @@ fn growth_while_open() {
     // The device has its old size until it is told.
     assert_map(source.file(), &map_of(MIB, &[0..4096]));
     source.device.losetup(&["--set-capacity"]);
-    assert!(wait_until(|| fs::metadata(source.file()).expect("attributes").len() == 8 * MIB), "the new size is shown");
+    assert_eq!(fs::metadata(source.file()).expect("attributes").len(), 8 * MIB);
     assert_becomes(&Some(6 * MIB), || seek_data(&file, 4096));
     assert_map(source.file(), &map_of(8 * MIB, &[0..4096, 6 * MIB..7 * MIB]));
     source.check();
@@ -251,18 +249,16 @@ fn loop_over_loop() {
 
 #[test]
 fn partitions() {
-    if !requires_root() || !requires(&["sfdisk"]) {
+    if !requires_root() {
         return;
     }
-    let image = Image::new(64 * MIB);
-    // The second partition begins inside a 4 KiB block.
-    let table = "label: dos\nstart=2048, size=20480\nstart=22533, size=40001\n";
-    run_with_input("sfdisk", ["--quiet".as_ref(), image.path().as_os_str()], table);
     let data = [2 * MIB..3 * MIB, 11 * MIB - 4096..11 * MIB + 4096, 20 * MIB..20 * MIB + 4096, 63 * MIB..64 * MIB];
-    data.iter().for_each(|range| image.write(range.clone()));
-    let device = Loop::with_options(image.path(), &["--partscan"]);
-    for (number, start, size) in [(1, 2048 * 512, 20480 * 512), (2, 22533 * 512, 40001 * 512)] {
-        let partition = device.partition(number);
+    let image = Image::with_data(64 * MIB, &data);
+    let mut device = Loop::with_options(image.path(), &["--partscan"]);
+    // The second partition begins inside a 4 KiB block.
+    for (number, first, sectors) in [(1, 2048, 20480), (2, 22533, 40001)] {
+        let partition = device.add_partition(number, first, sectors);
+        let (start, size) = (first * 512, sectors * 512);
         let mount = Mount::new(&partition);
         assert_eq!(map_holes(mount.file()), map_of(size, &seen_from(&data, start, size)), "partition {number}");
         check(mount.file(), &partition);

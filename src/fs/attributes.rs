@@ -3,12 +3,15 @@
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use super::change::Changed;
 use super::{Ino, Options};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::handle::Handle;
+use crate::source::backing::Node;
+use crate::sys::device::DeviceId;
+use crate::sys::sysfs;
 use crate::units::Bytes;
 
 /// Read and search bits, the only ones that a read-only view may have.
@@ -69,19 +72,27 @@ impl Ownership {
 
 impl Attributes {
     /// The attributes of a directory, after the one that it shows.
-    pub fn directory(ino: Ino, shown: &Metadata, ownership: &Ownership) -> Self {
+    pub fn directory(ino: Ino, shown: &Node, ownership: &Ownership) -> Self {
         Self {
             ino,
             kind: FileKind::Directory,
             size: Bytes::ZERO,
             blocks: 0,
             block_size: 4096,
-            mtime: time(shown.mtime(), shown.mtime_nsec()),
-            ctime: time(shown.ctime(), shown.ctime_nsec()),
-            mode: shown.mode() & MAX_DIRECTORY_MODE,
-            uid: ownership.uid.unwrap_or_else(|| shown.uid()),
-            gid: ownership.gid.unwrap_or_else(|| shown.gid()),
+            mtime: shown.mtime,
+            ctime: shown.ctime,
+            mode: shown.mode & MAX_DIRECTORY_MODE,
+            uid: ownership.uid.unwrap_or(shown.uid),
+            gid: ownership.gid.unwrap_or(shown.gid),
         }
+    }
+
+    /// The attributes of a device that cannot be opened, after its node: all data, of the length that sysfs knows.
+    pub fn unopened(ino: Ino, node: &Metadata, ownership: &Ownership) -> Self {
+        let size = sysfs::len(DeviceId::from_dev(node.rdev())).unwrap_or(Bytes::ZERO);
+        let node = Node::of(node);
+        let changed = Changed { mtime: node.mtime, ctime: node.ctime };
+        Self::new(ino, &node, size, blocks(size, false, None), changed, ownership)
     }
 
     /// The attributes of a device or image.
@@ -96,21 +107,25 @@ impl Attributes {
         ownership: &Ownership,
     ) -> Result<Self> {
         let backing = handle.backing();
-        let shown =
-            backing.metadata().map_err(|error| Error::failed("cannot stat").on(backing.path()).because(error))?;
+        let shown = backing.node()?;
         let size = backing.len()?;
-        Ok(Self {
+        let blocks = blocks(size, has_hole, handle.allocated());
+        Ok(Self::new(ino, &shown, size, blocks, changed, ownership))
+    }
+
+    fn new(ino: Ino, shown: &Node, size: Bytes, blocks: u64, changed: Changed, ownership: &Ownership) -> Self {
+        Self {
             ino,
             kind: FileKind::File,
             size,
-            blocks: blocks(size, has_hole, handle.allocated()),
+            blocks,
             block_size: PREFERRED_READ,
             mtime: changed.mtime,
             ctime: changed.ctime,
-            mode: shown.mode() & MAX_FILE_MODE & ownership.mode,
-            uid: ownership.uid.unwrap_or_else(|| shown.uid()),
-            gid: ownership.gid.unwrap_or_else(|| shown.gid()),
-        })
+            mode: shown.mode & MAX_FILE_MODE & ownership.mode,
+            uid: ownership.uid.unwrap_or(shown.uid),
+            gid: ownership.gid.unwrap_or(shown.gid),
+        }
     }
 }
 
@@ -123,14 +138,6 @@ fn blocks(size: Bytes, has_hole: bool, allocated: Option<Bytes>) -> u64 {
     let most = (size.get() / 512).saturating_sub(1);
     let stored = allocated.map_or(most, |allocated| allocated.get().div_ceil(512));
     stored.min(most).max(1)
-}
-
-fn time(seconds: i64, nanoseconds: i64) -> SystemTime {
-    let nanoseconds = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(0));
-    match u64::try_from(seconds) {
-        Ok(seconds) => SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + nanoseconds,
-        Err(_) => SystemTime::UNIX_EPOCH,
-    }
 }
 
 #[cfg(test)]

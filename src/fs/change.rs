@@ -64,9 +64,8 @@ impl Changes {
     pub fn observe(&self, ino: Ino, backing: &Backing) -> Changed {
         let now = SystemTime::now();
         let Some(id) = backing.id() else {
-            let times = backing.metadata().and_then(|metadata| metadata.modified());
-            let mtime = times.unwrap_or(now);
-            return Changed { mtime, ctime: mtime };
+            let unknown = Changed { mtime: now, ctime: now };
+            return backing.node().map_or(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
         };
         let trace = Trace::of(backing, id);
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);

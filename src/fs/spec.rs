@@ -1,13 +1,14 @@
 //! What a SPEC names: one device, one image, or a directory of devices.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, Metadata};
+use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use super::{FileKind, not_found};
 use crate::error::{Error, Result};
+use crate::source::backing::Node;
 use crate::sys::device;
 
 /// What is mounted.
@@ -27,7 +28,7 @@ pub enum Spec {
 /// What a path inside the mount leads to.
 pub enum Target {
     /// A directory.
-    Directory(Box<Metadata>),
+    Directory(Node),
     /// The device or image at that path of the host.
     File(PathBuf),
 }
@@ -79,7 +80,7 @@ impl Spec {
             Self::File { path: device, name } if path == Path::new(name) => Ok(Target::File(device.clone())),
             Self::File { path: device, .. } if path.as_os_str().is_empty() => {
                 let parent = device.parent().unwrap_or(Path::new("/"));
-                fs::metadata(parent).map(|metadata| Target::Directory(Box::new(metadata))).map_err(|_| not_found())
+                fs::metadata(parent).map(|metadata| Target::Directory(Node::of(&metadata))).map_err(|_| not_found())
             }
             Self::File { .. } => Err(not_found()),
             Self::Directory(root) => {
@@ -89,7 +90,7 @@ impl Spec {
                     FileKind::File => Ok(Target::File(path)),
                     FileKind::Directory => {
                         let metadata = fs::metadata(&path).map_err(|_| not_found())?;
-                        Ok(Target::Directory(Box::new(metadata)))
+                        Ok(Target::Directory(Node::of(&metadata)))
                     }
                 }
             }

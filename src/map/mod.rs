@@ -5,6 +5,7 @@
 //! [`view`] turns a map into the exact answers of lseek(2).
 
 mod compose;
+mod fill;
 #[cfg(test)]
 mod model;
 mod stripe;
@@ -13,6 +14,7 @@ mod tests;
 pub mod view;
 
 pub use compose::{Clip, Concat, Overlay, Uniform};
+pub use fill::{Block, FillBuilder, FillMap, Filler};
 pub use stripe::{Stripe, Unstripe};
 
 use std::sync::Once;

@@ -25,7 +25,8 @@ pub struct Opened {
 pub fn open(spec: &OsStr, shape: Shape, options: &MountOptions) -> Result<Opened> {
     let umask = options.umask.unwrap_or(0);
     let mode = options.mode.unwrap_or(0o777) & !umask;
-    let mut fs = FileSystem::new(spec, &Options { uid: options.uid, gid: options.gid, mode: Some(mode) })?;
+    let chosen = Options { uid: options.uid, gid: options.gid, mode: Some(mode), map_cache: options.map_cache };
+    let mut fs = FileSystem::new(spec, &chosen)?;
     if shape == Shape::File {
         fs.show_as_file()?;
     }

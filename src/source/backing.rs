@@ -1,10 +1,11 @@
 //! What an exported file is made of: where its bytes are read, and how its stack is resolved.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
 use crate::source::device::BlockDevice;
@@ -15,17 +16,82 @@ use crate::sys::{block, device, file};
 use crate::units::Bytes;
 
 /// Holes never start or end inside a unit of this size: QEMU aborts on extents that its O_DIRECT cannot address.
-const MIN_ALIGN: Bytes = Bytes::new(4096);
+pub const MIN_ALIGN: Bytes = Bytes::new(4096);
 
-/// An open device or image.
+/// What can be exported as a file.
+pub trait Medium: Send + Sync {
+    /// The length now.
+    ///
+    /// # Errors
+    /// When it is gone.
+    fn size(&self) -> io::Result<Bytes>;
+
+    /// The unit that holes are rounded to, inwards: a multiple of [`MIN_ALIGN`].
+    fn align(&self) -> Bytes;
+
+    /// Reads `size` bytes at `offset`, which are not past the end, through `buffer`; answers where in it they are.
+    ///
+    /// # Errors
+    /// As pread(2).
+    fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>>;
+
+    /// The stack below, down to the sources of holes.
+    fn resolve(&self, context: &Context) -> Stack;
+
+    /// Owner, permissions and times.
+    ///
+    /// # Errors
+    /// When it is gone.
+    fn node(&self) -> io::Result<Node>;
+
+    /// The number of the block device, if it is one.
+    fn id(&self) -> Option<DeviceId> {
+        None
+    }
+
+    /// Whether `path` still leads to what is open here.
+    fn is_at(&self, path: &Path) -> bool;
+}
+
+/// Whose a file is, and when it changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// The owner.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+    /// Type and permissions, as in `st_mode`.
+    pub mode: u32,
+    /// Of its contents.
+    pub mtime: SystemTime,
+    /// Of anything.
+    pub ctime: SystemTime,
+}
+
+impl Node {
+    /// What stat(2) says of a file, directory or device node.
+    pub fn of(metadata: &Metadata) -> Self {
+        Self {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+            mode: metadata.mode(),
+            mtime: time(metadata.mtime(), metadata.mtime_nsec()),
+            ctime: time(metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+/// A time of stat(2); one before 1970 is taken for 1970.
+fn time(seconds: i64, nanoseconds: i64) -> SystemTime {
+    let nanoseconds = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(0));
+    u64::try_from(seconds)
+        .map_or(SystemTime::UNIX_EPOCH, |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + nanoseconds)
+}
+
+/// An open device, image or export.
 pub struct Backing {
-    path: PathBuf,
-    /// For answers about the device, and for reads where O_DIRECT is refused.
-    file: Arc<File>,
-    /// For reads: past the device's page cache, which may be older than a table that was loaded since.
-    direct: Option<File>,
-    device: Option<BlockDevice>,
-    align: Bytes,
+    name: PathBuf,
+    medium: Box<dyn Medium>,
 }
 
 impl Backing {
@@ -38,32 +104,35 @@ impl Backing {
         let file = device::open(path, false).map_err(|error| failed("cannot open", error))?;
         let kind = file.metadata().map_err(|error| failed("cannot stat", error))?.file_type();
         if kind.is_file() {
-            let align = MIN_ALIGN;
-            return Ok(Self { path: path.to_owned(), file: Arc::new(file), direct: None, device: None, align });
+            return Ok(Self::new(path, Image { file, path: path.to_owned() }));
         }
         if !kind.is_block_device() {
             return Err(Error::failed("is neither a block device nor a regular file").on(path));
         }
         let device = BlockDevice::from_file(file, path)?;
-        let align = block::logical_block(&device.file).map_err(|error| failed("cannot read the block size", error))?;
+        let block = block::logical_block(&device.file).map_err(|error| failed("cannot read the block size", error))?;
         let direct = device::reopen_direct(&device.file).ok();
-        let file = device.file.clone();
-        Ok(Self { path: path.to_owned(), file, direct, device: Some(device), align: align.max(MIN_ALIGN) })
+        Ok(Self::new(path, Device { device, direct, align: block.max(MIN_ALIGN) }))
     }
 
-    /// The path that it was opened by.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Takes what can be exported; `name` is what messages call it.
+    pub fn new(name: &Path, medium: impl Medium + 'static) -> Self {
+        Self { name: name.to_owned(), medium: Box::new(medium) }
+    }
+
+    /// What messages call it: the path that it was opened by.
+    pub fn name(&self) -> &Path {
+        &self.name
     }
 
     /// The number of the block device, if it is one.
     pub fn id(&self) -> Option<DeviceId> {
-        self.device.as_ref().map(|device| device.id)
+        self.medium.id()
     }
 
     /// The unit that holes are rounded to, inwards.
     pub fn align(&self) -> Bytes {
-        self.align
+        self.medium.align()
     }
 
     /// The length now.
@@ -71,43 +140,25 @@ impl Backing {
     /// # Errors
     /// When the device is gone.
     pub fn len(&self) -> Result<Bytes> {
-        let len = match &self.device {
-            Some(_) => block::len(&self.file),
-            None => self.file.metadata().map(|metadata| Bytes::new(metadata.len())),
-        };
-        len.map_err(|error| Error::failed("cannot read the size").on(&self.path).because(error))
+        self.medium.size().map_err(|error| Error::failed("cannot read the size").on(&self.name).because(error))
     }
 
-    /// The attributes of the open file or device node.
+    /// Owner, permissions and times.
     ///
     /// # Errors
-    /// As fstat(2).
-    pub fn metadata(&self) -> io::Result<std::fs::Metadata> {
-        self.file.metadata()
+    /// When the device is gone.
+    pub fn node(&self) -> Result<Node> {
+        self.medium.node().map_err(|error| Error::failed("cannot stat").on(&self.name).because(error))
     }
 
-    /// Whether `path` still leads to what is open here.
+    /// Whether `path` still leads to what is open here. A node that was made again may be another device's.
     pub fn is_at(&self, path: &Path) -> bool {
-        let (Ok(open), Ok(now)) = (self.file.metadata(), path.metadata()) else { return false };
-        match &self.device {
-            Some(device) => now.file_type().is_block_device() && DeviceId::from_dev(now.rdev()) == device.id,
-            None => now.dev() == open.dev() && now.ino() == open.ino(),
-        }
+        self.medium.is_at(path)
     }
 
     /// The stack below, down to the sources of holes.
     pub fn resolve(&self, context: &Context) -> Stack {
-        match &self.device {
-            // The length may have changed since the open.
-            Some(device) => {
-                let len = block::len(&device.file).unwrap_or(device.len);
-                Stack::of_device(&BlockDevice { len, ..device.clone() }, context)
-            }
-            None => {
-                let len = self.file.metadata().map_or(Bytes::ZERO, |metadata| Bytes::new(metadata.len()));
-                Stack::of_file(&self.file, &self.path, len, context)
-            }
-        }
+        self.medium.resolve(context)
     }
 
     /// Reads up to `size` bytes at `offset` through `buffer`; shorter only at the end of the device.
@@ -118,19 +169,95 @@ impl Backing {
         let len = self.len()?;
         let left = usize::try_from(len.saturating_sub(offset).get()).unwrap_or(usize::MAX);
         let wanted = size.min(left);
-        let failed = |error: io::Error| Error::failed(format!("cannot read at {offset}")).on(&self.path).because(error);
-        let read = match &self.direct {
-            Some(direct) => file::read_direct(direct, buffer, offset, wanted, self.align),
-            None => file::read_buffered(&self.file, buffer, offset, wanted),
-        };
-        match read {
-            Ok(range) if range.len() == wanted => Ok(&buffer.bytes()[range]),
-            // The device may have become shorter meanwhile; then the end has moved, and that is no error.
-            Ok(range) if self.len()? <= offset.saturating_add(Bytes::new(range.len() as u64)) => {
-                Ok(&buffer.bytes()[range])
-            }
-            Ok(_) => Err(failed(io::Error::from_raw_os_error(libc::EIO))),
-            Err(error) => Err(failed(error)),
+        let failed = |error: io::Error| Error::failed(format!("cannot read at {offset}")).on(&self.name).because(error);
+        let range = self.medium.read(buffer, offset, wanted).map_err(failed)?;
+        let end = offset.saturating_add(Bytes::new(range.len() as u64));
+        // The device may have become shorter meanwhile; then the end has moved, and that is no error.
+        if range.len() < wanted && end < self.len()? {
+            return Err(failed(io::Error::from_raw_os_error(libc::EIO)));
+        }
+        Ok(&buffer.bytes()[range])
+    }
+}
+
+/// A regular file, shown as it is.
+struct Image {
+    file: File,
+    path: PathBuf,
+}
+
+impl Medium for Image {
+    fn size(&self) -> io::Result<Bytes> {
+        self.file.metadata().map(|metadata| Bytes::new(metadata.len()))
+    }
+
+    fn align(&self) -> Bytes {
+        MIN_ALIGN
+    }
+
+    fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
+        file::read_buffered(&self.file, buffer, offset, size)
+    }
+
+    fn resolve(&self, context: &Context) -> Stack {
+        Stack::of_file(&self.file, &self.path, self.size().unwrap_or(Bytes::ZERO), context)
+    }
+
+    fn node(&self) -> io::Result<Node> {
+        self.file.metadata().map(|metadata| Node::of(&metadata))
+    }
+
+    fn is_at(&self, path: &Path) -> bool {
+        is_at(&self.file, path)
+    }
+}
+
+/// A block device.
+struct Device {
+    device: BlockDevice,
+    /// For reads: past the device's page cache, which may be older than a table that was loaded since. `None` where
+    /// O_DIRECT is refused.
+    direct: Option<File>,
+    align: Bytes,
+}
+
+impl Medium for Device {
+    fn size(&self) -> io::Result<Bytes> {
+        block::len(&self.device.file)
+    }
+
+    fn align(&self) -> Bytes {
+        self.align
+    }
+
+    fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
+        match &self.direct {
+            Some(direct) => file::read_direct(direct, buffer, offset, size, self.align),
+            None => file::read_buffered(&self.device.file, buffer, offset, size),
         }
     }
+
+    fn resolve(&self, context: &Context) -> Stack {
+        // The length may have changed since the open.
+        let len = self.size().unwrap_or(self.device.len);
+        Stack::of_device(&BlockDevice { len, ..self.device.clone() }, context)
+    }
+
+    fn node(&self) -> io::Result<Node> {
+        self.device.file.metadata().map(|metadata| Node::of(&metadata))
+    }
+
+    fn id(&self) -> Option<DeviceId> {
+        Some(self.device.id)
+    }
+
+    fn is_at(&self, path: &Path) -> bool {
+        is_at(&self.device.file, path)
+    }
+}
+
+/// Whether `path` leads to the inode that is open.
+fn is_at(file: &File, path: &Path) -> bool {
+    let (Ok(open), Ok(now)) = (file.metadata(), path.metadata()) else { return false };
+    now.dev() == open.dev() && now.ino() == open.ino() && now.rdev() == open.rdev()
 }

@@ -25,6 +25,7 @@ pub mod loop_device;
 pub mod partition;
 mod resolve;
 pub mod scsi;
+pub mod thin;
 
 pub use backing::Backing;
 pub use device::BlockDevice;

@@ -70,6 +70,38 @@ pub struct Table {
     pub targets: Vec<TableTarget>,
 }
 
+impl Table {
+    /// Reads the reply to a `DM_TABLE_STATUS` request; `None` when anything lies outside it.
+    pub fn parse(reply: &[u8]) -> Option<Self> {
+        let flags = u32_at(reply, field::FLAGS)?;
+        let count = u32_at(reply, field::TARGET_COUNT)?;
+        let data = reply.get(usize::try_from(u32_at(reply, field::DATA_START)?).ok()?..)?;
+        let mut targets = Vec::new();
+        let mut at = 0;
+        if flags & DM_ACTIVE_PRESENT_FLAG != 0 {
+            for _ in 0..count {
+                // Offsets count from the first target. They only grow, so that a looping list is refused, and each text
+                // ends before the next target.
+                let next = usize::try_from(u32_at(data.get(at..)?, 20)?).ok()?;
+                let spec = data.get(at..next.min(data.len()))?;
+                targets.push(TableTarget {
+                    start: Sectors::new(u64_at(spec, 0)?),
+                    len: Sectors::new(u64_at(spec, 8)?),
+                    kind: text(spec.get(24..TARGET_SPEC)?),
+                    params: text(spec.get(TARGET_SPEC..)?),
+                });
+                at = next;
+            }
+        }
+        Some(Self {
+            name: text(reply.get(field::NAME..field::NAME_END)?),
+            suspended: flags & DM_SUSPEND_FLAG != 0,
+            read_only: flags & DM_READONLY_FLAG != 0,
+            targets,
+        })
+    }
+}
+
 /// Whether a status request may make a thin pool commit its metadata.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Commit {
@@ -125,7 +157,7 @@ impl Control {
             let mut buffer = request(id, flags, size);
             self.call(raw::TABLE_STATUS, &mut buffer)?;
             if u32_at(&buffer, field::FLAGS).unwrap_or(0) & DM_BUFFER_FULL_FLAG == 0 {
-                return parse(&buffer).ok_or_else(|| io::ErrorKind::InvalidData.into());
+                return Table::parse(&buffer).ok_or_else(|| io::ErrorKind::InvalidData.into());
             }
             if size >= MAX_BUFFER {
                 return Err(io::ErrorKind::OutOfMemory.into());
@@ -156,38 +188,6 @@ fn request(id: DeviceId, flags: u32, size: usize) -> Vec<u8> {
     put(field::FLAGS, &flags.to_ne_bytes());
     put(field::DEV, &id.to_huge().to_ne_bytes());
     buffer
-}
-
-/// Reads a reply to `DM_TABLE_STATUS`; `None` when anything lies outside it.
-fn parse(reply: &[u8]) -> Option<Table> {
-    let flags = u32_at(reply, field::FLAGS)?;
-    let count = u32_at(reply, field::TARGET_COUNT)?;
-    let data = reply.get(usize::try_from(u32_at(reply, field::DATA_START)?).ok()?..)?;
-    let mut targets = Vec::new();
-    let mut at = 0;
-    if flags & DM_ACTIVE_PRESENT_FLAG != 0 {
-        for _ in 0..count {
-            let spec = data.get(at..)?;
-            targets.push(TableTarget {
-                start: Sectors::new(u64_at(spec, 0)?),
-                len: Sectors::new(u64_at(spec, 8)?),
-                kind: text(spec.get(24..TARGET_SPEC)?),
-                params: text(spec.get(TARGET_SPEC..)?),
-            });
-            // Offsets count from the first target; they only grow, so a looping list is refused.
-            let next = usize::try_from(u32_at(spec, 20)?).ok()?;
-            if next <= at {
-                return None;
-            }
-            at = next;
-        }
-    }
-    Some(Table {
-        name: text(reply.get(field::NAME..field::NAME_END)?),
-        suspended: flags & DM_SUSPEND_FLAG != 0,
-        read_only: flags & DM_READONLY_FLAG != 0,
-        targets,
-    })
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_table_is_read_target_by_target() {
-        let table = parse(&reply(&[(0, 8, "linear", "7:0 16"), (8, 4, "zero", "")])).unwrap();
+        let table = Table::parse(&reply(&[(0, 8, "linear", "7:0 16"), (8, 4, "zero", "")])).unwrap();
         assert_eq!(table.name, "test");
         assert!(table.suspended && !table.read_only);
         assert_eq!(table.targets.len(), 2);
@@ -243,16 +243,16 @@ mod tests {
         let good = reply(&[(0, 8, "linear", "7:0 16"), (8, 4, "zero", "")]);
         for cut in 0..good.len() {
             // A cut inside the last target's padding may still be readable; none may panic.
-            let _ = parse(&good[..cut]);
+            let _ = Table::parse(&good[..cut]);
         }
         let mut looping = good.clone();
         looping[HEADER + 20..HEADER + 24].copy_from_slice(&0_u32.to_ne_bytes());
-        assert_eq!(parse(&looping), None);
+        assert_eq!(Table::parse(&looping), None);
         let mut outside = good.clone();
         outside[field::DATA_START..field::DATA_START + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
-        assert_eq!(parse(&outside), None);
+        assert_eq!(Table::parse(&outside), None);
         let mut endless = good;
         endless[field::TARGET_COUNT..field::TARGET_COUNT + 4].copy_from_slice(&u32::MAX.to_ne_bytes());
-        assert_eq!(parse(&endless), None);
+        assert_eq!(Table::parse(&endless), None);
     }
 }

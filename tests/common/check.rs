@@ -102,11 +102,14 @@ pub fn check(file: &Path, device: &Path) {
 /// Every hole reads as zeros on the device itself.
 pub fn check_holes(map: &[Extent], device: &Path) {
     let device = Direct::open(device);
+    let zeros = vec![0; Direct::CHUNK];
     for Extent(kind, range) in map {
         if *kind == Kind::Hole {
             device.chunks(range.clone(), |offset, bytes| {
-                let wrong = bytes.iter().position(|&byte| byte != 0);
-                assert_eq!(wrong, None, "the hole {range:?} is not zero, at {offset} + that, in {map:?}");
+                assert!(
+                    bytes == &zeros[..bytes.len()],
+                    "the hole {range:?} is not zero, at {offset} or after, in {map:?}"
+                );
             });
         }
     }
@@ -136,7 +139,8 @@ pub fn check_blocks(file: &Path) {
         let has_hole = map_holes(file).iter().any(|extent| extent.0 == Kind::Hole);
         let shown = std::fs::metadata(file).expect("the file has attributes");
         assert_ne!(shown.blocks(), 0, "st_blocks");
-        has_hole == (shown.blocks() < shown.len() / 512)
+        // A device of one sector cannot say both that it has something and that it has a hole.
+        has_hole == (shown.blocks() < shown.len() / 512) || shown.len() <= 512
     });
 }
 

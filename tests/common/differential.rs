@@ -7,13 +7,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use super::MIB;
 use super::check::check;
 use super::dm::{Dm, Pool, sectors};
 use super::image::{Image, open_for_writing, write_at};
 use super::loop_device::Loop;
 use super::mount::Mount;
 use super::random::Random;
-use super::{MIB, run_with_input};
 
 /// A kind of device to build stacks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +77,7 @@ struct Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("BLKHOLEFS_SEED: see the first line\n{}", self.history.join("\n"));
+            eprintln!("{}", self.history.join("\n"));
         }
         self.held.clear();
         self.shown.clear();
@@ -195,24 +195,28 @@ impl Rig {
             options.push(format!("--sizelimit={limit}"));
         }
         self.note(format!("loop over {} {options:?}", below.path.display()));
+        self.caches(below);
         let device = Loop::with_options(&below.path, &options.iter().map(String::as_str).collect::<Vec<_>>());
         let path = device.path().to_owned();
         self.keep(&path, device)
+    }
+
+    /// A loop device over `below` reads through the page cache of `below`. What is changed further down would be hidden by
+    /// that cache, from everyone, until it is dropped: there is no right answer to compare with.
+    fn caches(&mut self, below: &Target) {
+        if !below.path.is_file() {
+            self.targets.retain(|target| target.path == below.path);
+        }
     }
 
     fn partition(&mut self, below: &Target) -> Target {
         let disk = below.size / 512;
         let start = self.random.within(1..disk / 4);
         let size = self.random.within(disk / 4..disk - start);
-        let table = format!("label: dos\nstart={start}, size={size}\n");
-        self.note(format!("partition of {}: {table:?}", below.path.display()));
-        run_with_input(
-            "sfdisk",
-            ["--quiet", "--no-reread"].iter().map(AsRef::as_ref).chain([below.path.as_os_str()]),
-            &table,
-        );
-        let device = Loop::with_options(&below.path, &["--partscan"]);
-        let path = device.partition(1);
+        self.note(format!("partition of {}: {size} sectors at {start}", below.path.display()));
+        self.caches(below);
+        let mut device = Loop::with_options(&below.path, &["--partscan"]);
+        let path = device.add_partition(1, start, size);
         self.keep(&path, device)
     }
 
@@ -278,9 +282,9 @@ impl Rig {
             self.note("the dirty pages are let go".to_owned());
             self.held.clear();
         }
-        for (what, mut child) in running {
-            let status = child.wait().expect("it is our child");
-            assert!(status.success(), "{what}: {status}");
+        for (what, child) in running {
+            let output = child.wait_with_output().expect("it is our child");
+            assert!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stderr));
         }
     }
 
@@ -306,11 +310,11 @@ impl Rig {
             }
             0 => {
                 command = Command::new("blkdiscard");
-                command.args(["--offset", &offset, "--length", &length, path]);
+                command.args(["--force", "--offset", &offset, "--length", &length, path]);
             }
             1 if !is_file => {
                 command = Command::new("blkdiscard");
-                command.args(["--zeroout", "--offset", &offset, "--length", &length, path]);
+                command.args(["--force", "--zeroout", "--offset", &offset, "--length", &length, path]);
             }
             _ => {
                 let (blocks, first) = ((end - start) / 512, start / 512);
@@ -350,6 +354,7 @@ impl Rig {
 
 fn start(mut command: Command) -> (String, Child) {
     let what = format!("{command:?}");
-    let child = command.stdin(Stdio::null()).spawn().unwrap_or_else(|error| panic!("{what}: {error}"));
+    let child =
+        command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap_or_else(|error| panic!("{what}: {error}"));
     (what, child)
 }

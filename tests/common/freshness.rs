@@ -81,7 +81,7 @@ fn write_and_look(file: &Path, device: &Path, own: Range<u64>, rounds: u64, page
         if random.one_in(8) {
             pages.forget(page);
             let offset = (page * PAGE).to_string();
-            run("blkdiscard", ["--offset", &offset, "--length", "4096", device.to_str().expect("text")]);
+            run("blkdiscard", ["--force", "--offset", &offset, "--length", "4096", device.to_str().expect("text")]);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Changes of a bound loop device that losetup(8) has no words for (`include/uapi/linux/loop.h`).
+//! What losetup(8) has no words for (`include/uapi/linux/loop.h`).
 
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
@@ -10,6 +10,8 @@ const INFO_SIZE: usize = 232;
 const OFFSET: std::ops::Range<usize> = 24..32;
 
 nix::ioctl_write_int_bad!(change_fd, 0x4C06);
+nix::ioctl_write_int_bad!(ctl_add, 0x4C80);
+nix::ioctl_write_int_bad!(ctl_remove, 0x4C81);
 nix::ioctl_read_bad!(get_status64, 0x4C05, [u8; INFO_SIZE]);
 nix::ioctl_write_ptr_bad!(set_status64, 0x4C04, [u8; INFO_SIZE]);
 
@@ -30,4 +32,18 @@ pub fn loop_set_offset(device: &Path, offset: u64) {
     info[OFFSET].copy_from_slice(&offset.to_ne_bytes());
     // SAFETY: the kernel reads one loop_info64, which has INFO_SIZE bytes.
     unsafe { set_status64(device.as_raw_fd(), &raw const info) }.expect("an offset inside the file");
+}
+
+/// Makes the loop device of this number, unbound.
+pub fn loop_add(number: u32) {
+    let control = File::open("/dev/loop-control").expect("the loop driver is there");
+    // SAFETY: LOOP_CTL_ADD takes a number.
+    unsafe { ctl_add(control.as_raw_fd(), number.cast_signed()) }.expect("nobody uses the number");
+}
+
+/// Takes away an unbound loop device.
+pub fn loop_remove(number: u32) {
+    let control = File::open("/dev/loop-control").expect("the loop driver is there");
+    // SAFETY: LOOP_CTL_REMOVE takes a number.
+    unsafe { ctl_remove(control.as_raw_fd(), number.cast_signed()) }.expect("nobody holds the device");
 }

@@ -1,11 +1,17 @@
 //! Loop devices.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::{run, try_run, wait_until};
+use super::{ioctl, run, try_run, wait_until};
 
 /// A loop device, detached with this value. Panics when something still holds the device then.
-pub struct Loop(PathBuf);
+pub struct Loop {
+    path: PathBuf,
+    /// Its number, when it was made for us.
+    reserved: Option<u32>,
+    partitions: Vec<u32>,
+}
 
 impl Loop {
     /// A loop device over the whole of `backing`.
@@ -26,32 +32,65 @@ impl Loop {
                 _ => break,
             }
         }
-        Self(found.unwrap_or_else(|error| panic!("{error}")).trim_end().into())
+        let path = found.unwrap_or_else(|error| panic!("{error}")).trim_end().into();
+        Self { path, reserved: None, partitions: Vec::new() }
+    }
+
+    /// A loop device of a number that no search for a free one finds, so that it stays ours while it is not bound.
+    pub fn reserved(backing: &Path) -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = 1000 + std::process::id() % 100_000 * 8 + NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = format!("/dev/loop{number}").into();
+        let device = Self { path, reserved: Some(number), partitions: Vec::new() };
+        ioctl::loop_add(number);
+        device.bind(backing);
+        device
+    }
+
+    /// Binds the device, which must not be bound.
+    pub fn bind(&self, backing: &Path) {
+        run("losetup", [&self.path, backing]);
+    }
+
+    /// Unbinds the device. Panics when something still holds it.
+    pub fn detach(&self) {
+        let backing = self.backing();
+        run("losetup", ["--detach".as_ref(), self.path.as_os_str()]);
+        assert!(wait_until(|| self.backing() != backing), "{} is still held", self.path.display());
+    }
+
+    /// The backing file as the kernel names it, if the device is bound. Another test may use the number as soon as it is
+    /// free, but not the same image.
+    fn backing(&self) -> Option<String> {
+        std::fs::read_to_string(format!("/sys/block/{}/loop/backing_file", self.name())).ok()
     }
 
     /// The device, such as /dev/loop7.
     pub fn path(&self) -> &Path {
-        &self.0
+        &self.path
     }
 
     /// The device's name, such as loop7.
     pub fn name(&self) -> &str {
-        self.0.file_name().and_then(|name| name.to_str()).expect("losetup prints a path")
+        self.path.file_name().and_then(|name| name.to_str()).expect("losetup prints a path")
     }
 
     /// Runs losetup with more words on this device.
     pub fn losetup(&self, options: &[&str]) {
-        run("losetup", options.iter().copied().chain([self.0.to_str().expect("text")]));
+        run("losetup", options.iter().copied().chain([self.path.to_str().expect("text")]));
     }
 
     /// Bytes that were read from the device so far, by anyone.
     pub fn bytes_read(&self) -> u64 {
-        super::check::bytes_read(&self.0)
+        super::check::bytes_read(&self.path)
     }
 
-    /// The device's partition `number`, once the kernel has made it.
-    pub fn partition(&self, number: u32) -> PathBuf {
-        let path = PathBuf::from(format!("{}p{number}", self.0.display()));
+    /// Adds a partition of these sectors, whether or not this kernel reads partition tables.
+    pub fn add_partition(&mut self, number: u32, start: u64, size: u64) -> PathBuf {
+        let words = [number.to_string(), start.to_string(), size.to_string()];
+        run("addpart", std::iter::once(self.path.as_os_str()).chain(words.iter().map(AsRef::as_ref)));
+        self.partitions.push(number);
+        let path = PathBuf::from(format!("{}p{number}", self.path.display()));
         assert!(wait_until(|| path.exists()), "{} does not appear", path.display());
         path
     }
@@ -59,9 +98,17 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        let detached = try_run("losetup", ["--detach".as_ref(), self.0.as_os_str()], "");
-        let backing = format!("/sys/block/{}/loop", self.name());
-        let gone = detached.is_ok() && wait_until(|| !Path::new(&backing).exists());
-        assert!(gone || std::thread::panicking(), "{} is still held: {detached:?}", self.0.display());
+        let device = self.path.as_os_str();
+        if std::thread::panicking() {
+            let _ = try_run("losetup", ["--detach".as_ref(), device], "");
+            return;
+        }
+        for number in &self.partitions {
+            run("delpart", [device, number.to_string().as_ref()]);
+        }
+        self.detach();
+        if let Some(number) = self.reserved {
+            ioctl::loop_remove(number);
+        }
     }
 }

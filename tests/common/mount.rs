@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use super::check::check;
 use super::image::Image;
 use super::loop_device::Loop;
-use super::{run, wait_until};
+use super::{try_run, wait_until};
 
 /// A foreground `blkholefs mount`, unmounted with this value. Panics when the daemon does not end well then.
 pub struct Mount {
@@ -90,7 +90,13 @@ impl Drop for Mount {
             let _ = self.daemon.wait();
             return;
         }
-        run("umount", [self.directory.path()]);
+        // Another test's child has this process's descriptors between its fork and its exec, and so the mount is busy.
+        let mut unmounted = Err(String::new());
+        let done = wait_until(|| {
+            unmounted = try_run("umount", [self.directory.path()], "");
+            !unmounted.as_ref().is_err_and(|error| error.contains("busy"))
+        });
+        assert!(done && unmounted.is_ok(), "{unmounted:?}");
         let ended = wait_until(|| !self.is_running());
         if !ended {
             let _ = self.daemon.kill();

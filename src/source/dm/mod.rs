@@ -9,7 +9,7 @@
 //!
 //! A suspended device is dense: nothing that could wait for its resume is asked.
 
-mod params;
+pub mod params;
 mod targets;
 
 use std::sync::{Arc, OnceLock};

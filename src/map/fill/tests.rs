@@ -1,0 +1,185 @@
+// A test case is a list of ranges, and a list of one is one too.
+#![allow(clippy::single_range_in_vec_init)]
+
+use super::*;
+use proptest::prelude::*;
+
+fn build(len: u64, block_size: u64, ranges: &[Range<u64>]) -> FillMap {
+    let builder = FillBuilder::new(Bytes::new(len), Bytes::new(block_size));
+    let mut filler = builder.filler();
+    for range in ranges {
+        filler.set_range(Block(range.start)..Block(range.end));
+    }
+    drop(filler);
+    builder.finish().expect("within the limit")
+}
+
+/// All runs, checked to be maximal and to cover the device.
+fn runs(map: &FillMap) -> Vec<(u64, u64, Kind)> {
+    let (mut at, mut runs) = (0, Vec::new());
+    while at < map.len().get() {
+        let run = map.run_at(Bytes::new(at));
+        assert!(run.end.get() > at && run.end <= map.len());
+        assert!(runs.last().is_none_or(|(_, _, kind)| *kind != run.kind), "two runs of one kind at {at}");
+        runs.push((at, run.end.get(), run.kind));
+        at = run.end.get();
+    }
+    runs
+}
+
+fn model(blocks: u64, ranges: &[Range<u64>]) -> Vec<bool> {
+    let mut model = vec![false; blocks as usize];
+    for range in ranges {
+        for block in range.start..range.end.min(blocks) {
+            model[block as usize] = true;
+        }
+    }
+    model
+}
+
+/// Compares every lookup at the edges of the model's runs, one to each side, with the model.
+fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
+    let allocated: u64 = (0u64..)
+        .zip(model)
+        .filter(|(_, mapped)| **mapped)
+        .map(|(block, _)| ((block + 1) * block_size).min(len) - block * block_size)
+        .sum();
+    assert_eq!(map.allocated(), Some(Bytes::new(allocated)));
+    assert_eq!(map.mapped_blocks(), model.iter().filter(|mapped| **mapped).count() as u64);
+    let mut want = Vec::new();
+    let mut at = 0;
+    for run in model.chunk_by(|a, b| a == b) {
+        let end = at + run.len() as u64;
+        want.push((at * block_size, (end * block_size).min(len), if run[0] { Kind::Data } else { Kind::Hole }));
+        at = end;
+    }
+    assert_eq!(runs(map), want);
+    for (start, end, kind) in want {
+        for offset in [start, start + 1, (start + end) / 2, end - 1] {
+            if offset < end {
+                assert_eq!(map.run_at(Bytes::new(offset)), Run { end: Bytes::new(end), kind }, "at {offset}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_empty_device_and_a_device_without_mappings() {
+    let none = build(0, 65536, &[0..9]);
+    assert_eq!((none.allocated(), none.mapped_blocks()), (Some(Bytes::ZERO), 0));
+    assert_eq!(none.run_at(Bytes::ZERO), Run { end: Bytes::new(1), kind: Kind::Data });
+    let hole = build(u64::MAX, 65536, &[]);
+    assert_eq!(hole.run_at(Bytes::ZERO), Run { end: Bytes::MAX, kind: Kind::Hole });
+    assert_eq!(hole.allocated(), Some(Bytes::ZERO));
+    assert!(hole.memory() < Bytes::new(1024));
+}
+
+#[test]
+fn boundaries_of_words_and_chunks() {
+    let edges = [0, 1, 63, 64, 65, 4095, 4096, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK];
+    let blocks = 3 * CHUNK + 7;
+    let len = blocks * 3 - 1;
+    for start in edges {
+        for end in edges.into_iter().chain([blocks - 1, blocks, blocks + 1]).filter(|end| *end > start) {
+            check(&build(len, 3, &[start..end]), &model(blocks, &[start..end]), len, 3);
+        }
+    }
+}
+
+#[test]
+fn sizes_near_the_largest() {
+    // The last block is partial, mapped, and its end does not fit in 64 bits.
+    let (len, size) = (u64::MAX, 65536);
+    let last = len.div_ceil(size) - 1;
+    let map = build(len, size, &[0..1, last - 1..last + 5]);
+    assert_eq!(
+        runs(&map),
+        [(0, size, Kind::Data), (size, (last - 1) * size, Kind::Hole), ((last - 1) * size, len, Kind::Data)]
+    );
+    assert_eq!(map.allocated(), Some(Bytes::new(2 * size + (len - last * size))));
+    assert!(map.memory() < Bytes::new(16 << 10));
+    let full = build(len, size, &[0..u64::MAX]);
+    assert_eq!(runs(&full), [(0, len, Kind::Data)]);
+    assert_eq!(full.allocated(), Some(Bytes::MAX));
+    assert!(full.memory() < Bytes::new(16 << 10));
+}
+
+#[test]
+fn memory_is_bounded_by_the_size_and_by_the_limit() {
+    let blocks = 40 * CHUNK;
+    let alternating: Vec<_> = (0..blocks).step_by(2).map(|block| block..block + 1).collect();
+    let map = build(blocks * 65536, 65536, &alternating);
+    assert_eq!(map.mapped_blocks(), blocks / 2);
+    assert!(map.memory().get() * 8 < blocks * 11 / 10, "{} bytes for {blocks} blocks", map.memory());
+
+    let mut builder = FillBuilder::new(Bytes::MAX, Bytes::new(512));
+    builder.max_chunks = 3;
+    let mut filler = builder.filler();
+    for at in 0..4 {
+        filler.set_range(Block(at * CHUNK + 1)..Block(at * CHUNK + 2));
+    }
+    drop(filler);
+    assert!(builder.finish().is_none());
+}
+
+#[test]
+fn two_threads_fill_one_map() {
+    let builder = FillBuilder::new(Bytes::new(5 * CHUNK), Bytes::new(1));
+    std::thread::scope(|scope| {
+        for thread in 0..2 {
+            let builder = &builder;
+            scope.spawn(move || {
+                let mut filler = builder.filler();
+                for block in (thread..5 * CHUNK).step_by(2) {
+                    filler.set_range(Block(block)..Block(block + 1));
+                }
+            });
+        }
+    });
+    let map = builder.finish().expect("within the limit");
+    assert_eq!(runs(&map), [(0, 5 * CHUNK, Kind::Data)]);
+}
+
+fn ranges(blocks: u64) -> impl Strategy<Value = Vec<Range<u64>>> {
+    let edge = prop_oneof![
+        0..blocks + 70,
+        (0..blocks / 64 + 1).prop_map(|word| word * 64),
+        (0..blocks / CHUNK + 1).prop_map(|chunk| chunk * CHUNK)
+    ];
+    let range = (edge, prop_oneof![4 => 1..5u64, 2 => 1..200u64, 1 => 1..3 * CHUNK]);
+    proptest::collection::vec(range.prop_map(|(start, count)| start..start + count), 0..60)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn ranges_in_any_order_equal_the_model(
+        (blocks, ranges) in (1..4 * CHUNK).prop_flat_map(|blocks| (Just(blocks), ranges(blocks))),
+        block_size in 1..9u64,
+        cut in 0..9u64,
+    ) {
+        let len = blocks * block_size - cut % block_size;
+        check(&build(len, block_size, &ranges), &model(blocks, &ranges), len, block_size);
+    }
+
+    #[test]
+    fn ascending_lists_equal_the_model(
+        blocks in 1..2 * CHUNK,
+        lists in proptest::collection::vec(
+            (0..3 * CHUNK, proptest::collection::vec(prop_oneof![3 => Just(1), 1 => 1..300u64], 0..252)), 0..20),
+    ) {
+        let builder = FillBuilder::new(Bytes::new(blocks), Bytes::new(1));
+        let mut filler = builder.filler();
+        let mut model = vec![false; blocks as usize];
+        for (start, steps) in lists {
+            let list: Vec<u64> = steps.iter().scan(start, |at, step| { *at += step; Some(*at) }).collect();
+            filler.set_ascending(list.iter().map(|block| Block(*block)));
+            for block in list.into_iter().filter(|block| *block < blocks) {
+                model[block as usize] = true;
+            }
+        }
+        drop(filler);
+        check(&builder.finish().expect("within the limit"), &model, blocks, 1);
+    }
+}

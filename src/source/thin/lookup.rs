@@ -1,0 +1,116 @@
+//! Finds single keys of a tree by descending from its root.
+
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use lru::LruCache;
+
+use super::error::{Damage, Result, ThinError};
+use super::node::{Node, NodeKind, Shape};
+use super::reader::MetadataReader;
+use super::walk::{Child, MAX_DEPTH, Tree};
+use super::{MetaBlock, RawBlock};
+use crate::sys::buffer::AlignedBuffer;
+
+/// A node in memory that passed its checks.
+#[derive(Debug)]
+struct Checked {
+    block: Box<RawBlock>,
+    shape: Shape,
+}
+
+impl Checked {
+    fn node(&self) -> Node<'_> {
+        Node::checked(&self.block, self.shape)
+    }
+}
+
+/// The leaf that a descent ends at, and the keys that its ancestors leave to it.
+#[derive(Debug)]
+pub struct Leaf {
+    checked: Arc<Checked>,
+    high: u64,
+}
+
+impl Leaf {
+    /// The leaf's node.
+    pub fn node(&self) -> Node<'_> {
+        self.checked.node()
+    }
+
+    /// The first key that belongs to the next leaf, or `None` in the last one.
+    pub fn next(&self) -> Option<u64> {
+        (self.high != u64::MAX).then_some(self.high)
+    }
+}
+
+/// Nodes that were read lately, for look-ups in metadata that does not change.
+#[derive(Debug)]
+pub struct NodeCache {
+    nodes: Mutex<LruCache<MetaBlock, Arc<Checked>>>,
+}
+
+impl NodeCache {
+    /// Keeps at most `nodes` of 4 KiB each.
+    pub fn new(nodes: NonZeroUsize) -> Self {
+        Self { nodes: Mutex::new(LruCache::new(nodes)) }
+    }
+
+    /// The node that `child` of `tree` points to. A cached one passed the checks that need no parent, and as a node may
+    /// be shared by trees, its parent's are made each time.
+    fn node(&self, tree: &Tree, child: &Child, reader: &MetadataReader) -> Result<Arc<Checked>> {
+        let lock = || self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let cached = lock().get(&child.block).map(Arc::clone);
+        if let Some(checked) = cached {
+            tree.check_range(child, &checked.node())?;
+            return Ok(checked);
+        }
+        let mut buffer = AlignedBuffer::new();
+        let block = Box::new(reader.read(child.block, 1, &mut buffer)?[0]);
+        let shape = tree.parse(child, &block)?.shape();
+        let checked = Arc::new(Checked { block, shape });
+        lock().put(child.block, Arc::clone(&checked));
+        Ok(checked)
+    }
+}
+
+impl Tree {
+    /// The leaf that has `key`, if any leaf has.
+    ///
+    /// # Errors
+    /// When a node on the way cannot be read or fails a check.
+    pub fn leaf(&self, key: u64, reader: &MetadataReader, cache: &NodeCache) -> Result<Leaf> {
+        let mut child = self.root();
+        for _ in 0..MAX_DEPTH {
+            let checked = cache.node(self, &child, reader)?;
+            let node = checked.node();
+            if node.kind() == NodeKind::Leaf {
+                return Ok(Leaf { checked, high: child.high });
+            }
+            // The last entry that is not above the key; keys below the first entry are in no leaf.
+            let above = node.lower_bound(key.saturating_add(1));
+            child = self.child(&child, &node, above.saturating_sub(1))?;
+        }
+        Err(ThinError::Damaged(self.root, Damage::Depth))
+    }
+
+    /// The first entry at or after `key`: its key, and its value for [`super::node::Values::Numbers`].
+    ///
+    /// # Errors
+    /// When a node on the way cannot be read or fails a check.
+    pub fn next(&self, key: u64, reader: &MetadataReader, cache: &NodeCache) -> Result<Option<(u64, u64)>> {
+        let mut from = key;
+        loop {
+            let leaf = self.leaf(from, reader, cache)?;
+            let node = leaf.node();
+            let index = node.lower_bound(key);
+            if let Some(found) = node.key(index).zip(node.number(index)) {
+                return Ok(Some(found));
+            }
+            match leaf.next() {
+                Some(next) if next > from => from = next,
+                _ => return Ok(None),
+            }
+        }
+    }
+}

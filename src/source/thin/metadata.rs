@@ -1,0 +1,150 @@
+//! The metadata of a pool as of one committed superblock.
+
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use super::error::{Damage, Result, ThinError};
+use super::lookup::NodeCache;
+use super::node::Values;
+use super::reader::MetadataReader;
+use super::superblock::Superblock;
+use super::walk::Tree;
+use super::{Details, MetaBlock, RawBlock, ThinId};
+use crate::map::{Block, FillBuilder, FillMap};
+use crate::sys::buffer::AlignedBuffer;
+use crate::units::Bytes;
+
+/// Nodes to keep while a few devices are looked up.
+const FEW: NonZeroUsize = NonZeroUsize::new(64).expect("not zero");
+
+/// A superblock and the trees below it.
+#[derive(Debug)]
+pub struct Metadata {
+    reader: MetadataReader,
+    superblock: Superblock,
+    raw: Box<RawBlock>,
+    cache: NodeCache,
+}
+
+/// Reads and checks the superblock at `location`; also its bytes, to tell whether it was written since.
+///
+/// # Errors
+/// When it cannot be read or is not the superblock of a pool.
+pub fn read_superblock(reader: &MetadataReader, location: MetaBlock) -> Result<(Superblock, Box<RawBlock>)> {
+    let mut buffer = AlignedBuffer::new();
+    let raw = Box::new(reader.read(location, 1, &mut buffer)?[0]);
+    let superblock = Superblock::parse(&raw, location).map_err(|damage| ThinError::Damaged(location, damage))?;
+    Ok((superblock, raw))
+}
+
+impl Metadata {
+    /// The metadata below the superblock, or the held copy of one, at `location`.
+    ///
+    /// # Errors
+    /// When the superblock cannot be read or is damaged.
+    pub fn open(reader: MetadataReader, location: MetaBlock) -> Result<Self> {
+        let (superblock, raw) = read_superblock(&reader, location)?;
+        Ok(Self { reader, superblock, raw, cache: NodeCache::new(FEW) })
+    }
+
+    /// The superblock.
+    pub fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    /// The superblock's bytes.
+    pub fn raw_superblock(&self) -> &RawBlock {
+        &self.raw
+    }
+
+    /// What the metadata is read from.
+    pub fn reader(&self) -> &MetadataReader {
+        &self.reader
+    }
+
+    fn tree(&self, root: MetaBlock, values: Values) -> Tree {
+        // Pointers are checked against both sizes: a device may be smaller than its superblock says.
+        Tree { root, values, blocks: self.superblock.metadata_blocks.min(self.reader.blocks()) }
+    }
+
+    /// The mapping tree of a device.
+    ///
+    /// # Errors
+    /// [`ThinError::Unknown`] when the pool has no such device, else what is damaged.
+    pub fn mapping_tree(&self, id: ThinId) -> Result<Tree> {
+        let devices = self.tree(self.superblock.mapping_root, Values::Numbers);
+        let key = u64::from(id.get());
+        match devices.next(key, &self.reader, &self.cache)? {
+            Some((found, root)) if found == key => self.root_of(root),
+            _ => Err(ThinError::Unknown(id)),
+        }
+    }
+
+    fn root_of(&self, root: u64) -> Result<Tree> {
+        let tree = self.tree(MetaBlock::new(root), Values::Numbers);
+        if root == 0 || root >= tree.blocks {
+            return Err(ThinError::Damaged(self.superblock.mapping_root, Damage::Pointer));
+        }
+        Ok(tree)
+    }
+
+    /// What is known of a device without reading its mappings.
+    ///
+    /// # Errors
+    /// [`ThinError::Unknown`] when the pool has no such device, else what is damaged.
+    pub fn details(&self, id: ThinId) -> Result<Details> {
+        let tree = self.tree(self.superblock.details_root, Values::Details);
+        let key = u64::from(id.get());
+        let leaf = tree.leaf(key, &self.reader, &self.cache)?;
+        let index = leaf.node().lower_bound(key);
+        let details = leaf.node().details(index).filter(|_| leaf.node().key(index) == Some(key));
+        details.ok_or(ThinError::Unknown(id))
+    }
+
+    /// All devices of the pool, in the order of their ids, each with its mapping tree.
+    ///
+    /// # Errors
+    /// When the tree of devices is damaged. A mapping tree's own damage is found when it is read.
+    pub fn devices(&self) -> Result<Vec<(ThinId, Tree)>> {
+        let top = self.tree(self.superblock.mapping_root, Values::Numbers);
+        let entries = std::sync::Mutex::new(Vec::new());
+        top.walk(&self.reader, 1, || {
+            |node| {
+                let numbers = (0..node.len()).map_while(|index| node.number(index));
+                entries.lock().expect("one thread").extend(node.keys().zip(numbers));
+            }
+        })?;
+        let mut entries = entries.into_inner().expect("one thread");
+        entries.sort_unstable();
+        let damaged = ThinError::Damaged(top.root, Damage::DeviceId);
+        let ids = entries.iter().map_while(|(key, _)| u32::try_from(*key).ok().and_then(ThinId::new));
+        let devices: Vec<_> =
+            ids.zip(&entries).map(|(id, (_, root))| Ok((id, self.root_of(*root)?))).collect::<Result<_>>()?;
+        if devices.len() == entries.len() { Ok(devices) } else { Err(damaged) }
+    }
+
+    /// The mapped blocks of a device of `len` bytes, read by at most `threads` threads. Mappings past its end, which a
+    /// device that was made smaller has, are left out.
+    ///
+    /// # Errors
+    /// When the device is unknown, any node of its tree fails a check, or the tree has another number of mappings than
+    /// the device's details say.
+    pub fn map(&self, id: ThinId, len: Bytes, threads: usize) -> Result<FillMap> {
+        let tree = self.mapping_tree(id)?;
+        let stated = self.details(id)?.mapped_blocks;
+        let builder = FillBuilder::new(len, self.superblock.data_block_size.bytes());
+        let found = AtomicU64::new(0);
+        tree.walk(&self.reader, threads, || {
+            let (mut filler, found) = (builder.filler(), &found);
+            move |node| {
+                found.fetch_add(node.len() as u64, Relaxed);
+                filler.set_ascending(node.keys().map(Block::new));
+            }
+        })?;
+        let found = found.into_inner();
+        if found != stated {
+            return Err(ThinError::Miscounted { id, found, stated });
+        }
+        builder.finish().ok_or(ThinError::TooLarge)
+    }
+}

@@ -1,0 +1,153 @@
+//! dm-thin: the holes of thin volumes, read from the metadata of their pool.
+//!
+//! The metadata is an array of 4096-byte blocks (`drivers/md/dm-thin-metadata.c`). Block 0 is the [`superblock`]; it
+//! names the root of the top-level tree (device id to the root of that device's mapping tree) and of the details tree
+//! (device id to [`Details`]). The trees are B+trees of one [`node`] format, copied on write, so a committed root is
+//! whole until the blocks that only it uses are freed and used again.
+//!
+//! [`reader`] reads blocks, [`lookup`] finds single keys, [`walk`] reads whole trees. A key that is present in a mapping
+//! tree is a mapped block and so data; an absent one reads as zeros (or as the external origin). That makes a missing
+//! key dangerous and a missing check fatal: a tree that fails any check is an error, never a shorter list of mappings.
+
+pub mod error;
+pub mod lookup;
+pub mod metadata;
+pub mod node;
+pub mod reader;
+pub mod superblock;
+pub mod walk;
+
+use std::fmt;
+
+use crate::units::{Bytes, Sectors};
+
+/// The size of a metadata block (`THIN_METADATA_BLOCK_SIZE` of `drivers/md/dm-thin-metadata.h`).
+pub const METADATA_BLOCK: usize = 4096;
+
+/// The bytes of one metadata block.
+pub type RawBlock = [u8; METADATA_BLOCK];
+
+/// The number of a metadata block.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MetaBlock(u64);
+
+impl MetaBlock {
+    /// Where the superblock is (`THIN_SUPERBLOCK_LOCATION`).
+    pub const SUPERBLOCK: Self = Self(0);
+
+    /// The block with this number.
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// The number.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for MetaBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "metadata block {}", self.0)
+    }
+}
+
+/// The number of a thin device in its pool, of 24 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ThinId(u32);
+
+impl ThinId {
+    /// The largest (`MAX_DEV_ID` of `drivers/md/dm-thin.c`).
+    pub const MAX: u32 = (1 << 24) - 1;
+
+    /// The device with this number, if there can be one.
+    pub const fn new(id: u32) -> Option<Self> {
+        if id <= Self::MAX { Some(Self(id)) } else { None }
+    }
+
+    /// The number.
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for ThinId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The size of a data block of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataBlockSize(u32);
+
+impl DataBlockSize {
+    /// A size of `sectors`, if a pool can have it: 64 KiB to 1 GiB in steps of 64 KiB
+    /// (`DATA_DEV_BLOCK_SIZE_MIN_SECTORS` and `_MAX_SECTORS` of `drivers/md/dm-thin.c`).
+    pub fn new(sectors: Sectors) -> Option<Self> {
+        let sectors = u32::try_from(sectors.get()).ok()?;
+        ((128..=1 << 21).contains(&sectors) && sectors.is_multiple_of(128)).then_some(Self(sectors))
+    }
+
+    /// The size in bytes; never zero, not always a power of two.
+    pub fn bytes(self) -> Bytes {
+        Bytes::new(u64::from(self.0) * Sectors::SIZE.get())
+    }
+}
+
+/// What the details tree knows of a device (`struct disk_device_details`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Details {
+    /// Data blocks that the device maps, those past its end included.
+    pub mapped_blocks: u64,
+}
+
+/// The `len` bytes at `at`, which the caller knows to be inside the block.
+fn bytes_at<const N: usize>(block: &RawBlock, at: usize) -> [u8; N] {
+    *block[at..].first_chunk().expect("fields end inside the block")
+}
+
+fn u32_at(block: &RawBlock, at: usize) -> u32 {
+    u32::from_le_bytes(bytes_at(block, at))
+}
+
+fn u64_at(block: &RawBlock, at: usize) -> u64 {
+    u64::from_le_bytes(bytes_at(block, at))
+}
+
+/// Whether the checksum of `block` is right for the kind of block that `salt` stands for.
+///
+/// The kernel stores CRC-32C of all that follows the checksum, without the final inversion, mixed with a number per
+/// kind of block (`dm_bm_checksum` of `drivers/md/persistent-data/dm-block-manager.c`).
+fn checksum_ok(block: &RawBlock, salt: u32) -> bool {
+    !crc32c::crc32c(&block[4..]) ^ salt == u32_at(block, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checksums_of_known_blocks() {
+        let mut block = [0; METADATA_BLOCK];
+        for (salt, stored) in [(160_774, 0x58CF_D397u32), (121_107, 0x58CC_7E82), (240_779, 0x58CE_0B1A)] {
+            block[..4].copy_from_slice(&stored.to_le_bytes());
+            assert!(checksum_ok(&block, salt));
+            assert!(!checksum_ok(&block, salt ^ 1));
+        }
+        block[4095] = 1;
+        assert!(!checksum_ok(&block, 240_779));
+    }
+
+    #[test]
+    fn data_block_sizes_and_ids_have_their_limits() {
+        for (sectors, good) in
+            [(0, false), (64, false), (128, true), (192, false), (384, true), (1 << 21, true), ((1 << 21) + 128, false)]
+        {
+            assert_eq!(DataBlockSize::new(Sectors::new(sectors)).is_some(), good, "{sectors}");
+        }
+        assert!(DataBlockSize::new(Sectors::new(u64::MAX)).is_none());
+        assert_eq!(DataBlockSize::new(Sectors::new(384)).map(DataBlockSize::bytes), Some(Bytes::new(192 << 10)));
+        assert!(ThinId::new(ThinId::MAX).is_some() && ThinId::new(ThinId::MAX + 1).is_none());
+    }
+}

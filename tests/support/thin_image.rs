@@ -1,0 +1,203 @@
+//! Makes images of thin metadata: with `thin_restore`, as a second opinion on the format, or by hand, where a test
+//! wants shapes and damage that no tool makes.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::ops::Range;
+use std::path::Path;
+use std::process::Command;
+
+/// Bytes of a metadata block.
+pub const BLOCK: usize = 4096;
+/// Sectors of a data block in the images made here.
+pub const DATA_BLOCK_SECTORS: u32 = 128;
+/// The checksum salt of a superblock.
+pub const SUPERBLOCK: u32 = 160_774;
+/// The checksum salt of a tree's node.
+pub const NODE: u32 = 121_107;
+
+/// A thin device: its id and its mapped blocks, ascending, each with the data block that it maps to.
+#[derive(Clone, Debug)]
+pub struct Device {
+    pub id: u32,
+    pub mappings: Vec<(u64, u64)>,
+}
+
+impl Device {
+    /// A device that maps `ranges`, to data blocks in order from `data` on.
+    pub fn new(id: u32, ranges: impl IntoIterator<Item = Range<u64>>, data: u64) -> Self {
+        Self { id, mappings: ranges.into_iter().flatten().zip(data..).collect() }
+    }
+
+    /// The mapped ranges.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for (block, _) in &self.mappings {
+            match ranges.last_mut() {
+                Some(last) if last.end == *block => last.end += 1,
+                _ => ranges.push(*block..block + 1),
+            }
+        }
+        ranges
+    }
+}
+
+/// The devices as `thin_restore` wants them. Runs of blocks that are contiguous on both sides become one range.
+pub fn xml(devices: &[Device]) -> String {
+    let data_blocks = devices.iter().flat_map(|device| &device.mappings).map(|(_, data)| data + 1).max().unwrap_or(1);
+    let mut xml = format!(
+        "<superblock uuid=\"\" time=\"1\" transaction=\"1\" version=\"2\" data_block_size=\"{DATA_BLOCK_SECTORS}\" \
+         nr_data_blocks=\"{data_blocks}\">\n"
+    );
+    for device in devices {
+        let (id, mapped) = (device.id, device.mappings.len());
+        writeln!(
+            xml,
+            "<device dev_id=\"{id}\" mapped_blocks=\"{mapped}\" transaction=\"0\" creation_time=\"0\" snap_time=\"1\">"
+        )
+        .unwrap();
+        for run in device.mappings.chunk_by(|a, b| a.0 + 1 == b.0 && a.1 + 1 == b.1) {
+            let ((origin, data), length) = (run[0], run.len());
+            writeln!(
+                xml,
+                "<range_mapping origin_begin=\"{origin}\" data_begin=\"{data}\" length=\"{length}\" time=\"0\"/>"
+            )
+            .unwrap();
+        }
+        xml.push_str("</device>\n");
+    }
+    xml + "</superblock>\n"
+}
+
+/// Writes `xml` into the image at `path` with `thin_restore`, as metadata of `blocks` blocks.
+pub fn restore(xml: &str, blocks: u64, path: &Path) {
+    let mut input = tempfile::NamedTempFile::new().unwrap();
+    input.write_all(xml.as_bytes()).unwrap();
+    std::fs::File::create(path).unwrap().set_len(blocks * BLOCK as u64).unwrap();
+    let output = Command::new("thin_restore").arg("-i").arg(input.path()).arg("-o").arg(path).output().unwrap();
+    assert!(output.status.success(), "thin_restore: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// What `thin_dump` finds in the image at `path`: each device's mapped ranges, merged.
+pub fn dump(path: &Path) -> Vec<(u32, Vec<Range<u64>>)> {
+    let output = Command::new("thin_dump").arg(path).output().unwrap();
+    assert!(output.status.success(), "thin_dump: {}", String::from_utf8_lossy(&output.stderr));
+    let mut devices: Vec<(u32, Vec<Range<u64>>)> = Vec::new();
+    for line in String::from_utf8(output.stdout).unwrap().lines() {
+        let number = |name: &str| -> Option<u64> {
+            let rest = line.split_once(&format!(" {name}=\""))?.1;
+            rest.split_once('"')?.0.parse().ok()
+        };
+        if let Some(id) = number("dev_id") {
+            devices.push((id.try_into().unwrap(), Vec::new()));
+        } else if let Some(first) = number("origin_begin").or_else(|| number("origin_block")) {
+            let end = first + number("length").unwrap_or(1);
+            let ranges = &mut devices.last_mut().unwrap().1;
+            match ranges.last_mut() {
+                Some(last) if last.end == first => last.end = end,
+                _ => ranges.push(first..end),
+            }
+        }
+    }
+    devices
+}
+
+/// Whether the tools are there. Their absence is a failure where `CI` is set, else a printed skip.
+pub fn tools() -> bool {
+    let there = ["thin_restore", "thin_dump"].iter().all(|tool| Command::new(tool).arg("-V").output().is_ok());
+    assert!(there || std::env::var_os("CI").is_none(), "thin-provisioning-tools are not installed");
+    if !there {
+        eprintln!("skipped: thin-provisioning-tools are not installed");
+    }
+    there
+}
+
+/// Writes a little-endian number of `size` bytes.
+pub fn put(image: &mut [u8], at: usize, value: u64, size: usize) {
+    image[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
+}
+
+/// Reads a little-endian number of `size` bytes.
+pub fn get(image: &[u8], at: usize, size: usize) -> u64 {
+    let mut bytes = [0; 8];
+    bytes[..size].copy_from_slice(&image[at..at + size]);
+    u64::from_le_bytes(bytes)
+}
+
+/// Makes the checksum of block `number` right for a block of the kind that `salt` stands for.
+pub fn stamp(image: &mut [u8], number: usize, salt: u32) {
+    let block = &mut image[number * BLOCK..][..BLOCK];
+    let sum = !crc32c::crc32c(&block[4..]) ^ salt;
+    block[..4].copy_from_slice(&sum.to_le_bytes());
+}
+
+/// An image made by hand: devices in trees with at most `fill` entries to a node.
+pub fn build(devices: &[Device], fill: usize) -> Vec<u8> {
+    let mut image = vec![0; BLOCK];
+    let (mut top, mut details) = (Vec::new(), Vec::new());
+    for device in devices {
+        let values = device.mappings.iter().map(|(key, data)| (*key, (data << 24).to_le_bytes().to_vec()));
+        let root = tree(&mut image, values.collect(), 8, fill);
+        top.push((u64::from(device.id), root.to_le_bytes().to_vec()));
+        let mut value = (device.mappings.len() as u64).to_le_bytes().to_vec();
+        value.resize(24, 0);
+        details.push((u64::from(device.id), value));
+    }
+    let top = tree(&mut image, top, 8, fill);
+    let details = tree(&mut image, details, 24, fill);
+    let blocks = (image.len() / BLOCK) as u64;
+    for (at, value, size) in [
+        (32, 27_022_010, 8),
+        (40, 2, 4),
+        (64, 1 << 30, 8),
+        (320, top, 8),
+        (328, details, 8),
+        (336, u64::from(DATA_BLOCK_SECTORS), 4),
+        (340, 8, 4),
+        (344, blocks, 8),
+    ] {
+        put(&mut image, at, value, size);
+    }
+    stamp(&mut image, 0, SUPERBLOCK);
+    image
+}
+
+/// Appends a tree's nodes; the block of its root.
+fn tree(image: &mut Vec<u8>, mut entries: Vec<(u64, Vec<u8>)>, value_size: usize, fill: usize) -> u64 {
+    let (mut kind, mut size) = (2, value_size);
+    loop {
+        let mut parents = Vec::new();
+        let mut rest = &entries[..];
+        loop {
+            let (these, others) = rest.split_at(rest.len().min(fill));
+            let first = these.first().map_or(0, |(key, _)| *key);
+            parents.push((first, node(image, kind, size, these).to_le_bytes().to_vec()));
+            rest = others;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        if let [(_, root)] = &parents[..] {
+            return get(root, 0, 8);
+        }
+        (entries, kind, size) = (parents, 1, 8);
+    }
+}
+
+/// Appends one node; its block.
+fn node(image: &mut Vec<u8>, kind: u64, value_size: usize, entries: &[(u64, Vec<u8>)]) -> u64 {
+    let (number, start) = (image.len() / BLOCK, image.len());
+    image.resize(start + BLOCK, 0);
+    let max = (BLOCK - 32) / (8 + value_size) / 3 * 3;
+    for (at, value) in [(4, kind), (16, entries.len() as u64), (20, max as u64), (24, value_size as u64)] {
+        put(image, start + at, value, 4);
+    }
+    put(image, start + 8, number as u64, 8);
+    for (index, (key, value)) in entries.iter().enumerate() {
+        put(image, start + 32 + 8 * index, *key, 8);
+        let at = start + 32 + 8 * max + value_size * index;
+        image[at..at + value_size].copy_from_slice(value);
+    }
+    stamp(image, number, NODE);
+    number as u64
+}

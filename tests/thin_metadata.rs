@@ -1,0 +1,290 @@
+//! Thin metadata as real tools make it, and as no tool would.
+// A device is a list of ranges, and a list of one is one too.
+#![allow(clippy::single_range_in_vec_init)]
+
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use blkholefs::map::{FillMap, HoleMap, Kind};
+use blkholefs::source::thin::error::{Damage, Result, ThinError};
+use blkholefs::source::thin::metadata::Metadata;
+use blkholefs::source::thin::reader::MetadataReader;
+use blkholefs::source::thin::{MetaBlock, ThinId};
+use blkholefs::units::Bytes;
+
+#[path = "support/thin_image.rs"]
+#[allow(dead_code)]
+mod thin_image;
+use thin_image::{BLOCK, Device, NODE, SUPERBLOCK, put, stamp};
+
+const BLOCK_SIZE: u64 = thin_image::DATA_BLOCK_SECTORS as u64 * 512;
+
+fn open(path: &Path) -> Metadata {
+    Metadata::open(MetadataReader::open(path).unwrap(), MetaBlock::SUPERBLOCK).unwrap()
+}
+
+fn id(id: u32) -> ThinId {
+    ThinId::new(id).unwrap()
+}
+
+/// The mapped ranges of a map, in blocks.
+fn mapped(map: &FillMap) -> Vec<Range<u64>> {
+    let (mut at, mut ranges) = (0, Vec::new());
+    while at < map.len().get() {
+        let run = map.run_at(Bytes::new(at));
+        if run.kind == Kind::Data {
+            ranges.push(at / BLOCK_SIZE..run.end.get() / BLOCK_SIZE);
+        }
+        at = run.end.get();
+    }
+    ranges
+}
+
+/// Compares every device's map, by one thread and by two, with what `thin_dump` says and with what was put in.
+fn compare(name: &str, devices: &[Device]) {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("meta");
+    let mappings: usize = devices.iter().map(|device| device.mappings.len()).sum();
+    thin_image::restore(&thin_image::xml(devices), 1024 + mappings as u64 / 80, &image);
+    let dumped = thin_image::dump(&image);
+    assert_eq!(dumped.len(), devices.len());
+    let metadata = open(&image);
+    let ids: Vec<u32> = metadata.devices().unwrap().iter().map(|(id, _)| id.get()).collect();
+    assert_eq!(ids, devices.iter().map(|device| device.id).collect::<Vec<_>>());
+    for (device, (dumped_id, ranges)) in devices.iter().zip(dumped) {
+        assert_eq!(device.id, dumped_id);
+        assert_eq!(device.ranges(), ranges, "{name}: thin_dump of {dumped_id}");
+        let len = Bytes::new((device.mappings.last().map_or(0, |(block, _)| *block) + 10) * BLOCK_SIZE);
+        for threads in [1, 2] {
+            let map = metadata.map(id(device.id), len, threads).unwrap();
+            assert_eq!(mapped(&map), ranges, "{name}: map of {dumped_id} by {threads}");
+            assert_eq!(map.allocated(), Some(Bytes::new(device.mappings.len() as u64 * BLOCK_SIZE)));
+        }
+        assert_eq!(metadata.details(id(device.id)).unwrap().mapped_blocks, device.mappings.len() as u64);
+    }
+}
+
+/// The same numbers in every run.
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+#[test]
+fn restored_metadata_gives_what_thin_dump_gives() {
+    if !thin_image::tools() {
+        return;
+    }
+    compare("contiguous", &[Device::new(1, [0..200_000], 5)]);
+    compare("alternating", &[Device::new(1, (0..100_000).map(|block| 2 * block..2 * block + 1), 0)]);
+    let mut state = 7;
+    let mut at = 0;
+    let runs = (0..20_000).map(|_| {
+        let start = at + 1 + random(&mut state) % 40;
+        at = start + 1 + random(&mut state) % 16;
+        start..at
+    });
+    compare("random", &[Device::new(1, runs.collect::<Vec<_>>(), 0)]);
+    compare("empty", &[Device::new(0, [], 0), Device::new(7, [(1 << 40)..(1 << 40) + 3], 0)]);
+    let many = (0..700).map(|at| Device::new(at * 23_000, [u64::from(at)..u64::from(at) + 3], u64::from(at) * 3));
+    compare("many devices", &many.collect::<Vec<_>>());
+}
+
+/// Devices whose trees have two levels of internal nodes when built with few entries to a node.
+fn some_devices() -> Vec<Device> {
+    vec![
+        Device::new(1, (0..60).map(|at| at * 7..at * 7 + 3), 0),
+        Device::new(2, [5..6], 1000),
+        Device::new(3, [], 0),
+        Device::new(4, (0..10).map(|at| 100 * at..100 * at + 20), 2000),
+    ]
+}
+
+/// The image's bytes as metadata.
+fn of_bytes(bytes: &[u8]) -> Result<Metadata> {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(bytes, 0).unwrap();
+    Metadata::open(MetadataReader::new(file).unwrap(), MetaBlock::SUPERBLOCK)
+}
+
+fn map_of(bytes: &[u8], device: u32) -> Result<FillMap> {
+    of_bytes(bytes)?.map(id(device), Bytes::new(2000 * BLOCK_SIZE), 1)
+}
+
+#[test]
+fn images_made_by_hand_are_read_and_sizes_clip_them() {
+    for fill in [3, 4, 100] {
+        let devices = some_devices();
+        let image = thin_image::build(&devices, fill);
+        for device in &devices {
+            assert_eq!(mapped(&map_of(&image, device.id).unwrap()), device.ranges());
+        }
+        let metadata = of_bytes(&image).unwrap();
+        // In the middle of the second run: the last block is partial.
+        let map = metadata.map(id(1), Bytes::new(8 * BLOCK_SIZE + 512), 1).unwrap();
+        assert_eq!(map.allocated(), Some(Bytes::new(4 * BLOCK_SIZE + 512)));
+        assert!(matches!(metadata.map(id(9), Bytes::new(1), 1), Err(ThinError::Unknown(_))));
+        assert!(matches!(metadata.details(id(9)), Err(ThinError::Unknown(_))));
+    }
+}
+
+/// The nodes of the tree below `root`, top down.
+fn nodes(image: &[u8], root: u64) -> Vec<usize> {
+    let mut nodes = vec![usize::try_from(root).unwrap()];
+    let mut at = 0;
+    while at < nodes.len() {
+        let node = nodes[at] * BLOCK;
+        if thin_image::get(image, node + 4, 4) == 1 {
+            let entries = usize::try_from(thin_image::get(image, node + 16, 4)).unwrap();
+            let max = usize::try_from(thin_image::get(image, node + 20, 4)).unwrap();
+            nodes.extend(
+                (0..entries)
+                    .map(|at| usize::try_from(thin_image::get(image, node + 32 + 8 * max + 8 * at, 8)).unwrap()),
+            );
+        }
+        at += 1;
+    }
+    nodes
+}
+
+/// A change of one node: (offset, value, size).
+type Change = (usize, u64, usize);
+
+/// The first device's tree in an image with two levels of internal nodes, as its nodes; the image; the map's error
+/// after `change` of the node at `index` in that list, with a right checksum.
+fn damaged(index: impl Fn(&[usize]) -> usize, change: impl Fn(&[usize]) -> Change) -> Option<(usize, Damage)> {
+    let mut image = thin_image::build(&some_devices(), 4);
+    let metadata = of_bytes(&image).unwrap();
+    let nodes = nodes(&image, metadata.mapping_tree(id(1)).unwrap().root.get());
+    let number = index(&nodes);
+    let (at, value, size) = change(&nodes);
+    put(&mut image, number * BLOCK + at, value, size);
+    stamp(&mut image, number, NODE);
+    match map_of(&image, 1) {
+        Err(ThinError::Damaged(block, damage)) => Some((usize::try_from(block.get()).unwrap(), damage)),
+        Err(error) => panic!("{error}"),
+        Ok(_) => None,
+    }
+}
+
+#[test]
+fn each_kind_of_damage_is_an_error_though_the_checksum_is_right() {
+    let first = |nodes: &[usize]| nodes[0];
+    let last = |nodes: &[usize]| *nodes.last().unwrap();
+    // Of an internal node with four entries, as all here but the last of a level: the second child and key.
+    let (child, key) = (32 + 8 * 252 + 8, 40);
+    let in_first = |change: Change| damaged(first, move |_| change).map(|(_, damage)| damage);
+    let in_last = |change: Change| damaged(last, move |_| change).map(|(_, damage)| damage);
+    assert_eq!(damaged(first, |_| (28, 0, 4)), None, "no damage is none");
+    assert_eq!(in_last((16, 253, 4)), Some(Damage::Entries));
+    assert_eq!(in_last((16, u64::MAX, 4)), Some(Damage::Entries));
+    assert_eq!(in_last((16, 0, 4)), Some(Damage::Entries));
+    assert_eq!(in_first((16, 0, 4)), Some(Damage::Entries));
+    assert_eq!(in_last((20, 0, 4)), Some(Damage::Entries));
+    assert_eq!(in_first((20, 255, 4)), Some(Damage::Entries));
+    assert_eq!(in_first((24, 0, 4)), Some(Damage::ValueSize));
+    assert_eq!(in_last((24, 24, 4)), Some(Damage::ValueSize));
+    for flags in [0, 3, 4, 0x8000_0001] {
+        assert_eq!(in_first((4, flags, 4)), Some(Damage::Kind));
+    }
+    assert_eq!(in_last((8, 1, 8)), Some(Damage::Location));
+    assert_eq!(in_first((key, 0, 8)), Some(Damage::KeyOrder));
+    assert_eq!(in_first((key, u64::MAX, 8)), Some(Damage::KeyOrder));
+    assert_eq!(in_last((32, 0, 8)), Some(Damage::KeyRange));
+    // A separator that was moved makes the child before it, or after it, stick out.
+    assert_eq!(in_first((key, 1, 8)), Some(Damage::KeyRange));
+    assert_eq!(in_first((32, 1, 8)), Some(Damage::KeyRange));
+    for pointer in [0, u64::from(u32::MAX), u64::MAX, 1 << 40] {
+        assert_eq!(in_first((child, pointer, 8)), Some(Damage::Pointer), "{pointer}");
+    }
+    // Another device's leaf, in order and with a right checksum, but of other keys.
+    let foreign = damaged(first, |nodes| (child, *nodes.iter().max().unwrap() as u64 + 1, 8));
+    assert!(matches!(foreign, Some((_, Damage::KeyRange | Damage::Kind))), "{foreign:?}");
+    let looping = damaged(first, |nodes| (child - 8, nodes[0] as u64, 8));
+    assert_eq!(looping.map(|(_, damage)| damage), Some(Damage::Twice));
+    assert_eq!(damaged(first, |nodes| (child, nodes[1] as u64, 8)).map(|(_, damage)| damage), Some(Damage::Twice));
+    // A leaf where its level has internal nodes.
+    assert!(matches!(
+        damaged(first, |nodes| (child, *nodes.last().unwrap() as u64, 8)),
+        Some((_, Damage::Kind | Damage::KeyRange))
+    ));
+}
+
+#[test]
+fn leaves_of_unequal_depth_are_an_error() {
+    // Four leaves in key order below a root whose last child is an internal node over the fourth.
+    let mut image = thin_image::build(&[Device::new(1, [0..16], 0)], 4);
+    let root = usize::try_from(of_bytes(&image).unwrap().mapping_tree(id(1)).unwrap().root.get()).unwrap();
+    let last_child = root * BLOCK + 32 + 8 * 252 + 8 * 3;
+    let leaf = thin_image::get(&image, last_child, 8);
+    let number = image.len() / BLOCK;
+    let mut node = image[root * BLOCK..][..BLOCK].to_vec();
+    put(&mut node, 8, number as u64, 8);
+    put(&mut node, 16, 1, 4);
+    put(&mut node, 32, 12, 8);
+    put(&mut node, 32 + 8 * 252, leaf, 8);
+    image.extend(node);
+    stamp(&mut image, number, NODE);
+    put(&mut image, last_child, number as u64, 8);
+    stamp(&mut image, root, NODE);
+    put(&mut image, 344, number as u64 + 1, 8);
+    stamp(&mut image, 0, SUPERBLOCK);
+    assert!(matches!(map_of(&image, 1), Err(ThinError::Damaged(_, Damage::Kind))));
+}
+
+#[test]
+fn a_tree_without_an_end_is_an_error() {
+    // A chain of internal nodes with one child each, longer than any tree is deep.
+    let mut image = thin_image::build(&[Device::new(1, [0..1], 0)], 4);
+    let leaf = of_bytes(&image).unwrap().mapping_tree(id(1)).unwrap().root.get();
+    let top = usize::try_from(thin_image::get(&image, 320, 8)).unwrap();
+    let mut child = leaf;
+    for _ in 0..70 {
+        let number = image.len() / BLOCK;
+        image.extend_from_within(top * BLOCK..(top + 1) * BLOCK);
+        for (at, value, size) in [(4, 1, 4), (8, number as u64, 8), (32, 0, 8), (32 + 8 * 252, child, 8)] {
+            put(&mut image, number * BLOCK + at, value, size);
+        }
+        stamp(&mut image, number, NODE);
+        child = number as u64;
+    }
+    put(&mut image, top * BLOCK + 32 + 8 * 252, child, 8);
+    stamp(&mut image, top, NODE);
+    let blocks = (image.len() / BLOCK) as u64;
+    put(&mut image, 344, blocks, 8);
+    stamp(&mut image, 0, SUPERBLOCK);
+    assert!(matches!(map_of(&image, 1), Err(ThinError::Damaged(_, Damage::Depth))));
+}
+
+#[test]
+fn a_wrong_count_or_root_is_an_error() {
+    let image = thin_image::build(&some_devices(), 100);
+    let details = usize::try_from(thin_image::get(&image, 328, 8)).unwrap();
+    let mut counted = image.clone();
+    put(&mut counted, details * BLOCK + 32 + 8 * 126, 181, 8);
+    stamp(&mut counted, details, NODE);
+    let error = map_of(&counted, 1).err().unwrap();
+    assert!(matches!(error, ThinError::Miscounted { found: 180, stated: 181, .. }), "{error}");
+
+    let top = usize::try_from(thin_image::get(&image, 320, 8)).unwrap();
+    for root in [0, 1 << 30, u64::MAX] {
+        let mut lost = image.clone();
+        put(&mut lost, top * BLOCK + 32 + 8 * 252, root, 8);
+        stamp(&mut lost, top, NODE);
+        assert!(matches!(map_of(&lost, 1), Err(ThinError::Damaged(_, Damage::Pointer))));
+        assert!(map_of(&lost, 2).is_ok());
+        assert!(of_bytes(&lost).unwrap().devices().is_err());
+    }
+    // One byte of rot anywhere in the tree.
+    for block in [top, details, nodes(&image, thin_image::get(&image, top * BLOCK + 32 + 8 * 252, 8))[0]] {
+        let mut rotten = image.clone();
+        rotten[block * BLOCK + 4000] ^= 4;
+        assert!(matches!(map_of(&rotten, 1), Err(ThinError::Damaged(_, Damage::Checksum))));
+    }
+    // The device ends before a node.
+    let short = &image[..top * BLOCK];
+    assert!(matches!(map_of(short, 1), Err(ThinError::Io(..))));
+}
