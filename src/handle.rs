@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use log::{Level, log};
 
 use crate::error::Result;
+use crate::map::HoleMap;
 use crate::map::view::{self, Whence};
 use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
@@ -56,28 +57,30 @@ struct Held {
     /// The first question: some maps are read only then.
     read_in: OnceLock<Duration>,
     told: AtomicBool,
+    /// Whether the map is as long as the device; from then on a guard watches the length.
+    fits: bool,
 }
 
 impl Held {
-    /// Writes back what is dirty, then asks.
-    fn ask<T>(&self, ask: impl Fn(&Stack) -> Option<T>) -> Option<T> {
+    /// Writes back what is dirty, then asks. `None` when it cannot be written back now.
+    fn ask<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
         if !self.stack.write_back() {
             return None;
         }
         if self.read_in.get().is_some() {
-            return ask(&self.stack);
+            return Some(ask(self.stack.map()));
         }
         let start = Instant::now();
-        let claim = ask(&self.stack);
+        let answer = ask(self.stack.map());
         // Another thread may have been first: its time is as good.
         let _ = self.read_in.set(start.elapsed());
-        claim
+        Some(answer)
     }
 
     /// Whether a claim of this stack stands. One that was made within the request holds every write that completed
     /// before it; what must not have changed since is only how it is built.
     fn is_believed(&self, request: Instant) -> bool {
-        if self.born >= request { self.stack.same_shape() } else { self.stack.unchanged() }
+        self.fits && if self.born >= request { self.stack.same_shape() } else { self.stack.unchanged() }
     }
 
     /// Whether enough time went by since it was made to make another one.
@@ -129,20 +132,17 @@ impl Handle {
     /// # Errors
     /// When the device is gone.
     pub fn seek(&self, offset: Bytes, whence: Whence) -> Result<Option<Bytes>> {
-        let len = self.backing.len()?;
-        if offset >= len {
-            return Ok(None);
-        }
-        let data = match whence {
-            Whence::Data => Some(offset),
-            Whence::Hole => Some(len),
-        };
         let align = self.backing.align();
-        let claim = self.claim(len, |stack| {
-            let found = view::seek(stack.map(), align, offset, whence);
-            (found != data).then_some(found)
-        });
-        Ok(claim.unwrap_or(data))
+        // A map that is believed is as long as the device.
+        if let Some(found) = self.believed(|map| view::seek(map, align, offset, whence)) {
+            return Ok(found);
+        }
+        let len = self.backing.len()?;
+        let data = match whence {
+            Whence::Data => offset,
+            Whence::Hole => len,
+        };
+        Ok((offset < len).then_some(data))
     }
 
     /// Resolves the stack, if that was not done yet. Cheap: maps are read when they are asked.
@@ -163,8 +163,10 @@ impl Handle {
     /// When the device is gone.
     pub fn has_hole(&self) -> Result<bool> {
         let align = self.backing.align();
-        let len = self.backing.len()?;
-        Ok(self.claim(len, |stack| view::has_hole(stack.map(), align).then_some(())).is_some())
+        match self.believed(|map| view::has_hole(map, align)) {
+            Some(has_hole) => Ok(has_hole),
+            None => self.backing.len().map(|_| false),
+        }
     }
 
     /// Bytes that are stored, where the sources know it without a walk.
@@ -177,11 +179,10 @@ impl Handle {
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Asks a stack for something that is a claim of holes; `None` when it claims none, or none may be claimed now.
-    fn claim<T>(&self, len: Bytes, ask: impl Fn(&Stack) -> Option<T>) -> Option<T> {
+    /// Asks the map, and answers what can be believed now; `None` when nothing can.
+    fn believed<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
         let request = Instant::now();
-        let fits = |held: &Arc<Held>| held.stack.map().len() == len;
-        let mut held = self.current().filter(fits);
+        let mut held = self.current().filter(|held| held.fits);
         let mut newer_than = request;
         for _ in 0..MAX_TRIES {
             let now = match held.take() {
@@ -189,11 +190,10 @@ impl Handle {
                 None => self.renew(newer_than)?,
             };
             newer_than = newer_than.max(now.born);
-            let claim = now.ask(&ask);
+            let answer = now.ask(&ask)?;
             self.tell_map(&now);
-            // "Data" is verified as well: a device may have gained holes since.
-            if fits(&now) && now.is_believed(request) {
-                return claim;
+            if now.is_believed(request) {
+                return Some(answer);
             }
         }
         self.tell_busy();
@@ -216,7 +216,9 @@ impl Handle {
         let born = Instant::now();
         let stack = self.backing.resolve(&self.context);
         let resolved_in = born.elapsed();
-        let held = Arc::new(Held { stack, born, resolved_in, read_in: OnceLock::new(), told: AtomicBool::new(false) });
+        let fits = self.backing.len().is_ok_and(|len| len == stack.map().len());
+        let (read_in, told) = (OnceLock::new(), AtomicBool::new(false));
+        let held = Arc::new(Held { stack, born, resolved_in, read_in, told, fits });
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = Some(held.clone());
         Some(held)
     }
@@ -227,7 +229,8 @@ impl Handle {
 
     /// Says once of each stack, after its first question, what became of it.
     fn tell_map(&self, held: &Held) {
-        if held.told.swap(true, Ordering::Relaxed) {
+        // Read first: a swap would take the line away from the other processors at each request.
+        if held.told.load(Ordering::Relaxed) || held.told.swap(true, Ordering::Relaxed) {
             return;
         }
         let path = self.backing.name().display();
@@ -245,7 +248,8 @@ impl Handle {
     }
 
     fn tell_busy(&self) {
-        if !self.told_busy.swap(true, Ordering::Relaxed) {
+        // A device that is gone is not busy.
+        if self.backing.len().is_ok() && !self.told_busy.swap(true, Ordering::Relaxed) {
             let path = self.backing.name().display();
             let why = "changes faster than its map can be read: all data in between; back up a snapshot instead";
             self.tell(Level::Warn, &format!("{path}: {why}"));

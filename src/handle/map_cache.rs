@@ -86,7 +86,8 @@ mod tests {
         let layer = Arc::new(dense::layer("x", "y", Bytes::ZERO, "z"));
         let stack = Stack::build(&Context::default(), |_| layer);
         let (born, resolved_in) = (Instant::now(), Duration::ZERO);
-        let held = Held { stack, born, resolved_in, read_in: OnceLock::new(), told: AtomicBool::new(false) };
+        let (read_in, told, fits) = (OnceLock::new(), AtomicBool::new(false), true);
+        let held = Held { stack, born, resolved_in, read_in, told, fits };
         Arc::new(RwLock::new(Some(Arc::new(held))))
     }
 

@@ -70,28 +70,12 @@ pub trait HoleMap: Send + Sync {
     ///
     /// For maps that find it at less cost than run by run, as [`HoleMap::next_hole`] is.
     fn next_data(&self, offset: Bytes) -> Bytes {
-        let mut at = offset;
-        while at < self.len() {
-            let run = believe(self.run_at(at), at, self.len());
-            if run.kind == Kind::Data {
-                return at;
-            }
-            at = run.end;
-        }
-        self.len()
+        next_data_by_runs(self, offset)
     }
 
     /// The first hole at or after `offset`: where it begins, and up to where it is known to reach. It may reach further.
     fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
-        let mut at = offset;
-        while at < self.len() {
-            let run = believe(self.run_at(at), at, self.len());
-            if run.kind == Kind::Hole {
-                return Some(at..run.end);
-            }
-            at = run.end;
-        }
-        None
+        next_hole_by_runs(self, offset)
     }
 
     /// Bytes that are data, where that is known without a walk over the whole map.
@@ -131,6 +115,32 @@ fn believe(run: Run, offset: Bytes, len: Bytes) -> Run {
     }
     disbelieve(&run, offset, len);
     Run { end: len, kind: Kind::Data }
+}
+
+/// [`HoleMap::next_data`], found run by run.
+pub fn next_data_by_runs<M: HoleMap + ?Sized>(map: &M, offset: Bytes) -> Bytes {
+    let mut at = offset;
+    while at < map.len() {
+        let run = believe(map.run_at(at), at, map.len());
+        if run.kind == Kind::Data {
+            return at;
+        }
+        at = run.end;
+    }
+    map.len()
+}
+
+/// [`HoleMap::next_hole`], found run by run.
+pub fn next_hole_by_runs<M: HoleMap + ?Sized>(map: &M, offset: Bytes) -> Option<Range<Bytes>> {
+    let mut at = offset;
+    while at < map.len() {
+        let run = believe(map.run_at(at), at, map.len());
+        if run.kind == Kind::Hole {
+            return Some(at..run.end);
+        }
+        at = run.end;
+    }
+    None
 }
 
 /// [`HoleMap::next_data`] of an `offset` below the length, believed as [`ask`] believes.
