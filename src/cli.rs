@@ -14,7 +14,11 @@ use crate::error::{Error, Result};
 use crate::handle::Handle;
 use crate::map::view::Whence;
 use crate::map::{Kind, Run};
+use crate::mount::options::{self, MountOptions, Unknown};
 use crate::report::{self, MapFormat, MapPrinter};
+use crate::source::nbd::{Export, Uri};
+use crate::source::thin::ThinId;
+use crate::source::thin::offline::{OfflinePool, VolumeMedium};
 use crate::source::{Backing, Context};
 use crate::units::Bytes;
 
@@ -24,8 +28,8 @@ Shows block devices as regular files whose holes are real.
 Usage:
   blkholefs mount [-f|--foreground] [-o OPTIONS] SPEC DIR
   blkholefs umount DIR
-  blkholefs map [--json|--totals] [--offset N] [--length N] DEVICE
-  blkholefs info [--json] DEVICE
+  blkholefs map [--json|--totals] [--offset N] [--length N] [-o OPTIONS] DEVICE
+  blkholefs info [--json] [-o OPTIONS] DEVICE
   blkholefs demo
 
 Commands:
@@ -36,6 +40,9 @@ Commands:
   demo     shows it all on a sparse image of its own, and cleans up
 
 Options:
+  -o thin_metadata=META   DEVICE holds the data of a thin pool that is not active
+      --volume ID         the volume of that pool
+  -o nbd=URI              the export that the kernel's NBD device is connected to
   -h, --help      this text
   -V, --version   the version
 
@@ -91,6 +98,31 @@ struct Asked {
     totals: bool,
     offset: Bytes,
     length: Option<Bytes>,
+    options: MountOptions,
+    volume: Option<ThinId>,
+}
+
+impl Asked {
+    /// What the options say of the sources below.
+    fn context(&self) -> Result<Context> {
+        let nbd = self.options.nbd.as_deref().map(Uri::parse).transpose()?;
+        Ok(Context { nbd: nbd.map(Export::new), ..Context::default() })
+    }
+
+    /// Opens what was asked for.
+    fn open(&self) -> Result<Backing> {
+        if let Some(text) = self.device.to_str().filter(|text| Uri::looks_like(text)) {
+            return Ok(Backing::new(&self.device, Export::new(Uri::parse(text)?).open()?));
+        }
+        let Some(metadata) = &self.options.thin_metadata else { return Backing::open(&self.device) };
+        let pool = Arc::new(OfflinePool::open(metadata, &self.device)?);
+        let id = match (self.volume, pool.volumes()?.as_slice()) {
+            (Some(id), _) => id,
+            (None, [only]) => only.id,
+            (None, _) => return Err(Error::usage("which volume of the pool? name it with --volume")),
+        };
+        Ok(Backing::new(&metadata.join(id.to_string()), VolumeMedium::new(pool.volume(id)?)))
+    }
 }
 
 fn parse(arguments: &[OsString], command: &str) -> Result<Asked> {
@@ -105,6 +137,11 @@ fn parse(arguments: &[OsString], command: &str) -> Result<Asked> {
             Long("totals") if is_map => asked.totals = true,
             Long("offset") if is_map => asked.offset = size(&parser.value().map_err(usage)?)?,
             Long("length") if is_map => asked.length = Some(size(&parser.value().map_err(usage)?)?),
+            Short('o') => asked.options = options::parse(&parser.value().map_err(usage)?, Unknown::Refused)?,
+            Long("volume") => {
+                let id: u32 = parser.value().and_then(|value| value.parse()).map_err(usage)?;
+                asked.volume = Some(ThinId::new(id).ok_or_else(|| Error::usage(format!("no volume has the id {id}")))?);
+            }
             Short('h') | Long("help") => {
                 print(HELP)?;
                 std::process::exit(0);
@@ -141,7 +178,7 @@ fn size(text: &OsString) -> Result<Bytes> {
 /// `blkholefs map`: the same answers that a seek through a mount gets.
 fn map(arguments: &[OsString]) -> Result<()> {
     let asked = parse(arguments, "map")?;
-    let handle = Handle::new(Backing::open(&asked.device)?, Arc::new(Context::default()), Arc::default());
+    let handle = Handle::new(asked.open()?, Arc::new(asked.context()?), Arc::default());
     let (len, align) = (handle.backing().len()?, handle.backing().align());
     let end = asked.length.and_then(|length| asked.offset.checked_add(length)).unwrap_or(len).min(len);
     let format = match (asked.json, asked.totals) {
@@ -172,8 +209,11 @@ fn map(arguments: &[OsString]) -> Result<()> {
 /// `blkholefs info`: what a device stands on.
 fn info(arguments: &[OsString]) -> Result<()> {
     let asked = parse(arguments, "info")?;
-    let backing = Backing::open(&asked.device)?;
-    let stack = backing.resolve(&Context::default());
+    if let (Some(metadata), None) = (&asked.options.thin_metadata, asked.volume) {
+        let volumes = Arc::new(OfflinePool::open(metadata, &asked.device)?).volumes()?;
+        return print(&if asked.json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
+    }
+    let stack = asked.open()?.resolve(&asked.context()?);
     stack.write_back();
     print(&if asked.json { report::json(&stack) } else { report::tree(&stack) })
 }

@@ -10,11 +10,11 @@ mod spec;
 
 pub use attributes::{Attributes, FileKind};
 pub use nodes::{Ino, ROOT};
-pub use spec::{Spec, Target};
+pub use spec::{Place, Spec, Target};
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -22,7 +22,8 @@ use log::{debug, info};
 
 use crate::error::{Error, Result};
 use crate::handle::{Handle, MapCache};
-use crate::source::{Backing, Context};
+use crate::source::Context;
+use crate::source::nbd::{Export, Uri};
 use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
@@ -37,6 +38,10 @@ pub struct Options {
     pub gid: Option<u32>,
     /// The permissions that a file may have at most.
     pub mode: Option<u32>,
+    /// The metadata of an offline pool, whose data the SPEC is.
+    pub thin_metadata: Option<PathBuf>,
+    /// The export that the kernel's NBD device is connected to.
+    pub nbd: Option<Uri>,
     /// The bytes that the maps of all open files may hold.
     pub map_cache: Option<Bytes>,
 }
@@ -89,12 +94,13 @@ impl FileSystem {
     /// # Errors
     /// When it is missing, unreadable, or nothing that can be shown.
     pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
-        let spec = Spec::new(spec)?;
+        let spec = Spec::new(spec, options)?;
+        let context = Context { nbd: options.nbd.clone().map(Export::new), ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),
             spec,
             ownership: Ownership::new(options),
-            context: Arc::default(),
+            context: Arc::new(context),
             maps: Arc::new(MapCache::new(options.map_cache)),
             changes: Changes::default(),
             open: RwLock::default(),
@@ -140,20 +146,20 @@ impl FileSystem {
     }
 
     fn attributes(&self, ino: Ino, target: &Target) -> Result<Attributes> {
-        let path = match target {
+        let place = match target {
             Target::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
-            Target::File(path) => path,
+            Target::File(place) => place,
         };
         // An open device is asked through its handle; any other is opened for as long as the answer takes.
-        let open = self.handle_of(ino).filter(|handle| handle.backing().is_at(path));
+        let open = self.handle_of(ino).filter(|handle| place.is_of(handle.backing()));
         let handle = match open {
             Some(handle) => handle,
-            None => match Backing::open(path) {
+            None => match self.spec.open(place) {
                 Ok(backing) => Arc::new(Handle::glance(backing, self.context.clone())),
                 // One device that cannot be opened must not spoil the listing of the others.
                 Err(error) => {
                     debug!("{error}");
-                    let node = std::fs::metadata(path).map_err(|_| not_found())?;
+                    let node = place.path().and_then(|path| std::fs::metadata(path).ok()).ok_or(error)?;
                     return Ok(Attributes::unopened(ino, &node, &self.ownership));
                 }
             },
@@ -209,25 +215,25 @@ impl FileSystem {
         if for_writing {
             return Err(errno(libc::EROFS));
         }
-        let Target::File(path) = self.spec.target(&self.nodes.path(ino)?)? else {
+        let Target::File(place) = self.spec.target(&self.nodes.path(ino)?)? else {
             return Err(errno(libc::EISDIR));
         };
-        let handle = self.share(ino, &path)?;
+        let handle = self.share(ino, &place)?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
         let open = Arc::new(Open { ino, handle });
         self.open.write().unwrap_or_else(PoisonError::into_inner).insert(fh, open);
-        debug!("open {} as {fh}", path.display());
+        debug!("open {place:?} as {fh}");
         Ok(Fh(fh))
     }
 
     /// The handle of a device that is about to be opened once more.
-    fn share(&self, ino: Ino, path: &Path) -> Result<Arc<Handle>> {
+    fn share(&self, ino: Ino, place: &Place) -> Result<Arc<Handle>> {
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(shared) = handles.get_mut(&ino).filter(|shared| shared.handle.backing().is_at(path)) {
+        if let Some(shared) = handles.get_mut(&ino).filter(|shared| place.is_of(shared.handle.backing())) {
             shared.opens += 1;
             return Ok(shared.handle.clone());
         }
-        let handle = Arc::new(Handle::new(Backing::open(path)?, self.context.clone(), self.maps.clone()));
+        let handle = Arc::new(Handle::new(self.spec.open(place)?, self.context.clone(), self.maps.clone()));
         handle.prepare();
         handles.insert(ino, Shared { handle: handle.clone(), opens: 1 });
         Ok(handle)

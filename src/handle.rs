@@ -10,8 +10,8 @@
 
 mod map_cache;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{Level, log};
@@ -54,27 +54,32 @@ struct Held {
     /// Taken before anything of the stack was looked at.
     born: Instant,
     resolved_in: Duration,
-    /// The first question: some maps are read only then.
-    read_in: OnceLock<Duration>,
+    /// Nanoseconds that the slowest question took, 0 before the first.
+    slowest: AtomicU64,
     told: AtomicBool,
     /// Whether the map is as long as the device; from then on a guard watches the length.
     fits: bool,
 }
 
 impl Held {
-    /// Writes back what is dirty, then asks. `None` when it cannot be written back now.
-    fn ask<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
-        if !self.stack.write_back() {
-            return None;
-        }
-        if self.read_in.get().is_some() {
-            return Some(ask(self.stack.map()));
-        }
+    /// Asks, and notes how long it took.
+    fn ask<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> T {
         let start = Instant::now();
         let answer = ask(self.stack.map());
-        // Another thread may have been first: its time is as good.
-        let _ = self.read_in.set(start.elapsed());
-        Some(answer)
+        let took = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
+        // Most are not the slowest: a write would take the line away from the other processors at each of them.
+        if took > self.slowest.load(Ordering::Relaxed) {
+            self.slowest.fetch_max(took, Ordering::Relaxed);
+        }
+        answer
+    }
+
+    /// The longest that a question took: some maps are read only when they are asked. `None` before the first.
+    fn slowest(&self) -> Option<Duration> {
+        match self.slowest.load(Ordering::Relaxed) {
+            0 => None,
+            nanoseconds => Some(Duration::from_nanos(nanoseconds)),
+        }
     }
 
     /// Whether a claim of this stack stands. One that was made within the request holds every write that completed
@@ -83,10 +88,9 @@ impl Held {
         self.fits && if self.born >= request { self.stack.same_shape() } else { self.stack.unchanged() }
     }
 
-    /// Whether enough time went by since it was made to make another one.
+    /// Whether enough time went by since it was made to make another one. One that was not asked yet cost nothing.
     fn may_be_replaced(&self) -> bool {
-        let cost = self.resolved_in + self.read_in.get().copied().unwrap_or_default();
-        self.born.elapsed() >= cost * (REST_FACTOR + 1)
+        self.slowest().is_none_or(|read| self.born.elapsed() >= (self.resolved_in + read) * (REST_FACTOR + 1))
     }
 }
 
@@ -184,13 +188,20 @@ impl Handle {
         let request = Instant::now();
         let mut held = self.current().filter(|held| held.fits);
         let mut newer_than = request;
-        for _ in 0..MAX_TRIES {
+        for tries_left in (0..MAX_TRIES).rev() {
             let now = match held.take() {
                 Some(held) => held,
                 None => self.renew(newer_than)?,
             };
             newer_than = newer_than.max(now.born);
-            let answer = now.ask(&ask)?;
+            if !now.stack.write_back() {
+                return None;
+            }
+            // What was just written back may have moved a counter: a map that is read now would be void at once.
+            if tries_left > 0 && now.slowest().is_none() && !now.stack.unchanged() {
+                continue;
+            }
+            let answer = now.ask(&ask);
             self.tell_map(&now);
             if now.is_believed(request) {
                 return Some(answer);
@@ -217,8 +228,8 @@ impl Handle {
         let stack = self.backing.resolve(&self.context);
         let resolved_in = born.elapsed();
         let fits = self.backing.len().is_ok_and(|len| len == stack.map().len());
-        let (read_in, told) = (OnceLock::new(), AtomicBool::new(false));
-        let held = Arc::new(Held { stack, born, resolved_in, read_in, told, fits });
+        let (slowest, told) = (AtomicU64::new(0), AtomicBool::new(false));
+        let held = Arc::new(Held { stack, born, resolved_in, slowest, told, fits });
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = Some(held.clone());
         Some(held)
     }

@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
-use crate::map::{Kind, Run, view};
+use crate::map::{HoleMap, Kind, Run, view};
+use crate::source::thin::offline::Found;
 use crate::source::{Layer, Stack};
 use crate::units::Bytes;
 
@@ -131,6 +132,32 @@ fn holes(layer: &Layer) -> String {
         Some(reason) => format!("dense: {reason}"),
         None => format!("holes: {}", layer.holes_from),
     }
+}
+
+/// The volumes of an offline pool, a line each; for a damaged one, what is wrong. Reads all of their mapping trees.
+pub fn volumes(found: &[Found]) -> String {
+    let line = |found: &Found| match looked_at(found) {
+        Ok((len, data)) => format!("volume {}  thin, {}, {} of it data\n", found.id, human(len), human(data)),
+        Err(damage) => format!("volume {}  damaged: {damage}\n", found.id),
+    };
+    found.iter().map(line).collect()
+}
+
+/// The same as JSON: `[{"volume","size","data"}]`, and `"damaged"` instead of the last two.
+pub fn volumes_json(found: &[Found]) -> String {
+    let object = |found: &Found| match looked_at(found) {
+        Ok((len, data)) => format!("{{ \"volume\": {}, \"size\": {len}, \"data\": {data}}}", found.id),
+        Err(damage) => format!("{{ \"volume\": {}, \"damaged\": {}}}", found.id, quoted(&damage)),
+    };
+    let objects: Vec<_> = found.iter().map(object).collect();
+    format!("[{}]\n", objects.join(",\n"))
+}
+
+/// The length of a volume and how much of it is data, or what is damaged.
+fn looked_at(found: &Found) -> Result<(Bytes, Bytes), String> {
+    let volume = found.volume.as_ref().map_err(ToString::to_string)?;
+    let map = volume.check()?;
+    Ok((volume.len(), map.allocated().unwrap_or(volume.len())))
 }
 
 /// A stack as JSON: `{"name","kind","size","holes-from","dense-because","below":[...]}`.

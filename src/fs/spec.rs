@@ -1,36 +1,53 @@
-//! What a SPEC names: one device, one image, or a directory of devices.
+//! What a SPEC names: one device, one image, a directory of devices, or an offline pool.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::{FileKind, not_found};
+use super::{FileKind, Options, not_found};
 use crate::error::{Error, Result};
+use crate::source::Backing;
 use crate::source::backing::Node;
+use crate::source::nbd::{Export, Uri};
+use crate::source::thin::ThinId;
+use crate::source::thin::offline::{OfflinePools, VolumeMedium};
 use crate::sys::device;
 
 /// What is mounted.
-#[derive(Clone, Debug)]
 pub enum Spec {
-    /// A block device or an image: one file, named as the last part of the path.
+    /// One file.
     File {
-        /// Where it is.
-        path: PathBuf,
-        /// The name of the file that shows it.
+        /// What it shows.
+        place: Place,
+        /// Its name.
         name: OsString,
     },
     /// A directory of devices.
     Directory(PathBuf),
+    /// The volumes of a pool that is not active, each named by its id.
+    Pool(OfflinePools),
+}
+
+/// Where the bytes of a file are.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// A device or image of the host.
+    Path(PathBuf),
+    /// The export of an NBD server.
+    Export(Arc<Export>),
+    /// A volume of the offline pool.
+    Volume(ThinId),
 }
 
 /// What a path inside the mount leads to.
 pub enum Target {
     /// A directory.
     Directory(Node),
-    /// The device or image at that path of the host.
-    File(PathBuf),
+    /// The device or image at that place.
+    File(Place),
 }
 
 impl Spec {
@@ -38,10 +55,23 @@ impl Spec {
     ///
     /// # Errors
     /// When it is missing, cannot be opened for reading, or is nothing that can be shown.
-    pub fn new(spec: &OsStr) -> Result<Self> {
+    pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
+        if let Some(text) = spec.to_str().filter(|text| Uri::looks_like(text)) {
+            let uri = Uri::parse(text)?.absolute()?;
+            let name = OsString::from(uri.file_name());
+            let export = Export::new(uri);
+            // The connection is made again after the daemon was forked.
+            export.client()?;
+            return Ok(Self::File { place: Place::Export(Arc::new(export)), name });
+        }
         // Absolute from here on: the daemon leaves the directory that it was started in.
         let path =
             std::path::absolute(spec).map_err(|error| Error::failed("cannot resolve").on(spec).because(error))?;
+        if let Some(metadata) = &options.thin_metadata {
+            let pools = OfflinePools::new(metadata, &path);
+            pools.open()?.volumes()?;
+            return Ok(Self::Pool(pools));
+        }
         let failed = |what: &str, error: io::Error| Error::failed(what).on(spec).because(error);
         let kind = fs::metadata(&path).map_err(|error| failed("cannot open", error))?.file_type();
         if kind.is_dir() {
@@ -53,14 +83,14 @@ impl Spec {
         }
         device::open(&path, false).map_err(|error| failed("cannot open", error))?;
         let name = path.file_name().map(ToOwned::to_owned);
-        Ok(Self::File { name: name.ok_or_else(|| Error::failed("has no name").on(spec))?, path })
+        Ok(Self::File { name: name.ok_or_else(|| Error::failed("has no name").on(spec))?, place: Place::Path(path) })
     }
 
     /// The path of the one file, if there is only one.
     pub fn only_file(&self) -> Option<PathBuf> {
         match self {
             Self::File { name, .. } => Some(PathBuf::from(name)),
-            Self::Directory(_) => None,
+            Self::Directory(_) | Self::Pool(_) => None,
         }
     }
 
@@ -77,22 +107,23 @@ impl Spec {
     /// ENOENT when nothing is there that is shown.
     pub fn target(&self, path: &Path) -> Result<Target> {
         match self {
-            Self::File { path: device, name } if path == Path::new(name) => Ok(Target::File(device.clone())),
-            Self::File { path: device, .. } if path.as_os_str().is_empty() => {
-                let parent = device.parent().unwrap_or(Path::new("/"));
-                fs::metadata(parent).map(|metadata| Target::Directory(Node::of(&metadata))).map_err(|_| not_found())
-            }
+            Self::File { place, name } if path == Path::new(name) => Ok(Target::File(place.clone())),
+            Self::File { place, .. } if path.as_os_str().is_empty() => place.directory(),
             Self::File { .. } => Err(not_found()),
             Self::Directory(root) => {
                 let path = root.join(path);
-                let kind = shown(&path).ok_or_else(not_found)?;
-                match kind {
-                    FileKind::File => Ok(Target::File(path)),
-                    FileKind::Directory => {
-                        let metadata = fs::metadata(&path).map_err(|_| not_found())?;
-                        Ok(Target::Directory(Node::of(&metadata)))
-                    }
+                match shown(&path).ok_or_else(not_found)? {
+                    FileKind::File => Ok(Target::File(Place::Path(path))),
+                    FileKind::Directory => directory(&path),
                 }
+            }
+            Self::Pool(pools) if path.as_os_str().is_empty() => parent(pools.metadata()),
+            Self::Pool(pools) => {
+                let id = path.to_str().and_then(|name| name.parse().ok()).and_then(ThinId::new);
+                // Only the plain spelling is a name: 01 is not 1.
+                let id = id.filter(|id| Path::new(&id.to_string()) == path).ok_or_else(not_found)?;
+                pools.open()?.volume(id).map_err(|_| not_found())?;
+                Ok(Target::File(Place::Volume(id)))
             }
         }
     }
@@ -104,6 +135,10 @@ impl Spec {
     pub fn entries(&self, directory: &Path) -> Result<Vec<(OsString, FileKind)>> {
         let root = match self {
             Self::File { name, .. } => return Ok(vec![(name.clone(), FileKind::File)]),
+            Self::Pool(pools) => {
+                let found = pools.open()?.volumes()?.into_iter().filter(|found| found.volume.is_ok());
+                return Ok(found.map(|found| (found.id.to_string().into(), FileKind::File)).collect());
+            }
             Self::Directory(root) => root,
         };
         let path = root.join(directory);
@@ -118,6 +153,57 @@ impl Spec {
         entries.sort();
         Ok(entries)
     }
+
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// When it cannot be opened for reading.
+    pub fn open(&self, place: &Place) -> Result<Backing> {
+        match (self, place) {
+            (_, Place::Path(path)) => Backing::open(path),
+            (_, Place::Export(export)) => Ok(Backing::new(Path::new(&export.uri().to_string()), export.open()?)),
+            (Self::Pool(pools), Place::Volume(id)) => {
+                let name = pools.metadata().join(id.to_string());
+                Ok(Backing::new(&name, VolumeMedium::new(pools.open()?.volume(*id)?)))
+            }
+            (_, Place::Volume(_)) => Err(not_found()),
+        }
+    }
+}
+
+impl Place {
+    /// The directory around the one file of a mount.
+    fn directory(&self) -> Result<Target> {
+        match self {
+            Self::Path(path) => parent(path),
+            Self::Export(_) => directory(Path::new("/")),
+            Self::Volume(_) => Err(not_found()),
+        }
+    }
+
+    /// Whether an open file is still what is found here.
+    pub fn is_of(&self, open: &Backing) -> bool {
+        match self {
+            Self::Path(path) => open.is_at(path),
+            Self::Export(_) | Self::Volume(_) => open.is_at(Path::new("")),
+        }
+    }
+
+    /// The path of a device node or image.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Path(path) => Some(path),
+            Self::Export(_) | Self::Volume(_) => None,
+        }
+    }
+}
+
+fn directory(path: &Path) -> Result<Target> {
+    fs::metadata(path).map(|metadata| Target::Directory(Node::of(&metadata))).map_err(|_| not_found())
+}
+
+fn parent(path: &Path) -> Result<Target> {
+    directory(path.parent().unwrap_or(Path::new("/")))
 }
 
 /// How a path of the host is shown: block devices as files, also through links, and real directories as directories.

@@ -75,8 +75,7 @@ fn key(slot: &Arc<Slot>) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::OnceLock;
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, AtomicU64};
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -86,8 +85,8 @@ mod tests {
         let layer = Arc::new(dense::layer("x", "y", Bytes::ZERO, "z"));
         let stack = Stack::build(&Context::default(), |_| layer);
         let (born, resolved_in) = (Instant::now(), Duration::ZERO);
-        let (read_in, told, fits) = (OnceLock::new(), AtomicBool::new(false), true);
-        let held = Held { stack, born, resolved_in, read_in, told, fits };
+        let (slowest, told, fits) = (AtomicU64::new(0), AtomicBool::new(false), true);
+        let held = Held { stack, born, resolved_in, slowest, told, fits };
         Arc::new(RwLock::new(Some(Arc::new(held))))
     }
 

@@ -9,6 +9,7 @@ use crate::fuse::BlkHoleFs;
 use crate::mount::options::MountOptions;
 use crate::mount::point::Shape;
 use crate::mount::serve::Hooks;
+use crate::source::nbd::Uri;
 
 /// A file system that is ready to be mounted.
 pub struct Opened {
@@ -25,7 +26,14 @@ pub struct Opened {
 pub fn open(spec: &OsStr, shape: Shape, options: &MountOptions) -> Result<Opened> {
     let umask = options.umask.unwrap_or(0);
     let mode = options.mode.unwrap_or(0o777) & !umask;
-    let chosen = Options { uid: options.uid, gid: options.gid, mode: Some(mode), map_cache: options.map_cache };
+    let chosen = Options {
+        uid: options.uid,
+        gid: options.gid,
+        mode: Some(mode),
+        thin_metadata: options.thin_metadata.clone(),
+        nbd: options.nbd.as_deref().map(Uri::parse).transpose()?.map(Uri::absolute).transpose()?,
+        map_cache: options.map_cache,
+    };
     let mut fs = FileSystem::new(spec, &chosen)?;
     if shape == Shape::File {
         fs.show_as_file()?;

@@ -69,6 +69,8 @@ impl Service<'_> {
         let result = start(session, signals).and_then(|events| self.watch(&mounted, &events));
         log::info!("{} is unmounted", mounted.dir().display());
         drop(self.hooks);
+        // A request may still be at work: what it holds of a pool is released before the process ends.
+        crate::source::thin::snapshot::finish();
         drop(record);
         result
     }

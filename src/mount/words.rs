@@ -125,6 +125,15 @@ mod tests {
     }
 
     #[test]
+    fn the_man_page_names_our_words() {
+        let page = include_str!("../../mount-helpers/man/mount.blkholefs.8");
+        for word in [WITH_VALUE, &["allow_other", "direct_io"]].concat() {
+            let lists = |line: &str| line.split([' ', '=', '\\']).any(|part| part == word);
+            assert!(page.lines().any(|line| line.starts_with(".B") && lists(line)), "{word}");
+        }
+    }
+
+    #[test]
     fn near_words() {
         assert_eq!(near("alow_other"), ["allow_other", "allow-other"]);
         assert_eq!(near("map_cahce"), ["map_cache"]);

@@ -13,7 +13,9 @@
 //! | loop device | [`loop_device`] | its backing file or device |
 //! | partition | [`partition`] | its disk |
 //! | device-mapper | [`dm`] | its table's targets |
+//! | md array | [`md`] | its legs, where the level and the state allow |
 //! | SCSI disk | [`scsi`] | GET LBA STATUS, where the disk promises zeros |
+//! | export of an NBD server | [`nbd`] | block status (base:allocation) |
 //! | anything else | [`dense`] | nowhere |
 
 pub mod backing;
@@ -21,11 +23,15 @@ pub mod dense;
 pub mod device;
 pub mod dm;
 pub mod file;
+mod known;
 pub mod loop_device;
+pub mod md;
+pub mod nbd;
 pub mod partition;
 mod resolve;
 pub mod scsi;
 pub mod thin;
+mod walks;
 
 pub use backing::Backing;
 pub use device::BlockDevice;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::map::HoleMap;
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
-use crate::source::{Guard, Layer, dense, dm, file, loop_device, partition, scsi};
+use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
 use crate::sys::block;
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs::{self, SuspendFile};
@@ -19,11 +19,18 @@ const MAX_DEPTH: usize = 32;
 /// The loop driver's major number (`Documentation/admin-guide/devices.txt`).
 const LOOP_MAJOR: u32 = 7;
 
+/// The kernel's NBD driver (`NBD_MAJOR` of `include/uapi/linux/major.h`).
+const NBD_MAJOR: u32 = 43;
+
 /// What outlives a single resolve: the control device, and what the user chose.
 #[derive(Default)]
 pub struct Context {
     /// What device-mapper sources share.
     pub dm: dm::Shared,
+    /// The export that the kernel's NBD device is connected to.
+    pub nbd: Option<nbd::Export>,
+    /// What readers of live thin pools share.
+    pub thin: thin::pool::Locks,
 }
 
 /// A device, all the way down.
@@ -162,9 +169,13 @@ impl Resolver<'_> {
         self.guard(medium);
         if let Some((disk, start)) = partition {
             partition::layer(device, disk, start, self)
+        } else if device.id.major == NBD_MAJOR {
+            nbd::device_layer(device, self.context.nbd.as_ref())
         } else if sysfs::dm_name(device.id).is_some() {
             self.waits_on(device.id);
             dm::layer(device, self)
+        } else if md::is_array(device.id) {
+            md::layer(device, self)
         } else if scsi::is_disk(device.id) {
             scsi::disk_layer(device)
         } else if scsi::is_nvme(device.id) {

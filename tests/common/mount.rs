@@ -84,7 +84,10 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("the daemon said:\n{}", self.log());
+            let log = self.log();
+            let mut lines: Vec<_> = log.lines().collect();
+            lines.dedup();
+            eprintln!("the daemon said at last:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
             let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
             let _ = self.daemon.kill();
             let _ = self.daemon.wait();

@@ -8,9 +8,12 @@
 mod common;
 
 mod changes;
+mod copies;
 mod differential;
 mod freshness;
 mod lvm;
+mod md;
+mod passing;
 mod scsi;
 mod suspended;
 mod targets;

@@ -8,9 +8,10 @@ use blkholefs::map::view;
 use blkholefs::source::{BlockDevice, Context, Stack};
 use blkholefs::units::Bytes;
 
-use crate::common::check::{Extent, Kind, check_holes, map_of};
+use crate::common::check::{Extent, Kind, check, check_holes, map_holes, map_of};
 use crate::common::dm::Dm;
 use crate::common::image::{open_for_writing, write};
+use crate::common::mount::Mount;
 use crate::common::random::Random;
 use crate::common::scsi::ScsiDisk;
 use crate::common::{KIB, MIB, run, run_with_input, wait_until};
@@ -115,4 +116,26 @@ fn partitions_and_linear_devices_have_their_disks_holes() {
     let expected = map_of(8 * MIB, &[0..MIB, 7 * MIB - 4 * KIB..7 * MIB + 4 * KIB]);
     assert_eq!(map(&stack), expected);
     check_holes(&expected, linear.path());
+}
+
+#[test]
+#[ignore = "needs scsi_debug: run tests/run"]
+fn a_mounted_disk_has_the_disks_holes() {
+    for sector in ["sector_size=512", "sector_size=4096"] {
+        let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=1", "unmap_granularity=1", sector]);
+        let mount = Mount::new(disk.path());
+        assert_eq!(map_holes(mount.file()), map_of(SIZE, &[]));
+        let data = [0..4 * KIB, MIB..2 * MIB, SIZE - 4 * KIB..SIZE];
+        data.iter().for_each(|range| write(disk.path(), range.clone()));
+        assert_eq!(map_holes(mount.file()), map_of(SIZE, &data));
+        check(mount.file(), disk.path());
+        discard(disk.path(), &data[1]);
+        assert_eq!(map_holes(mount.file()), map_of(SIZE, &[data[0].clone(), data[2].clone()]));
+        check(mount.file(), disk.path());
+    }
+    let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=2"]);
+    let mount = Mount::new(disk.path());
+    assert_eq!(map_holes(mount.file()), [Extent(Kind::Data, 0..SIZE)]);
+    assert!(mount.log().contains("does not promise zeros"), "{}", mount.log());
+    check(mount.file(), disk.path());
 }

@@ -2,14 +2,29 @@
 //!
 //! | target | holes |
 //! |---|---|
-//! | linear, striped | those of the devices it maps to |
+//! | linear, striped, unstriped | those of the devices it maps to |
+//! | delay | those of the device that it reads from |
+//! | flakey | those of its device, if it is up all the time and has no features |
+//! | snapshot-origin, era | those of the origin |
+//! | multipath | those of one path that works |
+//! | mirror, raid (raid1) | where all legs have one, if all are alive, in sync and idle |
+//! | clone | those of the destination when all is copied; before, where source and destination both have one |
+//! | snapshot (store P or PO) | those of the origin, where the store has no exception |
 //! | zero | all of it: it reads as zeros, and drops what is written |
 //! | thin | unmapped blocks, see [`thin`](crate::source::thin) |
-//! | error, and every other target | none |
+//! | snapshot (store N) | none: its exceptions are in the kernel's memory only |
+//! | crypt, integrity, verity | none: zeros below are not zeros above |
+//! | cache, writecache, vdo | none: what is below is not what is read |
+//! | raid (other levels), error, and every other target | none |
 //!
 //! A suspended device is dense: nothing that could wait for its resume is asked.
 
+mod copies;
+pub mod exceptions;
 pub mod params;
+mod passing;
+mod segment;
+mod snapshot;
 mod targets;
 
 use std::sync::{Arc, OnceLock};
@@ -19,7 +34,7 @@ use log::debug;
 use crate::error::plain;
 use crate::map::Concat;
 use crate::source::device::BlockDevice;
-use crate::source::{Guard, Layer, Resolver, dense};
+use crate::source::{Guard, Layer, Resolver, dense, thin};
 use crate::sys::device::DeviceId;
 use crate::sys::dm::{Control, Table, TableTarget};
 use crate::sys::sysfs;
@@ -35,7 +50,9 @@ impl Shared {
     /// The control device, or `None` where it cannot be opened.
     pub fn control(&self) -> Option<Arc<Control>> {
         let open = || Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok();
-        self.control.get_or_init(|| open().map(Arc::new)).clone()
+        // The first chance to release what an earlier process left held.
+        let open = || open().inspect(thin::snapshot::recover).map(Arc::new);
+        self.control.get_or_init(open).clone()
     }
 }
 

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use super::params::{self, Place};
-use crate::map::{Clip, HoleMap, Kind, Stripe, Uniform};
+use super::params;
+use super::segment::{Asked, Known, Segment, window};
+use super::{copies, passing, snapshot};
+use crate::map::{HoleMap, Kind, Stripe, Uniform};
 use crate::source::device::BlockDevice;
-use crate::source::{Layer, Resolver, dense};
+use crate::source::{Layer, Resolver, dense, thin::volume};
 use crate::sys::dm::TableTarget;
 use crate::units::{Bytes, Sectors};
 
@@ -15,69 +17,81 @@ pub fn layer(name: &str, device: &BlockDevice, target: &TableTarget, resolver: &
     let Some(len) = target.len.bytes() else {
         return dense::layer(name, kind, device.len, "its length is out of range");
     };
-    let known = match target.kind.as_str() {
-        "linear" => params::linear(&target.params).and_then(|place| linear(place, len, resolver)),
-        "striped" => params::striped(&target.params).and_then(|striped| stripe(&striped, len, resolver)),
-        "zero" => Some(Segment::new("it reads as zeros", Uniform { len, kind: Kind::Hole }, Vec::new())),
-        "error" => return dense::layer(name, kind, len, "it has no bytes, only errors"),
-        other => {
-            return dense::layer(name, kind, len, format!("holes under dm-{other} are not known to read as zeros"));
-        }
-    };
-    match known {
-        Some(segment) => Layer {
+    if target.kind == "thin" {
+        return thin(name, device, target, len, resolver);
+    }
+    match segment(&Asked { device, target, len }, resolver) {
+        Ok(segment) => Layer {
             name: name.to_owned(),
             kind,
             holes_from: segment.holes_from,
             map: segment.map,
             below: segment.below,
         },
-        None => dense::layer(name, kind, len, format!("its arguments are not understood: {}", target.params)),
+        Err(reason) => dense::layer(name, kind, len, reason),
     }
 }
 
-/// What a target makes of the devices below it.
-struct Segment {
-    holes_from: String,
-    map: Arc<dyn HoleMap>,
-    below: Vec<Arc<Layer>>,
-}
-
-impl Segment {
-    fn new(holes_from: &str, map: impl HoleMap + 'static, below: Vec<Arc<Layer>>) -> Self {
-        Self { holes_from: holes_from.to_owned(), map: Arc::new(map), below }
+fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
+    match asked.target.kind.as_str() {
+        "linear" => asked.passed_to(asked.params(params::linear)?, "the device it maps to", resolver),
+        "striped" => stripe(asked, resolver),
+        "zero" => Ok(Segment::new("it reads as zeros", Uniform { len: asked.len, kind: Kind::Hole }, Vec::new())),
+        "delay" => passing::delay(asked, resolver),
+        "flakey" => passing::flakey(asked, resolver),
+        "unstriped" => passing::unstriped(asked, resolver),
+        "snapshot-origin" => passing::snapshot_origin(asked, resolver),
+        "era" => passing::era(asked, resolver),
+        "multipath" => passing::multipath(asked, resolver),
+        "mirror" => copies::mirror(asked, resolver),
+        "raid" => copies::raid(asked, resolver),
+        "clone" => copies::clone(asked, resolver),
+        "snapshot" => snapshot::layer(asked, resolver),
+        other => Err(dense_reason(other)),
     }
 }
 
-/// A window of `len` bytes on a lower device.
-fn window(place: Place, len: Bytes, resolver: &mut Resolver<'_>) -> Option<(Arc<Layer>, Clip)> {
-    let start = place.start.bytes()?;
-    let below = resolver.device(place.device, start.checked_add(len)?);
-    let clip = Clip { inner: below.map.clone(), start, len };
-    Some((below, clip))
+/// Why a target has no holes, whatever is below it.
+fn dense_reason(kind: &str) -> String {
+    let reason = match kind {
+        "error" => "it has no bytes, only errors",
+        "crypt" => "zeros below are not zeros when they are deciphered",
+        "integrity" => "zeros below have no valid tags, and are errors",
+        "verity" => "what is read is checked against a hash tree, and may be an error",
+        "cache" => "blocks are read from the cache or the origin, and only its metadata tells which",
+        "writecache" => "what was written may be in the cache only",
+        "vdo" => "it does not tell which blocks are mapped",
+        other => return format!("holes under dm-{other} are not known to read as zeros"),
+    };
+    reason.to_owned()
 }
 
-fn linear(place: Place, len: Bytes, resolver: &mut Resolver<'_>) -> Option<Segment> {
-    let (below, clip) = window(place, len, resolver)?;
-    Some(Segment::new("the device it maps to", clip, vec![below]))
-}
-
-fn stripe(striped: &params::Striped, len: Bytes, resolver: &mut Resolver<'_>) -> Option<Segment> {
-    let chunk = striped.chunk.bytes()?;
-    let count = u64::try_from(striped.legs.len()).ok()?;
-    // dm-stripe refuses a length that is no multiple of all chunks in a row (`stripe_ctr`).
-    let row = striped.chunk.get().checked_mul(count)?;
-    let sectors = len.get() / Sectors::SIZE.get();
-    if sectors.checked_rem(row)? != 0 {
-        return None;
+fn thin(name: &str, device: &BlockDevice, target: &TableTarget, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
+    match resolver.context.dm.control() {
+        Some(control) => volume::layer(name, device, target, len, control, resolver),
+        None => dense::layer(name, "dm-thin", len, "reading its pool needs root and /dev/mapper/control"),
     }
-    let leg_len = Bytes::new(len.get() / count);
+}
+
+fn stripe(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
+    let striped = asked.params(params::striped)?;
+    let leg_len = leg_len(&striped, asked.len).ok_or("its length is no multiple of its stripes")?;
     let mut below = Vec::new();
     let mut legs: Vec<Arc<dyn HoleMap>> = Vec::new();
     for place in &striped.legs {
-        let (layer, clip) = window(*place, leg_len, resolver)?;
+        let (layer, clip) = window(*place, leg_len, resolver).ok_or("a leg is out of range")?;
         below.push(layer);
         legs.push(Arc::new(clip));
     }
-    Some(Segment::new("the legs it stripes over", Stripe::new(legs, chunk, len)?, below))
+    let chunk = striped.chunk.bytes().ok_or("its chunks are out of range")?;
+    let map = Stripe::new(legs, chunk, asked.len).ok_or("it has no stripes")?;
+    Ok(Segment::new("the legs it stripes over", map, below))
+}
+
+/// The length of each leg. dm-stripe refuses a length that is no multiple of all chunks in a row (`stripe_ctr`).
+fn leg_len(striped: &params::Striped, len: Bytes) -> Option<Bytes> {
+    let count = u64::try_from(striped.legs.len()).ok()?;
+    let row = striped.chunk.get().checked_mul(count)?;
+    let sectors = len.get() / Sectors::SIZE.get();
+    (sectors.checked_rem(row)? == 0).then(|| Bytes::new(len.get() / count))
 }

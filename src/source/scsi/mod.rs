@@ -7,21 +7,19 @@
 //!
 //! A disk that cannot keep a promise, or fails a command, is not asked again as long as the map lives.
 
-mod known;
 pub mod pages;
 mod target;
-mod walks;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use self::known::{Counters, KnownData};
 use self::target::{Failure, Target};
-use self::walks::Walks;
 use crate::error::{Error, plain};
 use crate::map::{HoleMap, Kind, Run};
+use crate::source::known::{Counters, KnownData};
+use crate::source::walks::Walks;
 use crate::source::{BlockDevice, Layer, dense};
 use crate::sys::block;
 use crate::sys::device::DeviceId;

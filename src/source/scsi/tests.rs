@@ -3,8 +3,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::walks::Walk;
 use super::*;
+use crate::source::walks::Walk;
 use crate::sys::sg::Transfer;
 use crate::sys::sysfs::IoCounters;
 

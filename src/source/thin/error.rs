@@ -27,6 +27,10 @@ pub enum ThinError {
         /// The number that the details tree has.
         stated: u64,
     },
+    /// The kernel marked the metadata as inconsistent.
+    NeedsCheck,
+    /// The metadata has another size of data blocks than the pool's table.
+    OtherBlockSize,
     /// The map would need more memory than any real device's.
     TooLarge,
 }
@@ -94,6 +98,8 @@ impl fmt::Display for ThinError {
             Self::Miscounted { id, found, stated } => {
                 write!(f, "thin device {id} maps {found} blocks, but its details say {stated}")
             }
+            Self::NeedsCheck => f.write_str("the metadata needs a check (thin_check)"),
+            Self::OtherBlockSize => f.write_str("the metadata is of another block size than its pool"),
             Self::TooLarge => f.write_str("the map is too large"),
         }
     }

@@ -10,11 +10,17 @@
 //! key dangerous and a missing check fatal: a tree that fails any check is an error, never a shorter list of mappings.
 
 pub mod error;
+pub mod guard;
 pub mod lookup;
 pub mod metadata;
 pub mod node;
+pub mod offline;
+pub mod params;
+pub mod pool;
 pub mod reader;
+pub mod snapshot;
 pub mod superblock;
+pub mod volume;
 pub mod walk;
 
 use std::fmt;

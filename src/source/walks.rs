@@ -1,6 +1,6 @@
-//! A bound on how long a disk can keep one question busy.
+//! A bound on how long a disk or a server can keep one question busy.
 //!
-//! The end of a run is found by asking again where an answer ends, and the disk decides how little each answer says. One
+//! The end of a run is found by asking again where an answer ends, and the other side decides how little each answer says. One
 //! that tells a run block by block would hold a single lseek for hours. So the time that was spent on a run is carried
 //! from where an answer ended to the question that goes on there.
 
@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::map::{Kind, Run};
 use crate::units::Bytes;
 
-/// How long the disk may take to tell one run.
+/// How long the other side may take to tell one run.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// What is called data at least when the time for a run is over.
 const RESPITE: Bytes = Bytes::new(64 << 20);
@@ -34,7 +34,12 @@ impl Walk {
         Self { at: run.end, kind: Some(run.kind), spent: spent.saturating_add(took) }
     }
 
-    /// How much is to be called data instead of asking the disk, of `len` bytes, once more; `None` while there is time.
+    /// Of which kind the run is, unless this is a new walk.
+    pub(super) fn kind(self) -> Option<Kind> {
+        self.kind
+    }
+
+    /// How much is to be called data instead of asking on, of `len` bytes, once more; `None` while there is time.
     pub(super) fn respite(self, len: Bytes) -> Option<Bytes> {
         let share = match self.kind {
             // SEEK_DATA ends here, and comes back for more.

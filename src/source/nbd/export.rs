@@ -1,0 +1,92 @@
+//! An export as a file, and a kernel device's export on the side.
+
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::SystemTime;
+
+use nix::unistd::{getegid, geteuid};
+
+use super::{Client, Uri};
+use crate::error::Result;
+use crate::source::backing::{MIN_ALIGN, Medium, Node};
+use crate::source::{Context, Stack};
+use crate::sys::buffer::AlignedBuffer;
+use crate::units::Bytes;
+
+/// An export by its URI: connected to when it is looked at, by one client for all that have it open.
+#[derive(Debug)]
+pub struct Export {
+    uri: Uri,
+    client: Mutex<Weak<Client>>,
+}
+
+impl Export {
+    /// The export with that URI.
+    pub fn new(uri: Uri) -> Self {
+        Self { uri, client: Mutex::default() }
+    }
+
+    /// The URI.
+    pub fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// A client that is connected.
+    ///
+    /// # Errors
+    /// As [`Client::open`].
+    pub fn client(&self) -> Result<Arc<Client>> {
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = client.upgrade() {
+            return Ok(client);
+        }
+        let connected = Arc::new(Client::open(&self.uri)?);
+        *client = Arc::downgrade(&connected);
+        Ok(connected)
+    }
+
+    /// The export as a file.
+    ///
+    /// # Errors
+    /// As [`Client::open`].
+    pub fn open(&self) -> Result<ExportMedium> {
+        Ok(ExportMedium { client: self.client()?, opened: SystemTime::now() })
+    }
+}
+
+/// An open export.
+pub struct ExportMedium {
+    client: Arc<Client>,
+    /// A server tells no time of change: each open may be of other contents.
+    opened: SystemTime,
+}
+
+impl Medium for ExportMedium {
+    fn size(&self) -> io::Result<Bytes> {
+        Ok(self.client.size())
+    }
+
+    fn align(&self) -> Bytes {
+        self.client.minimum_block().max(MIN_ALIGN)
+    }
+
+    fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
+        Ok(0..self.client.read_at(buffer.resize(size), offset)?)
+    }
+
+    fn resolve(&self, context: &Context) -> Stack {
+        Stack::build(context, |_| Arc::new(super::layer(self.client.clone())))
+    }
+
+    fn node(&self) -> io::Result<Node> {
+        // Nobody but who mounted it has shown a right to read it.
+        let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
+        Ok(Node { uid, gid, mode: libc::S_IFREG | 0o400, mtime: self.opened, ctime: self.opened })
+    }
+
+    fn is_at(&self, _path: &Path) -> bool {
+        true
+    }
+}

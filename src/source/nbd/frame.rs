@@ -1,0 +1,163 @@
+//! Transmission: the frames of requests and replies in all three dialects. Pure and total.
+
+use std::ops::Range;
+
+use super::proto::{Fields, Violation};
+use crate::units::Bytes;
+
+const REQUEST: u32 = 0x2560_9513;
+const EXTENDED_REQUEST: u32 = 0x21e4_1c71;
+const SIMPLE_REPLY: u32 = 0x6744_6698;
+const CHUNK: u32 = 0x668e_33ef;
+const EXTENDED_CHUNK: u32 = 0x6e8a_278c;
+
+/// The longest block status request of 32 bits: below 4 GiB, and aligned to every minimum block size there is.
+const LONGEST_32: Bytes = Bytes::new((1 << 32) - (64 << 10));
+
+/// How requests and replies are framed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// 32-bit requests, simple replies; no block status.
+    Simple,
+    /// 32-bit requests, structured replies.
+    Structured,
+    /// 64-bit requests and replies (`NBD_OPT_EXTENDED_HEADERS`).
+    Extended,
+}
+
+impl Dialect {
+    /// The longest block status request.
+    pub fn longest_status(self) -> Bytes {
+        match self {
+            Self::Simple | Self::Structured => LONGEST_32,
+            Self::Extended => Bytes::MAX,
+        }
+    }
+}
+
+/// A command of this client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Command {
+    /// `NBD_CMD_READ`.
+    Read = 0,
+    /// `NBD_CMD_DISC`: the client leaves; there is no reply.
+    Disconnect = 2,
+    /// `NBD_CMD_BLOCK_STATUS`.
+    BlockStatus = 7,
+}
+
+/// A request without payload. A length that the dialect cannot carry is cut to what it can.
+pub fn request(dialect: Dialect, command: Command, cookie: u64, range: &Range<Bytes>) -> Vec<u8> {
+    let len = range.end.saturating_sub(range.start).get();
+    let mut bytes = Vec::with_capacity(32);
+    let magic = if dialect == Dialect::Extended { EXTENDED_REQUEST } else { REQUEST };
+    bytes.extend(magic.to_be_bytes());
+    bytes.extend([0, 0]);
+    bytes.extend((command as u16).to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(range.start.get().to_be_bytes());
+    match dialect {
+        Dialect::Extended => bytes.extend(len.to_be_bytes()),
+        _ => bytes.extend(u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes()),
+    }
+    bytes
+}
+
+/// Bytes that every reply header has at least.
+pub const HEAD: usize = 16;
+
+/// The first [`HEAD`] bytes of a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// A simple reply, whole. A successful read is followed by all its bytes.
+    Simple {
+        /// Zero, or the server's errno.
+        error: u32,
+        /// Whose reply it is.
+        cookie: u64,
+    },
+    /// A chunk; [`Head::rest`] bytes of its header follow.
+    Chunk {
+        /// `NBD_REPLY_FLAG_*`.
+        flags: u16,
+        /// `NBD_REPLY_TYPE_*`.
+        kind: u16,
+        /// Whose chunk it is.
+        cookie: u64,
+    },
+}
+
+impl Head {
+    /// Reads the common part of a reply header.
+    ///
+    /// # Errors
+    ///
+    /// Bytes that are no reply of this dialect; the stream cannot be followed any further.
+    pub fn decode(bytes: &[u8; HEAD], dialect: Dialect) -> Result<Self, Violation> {
+        let mut fields = Fields::of(bytes);
+        let magic = fields.u32().unwrap_or_default();
+        match (magic, dialect) {
+            (SIMPLE_REPLY, Dialect::Simple | Dialect::Structured) => {
+                let (error, cookie) = (fields.u32().unwrap_or_default(), fields.u64().unwrap_or_default());
+                Ok(Self::Simple { error, cookie })
+            }
+            (CHUNK, Dialect::Structured) | (EXTENDED_CHUNK, Dialect::Extended) => {
+                let (flags, kind) = (fields.u16().unwrap_or_default(), fields.u16().unwrap_or_default());
+                Ok(Self::Chunk { flags, kind, cookie: fields.u64().unwrap_or_default() })
+            }
+            _ => Err(Violation::new(format!("sent {magic:#010x} where a reply should begin"))),
+        }
+    }
+
+    /// Whose reply it is.
+    pub fn cookie(self) -> u64 {
+        match self {
+            Self::Simple { cookie, .. } | Self::Chunk { cookie, .. } => cookie,
+        }
+    }
+
+    /// How many bytes of the header are still to come.
+    pub fn rest(self, dialect: Dialect) -> usize {
+        match (self, dialect) {
+            (Self::Simple { .. }, _) => 0,
+            (Self::Chunk { .. }, Dialect::Extended) => 16,
+            (Self::Chunk { .. }, _) => 4,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(start: u64, end: u64) -> Range<Bytes> {
+        Bytes::new(start)..Bytes::new(end)
+    }
+
+    #[test]
+    fn requests_on_the_wire() {
+        let plain = request(Dialect::Structured, Command::BlockStatus, 7, &bytes(512, 1536));
+        assert_eq!(plain, b"\x25\x60\x95\x13\0\0\0\x07\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\x02\0\0\0\x04\0");
+        let extended = request(Dialect::Extended, Command::Read, 1, &bytes(0, 1 << 32));
+        assert_eq!(extended, b"\x21\xe4\x1c\x71\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0");
+    }
+
+    #[test]
+    fn heads() {
+        let head = |magic: u32, dialect| {
+            let mut bytes = [1; HEAD];
+            bytes[..4].copy_from_slice(&magic.to_be_bytes());
+            Head::decode(&bytes, dialect).map(|head| head.rest(dialect))
+        };
+        assert_eq!(head(SIMPLE_REPLY, Dialect::Simple), Ok(0));
+        assert_eq!(head(SIMPLE_REPLY, Dialect::Structured), Ok(0));
+        assert_eq!(head(CHUNK, Dialect::Structured), Ok(4));
+        assert_eq!(head(EXTENDED_CHUNK, Dialect::Extended), Ok(16));
+        assert!(head(SIMPLE_REPLY, Dialect::Extended).is_err());
+        assert!(head(CHUNK, Dialect::Simple).is_err());
+        assert!(head(CHUNK, Dialect::Extended).is_err());
+        assert!(head(EXTENDED_CHUNK, Dialect::Structured).is_err());
+        assert!(head(0, Dialect::Structured).is_err());
+    }
+}

@@ -1,0 +1,75 @@
+//! NBD: exports of a server, as a client of our own.
+//!
+//! The kernel's `/dev/nbdN` does not speak structured replies, so it cannot tell holes. This client does: it reads an
+//! export itself, or, beside the kernel's connection, asks the same export only for its map.
+//!
+//! [`Uri`] says which export; [`Client`] reads it and asks its block status (`base:allocation`); a hole is an extent
+//! with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else. The
+//! protocol is that of `doc/proto.md` of the NBD project.
+
+mod client;
+mod connect;
+mod connection;
+mod export;
+pub mod frame;
+mod map;
+mod pool;
+pub mod proto;
+pub mod reply;
+mod stream;
+mod tls;
+mod uri;
+
+use std::sync::Arc;
+
+pub use client::Client;
+pub use export::Export;
+pub use map::NbdMap;
+pub use pool::Patience;
+pub use uri::{Tls, Transport, Uri};
+
+use crate::source::{BlockDevice, Layer, dense};
+
+/// What an export is called in a layer.
+const KIND: &str = "NBD export";
+
+/// The layer of an export that is read through the same client.
+pub fn layer(client: Arc<Client>) -> Layer {
+    Layer {
+        name: client.uri().to_string(),
+        kind: KIND.to_owned(),
+        holes_from: client.holes_from(),
+        map: Arc::new(NbdMap::new(client)),
+        below: Vec::new(),
+    }
+}
+
+/// The layer of the kernel's NBD device: its bytes are the kernel's, its holes those of the export that the user says it is
+/// connected to. Dense, with the reason, where that may be another one, or where one connection need not see what another
+/// has written.
+pub fn device_layer(device: &BlockDevice, export: Option<&Export>) -> Layer {
+    let dense = |reason: String| dense::layer(device.name(), "nbd", device.len, reason);
+    let Some(export) = export else {
+        return dense("the kernel does not ask its server for holes: name the export with -o nbd=URI".to_owned());
+    };
+    let client = match export.client() {
+        Ok(client) => client,
+        Err(error) => return dense(error.to_string()),
+    };
+    let size = client.size();
+    if size != device.len {
+        return dense(format!("the export has {size} bytes and the device {}: not the same", device.len));
+    }
+    if !client.is_multi_conn() {
+        let reason = "the server does not promise that one connection sees what another one wrote (CAN_MULTI_CONN)";
+        return dense(reason.to_owned());
+    }
+    let below = Arc::new(layer(client));
+    Layer {
+        name: device.name(),
+        kind: "nbd".to_owned(),
+        holes_from: "its export, asked on a side connection".to_owned(),
+        map: below.map.clone(),
+        below: vec![below],
+    }
+}

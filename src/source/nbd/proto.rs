@@ -1,0 +1,369 @@
+//! The handshake: greeting, options and their replies, as bytes. Pure and total.
+//!
+//! Everything here and in [`super::reply`] follows `doc/proto.md` of the NBD project ("fixed newstyle"). All numbers
+//! are big-endian.
+
+use std::fmt;
+
+use crate::units::Bytes;
+
+/// First word of a server's greeting: `NBDMAGIC`.
+const NBDMAGIC: u64 = 0x4e42_444d_4147_4943;
+/// Second word of a newstyle greeting, and first of every option: `IHAVEOPT`.
+const IHAVEOPT: u64 = 0x4948_4156_454f_5054;
+/// First word of every option reply.
+const OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;
+
+/// `NBD_FLAG_FIXED_NEWSTYLE`, both ways.
+const FIXED_NEWSTYLE: u16 = 1;
+/// `NBD_FLAG_NO_ZEROES`, both ways.
+const NO_ZEROES: u16 = 1 << 1;
+
+/// Transmission flags that this client heeds.
+const FLAG_HAS_FLAGS: u16 = 1;
+const FLAG_READ_ONLY: u16 = 1 << 1;
+const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
+
+/// Bit of an option reply's type that makes it an error.
+const REPLY_ERROR: u32 = 1 << 31;
+/// The longest option reply that is read: a string of 4096 bytes and the fixed parts around it.
+pub const MAX_OPTION_REPLY: u32 = 4096 + 64;
+
+/// The metadata context whose extents say what reads as zeros.
+pub const BASE_ALLOCATION: &str = "base:allocation";
+
+/// The most that a server without block size constraints must take in one read ("Block size constraints").
+pub const DEFAULT_MAX_PAYLOAD: Bytes = Bytes::new(32 << 20);
+/// The alignment that such a server is sure to accept.
+const DEFAULT_MIN_BLOCK: Bytes = Bytes::new(512);
+/// The largest minimum block size that the protocol allows.
+const LARGEST_MIN_BLOCK: u32 = 64 << 10;
+
+/// What a server said that the protocol forbids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation(String);
+
+impl Violation {
+    /// A violation, in words that finish "the server ...".
+    pub fn new(what: impl Into<String>) -> Self {
+        Self(what.into())
+    }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the server {}", self.0)
+    }
+}
+
+/// Reads numbers off the front of a slice.
+pub(super) struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    pub(super) fn of(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (head, tail) = self.0.split_first_chunk::<N>()?;
+        self.0 = tail;
+        Some(*head)
+    }
+
+    pub(super) fn u16(&mut self) -> Option<u16> {
+        self.take().map(u16::from_be_bytes)
+    }
+
+    pub(super) fn u32(&mut self) -> Option<u32> {
+        self.take().map(u32::from_be_bytes)
+    }
+
+    pub(super) fn u64(&mut self) -> Option<u64> {
+        self.take().map(u64::from_be_bytes)
+    }
+
+    pub(super) fn rest(&self) -> &'a [u8] {
+        self.0
+    }
+}
+
+/// Bytes of a greeting.
+pub const GREETING: usize = 18;
+
+/// A newstyle server's greeting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Greeting {
+    /// Whether options other than [`Opt::ExportName`] may be sent.
+    pub fixed: bool,
+    /// Whether the answer to [`Opt::ExportName`] ends without 124 zero bytes.
+    pub no_zeroes: bool,
+}
+
+impl Greeting {
+    /// Reads the server's first bytes.
+    ///
+    /// # Errors
+    ///
+    /// Not an NBD server, or one of the old style, which has no export names.
+    pub fn decode(bytes: &[u8; GREETING]) -> Result<Self, Violation> {
+        let mut fields = Fields::of(bytes);
+        if fields.u64() != Some(NBDMAGIC) {
+            return Err(Violation::new("does not speak NBD"));
+        }
+        if fields.u64() != Some(IHAVEOPT) {
+            return Err(Violation::new("speaks only the oldstyle protocol"));
+        }
+        let flags = fields.u16().unwrap_or_default();
+        Ok(Self { fixed: flags & FIXED_NEWSTYLE != 0, no_zeroes: flags & NO_ZEROES != 0 })
+    }
+
+    /// The client flags that answer it: the same abilities.
+    pub fn answer(self) -> [u8; 4] {
+        let fixed = if self.fixed { FIXED_NEWSTYLE } else { 0 };
+        let no_zeroes = if self.no_zeroes { NO_ZEROES } else { 0 };
+        u32::from(fixed | no_zeroes).to_be_bytes()
+    }
+}
+
+/// An option that this client sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Opt {
+    /// `NBD_OPT_EXPORT_NAME`: the old way to choose an export; no error reply, the server just hangs up.
+    ExportName = 1,
+    /// `NBD_OPT_ABORT`: the client leaves.
+    Abort = 2,
+    /// `NBD_OPT_STARTTLS`.
+    StartTls = 5,
+    /// `NBD_OPT_GO`.
+    Go = 7,
+    /// `NBD_OPT_STRUCTURED_REPLY`.
+    StructuredReply = 8,
+    /// `NBD_OPT_SET_META_CONTEXT`.
+    SetMetaContext = 10,
+    /// `NBD_OPT_EXTENDED_HEADERS`.
+    ExtendedHeaders = 11,
+}
+
+impl Opt {
+    /// The option's name in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ExportName => "EXPORT_NAME",
+            Self::Abort => "ABORT",
+            Self::StartTls => "STARTTLS",
+            Self::Go => "GO",
+            Self::StructuredReply => "STRUCTURED_REPLY",
+            Self::SetMetaContext => "SET_META_CONTEXT",
+            Self::ExtendedHeaders => "EXTENDED_HEADERS",
+        }
+    }
+
+    /// The option with its data.
+    pub fn encode(self, data: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(16 + data.len());
+        bytes.extend(IHAVEOPT.to_be_bytes());
+        bytes.extend((self as u32).to_be_bytes());
+        bytes.extend(length(data));
+        bytes.extend(data);
+        bytes
+    }
+}
+
+/// A length field. All strings of this client come from a [`super::Uri`], which bounds them.
+fn length(data: &[u8]) -> [u8; 4] {
+    u32::try_from(data.len()).expect("option data is a few KiB").to_be_bytes()
+}
+
+/// Data of [`Opt::Go`]: the export, and the wish to know its block sizes (`NBD_INFO_BLOCK_SIZE`, 3).
+pub fn go(export: &str) -> Vec<u8> {
+    let mut data = length(export.as_bytes()).to_vec();
+    data.extend(export.as_bytes());
+    data.extend([0, 1, 0, 3]);
+    data
+}
+
+/// Data of [`Opt::SetMetaContext`]: the export and the one query [`BASE_ALLOCATION`].
+pub fn set_meta_context(export: &str) -> Vec<u8> {
+    let mut data = length(export.as_bytes()).to_vec();
+    data.extend(export.as_bytes());
+    data.extend(1_u32.to_be_bytes());
+    data.extend(length(BASE_ALLOCATION.as_bytes()));
+    data.extend(BASE_ALLOCATION.as_bytes());
+    data
+}
+
+/// Bytes of an option reply's header.
+pub const OPTION_HEADER: usize = 20;
+
+/// What an option reply says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// `NBD_REP_ACK`: done.
+    Ack,
+    /// `NBD_REP_INFO`.
+    Info,
+    /// `NBD_REP_META_CONTEXT`.
+    MetaContext,
+    /// An error, by its number without bit 31.
+    Error(u32),
+}
+
+impl Reply {
+    /// An error reply in words, and what the user can do about it.
+    pub fn error_text(code: u32) -> &'static str {
+        match code {
+            1 => "the server does not support it",
+            2 => "the server's policy forbids it",
+            3 => "the server calls it invalid",
+            4 => "the server's platform does not support it",
+            5 => "the server demands TLS (nbds: or nbds+unix:)",
+            6 => "there is no such export",
+            7 => "the server is shutting down",
+            8 => "the server demands block size constraints",
+            9 => "the server calls it too big",
+            10 => "the server demands extended headers",
+            _ => "the server refuses it",
+        }
+    }
+}
+
+/// Reads the header of a reply to `option`: what it says and how many bytes of data follow.
+///
+/// # Errors
+///
+/// Anything that is not a reply to `option`, or is longer than [`MAX_OPTION_REPLY`].
+pub fn option_reply(bytes: &[u8; OPTION_HEADER], option: Opt) -> Result<(Reply, u32), Violation> {
+    let mut fields = Fields::of(bytes);
+    let (magic, number) = (fields.u64(), fields.u32());
+    let (kind, len) = (fields.u32().unwrap_or_default(), fields.u32().unwrap_or_default());
+    if magic != Some(OPTION_REPLY) {
+        return Err(Violation::new("sent something that is not an option reply"));
+    }
+    if number != Some(option as u32) {
+        return Err(Violation::new(format!("replied to another option than {}", option.name())));
+    }
+    if len > MAX_OPTION_REPLY {
+        return Err(Violation::new(format!("sent an option reply of {len} bytes")));
+    }
+    match kind {
+        1 if len == 0 => Ok((Reply::Ack, 0)),
+        3 => Ok((Reply::Info, len)),
+        4 => Ok((Reply::MetaContext, len)),
+        error if error & REPLY_ERROR != 0 => Ok((Reply::Error(error & !REPLY_ERROR), len)),
+        other => Err(Violation::new(format!("sent option reply {other} of {len} bytes"))),
+    }
+}
+
+/// What transmission starts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// The export's length.
+    pub size: Bytes,
+    /// The server takes no writes over this connection.
+    pub read_only: bool,
+    /// All connections to the export see one and the same state (`NBD_FLAG_CAN_MULTI_CONN`).
+    pub multi_conn: bool,
+}
+
+impl ExportInfo {
+    /// Reads size and transmission flags, the whole answer to [`Opt::ExportName`] but for its zeroes.
+    ///
+    /// # Errors
+    ///
+    /// A size that no Linux file offset reaches, or missing flags.
+    pub fn decode(bytes: &[u8; 10]) -> Result<Self, Violation> {
+        let mut fields = Fields::of(bytes);
+        let (size, flags) = (fields.u64().unwrap_or_default(), fields.u16().unwrap_or_default());
+        if i64::try_from(size).is_err() {
+            return Err(Violation::new(format!("says that the export has {size} bytes")));
+        }
+        if flags & FLAG_HAS_FLAGS == 0 {
+            return Err(Violation::new("sent no transmission flags"));
+        }
+        Ok(Self {
+            size: Bytes::new(size),
+            read_only: flags & FLAG_READ_ONLY != 0,
+            multi_conn: flags & FLAG_CAN_MULTI_CONN != 0,
+        })
+    }
+}
+
+/// How requests must be cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockSizes {
+    /// Offsets and lengths are multiples of this power of two, the export's end apart.
+    pub minimum: Bytes,
+    /// The longest read; a multiple of `minimum`, at most [`DEFAULT_MAX_PAYLOAD`].
+    pub maximum: Bytes,
+}
+
+impl Default for BlockSizes {
+    fn default() -> Self {
+        Self { minimum: DEFAULT_MIN_BLOCK, maximum: DEFAULT_MAX_PAYLOAD }
+    }
+}
+
+/// The data of a [`Reply::Info`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Info {
+    /// `NBD_INFO_EXPORT`.
+    Export(ExportInfo),
+    /// `NBD_INFO_BLOCK_SIZE`.
+    BlockSizes(BlockSizes),
+    /// Something that was not asked for.
+    Other,
+}
+
+impl Info {
+    /// Reads the data of a [`Reply::Info`].
+    ///
+    /// # Errors
+    ///
+    /// A wrong length for its type, or block sizes that the protocol forbids.
+    pub fn decode(payload: &[u8]) -> Result<Self, Violation> {
+        let wrong = || Violation::new(format!("sent an information reply of {} bytes", payload.len()));
+        let mut fields = Fields::of(payload);
+        match fields.u16().ok_or_else(wrong)? {
+            0 => {
+                let bytes: &[u8; 10] = fields.rest().try_into().map_err(|_| wrong())?;
+                ExportInfo::decode(bytes).map(Self::Export)
+            }
+            3 => {
+                let (Some(minimum), Some(_preferred), Some(maximum), []) =
+                    (fields.u32(), fields.u32(), fields.u32(), fields.rest())
+                else {
+                    return Err(wrong());
+                };
+                block_sizes(minimum, maximum).map(Self::BlockSizes)
+            }
+            _ => Ok(Self::Other),
+        }
+    }
+}
+
+fn block_sizes(minimum: u32, maximum: u32) -> Result<BlockSizes, Violation> {
+    let sane = minimum.is_power_of_two() && minimum <= LARGEST_MIN_BLOCK && maximum >= minimum;
+    if !sane {
+        return Err(Violation::new(format!("wants blocks of at least {minimum} and at most {maximum} bytes")));
+    }
+    let minimum = Bytes::new(u64::from(minimum));
+    let maximum = Bytes::new(u64::from(maximum)).min(DEFAULT_MAX_PAYLOAD).align_down(minimum);
+    Ok(BlockSizes { minimum, maximum })
+}
+
+/// Reads the data of a [`Reply::MetaContext`]: the number that stands for [`BASE_ALLOCATION`].
+///
+/// # Errors
+///
+/// Another context than the one that was asked for.
+pub fn meta_context(payload: &[u8]) -> Result<u32, Violation> {
+    let mut fields = Fields::of(payload);
+    match fields.u32() {
+        Some(id) if fields.rest() == BASE_ALLOCATION.as_bytes() => Ok(id),
+        _ => Err(Violation::new("chose a metadata context that was not asked for")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,81 @@
+use super::*;
+
+#[test]
+fn a_greeting_is_answered_with_its_own_abilities() {
+    let greeting = |flags: [u8; 2]| {
+        let mut bytes = *b"NBDMAGICIHAVEOPT\0\0";
+        bytes[16..].copy_from_slice(&flags);
+        Greeting::decode(&bytes).unwrap()
+    };
+    assert_eq!(greeting([0, 3]), Greeting { fixed: true, no_zeroes: true });
+    assert_eq!(greeting([0xff, 0xfd]).answer(), [0, 0, 0, 1]);
+    assert_eq!(greeting([0, 2]).answer(), [0, 0, 0, 2]);
+    assert!(Greeting::decode(b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53\0\0").is_err(), "oldstyle");
+    assert!(Greeting::decode(b"SSH-2.0-OpenSSH_9.").is_err());
+}
+
+#[test]
+fn options_on_the_wire() {
+    assert_eq!(Opt::StructuredReply.encode(&[]), b"IHAVEOPT\0\0\0\x08\0\0\0\0");
+    assert_eq!(Opt::Go.encode(&go("ab")), b"IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x02ab\0\x01\0\x03");
+    assert_eq!(set_meta_context("e"), b"\0\0\0\x01e\0\0\0\x01\0\0\0\x0fbase:allocation");
+}
+
+#[test]
+fn option_replies() {
+    let reply = |option: u32, kind: u32, len: u32| {
+        let mut bytes = [0; OPTION_HEADER];
+        bytes[..8].copy_from_slice(&OPTION_REPLY.to_be_bytes());
+        bytes[8..12].copy_from_slice(&option.to_be_bytes());
+        bytes[12..16].copy_from_slice(&kind.to_be_bytes());
+        bytes[16..].copy_from_slice(&len.to_be_bytes());
+        option_reply(&bytes, Opt::Go)
+    };
+    assert_eq!(reply(7, 1, 0), Ok((Reply::Ack, 0)));
+    assert_eq!(reply(7, 3, 12), Ok((Reply::Info, 12)));
+    assert_eq!(reply(7, 0x8000_0006, 5), Ok((Reply::Error(6), 5)));
+    assert!(reply(8, 1, 0).is_err(), "another option");
+    assert!(reply(7, 1, 4).is_err(), "an acknowledgement has no data");
+    assert!(reply(7, 2, 4).is_err(), "nobody asked for a list");
+    assert!(reply(7, 3, MAX_OPTION_REPLY + 1).is_err());
+    assert!(option_reply(&[0; OPTION_HEADER], Opt::Go).is_err());
+}
+
+#[test]
+fn block_sizes_are_checked_and_capped() {
+    let info = |min: u32, max: u32| {
+        let words = [min, 4096, max].map(u32::to_be_bytes).concat();
+        Info::decode(&[&[0, 3], words.as_slice()].concat())
+    };
+    let sizes = |min, max| Ok(Info::BlockSizes(BlockSizes { minimum: Bytes::new(min), maximum: Bytes::new(max) }));
+    assert_eq!(info(1, u32::MAX), sizes(1, 32 << 20));
+    assert_eq!(info(4096, 65536), sizes(4096, 65536));
+    assert_eq!(info(4096, 65535), sizes(4096, 61440));
+    for (min, max) in [(0, 4096), (3, 4096), (131_072, 1 << 20), (4096, 512)] {
+        assert!(info(min, max).is_err(), "{min} {max}");
+    }
+    assert!(Info::decode(&[0, 3, 0]).is_err());
+    assert_eq!(Info::decode(&[0, 9, 1]), Ok(Info::Other));
+}
+
+#[test]
+fn export_information() {
+    let info = |size: u64, flags: u16| {
+        Info::decode(&[&[0, 0], size.to_be_bytes().as_slice(), flags.to_be_bytes().as_slice()].concat())
+    };
+    let export =
+        |size, read_only, multi_conn| Ok(Info::Export(ExportInfo { size: Bytes::new(size), read_only, multi_conn }));
+    assert_eq!(info(5, 1), export(5, false, false));
+    assert_eq!(info(0, 0x103), export(0, true, true));
+    assert!(info(5, 2).is_err(), "flags without HAS_FLAGS");
+    assert!(info(1 << 63, 1).is_err());
+    assert!(Info::decode(&[0, 0, 1]).is_err());
+}
+
+#[test]
+fn only_the_context_that_was_asked_for() {
+    assert_eq!(meta_context(b"\0\0\0\x07base:allocation"), Ok(7));
+    assert!(meta_context(b"\0\0\0\x07base:allocatio").is_err());
+    assert!(meta_context(b"\0\0\0\x07qemu:allocation-depth").is_err());
+    assert!(meta_context(b"\0\0").is_err());
+}

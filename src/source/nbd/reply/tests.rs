@@ -1,0 +1,232 @@
+use super::*;
+
+fn bytes(start: u64, end: u64) -> Range<Bytes> {
+    Bytes::new(start)..Bytes::new(end)
+}
+
+/// A chunk as a server sends it: flags, type, payload.
+type Sent<'a> = (u16, u16, Vec<u8>);
+
+/// Feeds chunks of the structured dialect to an answer, as a connection does.
+fn feed(mut answer: Answer, chunks: &[Sent<'_>]) -> Result<Content, Failure> {
+    for (flags, kind, payload) in chunks {
+        let len = u32::try_from(payload.len()).unwrap();
+        let chunk = answer.chunk(*flags, *kind, &len.to_be_bytes()).map_err(Failure::Violation)?;
+        let (parsed, data) = payload.split_at(chunk.to_parse());
+        if let Some(place) = answer.payload(chunk, parsed).map_err(Failure::Violation)? {
+            place.copy_from_slice(data);
+        }
+    }
+    answer.finish()
+}
+
+fn data(flags: u16, offset: u64, data: &[u8]) -> Sent<'_> {
+    (flags, OFFSET_DATA, [offset.to_be_bytes().as_slice(), data].concat())
+}
+
+fn hole(flags: u16, offset: u64, len: u32) -> Sent<'static> {
+    (flags, OFFSET_HOLE, [offset.to_be_bytes().as_slice(), len.to_be_bytes().as_slice()].concat())
+}
+
+fn status(flags: u16, context: u32, extents: &[(u32, u32)]) -> Sent<'static> {
+    let mut payload = context.to_be_bytes().to_vec();
+    for (len, state) in extents {
+        payload.extend(len.to_be_bytes());
+        payload.extend(state.to_be_bytes());
+    }
+    (flags, STATUS, payload)
+}
+
+fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> Result<Vec<u8>, Failure> {
+    feed(Answer::read(bytes(start, end)).unwrap(), chunks).map(|content| match content {
+        Content::Bytes(bytes) => bytes,
+        Content::Runs(_) => panic!("a read has bytes"),
+    })
+}
+
+fn ask_status(chunks: &[Sent<'_>]) -> Result<Vec<(u64, Kind)>, Failure> {
+    let answer = Answer::status(bytes(4096, 16384), 9, Dialect::Structured, Bytes::new(20000));
+    feed(answer, chunks).map(|content| match content {
+        Content::Runs(runs) => runs.iter().map(|run| (run.end.get(), run.kind)).collect(),
+        Content::Bytes(_) => panic!("a status has runs"),
+    })
+}
+
+#[test]
+fn a_read_in_any_order() {
+    let chunks = [data(0, 14, b"ef"), hole(0, 12, 2), data(0, 10, b"ab"), (FLAG_DONE, NONE, vec![])];
+    assert_eq!(read(10, 16, &chunks), Ok(b"ab\0\0ef".to_vec()));
+    assert_eq!(read(0, 2, &[data(FLAG_DONE, 0, b"xy")]), Ok(b"xy".to_vec()));
+}
+
+#[test]
+fn a_read_that_is_not_covered_exactly_is_no_answer() {
+    for chunks in [
+        vec![(FLAG_DONE, NONE, vec![])],
+        vec![data(FLAG_DONE, 10, b"abcde")],
+        vec![data(FLAG_DONE, 11, b"bcdef")],
+        vec![data(0, 10, b"abc"), data(FLAG_DONE, 14, b"ef")],
+        vec![data(0, 10, b"abc"), data(FLAG_DONE, 12, b"cdef")],
+        vec![hole(0, 10, 6), data(FLAG_DONE, 10, b"a")],
+        vec![data(0, 10, b"abcdef"), hole(FLAG_DONE, 15, 1)],
+        vec![data(FLAG_DONE, 9, b"abcdef")],
+        vec![hole(FLAG_DONE, 10, 7)],
+        vec![hole(FLAG_DONE, 10, 0)],
+        vec![hole(FLAG_DONE, u64::MAX, 2)],
+        vec![hole(0, 10, 6)],
+        vec![data(FLAG_DONE, 10, b"")],
+        vec![data(FLAG_DONE, 10, b"abcdefg")],
+        vec![(0, NONE, vec![])],
+        vec![(FLAG_DONE, NONE, vec![1])],
+        vec![(FLAG_DONE, OFFSET_HOLE, vec![0; 11])],
+        vec![(FLAG_DONE, 77, vec![0; 12])],
+        vec![status(FLAG_DONE, 9, &[(6, 2)])],
+    ] {
+        assert!(matches!(read(10, 16, &chunks), Err(Failure::Violation(_))), "{chunks:?}");
+    }
+}
+
+#[test]
+fn the_servers_own_error() {
+    let error = |kind: u16, payload: &[u8]| vec![data(0, 10, b"ab"), (FLAG_DONE, kind, payload.to_vec())];
+    assert_eq!(read(10, 16, &error(0x8001, b"\0\0\0\x05\0\x02no")), Err(Failure::Server(5)));
+    assert_eq!(read(10, 16, &error(0x8002, b"\0\0\0\x05\0\0\0\0\0\0\0\0\0\x0c")), Err(Failure::Server(5)));
+    assert_eq!(read(10, 16, &error(0xffff, b"\0\0\0\x16")), Err(Failure::Server(22)));
+    for (kind, payload) in [(0x8001, b"\0\0\0".as_slice()), (0x8001, b"\0\0\0\0\0\0"), (0x8001, &[1; 5000])] {
+        assert!(matches!(read(10, 16, &error(kind, payload)), Err(Failure::Violation(_))), "{payload:?}");
+    }
+}
+
+#[test]
+fn simple_replies() {
+    let answer = || Answer::read(bytes(0, 4)).unwrap();
+    let mut good = answer();
+    good.simple(0, Dialect::Simple).unwrap().unwrap().copy_from_slice(b"good");
+    assert_eq!(good.finish(), Ok(Content::Bytes(b"good".to_vec())));
+    let mut failed = answer();
+    assert_eq!(failed.simple(5, Dialect::Structured), Ok(None));
+    assert_eq!(failed.finish(), Err(Failure::Server(5)));
+    assert!(answer().simple(0, Dialect::Structured).is_err());
+    let mut status = Answer::status(bytes(0, 4), 1, Dialect::Structured, Bytes::new(4));
+    assert!(status.simple(0, Dialect::Structured).is_err());
+}
+
+#[test]
+fn a_hole_is_the_zero_bit_alone() {
+    let done = |extents: &[(u32, u32)]| ask_status(&[status(FLAG_DONE, 9, extents)]);
+    assert_eq!(
+        done(&[(4096, 0), (1024, 1), (1024, 2), (2048, 3), (4096, 0)]),
+        Ok(vec![(9216, Kind::Data), (12288, Kind::Hole), (16384, Kind::Data)])
+    );
+    assert_eq!(done(&[(512, 2)]), Ok(vec![(4608, Kind::Hole)]), "shorter than asked");
+    assert_eq!(done(&[(u32::MAX, 2)]), Ok(vec![(20000, Kind::Hole)]), "longer than asked, up to the end of the export");
+    assert_eq!(done(&[(12288, 0xffff_fffc)]), Ok(vec![(16384, Kind::Data)]), "bits of the future");
+}
+
+#[test]
+fn a_block_status_that_is_wrong_is_no_answer() {
+    for chunks in [
+        vec![(FLAG_DONE, NONE, vec![])],
+        vec![status(FLAG_DONE, 8, &[(4096, 2)])],
+        vec![status(FLAG_DONE, 9, &[])],
+        vec![status(FLAG_DONE, 9, &[(0, 2)])],
+        vec![status(FLAG_DONE, 9, &[(4096, 2), (0, 0)])],
+        vec![status(FLAG_DONE, 9, &[(12288, 2), (4096, 2)])],
+        vec![status(0, 9, &[(4096, 2)]), status(FLAG_DONE, 9, &[(4096, 2)])],
+        vec![status(0, 9, &[(4096, 2)])],
+        vec![(FLAG_DONE, STATUS, vec![0; 11])],
+        vec![(FLAG_DONE, STATUS, [9_u32.to_be_bytes().as_slice(), &[1; 9]].concat())],
+        vec![(FLAG_DONE, STATUS_EXT, vec![0; 24])],
+        vec![data(FLAG_DONE, 4096, b"a")],
+    ] {
+        assert!(matches!(ask_status(&chunks), Err(Failure::Violation(_))), "{chunks:?}");
+    }
+    let failed = [status(0, 9, &[(4096, 2)]), (FLAG_DONE, 0x8001, b"\0\0\0\x05\0\0".to_vec())];
+    assert_eq!(ask_status(&failed), Err(Failure::Server(5)), "an error makes the extents before it void");
+}
+
+#[test]
+fn extended_headers() {
+    let ask = |count: u32, extents: &[(u64, u64)]| {
+        let mut answer = Answer::status(bytes(0, 1 << 40), 3, Dialect::Extended, Bytes::new(1 << 41));
+        let mut payload = [3_u32.to_be_bytes(), count.to_be_bytes()].concat();
+        for (len, state) in extents {
+            payload.extend([len.to_be_bytes(), state.to_be_bytes()].concat());
+        }
+        let rest = [0_u64.to_be_bytes(), (payload.len() as u64).to_be_bytes()].concat();
+        let chunk = answer.chunk(FLAG_DONE, STATUS_EXT, &rest).map_err(Failure::Violation)?;
+        assert_eq!(chunk.to_parse(), payload.len());
+        answer.payload(chunk, &payload).map_err(Failure::Violation)?;
+        answer.finish()
+    };
+    let runs = |runs: &[(u64, Kind)]| {
+        Ok(Content::Runs(runs.iter().map(|&(end, kind)| Run { end: Bytes::new(end), kind }).collect()))
+    };
+    assert_eq!(ask(2, &[(1 << 39, 3), (1 << 39, 0)]), runs(&[(1 << 39, Kind::Hole), (1 << 40, Kind::Data)]));
+    assert_eq!(ask(1, &[(1 << 50, 2)]), runs(&[(1 << 41, Kind::Hole)]));
+    assert_eq!(ask(1, &[(1 << 39, (1 << 63) | 1)]), runs(&[(1 << 39, Kind::Data)]));
+    assert!(ask(3, &[(1 << 39, 3), (1 << 39, 0)]).is_err(), "count and length disagree");
+    assert!(ask(2, &[(1, 0), (u64::MAX, 0)]).is_err(), "beyond 2^64");
+    assert!(ask(1, &[(0, 0)]).is_err());
+}
+
+#[test]
+fn gaps_are_bounded() {
+    let mut covered = Covered::default();
+    for gap in 0..MAX_GAPS {
+        covered.claim(gap * 2..gap * 2 + 1).unwrap();
+    }
+    assert!(covered.claim(MAX_GAPS * 2..MAX_GAPS * 2 + 1).is_err());
+    for gap in (0..MAX_GAPS).rev() {
+        covered.claim(gap * 2 + 1..gap * 2 + 2).unwrap();
+    }
+    assert!(covered.all(MAX_GAPS * 2));
+}
+
+proptest::proptest! {
+    /// Any order of any cut of a read gives the bytes; the same cut without one piece gives nothing.
+    #[test]
+    fn every_cut_in_every_order(cuts in proptest::collection::btree_set(1..255_u64, 0..20), seed in 0..1000_usize, zero in 0..3_u64) {
+        let source: Vec<u8> = (0..=255).collect();
+        let edges: Vec<u64> = [0].into_iter().chain(cuts).chain([256]).collect();
+        let mut pieces: Vec<(u64, u64)> = edges.windows(2).map(|edge| (edge[0], edge[1])).collect();
+        pieces.rotate_left(seed % edges.len().saturating_sub(1).max(1));
+        if seed % 2 == 0 {
+            pieces.reverse();
+        }
+        let mut wanted = source.clone();
+        let mut chunks: Vec<Sent<'_>> = Vec::new();
+        for (start, end) in &pieces {
+            let range = usize::try_from(*start).unwrap()..usize::try_from(*end).unwrap();
+            if start % 3 == zero {
+                wanted[range].fill(0);
+                chunks.push(hole(0, *start, u32::try_from(end - start).unwrap()));
+            } else {
+                chunks.push(data(0, *start, &source[range]));
+            }
+        }
+        chunks.push((FLAG_DONE, NONE, vec![]));
+        proptest::prop_assert_eq!(read(0, 256, &chunks), Ok(wanted));
+        chunks.remove(seed % pieces.len());
+        proptest::prop_assert!(read(0, 256, &chunks).is_err());
+    }
+
+    /// Random chunks never panic, and bytes that nobody sent never look like an answer.
+    #[test]
+    fn noise_is_no_answer(kinds in proptest::collection::vec((0..2_u16, 0..8_u16, proptest::collection::vec(0..=255_u8, 0..40)), 0..6)) {
+        let chunks: Vec<Sent<'_>> = kinds;
+        // Feeding stops where a payload is shorter than its type demands, as a connection would break there.
+        let well_formed = chunks.iter().all(|(_, kind, payload)| *kind != OFFSET_DATA || payload.len() >= 8);
+        if well_formed {
+            let carried: usize = chunks.iter().map(|(_, _, payload)| payload.len()).sum();
+            if let Ok(bytes) = read(0, 4096, &chunks) {
+                let hole = chunks.iter().any(|(_, kind, _)| *kind == OFFSET_HOLE);
+                proptest::prop_assert!(hole || carried > bytes.len());
+            }
+            if let Ok(runs) = ask_status(&chunks) {
+                proptest::prop_assert!(!runs.is_empty());
+                proptest::prop_assert!(runs.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 != pair[1].1));
+            }
+        }
+    }
+}

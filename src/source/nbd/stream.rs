@@ -1,0 +1,248 @@
+//! One socket, with or without TLS, where every wait has an end.
+//!
+//! Reading and writing are both `&self`: one thread may wait for the server while another sends. Waits are cut into
+//! ticks by the socket's own timeouts, so that a normal request costs no extra system call; a deadline is kept to
+//! within one [`TICK`].
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustls::ClientConnection;
+
+/// How late a deadline may be noticed.
+pub const TICK: Duration = Duration::from_secs(1);
+
+/// A connected socket.
+#[derive(Debug)]
+pub enum Socket {
+    /// TCP, without delay of small requests.
+    Tcp(TcpStream),
+    /// A Unix socket.
+    Unix(UnixStream),
+}
+
+impl Socket {
+    /// Makes waits on the socket come back every [`TICK`].
+    ///
+    /// # Errors
+    ///
+    /// The system refuses a timeout.
+    pub fn tick(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(socket) => {
+                socket.set_nodelay(true)?;
+                socket.set_read_timeout(Some(TICK)).and_then(|()| socket.set_write_timeout(Some(TICK)))
+            }
+            Self::Unix(socket) => {
+                socket.set_read_timeout(Some(TICK)).and_then(|()| socket.set_write_timeout(Some(TICK)))
+            }
+        }
+    }
+
+    fn shutdown(&self) {
+        // Whether it was still connected does not matter.
+        let _ = match self {
+            Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
+            Self::Unix(socket) => socket.shutdown(Shutdown::Both),
+        };
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(socket) => socket.as_fd(),
+            Self::Unix(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl Read for &Socket {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match *self {
+            Socket::Tcp(socket) => (&*socket).read(buf),
+            Socket::Unix(socket) => (&*socket).read(buf),
+        }
+    }
+}
+
+impl Write for &Socket {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match *self {
+            Socket::Tcp(socket) => (&*socket).write(buf),
+            Socket::Unix(socket) => (&*socket).write(buf),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A socket until a deadline, as `Read` and `Write`.
+struct Until<'a> {
+    socket: &'a Socket,
+    deadline: Instant,
+}
+
+impl Until<'_> {
+    /// Repeats what the tick or a signal interrupted, until the deadline. Progress does not extend it: a server that
+    /// moves one byte now and then must not hold anybody longer.
+    fn retry<T>(&self, mut io: impl FnMut(&Socket) -> io::Result<T>) -> io::Result<T> {
+        while Instant::now() < self.deadline {
+            match io(self.socket) {
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                result => return result,
+            }
+        }
+        Err(late())
+    }
+}
+
+fn late() -> io::Error {
+    io::Error::new(ErrorKind::TimedOut, "the server does not answer in time")
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.retry(|mut socket| socket.read(buf))
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.retry(|mut socket| socket.write(buf))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A byte stream to a server.
+#[derive(Debug)]
+pub struct Stream {
+    socket: Socket,
+    tls: Option<Mutex<ClientConnection>>,
+}
+
+impl Stream {
+    /// A stream in the clear.
+    pub fn new(socket: Socket) -> Self {
+        Self { socket, tls: None }
+    }
+
+    /// Turns the rest of the stream into TLS and finishes the TLS handshake.
+    ///
+    /// # Errors
+    ///
+    /// The server is not who it should be, does not speak TLS, or does not answer before `deadline`.
+    pub fn encrypt(self, mut tls: ClientConnection, deadline: Instant) -> io::Result<Self> {
+        let mut until = Until { socket: &self.socket, deadline };
+        while tls.is_handshaking() {
+            if Instant::now() >= deadline {
+                return Err(late());
+            }
+            tls.complete_io(&mut until)?;
+        }
+        Ok(Self { socket: self.socket, tls: Some(Mutex::new(tls)) })
+    }
+
+    /// Reads something. Zero is the end of the stream. Only one thread may read at a time.
+    ///
+    /// # Errors
+    ///
+    /// The connection failed, or nothing came before `deadline` (and one [`TICK`]).
+    pub fn read(&self, buf: &mut [u8], deadline: Instant) -> io::Result<usize> {
+        match &self.tls {
+            None => Until { socket: &self.socket, deadline }.read(buf),
+            Some(tls) => self.read_tls(tls, buf, deadline),
+        }
+    }
+
+    /// Reads exactly `buf`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Stream::read`], or the stream ended before.
+    pub fn read_exact(&self, mut buf: &mut [u8], deadline: Instant) -> io::Result<()> {
+        while !buf.is_empty() {
+            match self.read(buf, deadline)? {
+                0 => return Err(io::Error::new(ErrorKind::UnexpectedEof, "the server closed the connection")),
+                count => buf = &mut buf[count..],
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of `bytes`. The caller keeps two threads from mixing theirs.
+    ///
+    /// # Errors
+    ///
+    /// The connection failed, or the server took nothing before `deadline` (and one [`TICK`]).
+    pub fn write_all(&self, bytes: &[u8], deadline: Instant) -> io::Result<()> {
+        let mut until = Until { socket: &self.socket, deadline };
+        let Some(tls) = &self.tls else { return until.write_all(bytes) };
+        let mut tls = lock(tls);
+        tls.writer().write_all(bytes)?;
+        send(&mut tls, &mut until)
+    }
+
+    /// Ends the connection; a thread that waits for it wakes up.
+    pub fn shutdown(&self) {
+        self.socket.shutdown();
+    }
+
+    /// The socket is waited for without the lock, so that other threads can send meanwhile.
+    fn read_tls(&self, tls: &Mutex<ClientConnection>, buf: &mut [u8], deadline: Instant) -> io::Result<usize> {
+        let mut until = Until { socket: &self.socket, deadline };
+        loop {
+            {
+                let mut tls = lock(tls);
+                match tls.reader().read(buf) {
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    result => return result,
+                }
+            }
+            self.wait_readable(deadline)?;
+            let mut tls = lock(tls);
+            // The end of the stream is seen by the reader above.
+            tls.read_tls(&mut until)?;
+            tls.process_new_packets().map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
+            send(&mut tls, &mut until)?;
+        }
+    }
+
+    fn wait_readable(&self, deadline: Instant) -> io::Result<()> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(late());
+            }
+            let timeout = PollTimeout::try_from(left.min(TICK)).unwrap_or(PollTimeout::ZERO);
+            let mut sockets = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut sockets, timeout) {
+                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Sends what TLS has made. Under the lock, since records must leave in the order in which they were made.
+fn send(tls: &mut ClientConnection, until: &mut Until<'_>) -> io::Result<()> {
+    while tls.wants_write() {
+        tls.write_tls(until)?;
+    }
+    Ok(())
+}
+
+fn lock(tls: &Mutex<ClientConnection>) -> MutexGuard<'_, ClientConnection> {
+    tls.lock().unwrap_or_else(PoisonError::into_inner)
+}

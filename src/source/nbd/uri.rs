@@ -1,0 +1,396 @@
+//! NBD URIs, as `doc/uri.md` of the NBD project and libnbd's `nbd_connect_uri(3)` define them. Pure and total.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// The port that IANA assigned to NBD.
+const PORT: u16 = 10809;
+/// The longest string of the protocol in bytes, export names included ("Values" in `doc/proto.md`).
+const MAX_STRING: usize = 4096;
+/// The longest URI in bytes: an export name and a socket path with each byte written as `%XX` still fit.
+const MAX_URI: usize = 32 * 1024;
+
+/// One export of one server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Uri {
+    text: String,
+    transport: Transport,
+    export: String,
+    tls: Option<Tls>,
+}
+
+/// How the server is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// TCP: a name or an address without brackets, and a port.
+    Tcp {
+        /// Host name, IPv4 or IPv6 address.
+        host: String,
+        /// TCP port.
+        port: u16,
+    },
+    /// A socket of the file system, or, when it begins with a NUL byte, of the abstract namespace (unix(7)).
+    Unix {
+        /// Its path as the URI gives it.
+        socket: PathBuf,
+    },
+}
+
+/// What `nbds` asks of the encryption.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tls {
+    /// Directory of `ca-cert.pem` and, for a server that asks for one, `client-cert.pem` and `client-key.pem`.
+    pub certificates: Option<PathBuf>,
+    /// The name that the server's certificate must have, when it is not the host's.
+    pub hostname: Option<String>,
+    /// Whether the server must prove who it is. Only `tls-verify-peer=0` says no.
+    pub verify_peer: bool,
+}
+
+impl Uri {
+    /// Whether `text` begins as an NBD URI does, rather than as a path.
+    pub fn looks_like(text: &str) -> bool {
+        text.split_once("://").is_some_and(|(scheme, _)| {
+            ["nbd", "nbds"].contains(&scheme.split('+').next().unwrap_or_default().to_ascii_lowercase().as_str())
+        })
+    }
+
+    /// Reads a URI.
+    ///
+    /// # Errors
+    ///
+    /// A usage error that names the part that is wrong, missing, unknown or not supported.
+    pub fn parse(text: &str) -> Result<Self> {
+        parse(text).map_err(|problem| Error::usage(format!("not a usable NBD URI: {problem}")).on(text))
+    }
+
+    /// How the server is reached.
+    pub fn transport(&self) -> &Transport {
+        &self.transport
+    }
+
+    /// The export's name; the empty one is the server's default.
+    pub fn export(&self) -> &str {
+        &self.export
+    }
+
+    /// The encryption that is demanded, or `None` for none.
+    pub fn tls(&self) -> Option<&Tls> {
+        self.tls.as_ref()
+    }
+
+    /// A name for the file that shows this export: the last part of the export's name, or `nbd`.
+    pub fn file_name(&self) -> &str {
+        match self.export.rsplit('/').find(|part| !part.is_empty()) {
+            None | Some("." | "..") => "nbd",
+            Some(name) => name,
+        }
+    }
+
+    /// The same URI with paths that no later change of the working directory can move.
+    ///
+    /// # Errors
+    ///
+    /// A relative path while the working directory is gone.
+    pub fn absolute(mut self) -> Result<Self> {
+        let fix = |path: &mut PathBuf| -> Result<()> {
+            let abstract_name = path.as_os_str().as_encoded_bytes().first() == Some(&0);
+            if !abstract_name {
+                *path = std::path::absolute(&path)
+                    .map_err(|error| Error::failed("cannot make absolute").on(&path).because(error))?;
+            }
+            Ok(())
+        };
+        if let Transport::Unix { socket } = &mut self.transport {
+            fix(socket)?;
+        }
+        if let Some(directory) = self.tls.as_mut().and_then(|tls| tls.certificates.as_mut()) {
+            fix(directory)?;
+        }
+        Ok(self)
+    }
+}
+
+impl fmt::Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+fn parse(text: &str) -> std::result::Result<Uri, String> {
+    if text.len() > MAX_URI {
+        return Err(format!("longer than {MAX_URI} bytes"));
+    }
+    let (scheme, rest) = text.split_once("://").ok_or("no scheme")?;
+    let (secure, unix) = match scheme.to_ascii_lowercase().as_str() {
+        "nbd" => (false, false),
+        "nbds" => (true, false),
+        "nbd+unix" => (false, true),
+        "nbds+unix" => (true, true),
+        other => return Err(format!("the scheme {other} is not supported")),
+    };
+    if rest.contains('#') {
+        return Err("a fragment (#) has no meaning; write %23 in a name".to_owned());
+    }
+    let (hierarchy, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (authority, path) = hierarchy.split_once('/').unwrap_or((hierarchy, ""));
+    let parameters = Parameters::parse(query)?;
+    let export = text_of(path, "export name")?;
+    if export.len() > MAX_STRING || export.contains('\0') {
+        return Err(format!("an export name has no NUL and at most {MAX_STRING} bytes"));
+    }
+    let transport = if unix {
+        if !authority.is_empty() {
+            return Err("a Unix socket has no host: write three slashes before the export name".to_owned());
+        }
+        Transport::Unix { socket: parameters.socket.clone().ok_or("no socket=PATH")? }
+    } else if parameters.socket.is_some() {
+        return Err("socket=PATH needs nbd+unix: or nbds+unix:".to_owned());
+    } else {
+        let (host, port) = parse_authority(authority)?;
+        Transport::Tcp { host, port }
+    };
+    Ok(Uri { text: text.to_owned(), transport, export, tls: parameters.tls(secure)? })
+}
+
+/// `host`, `host:port`, `[v6]` or `[v6]:port`.
+fn parse_authority(authority: &str) -> std::result::Result<(String, u16), String> {
+    if authority.contains('@') {
+        return Err("a user name (for TLS with a pre-shared key) is not supported".to_owned());
+    }
+    let (host, port) = if let Some(literal) = authority.strip_prefix('[') {
+        let (literal, after) = literal.split_once(']').ok_or("an IPv6 address without ]")?;
+        let literal = text_of(literal, "host")?;
+        let address = literal.split('%').next().unwrap_or_default();
+        if address.parse::<std::net::Ipv6Addr>().is_err() {
+            return Err(format!("[{literal}] is not an IPv6 address"));
+        }
+        match after.strip_prefix(':') {
+            Some(port) => (literal, port),
+            None if after.is_empty() => (literal, ""),
+            None => return Err("only :PORT can follow ]".to_owned()),
+        }
+    } else if authority.matches(':').count() > 1 {
+        return Err("write an IPv6 address in brackets".to_owned());
+    } else {
+        let (host, port) = authority.split_once(':').unwrap_or((authority, ""));
+        (text_of(host, "host")?, port)
+    };
+    if host.is_empty() || host.contains('\0') {
+        return Err("no host".to_owned());
+    }
+    let port = match port {
+        "" => PORT,
+        digits if digits.bytes().all(|byte| byte.is_ascii_digit()) => {
+            digits.parse().map_err(|_| format!("port {digits} is too large"))?
+        }
+        other => return Err(format!("port {other} is not a number")),
+    };
+    Ok((host, port))
+}
+
+/// The query, each parameter at most once.
+#[derive(Default)]
+struct Parameters {
+    socket: Option<PathBuf>,
+    tls_type: Option<String>,
+    certificates: Option<PathBuf>,
+    hostname: Option<String>,
+    verify_peer: Option<bool>,
+}
+
+impl Parameters {
+    fn parse(query: &str) -> std::result::Result<Self, String> {
+        let mut all = Self::default();
+        for part in query.split(['&', ';']).filter(|part| !part.is_empty()) {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            let key = text_of(key, "parameter")?;
+            let twice = match key.as_str() {
+                "socket" => all.socket.replace(path_of(value, &key)?).is_some(),
+                "tls-type" => all.tls_type.replace(text_of(value, &key)?).is_some(),
+                "tls-certificates" => all.certificates.replace(path_of(value, &key)?).is_some(),
+                "tls-hostname" => all.hostname.replace(text_of(value, &key)?).is_some(),
+                "tls-verify-peer" => all.verify_peer.replace(switch(value)?).is_some(),
+                other => return Err(format!("the parameter {other} is not supported")),
+            };
+            if twice {
+                return Err(format!("the parameter {key} is there twice"));
+            }
+        }
+        Ok(all)
+    }
+
+    fn tls(self, secure: bool) -> std::result::Result<Option<Tls>, String> {
+        let any = self.tls_type.is_some() || self.certificates.is_some() || self.hostname.is_some();
+        if !secure {
+            let any = any || self.verify_peer.is_some();
+            return if any { Err("TLS parameters need nbds: or nbds+unix:".to_owned()) } else { Ok(None) };
+        }
+        match self.tls_type.as_deref() {
+            None | Some("x509") => {}
+            Some(other) => return Err(format!("tls-type={other} is not supported, only x509")),
+        }
+        let verify_peer = self.verify_peer.unwrap_or(true);
+        if verify_peer && self.certificates.is_none() {
+            return Err("TLS needs tls-certificates=DIR, where DIR/ca-cert.pem says whom to trust".to_owned());
+        }
+        Ok(Some(Tls { certificates: self.certificates, hostname: self.hostname, verify_peer }))
+    }
+}
+
+fn switch(value: &str) -> std::result::Result<bool, String> {
+    match value {
+        "1" | "true" => Ok(true),
+        "0" | "false" => Ok(false),
+        other => Err(format!("tls-verify-peer={other} is neither 0 nor 1")),
+    }
+}
+
+fn path_of(encoded: &str, what: &str) -> std::result::Result<PathBuf, String> {
+    let bytes = decode(encoded, what)?;
+    let abstract_socket = what == "socket" && bytes.len() > 1 && bytes[0] == 0;
+    if bytes.is_empty() || (bytes.contains(&0) && !abstract_socket) {
+        return Err(format!("{what} is not a path"));
+    }
+    Ok(Path::new(&OsString::from_vec(bytes)).to_owned())
+}
+
+fn text_of(encoded: &str, what: &str) -> std::result::Result<String, String> {
+    String::from_utf8(decode(encoded, what)?).map_err(|_| format!("the {what} is not UTF-8"))
+}
+
+/// Undoes `%XX` (RFC 3986, 2.1).
+fn decode(encoded: &str, what: &str) -> std::result::Result<Vec<u8>, String> {
+    let digit =
+        |byte: Option<u8>| byte.and_then(|byte| char::from(byte).to_digit(16)).and_then(|d| u8::try_from(d).ok());
+    let mut bytes = encoded.bytes();
+    let mut decoded = Vec::with_capacity(encoded.len());
+    while let Some(byte) = bytes.next() {
+        if byte != b'%' {
+            decoded.push(byte);
+            continue;
+        }
+        match (digit(bytes.next()), digit(bytes.next())) {
+            (Some(high), Some(low)) => decoded.push(high * 16 + low),
+            _ => return Err(format!("the {what} has a % without two hexadecimal digits")),
+        }
+    }
+    Ok(decoded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tcp(host: &str, port: u16) -> Transport {
+        Transport::Tcp { host: host.to_owned(), port }
+    }
+
+    fn unix(socket: &str) -> Transport {
+        Transport::Unix { socket: PathBuf::from(socket) }
+    }
+
+    #[test]
+    fn the_forms_of_the_standard() {
+        for (text, transport, export) in [
+            ("nbd://example.com/disk", tcp("example.com", 10809), "disk"),
+            ("nbd://example.com", tcp("example.com", 10809), ""),
+            ("nbd://example.com/", tcp("example.com", 10809), ""),
+            ("nbd://example.com:99//disk", tcp("example.com", 99), "/disk"),
+            ("nbd://example.com:/hello%20world", tcp("example.com", 10809), "hello world"),
+            ("NBD://[::1]:1/a", tcp("::1", 1), "a"),
+            ("nbd://[fe80::1%25eth0]/%C3%A9", tcp("fe80::1%eth0", 10809), "\u{e9}"),
+            ("nbd+unix:///x?socket=/run/a%26b", unix("/run/a&b"), "x"),
+            ("nbd+unix://?socket=nbd.sock", unix("nbd.sock"), ""),
+            ("nbd+unix:///?socket=%00/abstract", unix("\0/abstract"), ""),
+        ] {
+            let uri = Uri::parse(text).unwrap();
+            assert_eq!((uri.transport(), uri.export(), uri.tls()), (&transport, export, None), "{text}");
+            assert_eq!(uri.to_string(), text);
+            assert!(Uri::looks_like(text));
+        }
+    }
+
+    #[test]
+    fn tls_parameters() {
+        let tls = |certificates: Option<&str>, hostname: Option<&str>, verify_peer| Tls {
+            certificates: certificates.map(PathBuf::from),
+            hostname: hostname.map(str::to_owned),
+            verify_peer,
+        };
+        for (text, wanted) in [
+            ("nbds://h/?tls-certificates=/pki", tls(Some("/pki"), None, true)),
+            ("nbds://h/?tls-type=x509&tls-certificates=pki;tls-hostname=x", tls(Some("pki"), Some("x"), true)),
+            ("nbds+unix:///?socket=s&tls-verify-peer=0", tls(None, None, false)),
+            ("nbds+unix:///?socket=s&tls-verify-peer=1&tls-certificates=p", tls(Some("p"), None, true)),
+        ] {
+            assert_eq!(Uri::parse(text).unwrap().tls(), Some(&wanted), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, part) in [
+            ("/dev/sda", "no scheme"),
+            ("nbd+vsock://1/", "nbd+vsock"),
+            ("nbd:///x", "no host"),
+            ("nbd://h:65536/", "65536"),
+            ("nbd://h:-1/", "-1"),
+            ("nbd://::1/", "brackets"),
+            ("nbd://[::1/", "]"),
+            ("nbd://[::g]/", "IPv6"),
+            ("nbd://[::1]x/", "PORT"),
+            ("nbd://user@h/", "user"),
+            ("nbd://h/%4", "%"),
+            ("nbd://h/%FF", "UTF-8"),
+            ("nbd://h/%00", "NUL"),
+            ("nbd://h/a#b", "fragment"),
+            ("nbd://h/?socket=/s", "nbd+unix"),
+            ("nbd://h/?x-new=1", "x-new"),
+            ("nbd://h/?tls-hostname=a", "nbds"),
+            ("nbd://h/?tls-verify-peer=1", "nbds"),
+            ("nbd+unix:///x", "socket"),
+            ("nbd+unix:///x?socket=", "socket"),
+            ("nbd+unix:///x?socket=%00", "socket"),
+            ("nbd+unix:///x?socket=a&socket=b", "twice"),
+            ("nbd+unix://host/x?socket=a", "host"),
+            ("nbds://h/", "tls-certificates"),
+            ("nbds://h/?tls-type=psk", "psk"),
+            ("nbds://h/?tls-verify-peer=maybe", "maybe"),
+        ] {
+            let error = Uri::parse(text).unwrap_err();
+            assert!(error.to_string().contains(part), "{text}: {error}");
+            assert_eq!(error.exit_code(), 1);
+        }
+        assert!(Uri::parse(&format!("nbd://h/{}", "x".repeat(MAX_STRING))).is_ok());
+        assert!(Uri::parse(&format!("nbd://h/{}", "x".repeat(MAX_STRING + 1))).is_err());
+        assert!(Uri::parse(&format!("nbd://h/{}", "x".repeat(MAX_URI))).is_err());
+    }
+
+    #[test]
+    fn a_file_is_named_after_the_export() {
+        for (text, name) in [
+            ("nbd://h", "nbd"),
+            ("nbd://h/disk.img", "disk.img"),
+            ("nbd://h//srv/disk.img", "disk.img"),
+            ("nbd://h/disk/", "disk"),
+            ("nbd://h/..", "nbd"),
+        ] {
+            assert_eq!(Uri::parse(text).unwrap().file_name(), name, "{text}");
+        }
+    }
+
+    #[test]
+    fn paths_become_absolute() {
+        let uri = Uri::parse("nbds+unix:///?socket=s&tls-certificates=p").unwrap().absolute().unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(uri.transport(), &Transport::Unix { socket: here.join("s") });
+        assert_eq!(uri.tls().unwrap().certificates, Some(here.join("p")));
+        let hidden = Uri::parse("nbd+unix:///?socket=%00s").unwrap().absolute().unwrap();
+        assert_eq!(hidden.transport(), &unix("\0s"));
+    }
+}

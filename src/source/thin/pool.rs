@@ -1,0 +1,248 @@
+//! Reads the metadata of a live pool without disturbing it.
+//!
+//! A transaction of the pool writes only to blocks that were free in the last committed state, so that a crash finds
+//! that state whole. A tree is therefore read whole when no commit happened meanwhile. The proof is made of the metadata
+//! device itself: no write is in flight at either end of the reading, its counters of writes stand still in between, and
+//! the superblock is the same. (Equal superblocks alone would not do: after two commits the roots can be back in the
+//! same blocks, with other leaves.) Counters can be switched off, so reading the superblock must move the one of reads.
+//!
+//! A pool that commits faster than its tree can be read is read from a metadata snapshot, which is taken for that long.
+//! There is one for each pool and everybody shares it; when somebody else holds it, the quiet way is tried some more.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::debug;
+
+use super::error::{Result as ThinResult, ThinError};
+use super::metadata::{Metadata, read_superblock};
+use super::params::{self, Mode, PoolTable};
+use super::reader::MetadataReader;
+use super::snapshot::Snapshot;
+use super::{MetaBlock, ThinId};
+use crate::error::{Error, Result, plain};
+use crate::map::FillMap;
+use crate::sys::device::{self, DeviceId};
+use crate::sys::dm::{Commit, Control, Table};
+use crate::sys::sysfs::{self, IoCounters, StatFile};
+use crate::units::Bytes;
+
+/// Readings that are tried before the metadata snapshot is taken.
+const QUIET_TRIES: usize = 3;
+/// Readings that are tried when it cannot be taken.
+const MORE_TRIES: usize = 8;
+/// No other reading begins after this long: a large tree is not read again and again.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Threads of one reading. More gain nothing: a second one already reads while the first one checks.
+const THREADS: usize = 2;
+/// Sectors that reading a superblock takes.
+const SUPERBLOCK_SECTORS: u64 = 8;
+
+/// What readers of live pools share: one lock for each pool, because each reading makes its pool commit, and a commit
+/// spoils the reading of another.
+#[derive(Default)]
+pub struct Locks(Mutex<HashMap<DeviceId, Arc<Mutex<()>>>>);
+
+impl Locks {
+    fn of(&self, pool: DeviceId) -> Arc<Mutex<()>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(pool).or_default().clone()
+    }
+}
+
+/// A live pool.
+pub struct Pool {
+    control: Arc<Control>,
+    id: DeviceId,
+    lock: Arc<Mutex<()>>,
+}
+
+/// Why there is no map.
+#[derive(Debug)]
+pub enum NoMap {
+    /// The pool changes faster than it can be read, or is suspended: later, there may be one.
+    NotNow(&'static str),
+    /// As long as nothing changes, there is none.
+    Failed(Error),
+}
+
+impl From<Error> for NoMap {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// The pool as its tables and status say it is now. Looked at anew for each reading: metadata devices are swapped and
+/// extended while the pool is in use.
+struct Live {
+    name: String,
+    table: PoolTable,
+    held_root: Option<MetaBlock>,
+    mode: Mode,
+}
+
+/// One reading.
+enum Reading {
+    /// What it gave: a true map, or a true failure.
+    Whole(ThinResult<FillMap>),
+    /// Something was written meanwhile: whatever was read means nothing.
+    Torn,
+}
+
+impl Pool {
+    /// The pool `id`.
+    pub fn new(control: Arc<Control>, id: DeviceId, locks: &Locks) -> Self {
+        Self { control, id, lock: locks.of(id) }
+    }
+
+    /// The mapped blocks of the thin device `id`, of `len` bytes: all those that were written to by any write that
+    /// completed before this is called.
+    ///
+    /// # Errors
+    /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
+    /// too fast.
+    pub fn map(&self, id: ThinId, len: Bytes) -> std::result::Result<FillMap, NoMap> {
+        let _one_at_a_time = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(map) = self.quietly(QUIET_TRIES, id, len)? {
+            return Ok(map);
+        }
+        if let Some(map) = self.with_snapshot(id, len)? {
+            return Ok(map);
+        }
+        self.quietly(MORE_TRIES, id, len)?.ok_or(NoMap::NotNow("its pool commits faster than its metadata can be read"))
+    }
+
+    /// Some readings of the last committed state; `None` when the pool committed during each.
+    fn quietly(&self, tries: usize, id: ThinId, len: Bytes) -> std::result::Result<Option<FillMap>, NoMap> {
+        let start = Instant::now();
+        for _ in (0..tries).take_while(|_| start.elapsed() < PATIENCE) {
+            // Makes the pool commit: every completed write is on disk from here on.
+            let live = self.look(Commit::Yes)?;
+            match self.read_quietly(&live, id, len)? {
+                Reading::Whole(map) => return Ok(Some(map.map_err(Error::from)?)),
+                Reading::Torn => debug!("{}: committed while its metadata was read", live.name),
+            }
+        }
+        Ok(None)
+    }
+
+    fn read_quietly(&self, live: &Live, id: ThinId, len: Bytes) -> Result<Reading> {
+        let unreadable = |error| Error::failed("cannot read the I/O counters of the metadata device").because(error);
+        let stat = StatFile::open(live.table.metadata).map_err(unreadable)?;
+        let reader = live.open_metadata()?;
+        let Some(before) = Still::begin(&stat, live.table.metadata).map_err(unreadable)? else {
+            return Ok(Reading::Torn);
+        };
+        let reads_before = stat.sectors_read().map_err(unreadable)?;
+        let metadata = match Metadata::open(reader, MetaBlock::SUPERBLOCK) {
+            Ok(metadata) => metadata,
+            // A superblock that is read while it is written is no sign of damage.
+            Err(error) => {
+                let still = before.lasts(&stat).map_err(unreadable)?;
+                return Ok(if still { Reading::Whole(Err(error)) } else { Reading::Torn });
+            }
+        };
+        if stat.sectors_read().map_err(unreadable)?.get() < reads_before.get() + SUPERBLOCK_SECTORS {
+            debug!("{}: the I/O counters of its metadata device are off", live.name);
+            return Ok(Reading::Torn);
+        }
+        let map = live.read(&metadata, id, len);
+        let same = read_superblock(metadata.reader(), MetaBlock::SUPERBLOCK)
+            .is_ok_and(|(_, raw)| *raw == *metadata.raw_superblock());
+        let whole = same && before.lasts(&stat).map_err(unreadable)?;
+        Ok(if whole { Reading::Whole(map) } else { Reading::Torn })
+    }
+
+    /// A reading of the metadata snapshot, taken for it; `None` when it cannot be had, or not be kept.
+    fn with_snapshot(&self, id: ThinId, len: Bytes) -> std::result::Result<Option<FillMap>, NoMap> {
+        let live = self.look(Commit::No)?;
+        if live.mode == Mode::ReadOnly {
+            return Ok(None);
+        }
+        let snapshot = match Snapshot::reserve(&self.control, self.id) {
+            Ok(Some(snapshot)) => snapshot,
+            Ok(None) => return Ok(None),
+            Err(error) => {
+                debug!("{}: no metadata snapshot: {}", live.name, plain(&error));
+                return Ok(None);
+            }
+        };
+        let map = live
+            .open_metadata()
+            .and_then(|reader| Ok(Metadata::open(reader, snapshot.root())?))
+            .and_then(|metadata| Ok(live.read(&metadata, id, len)?));
+        // Whoever released our snapshot made its blocks free, and what was read of them worthless.
+        let ours = self.look(Commit::No)?.held_root == Some(snapshot.root());
+        if ours { Ok(Some(map?)) } else { Ok(None) }
+    }
+
+    /// The pool now.
+    fn look(&self, commit: Commit) -> std::result::Result<Live, NoMap> {
+        const SUSPENDED: NoMap = NoMap::NotNow("its pool is suspended");
+        let failed = |what: &str, error| Error::failed(what).because(error);
+        let only = |table: Table| match <[_; 1]>::try_from(table.targets) {
+            Ok([target]) if target.kind == "thin-pool" => Ok((table.name, table.suspended, target.params)),
+            _ => Err(Error::failed("its pool is not a thin pool")),
+        };
+        let table = self.control.table(self.id).map_err(|error| failed("cannot read its pool's table", error))?;
+        let (name, suspended, params) = only(table)?;
+        if suspended {
+            return Err(SUSPENDED);
+        }
+        let table = params::pool_table(&params)
+            .ok_or_else(|| Error::failed(format!("its pool's table is not understood: {params}")))?;
+        let status =
+            self.control.status(self.id, commit).map_err(|error| failed("cannot read its pool's status", error))?;
+        let (_, suspended, status) = only(status)?;
+        // A suspended pool answers without a commit.
+        if suspended {
+            return Err(SUSPENDED);
+        }
+        let status =
+            params::pool_status(&status).map_err(|status| Error::failed(format!("its pool's status is: {status}")))?;
+        if status.needs_check {
+            return Err(Error::failed("its pool's metadata needs a check (thin_check)").into());
+        }
+        Ok(Live { name, table, held_root: status.held_root, mode: status.mode })
+    }
+}
+
+impl Live {
+    fn open_metadata(&self) -> Result<MetadataReader> {
+        let id = self.table.metadata;
+        let failed = |error| Error::failed(format!("cannot open the metadata device {id}")).because(error);
+        let (file, _) = device::open_id(id, true).map_err(failed)?;
+        MetadataReader::new(file).map_err(failed)
+    }
+
+    fn read(&self, metadata: &Metadata, id: ThinId, len: Bytes) -> ThinResult<FillMap> {
+        let superblock = metadata.superblock();
+        if superblock.data_block_size != self.table.block {
+            return Err(ThinError::OtherBlockSize);
+        }
+        if superblock.needs_check {
+            return Err(ThinError::NeedsCheck);
+        }
+        metadata.map(id, len, THREADS)
+    }
+}
+
+/// A device that nobody was writing to, at a moment.
+struct Still {
+    id: DeviceId,
+    counters: IoCounters,
+}
+
+impl Still {
+    /// Kernels count a write when it begins, or when it ends (since 6.4 or so). So the counters come first: a write that
+    /// was counted and has not ended is in flight afterwards.
+    fn begin(stat: &StatFile, id: DeviceId) -> std::io::Result<Option<Self>> {
+        let counters = stat.read()?;
+        Ok((sysfs::writes_in_flight(id)? == 0).then_some(Self { id, counters }))
+    }
+
+    /// Whether nobody wrote since. In the opposite order: a write that is not in flight any more is counted.
+    fn lasts(&self, stat: &StatFile) -> std::io::Result<bool> {
+        Ok(sysfs::writes_in_flight(self.id)? == 0 && stat.read()? == self.counters)
+    }
+}

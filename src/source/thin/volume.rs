@@ -1,0 +1,154 @@
+//! The layer of a thin device: its map is read at the first question, and stands as long as nobody writes to the device.
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
+
+use super::guard::WriteGuard;
+use super::params::{self, Mapped, ThinTable};
+use super::pool::{NoMap, Pool};
+use super::{DataBlockSize, ThinId};
+use crate::error::plain;
+use crate::map::{Clip, Concat, FillMap, HoleMap, Kind, Overlay, Run, Uniform};
+use crate::source::device::BlockDevice;
+use crate::source::{Layer, Resolver, dense};
+use crate::sys::dm::{Commit, Control, TableTarget};
+use crate::units::Bytes;
+
+/// What a thin device is called in a layer.
+const KIND: &str = "dm-thin";
+
+/// The layer of a segment of `len` bytes that is the target `thin`.
+pub fn layer(
+    name: &str,
+    device: &BlockDevice,
+    target: &TableTarget,
+    len: Bytes,
+    control: Arc<Control>,
+    resolver: &mut Resolver<'_>,
+) -> Layer {
+    match volume(device, target, len, control, resolver) {
+        Ok((volume, origin)) => stacked(name, Arc::new(volume), origin, len),
+        Err(reason) => dense::layer(name, KIND, len, reason),
+    }
+}
+
+/// The device's own map, and its external origin; or why there is none.
+fn volume(
+    device: &BlockDevice,
+    target: &TableTarget,
+    len: Bytes,
+    control: Arc<Control>,
+    resolver: &mut Resolver<'_>,
+) -> Result<(Volume, Option<Arc<Layer>>), String> {
+    let table = params::thin_table(&target.params)
+        .ok_or_else(|| format!("its arguments are not understood: {}", target.params))?;
+    // Before anything is read of the device: a write from here on makes the map void.
+    let again = Arc::new(AtomicBool::new(false));
+    let guard = WriteGuard::new(device, again.clone());
+    resolver.guard(guard.map_err(|error| format!("cannot use its I/O counters: {}", plain(&error)))?);
+    let status = control.status(device.id, Commit::No);
+    let status = status.map_err(|error| format!("cannot read its status: {}", plain(&error)))?;
+    let line = status.targets.iter().find(|line| line.start == target.start && line.kind == target.kind);
+    let line = line.map(|line| line.params.as_str()).unwrap_or_default();
+    let mapped = params::thin_status(line).ok_or_else(|| format!("its status is: {line}"))?;
+    let block = pool_block(&control, &table)?;
+    // A write to the device may wait for its pool, so a write-back must not be tried while that is suspended.
+    resolver.waits_on(table.pool);
+    let pool = Pool::new(control, table.pool, &resolver.context.thin);
+    let origin = table.origin.map(|origin| resolver.device(origin, len));
+    Ok((Volume { pool, id: table.id, len, block, mapped, map: OnceLock::new(), again }, origin))
+}
+
+fn pool_block(control: &Control, table: &ThinTable) -> Result<DataBlockSize, String> {
+    let pool = control.table(table.pool).map_err(|error| format!("cannot read its pool's table: {}", plain(&error)))?;
+    let params = pool.targets.first().map(|target| target.params.as_str()).unwrap_or_default();
+    let pool = params::pool_table(params).ok_or_else(|| format!("its pool's table is not understood: {params}"))?;
+    Ok(pool.block)
+}
+
+/// The volume, over its external origin where it has one: a range is a hole where neither has data. Behind its end an
+/// origin reads as zeros (`Documentation/admin-guide/device-mapper/thin-provisioning.rst`).
+fn stacked(name: &str, volume: Arc<Volume>, origin: Option<Arc<Layer>>, len: Bytes) -> Layer {
+    let holes_from = "the mapping tree of its pool";
+    let Some(origin) = origin else { return of_map(name, holes_from, volume, Vec::new()) };
+    let shown = origin.len().min(len);
+    let rest = Uniform { len: len.saturating_sub(shown), kind: Kind::Hole };
+    let below = Clip { inner: origin.map.clone(), start: Bytes::ZERO, len: shown };
+    match Concat::new(vec![Arc::new(below), Arc::new(rest)]) {
+        Some(below) => {
+            let map = Arc::new(Overlay { layers: vec![volume, Arc::new(below)], len });
+            of_map(name, "the mapping tree of its pool, and its external origin", map, vec![origin])
+        }
+        None => dense::layer(name, KIND, len, "its length is out of range"),
+    }
+}
+
+fn of_map(name: &str, holes_from: &str, map: Arc<dyn HoleMap>, below: Vec<Arc<Layer>>) -> Layer {
+    Layer { name: name.to_owned(), kind: KIND.to_owned(), holes_from: holes_from.to_owned(), map, below }
+}
+
+/// A thin device. Reading its tree waits for the first question about a hole: what stat(2) tells is in its status.
+struct Volume {
+    pool: Pool,
+    id: ThinId,
+    len: Bytes,
+    block: DataBlockSize,
+    mapped: Mapped,
+    map: OnceLock<Result<FillMap, String>>,
+    /// The map could not be read now, and the next question is to read it again.
+    again: Arc<AtomicBool>,
+}
+
+impl Volume {
+    fn read(&self) -> &Result<FillMap, String> {
+        let read = || match self.pool.map(self.id, self.len) {
+            Ok(map) => Ok(map),
+            Err(NoMap::Failed(error)) => Err(error.to_string()),
+            Err(NoMap::NotNow(reason)) => {
+                self.again.store(true, Relaxed);
+                Err(reason.to_owned())
+            }
+        };
+        self.map.get_or_init(read)
+    }
+}
+
+impl HoleMap for Volume {
+    fn len(&self) -> Bytes {
+        self.len
+    }
+
+    fn run_at(&self, offset: Bytes) -> Run {
+        match self.read() {
+            Ok(map) => map.run_at(offset),
+            Err(_) if offset < self.len => Run { end: self.len, kind: Kind::Data },
+            Err(_) => Run::outside(offset),
+        }
+    }
+
+    fn allocated(&self) -> Option<Bytes> {
+        match self.map.get() {
+            Some(Ok(map)) => map.allocated(),
+            Some(Err(_)) => Some(self.len),
+            None => self.mapped.inside(self.len, self.block),
+        }
+    }
+
+    fn is_sparse(&self) -> Option<bool> {
+        let not_mapped = self.len.saturating_sub(self.allocated()?);
+        // What is not mapped is whole blocks, and perhaps a part of one at the end of the device.
+        match not_mapped {
+            Bytes::ZERO => Some(false),
+            some if some >= self.block.bytes() => Some(true),
+            _ => None,
+        }
+    }
+
+    fn dense_because(&self) -> Option<String> {
+        self.map.get().and_then(|map| map.as_ref().err().cloned())
+    }
+
+    fn memory(&self) -> Bytes {
+        self.map.get().and_then(|map| map.as_ref().ok()).map_or(Bytes::ZERO, HoleMap::memory)
+    }
+}

@@ -1,0 +1,261 @@
+//! The daemon: what it keeps, what it gives up, and how signals end it.
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::bench::{Bench, Ran, mount_at};
+use crate::common::check::check;
+use crate::common::{requires_root, wait_until};
+
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).expect("the daemon runs");
+}
+
+/// A daemon in the foreground, which has told its service manager that it is up.
+struct Foreground {
+    child: Child,
+    log: std::path::PathBuf,
+}
+
+impl Foreground {
+    fn new(bench: &Bench) -> Self {
+        let manager = UnixDatagram::bind(bench.path("manager")).unwrap();
+        manager.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let log = bench.path("log");
+        let mut command = Command::new(bench.bin("blkholefs"));
+        command.args(["mount", "-f"]).arg(bench.device.path()).arg(bench.mnt());
+        command.env("NOTIFY_SOCKET", bench.path("manager")).stderr(File::create(&log).unwrap());
+        let child = command.spawn().unwrap();
+        let mut word = [0; 64];
+        let length = manager.recv(&mut word).expect("the service says that it is up");
+        assert_eq!(&word[..length], b"READY=1");
+        assert!(bench.mounted().is_some(), "it is mounted when it says so");
+        Self { child, log }
+    }
+
+    fn wait_for(&self, line: &str) {
+        let text = || fs::read_to_string(&self.log).unwrap();
+        assert!(wait_until(|| text().contains(line)), "no {line:?} in {}", text());
+    }
+}
+
+#[test]
+fn foreground_service_logs_and_obeys() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let mut service = Foreground::new(&bench);
+    let device = bench.device.path().to_str().unwrap();
+    service.wait_for(&format!("blkholefs: {device} is mounted on "));
+    signal(service.child.id(), Signal::SIGUSR1);
+    service.wait_for("0 open files on 0 devices");
+    let open = File::open(bench.file()).unwrap();
+    signal(service.child.id(), Signal::SIGUSR1);
+    service.wait_for("1 open files on 1 devices");
+    signal(service.child.id(), Signal::SIGHUP);
+    service.wait_for("dropped the maps of 1 open devices");
+    signal(service.child.id(), Signal::SIGUSR2);
+    service.wait_for("debug lines are on");
+    signal(service.child.id(), Signal::SIGUSR2);
+    service.wait_for("debug lines are off");
+    check(&bench.file(), bench.device.path());
+    drop(open);
+    signal(service.child.id(), Signal::SIGINT);
+    assert_eq!(service.child.wait().unwrap().code(), Some(0));
+    service.wait_for("is unmounted");
+    bench.assert_nothing_left();
+}
+
+#[test]
+fn term_unmounts() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let daemon = bench.mount(&[]);
+    signal(daemon, Signal::SIGTERM);
+    assert!(wait_until(|| bench.mounted().is_none()));
+    bench.assert_nothing_left();
+}
+
+/// In use: out of sight at once, and whoever still reads gets an error, never zeros.
+#[test]
+fn term_unmounts_although_files_are_open() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let daemon = bench.mount(&[]);
+    let mut open = File::open(bench.file()).unwrap();
+    signal(daemon, Signal::SIGTERM);
+    bench.assert_becomes_unmounted();
+    bench.assert_nothing_left();
+    let mut bytes = [0; 4096];
+    let error = open.read(&mut bytes).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOTCONN));
+}
+
+impl Bench {
+    fn assert_becomes_unmounted(&self) {
+        assert!(wait_until(|| self.mounted().is_none()), "still mounted");
+    }
+}
+
+/// Killed: the place stays as the kernel leaves it, and both helpers cope with it.
+#[test]
+fn killed_daemon_can_be_unmounted() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let device = bench.device.path().to_str().unwrap();
+    let daemon = bench.mount(&[]);
+    signal(daemon, Signal::SIGKILL);
+    assert!(wait_until(|| fs::metadata(bench.mnt()).is_err()));
+    bench.run("mount.blkholefs", [device, "mnt"]).fails(32, "already mounted here");
+    bench.umount();
+    bench.mount(&[]);
+    check(&bench.file(), bench.device.path());
+    bench.umount();
+}
+
+#[test]
+fn privileges_are_dropped_but_for_what_is_needed() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let daemon = bench.mount(&[]);
+    let status = fs::read_to_string(format!("/proc/{daemon}/status")).unwrap();
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim).unwrap();
+    // CAP_DAC_READ_SEARCH is 2, CAP_SYS_ADMIN is 21.
+    let allowed = 1 << 2 | 1 << 21;
+    for set in ["CapPrm:", "CapEff:", "CapInh:"] {
+        assert_eq!(u64::from_str_radix(field(set), 16).unwrap() & !allowed, 0, "{set} {status}");
+    }
+    assert_eq!(field("NoNewPrivs:"), "1");
+    bench.umount();
+}
+
+/// An image of another user that nobody else may read: root's daemon opens it long after it gave up most privileges.
+#[test]
+fn root_reads_private_images_of_others() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let private = bench.path("private");
+    fs::create_dir(&private).unwrap();
+    let image = private.join("image");
+    fs::copy(bench.image.path(), &image).unwrap();
+    for (path, mode) in [(&image, "0600"), (&private, "0700")] {
+        crate::common::run("chmod", [mode.as_ref(), path.as_os_str()]);
+        crate::common::run("chown", ["nobody".as_ref(), path.as_os_str()]);
+    }
+    bench.run("mount.blkholefs", [&image, &bench.mnt()]).succeeds();
+    check(&bench.mnt().join("image"), &image);
+    bench.umount();
+}
+
+/// The daemon holds nothing of its caller: no directory, no terminal, no lock of a script.
+#[test]
+fn nothing_of_the_caller_is_kept() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let script = "exec 9>lock; flock 9; exec \"$@\"";
+    let mount = bench.bin("mount.blkholefs");
+    let words = ["-c", script, "sh", mount.to_str().unwrap(), bench.device.path().to_str().unwrap(), "mnt"];
+    Ran::of(Command::new("sh").args(words).current_dir(bench.path(""))).succeeds();
+    crate::common::run("flock", ["--nonblock".as_ref(), bench.path("lock").as_os_str(), "true".as_ref()]);
+    let daemon = bench.daemon().unwrap();
+    let link = |name: &str| fs::read_link(format!("/proc/{daemon}/{name}")).unwrap();
+    assert_eq!(link("cwd"), Path::new("/"));
+    for descriptor in ["fd/0", "fd/1", "fd/2"] {
+        assert_eq!(link(descriptor), Path::new("/dev/null"), "{descriptor}");
+    }
+    let status = fs::read_to_string(format!("/proc/{daemon}/stat")).unwrap();
+    let session = status.rsplit(") ").next().unwrap().split(' ').nth(3).unwrap();
+    assert_eq!(session, daemon.to_string(), "a session of its own");
+    bench.umount();
+}
+
+/// Under systemd, standard error is the journal: it stays, and lines have priorities.
+#[test]
+fn journal_is_kept() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let journal = File::create(bench.path("journal")).unwrap();
+    let named = journal.metadata().unwrap();
+    let mut command = Command::new(bench.bin("mount.blkholefs"));
+    command.env("JOURNAL_STREAM", format!("{}:{}", named.dev(), named.ino())).stderr(journal).stdin(Stdio::null());
+    let status = command.arg(bench.device.path()).arg(bench.mnt()).status().unwrap();
+    assert!(status.success());
+    let lines = || fs::read_to_string(bench.path("journal")).unwrap();
+    let device = bench.device.path().display();
+    assert!(wait_until(|| lines().contains(&format!("<6>{device} is mounted on "))), "{}", lines());
+    bench.umount();
+    assert!(lines().lines().all(|line| line.starts_with("<6>")), "{}", lines());
+}
+
+/// `-N`: the mount is in the other namespace only, and the daemon finds it there again.
+#[test]
+fn other_namespace() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let other = Other::new();
+    let pid = other.0.id();
+    let namespace = format!("/proc/{pid}/ns/mnt");
+    let table = format!("/proc/{pid}/mountinfo");
+    let there = || mount_at(&table, &bench.mnt());
+    let device = bench.device.path().to_str().unwrap();
+
+    bench.run("mount.blkholefs", [device, "mnt", "-N", &namespace]).succeeds();
+    assert!(there().is_some() && bench.mounted().is_none());
+    check(format!("/proc/{pid}/root{}", bench.file().display()).as_ref(), bench.device.path());
+    bench.run("umount.blkholefs", ["mnt", "-N", &namespace]).succeeds();
+    assert_eq!(there(), None);
+    bench.assert_nothing_left();
+
+    bench.run("mount.blkholefs", [device, "mnt", "-N", &namespace]).succeeds();
+    signal(bench.daemon().unwrap(), Signal::SIGTERM);
+    assert!(wait_until(|| there().is_none()));
+    bench.assert_nothing_left();
+}
+
+/// A process in a mount namespace of its own.
+struct Other(Child);
+
+impl Other {
+    fn new() -> Self {
+        let mut command = Command::new("unshare");
+        let child =
+            command.args(["--mount", "sleep", "1000"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let name = format!("/proc/{}/comm", child.id());
+        let other = Self(child);
+        // The namespace is complete when unshare(1) gives way to its command.
+        assert!(wait_until(|| fs::read_to_string(&name).unwrap() == "sleep\n"));
+        other
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

@@ -1,0 +1,193 @@
+//! Command lines: what each word does, and what a wrong one says.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+
+use crate::bench::{Bench, Ran};
+use crate::common::check::check;
+use crate::common::requires_root;
+
+#[test]
+fn helper_mounts_with_type_source_and_flags() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    bench.mount(&["-o", "rw"]);
+    let line = bench.mounted().expect("it is mounted");
+    assert_eq!(line[5], "ro,nosuid,nodev,noexec,relatime");
+    let device = bench.device.path().to_str().unwrap();
+    assert_eq!(line[line.len() - 3..], ["fuse.blkholefs", device, "ro,user_id=0,group_id=0,default_permissions"]);
+    check(&bench.file(), bench.device.path());
+    bench.umount();
+}
+
+#[test]
+fn words_reach_the_mount() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    bench.mount(&[
+        "-sn",
+        "-o",
+        "rw,exec,suid,noatime,nofail,_netdev,user",
+        "-o",
+        "allow_other,max_read=65536,umask=077,",
+    ]);
+    let line = bench.mounted().expect("it is mounted");
+    assert_eq!(line[5], "ro,nodev,noatime");
+    assert_eq!(line[line.len() - 1], "ro,user_id=0,group_id=0,default_permissions,allow_other,max_read=65536");
+    assert_eq!(fs::metadata(bench.file()).unwrap().mode() & 0o077, 0);
+    bench.umount();
+}
+
+#[test]
+fn both_names_and_both_orders() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let device = bench.device.path().to_str().unwrap();
+    for words in [[device, "mnt", "-o", "ro"], ["-o", "ro", device, "mnt"]] {
+        bench.run("mount.fuse.blkholefs", words).succeeds();
+        assert!(bench.mounted().is_some());
+        bench.run("umount.fuse.blkholefs", [bench.mnt()]).succeeds();
+        bench.run("blkholefs", ["mount"].into_iter().chain(words)).succeeds();
+        bench.run("blkholefs", ["umount", "mnt"]).succeeds();
+        bench.assert_nothing_left();
+    }
+}
+
+#[test]
+fn fake_does_everything_but_mount() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let device = bench.device.path().to_str().unwrap();
+    bench.run("mount.blkholefs", [device, "mnt", "-f", "-o", "rw"]).succeeds();
+    bench.assert_nothing_left();
+    let told = bench.run("mount.blkholefs", [device, "mnt", "-fv", "-o", "rw"]);
+    assert_eq!(told.code, 0);
+    assert!(told.err.contains(&format!("would mount {device} on ")), "{told:?}");
+    bench.run("mount.blkholefs", ["/nonexistent", "mnt", "-f"]).fails(32, "/nonexistent: cannot open: No such file");
+    bench.run("mount.blkholefs", [device, "mnt", "-f", "-o", "frob"]).fails(1, "unknown option 'frob'");
+}
+
+#[test]
+fn sloppy_warns_and_mounts() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let device = bench.device.path().to_str().unwrap();
+    let warned = bench.run("mount.blkholefs", [device, "mnt", "-s", "-o", "frob,ro"]);
+    assert_eq!((warned.code, warned.err.as_str()), (0, "mount.blkholefs: unknown option 'frob', ignored\n"));
+    bench.umount();
+}
+
+#[test]
+fn help_and_version() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    for (name, words) in [
+        ("mount.blkholefs", vec!["-h"]),
+        ("umount.blkholefs", vec!["--help"]),
+        ("blkholefs", vec!["mount", "--help"]),
+        ("blkholefs", vec!["umount", "-h"]),
+    ] {
+        let ran = bench.run(name, words);
+        assert!(ran.code == 0 && ran.out.starts_with("Usage: ") && ran.err.is_empty(), "{ran:?}");
+    }
+    let version = format!("mount.blkholefs {}\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!(bench.run("mount.blkholefs", ["-V"]).out, version);
+}
+
+/// Each wrong input: one clear line, the right exit code, nothing mounted, nothing left.
+#[test]
+fn wrong_input() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let device = bench.device.path().to_str().unwrap();
+    for (words, code, text) in [
+        (&[][..], 1, "expected a device and a directory"),
+        (&[device], 1, "expected a device and a directory"),
+        (&[device, "mnt", "more"], 1, "expected a device and a directory"),
+        (&[device, "mnt", "-x"], 1, "invalid option '-x'"),
+        (&[device, "mnt", "-o"], 1, "'-o'"),
+        (&[device, "mnt", "-t", "ext4"], 1, "'ext4'"),
+        (&[device, "mnt", "-o", "alow_other"], 1, "did you mean allow_other"),
+        (&[device, "mnt", "-o", "uid=me"], 1, "option 'uid=me'"),
+        (&[device, "mnt", "-o", "remount,ro"], 1, "unmount it and mount it again"),
+        (&[device, "mnt", "-N", "/nonexistent"], 1, "/nonexistent: cannot enter this mount namespace"),
+        (&["/nonexistent", "mnt"], 32, "/nonexistent: cannot open: No such file"),
+        (&["a\nb", "mnt"], 32, "a\\nb: cannot open"),
+        (&["/dev/null", "mnt"], 32, "/dev/null: "),
+        (&[device, "nonexistent"], 32, "/nonexistent: cannot mount here: No such file"),
+        (&[device, "/dev/null"], 32, "neither a directory nor a regular file"),
+        (&[device, "bin/blkholefs/x"], 32, "cannot mount here: Not a directory"),
+    ] {
+        let ran = bench.run("mount.blkholefs", words);
+        ran.fails(code, text);
+        assert!(ran.err.starts_with("mount.blkholefs: "), "{ran:?}");
+        bench.assert_nothing_left();
+    }
+    bench.run("blkholefs", ["mount", "-s", device, "mnt"]).fails(1, "blkholefs: invalid option '-s'");
+}
+
+#[test]
+fn directory_is_mounted_once() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let daemon = bench.mount(&[]);
+    let device = bench.device.path().to_str().unwrap();
+    bench.run("mount.blkholefs", [device, "mnt"]).fails(32, &format!("{device} is already mounted here"));
+    assert_eq!(bench.daemon(), Some(daemon));
+    bench.umount();
+}
+
+/// A mountpoint that is a regular file shows the device as that file.
+#[test]
+fn file_as_mountpoint() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    fs::remove_dir(bench.mnt()).unwrap();
+    fs::write(bench.mnt(), "below").unwrap();
+    bench.mount(&[]);
+    check(&bench.mnt(), bench.device.path());
+    bench.umount();
+    assert_eq!(fs::read_to_string(bench.mnt()).unwrap(), "below");
+    bench
+        .run("mount.blkholefs", ["/dev", bench.mnt().to_str().unwrap()])
+        .fails(32, "a directory cannot be mounted on a file");
+}
+
+/// What looks like several words to the kernel or to a parser is one name.
+#[test]
+fn odd_names() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    for name in ["a,b=c", "a b", "a\\040b", "-o", "a\nb", "x\"y"] {
+        let image = bench.path(name);
+        fs::copy(bench.image.path(), &image).unwrap();
+        let ran = bench.run("mount.blkholefs", ["--".into(), image.clone(), bench.mnt()]);
+        ran.succeeds();
+        check(&bench.mnt().join(name), &image);
+        let listed = Ran::of(std::process::Command::new("findmnt").args(["-no", "SOURCE"]).arg(bench.mnt()));
+        // findmnt writes what is no printable character as \x and two digits.
+        assert_eq!(listed.out.trim_end().replace("\\x0a", "\n"), image.to_str().unwrap(), "{listed:?}");
+        bench.run("umount.blkholefs", ["--".into(), image]).succeeds();
+        bench.assert_nothing_left();
+    }
+}

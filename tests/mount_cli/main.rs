@@ -1,0 +1,12 @@
+//! `mount.blkholefs`, `umount.blkholefs` and their subcommands as mount(8), fstab, systemd and people call them.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bench;
+mod daemon;
+mod files;
+mod lines;
+mod system;
+mod umount;
+mod users;

@@ -1,0 +1,115 @@
+//! Ordinary users, who mount images of their own through fusermount3.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::process::Command;
+
+use crate::bench::{Bench, Ran};
+use crate::common::{requires, requires_root, run, wait_until};
+
+/// A place that belongs to the user nobody, with an image and a mountpoint in it.
+struct Home(Bench);
+
+impl Home {
+    fn new() -> Self {
+        let bench = Bench::new();
+        let home = bench.path("home");
+        fs::create_dir(&home).unwrap();
+        // What the links lead to may be in a directory that is closed to others.
+        fs::copy(env!("CARGO_BIN_EXE_blkholefs"), home.join("blkholefs")).unwrap();
+        fs::copy(bench.image.path(), home.join("my,image")).unwrap();
+        fs::create_dir(home.join("mnt")).unwrap();
+        fs::create_dir(home.join("run")).unwrap();
+        fs::write(home.join("file"), "").unwrap();
+        run("chown", ["-R".as_ref(), "nobody".as_ref(), home.as_os_str()]);
+        Self(bench)
+    }
+
+    fn run<S: AsRef<OsStr>>(&self, words: impl IntoIterator<Item = S>) -> Ran {
+        let home = self.0.path("home");
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=nobody", "--regid=65534", "--clear-groups"]).arg(home.join("blkholefs")).args(words);
+        // The session's directory, where the record of the daemon goes.
+        Ran::of(command.current_dir(&home).env("XDG_RUNTIME_DIR", home.join("run")))
+    }
+}
+
+fn requirements() -> bool {
+    requires_root() && requires(&["fusermount3", "setpriv"])
+}
+
+#[test]
+fn user_mounts_what_the_user_can_read() {
+    if !requirements() {
+        return;
+    }
+    let home = Home::new();
+    let bench = &home.0;
+    let place = bench.path("home/mnt");
+    home.run(["mount", "my,image", "mnt"]).succeeds();
+    let line = crate::bench::mount_at("/proc/self/mountinfo", &place).expect("it is mounted");
+    assert_eq!(line[line.len() - 3..line.len() - 1], ["fuse.blkholefs", "my,image"]);
+    assert!(line[5].starts_with("ro,nosuid,nodev"), "{line:?}");
+    assert!(fs::metadata(&place).is_err(), "root is kept out as well");
+    let seen = "cmp mnt/my,image my,image && stat -c %A mnt/my,image";
+    let ran = Ran::of(
+        Command::new("setpriv")
+            .args(["--reuid=nobody", "--regid=65534", "--clear-groups", "sh", "-c", seen])
+            .current_dir(bench.path("home")),
+    );
+    assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{ran:?}");
+    assert_eq!(ran.out, "-r--------\n");
+    home.run(["umount", "mnt"]).succeeds();
+    assert_eq!(bench.daemon(), None, "it ended before umount returned");
+    assert_eq!(crate::bench::mount_at("/proc/self/mountinfo", &place), None);
+}
+
+#[test]
+fn user_mounts_on_a_file_and_ends_it_with_a_signal() {
+    if !requirements() {
+        return;
+    }
+    let home = Home::new();
+    let bench = &home.0;
+    home.run(["mount", "my,image", bench.path("home/file").to_str().unwrap()]).succeeds();
+    let pid = bench.daemon().expect("a daemon").to_string();
+    run("kill", ["-TERM", &pid]);
+    let place = bench.path("home/file");
+    assert!(wait_until(|| crate::bench::mount_at("/proc/self/mountinfo", &place).is_none()));
+    bench.assert_nothing_left();
+}
+
+#[test]
+fn users_limits_are_one_line_each() {
+    if !requirements() {
+        return;
+    }
+    let home = Home::new();
+    let device = home.0.device.path().to_str().unwrap();
+    home.run(["mount", device, "mnt"]).fails(32, &format!("{device}: cannot open: Permission denied"));
+    home.run(["mount", "my,image", "../mnt"]).fails(32, "cannot mount: user has no write access");
+    home.run(["mount", "my,image", "mnt", "-o", "uid=0"]).fails(1, "only root");
+    let config = fs::read_to_string("/etc/fuse.conf").unwrap_or_default();
+    if !config.lines().any(|line| line.trim() == "user_allow_other") {
+        home.run(["mount", "my,image", "mnt", "-o", "allow_other"]).fails(32, "user_allow_other");
+    }
+    home.0.assert_nothing_left();
+}
+
+/// A set-user-id copy would lend root's rights to everybody.
+#[test]
+fn setuid_copy_refuses_to_run() {
+    if !requirements() {
+        return;
+    }
+    let home = Home::new();
+    let program = home.0.path("home/blkholefs");
+    run("chown", ["root".as_ref(), program.as_os_str()]);
+    run("chmod", ["4755".as_ref(), program.as_os_str()]);
+    let options = run("findmnt", ["-no".as_ref(), "OPTIONS".as_ref(), "--target".as_ref(), program.as_os_str()]);
+    if options.trim_end().split(',').any(|word| word == "nosuid") {
+        return eprintln!("skipped: this test needs a temporary directory that is not mounted nosuid");
+    }
+    home.run(["mount", "my,image", "mnt"]).fails(1, "must not be installed setuid");
+    home.run(["umount", "mnt"]).fails(1, "must not be installed setuid");
+}
