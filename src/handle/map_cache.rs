@@ -81,7 +81,8 @@ mod tests {
         let layer = Arc::new(dense::layer("x", "y", Bytes::ZERO, "z"));
         let stack = Stack::build(&Context::default(), |_| layer);
         let (born, resolved_in) = (Instant::now(), Duration::ZERO);
-        let held = Held { stack, born, resolved_in, slowest: AtomicU64::new(0), told: AtomicBool::new(false) };
+        let (slowest, told, fits) = (AtomicU64::new(0), AtomicBool::new(false), true);
+        let held = Held { stack, born, resolved_in, slowest, told, fits };
         Arc::new(RwLock::new(Some(Arc::new(held))))
     }
 
