@@ -39,12 +39,18 @@ thread_local! {
 }
 
 /// The FUSE side of a [`FileSystem`].
-pub struct BlkHoleFs(Arc<FileSystem>);
+pub struct BlkHoleFs {
+    fs: Arc<FileSystem>,
+    /// What the kernel is told at each open.
+    open_flags: FopenFlags,
+}
 
 impl BlkHoleFs {
-    /// Serves a file system.
-    pub fn new(fs: Arc<FileSystem>) -> Self {
-        Self(fs)
+    /// Serves a file system; with `direct_io` the kernel keeps no bytes of its files.
+    pub fn new(fs: Arc<FileSystem>, direct_io: bool) -> Self {
+        // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
+        let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
+        Self { fs, open_flags }
     }
 }
 
@@ -110,14 +116,14 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.0.lookup(Ino(parent.0), name) {
+        match self.fs.lookup(Ino(parent.0), name) {
             Ok(found) => reply.entry_with_ttls(&ATTRIBUTE_TTL, &ENTRY_TTL, &file_attr(&found), GENERATION),
             Err(error) => reply.error(errno("lookup", &error)),
         }
     }
 
     fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        match self.0.getattr(Ino(ino.0)) {
+        match self.fs.getattr(Ino(ino.0)) {
             Ok(found) => reply.attr(&ATTRIBUTE_TTL, &file_attr(&found)),
             Err(error) => reply.error(errno("stat", &error)),
         }
@@ -125,9 +131,8 @@ impl Filesystem for BlkHoleFs {
 
     fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        match self.0.open(Ino(ino.0), for_writing) {
-            // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
-            Ok(fh) => reply.opened(FileHandle(fh.0), FopenFlags::empty()),
+        match self.fs.open(Ino(ino.0), for_writing) {
+            Ok(fh) => reply.opened(FileHandle(fh.0), self.open_flags),
             Err(error) => reply.error(errno("open", &error)),
         }
     }
@@ -144,7 +149,7 @@ impl Filesystem for BlkHoleFs {
         reply: ReplyData,
     ) {
         let (offset, size) = (Bytes::new(offset), usize::try_from(size).unwrap_or(usize::MAX));
-        match self.0.handle(Fh(fh.0)) {
+        match self.fs.handle(Fh(fh.0)) {
             Err(error) => reply.error(errno("read", &error)),
             // The session threads serve every file: none of them may wait for one suspended device.
             Ok(handle) if handle.would_wait() => {
@@ -162,7 +167,7 @@ impl Filesystem for BlkHoleFs {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        let found = self.0.handle(Fh(fh.0)).and_then(|handle| handle.seek(Bytes::new(offset), whence));
+        let found = self.fs.handle(Fh(fh.0)).and_then(|handle| handle.seek(Bytes::new(offset), whence));
         match found {
             Ok(Some(found)) => match i64::try_from(found.get()) {
                 Ok(found) => reply.offset(found),
@@ -183,7 +188,7 @@ impl Filesystem for BlkHoleFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.0.release(Fh(fh.0));
+        self.fs.release(Fh(fh.0));
         reply.ok();
     }
 
@@ -196,14 +201,14 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.0.opendir(Ino(ino.0)) {
+        match self.fs.opendir(Ino(ino.0)) {
             Ok(fh) => reply.opened(FileHandle(fh.0), FopenFlags::empty()),
             Err(error) => reply.error(errno("opendir", &error)),
         }
     }
 
     fn readdir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let entries = match self.0.readdir(Fh(fh.0)) {
+        let entries = match self.fs.readdir(Fh(fh.0)) {
             Ok(entries) => entries,
             Err(error) => return reply.error(errno("readdir", &error)),
         };
@@ -218,7 +223,7 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn releasedir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
-        self.0.releasedir(Fh(fh.0));
+        self.fs.releasedir(Fh(fh.0));
         reply.ok();
     }
 
