@@ -146,18 +146,6 @@ impl Handle {
         Ok(claim.unwrap_or(data))
     }
 
-    /// Resolves the stack, if that was not done yet. Cheap: maps are read when they are asked.
-    pub fn prepare(&self) {
-        if self.current().is_none() {
-            self.renew(Instant::now());
-        }
-    }
-
-    /// Whether a read would wait for the resume of a suspended device.
-    pub fn would_wait(&self) -> bool {
-        self.current().is_some_and(|held| held.stack.suspended())
-    }
-
     /// Whether a seek would find a hole.
     ///
     /// # Errors
