@@ -9,6 +9,7 @@
 //! written faster than its map can be read is all data in between.
 
 mod map_cache;
+mod order;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +23,7 @@ use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 use map_cache::Slot;
+use order::Moment;
 
 pub use map_cache::MapCache;
 
@@ -51,7 +53,9 @@ pub struct Handle {
 struct Held {
     stack: Stack,
     /// Taken before anything of the stack was looked at.
-    born: Instant,
+    born: Moment,
+    /// The same, for the time that the map lives.
+    made: Instant,
     resolved_in: Duration,
     /// Nanoseconds that the slowest question took, 0 before the first.
     slowest: AtomicU64,
@@ -78,13 +82,13 @@ impl Held {
 
     /// Whether a claim of this stack stands. One that was made within the request holds every write that completed
     /// before it; what must not have changed since is only how it is built.
-    fn is_believed(&self, request: Instant) -> bool {
-        if self.born >= request { self.stack.same_shape() } else { self.stack.unchanged() }
+    fn is_believed(&self, request: Moment) -> bool {
+        if self.born > request { self.stack.same_shape() } else { self.stack.unchanged() }
     }
 
     /// Whether enough time went by since it was made to make another one. One that was not asked yet cost nothing.
     fn may_be_replaced(&self) -> bool {
-        self.slowest().is_none_or(|read| self.born.elapsed() >= (self.resolved_in + read) * (REST_FACTOR + 1))
+        self.slowest().is_none_or(|read| self.made.elapsed() >= (self.resolved_in + read) * (REST_FACTOR + 1))
     }
 }
 
@@ -168,7 +172,7 @@ impl Handle {
 
     /// Asks a stack for something that is a claim of holes; `None` when it claims none, or none may be claimed now.
     fn claim<T>(&self, len: Bytes, ask: impl Fn(&Stack) -> Option<T>) -> Option<T> {
-        let request = Instant::now();
+        let request = Moment::now();
         let fits = |held: &Arc<Held>| held.stack.map().len() == len;
         let mut held = self.current().filter(fits);
         let mut newer_than = request;
@@ -198,7 +202,7 @@ impl Handle {
 
     /// Resolves the stack again; `None` while the last time is too recent. Of several requests one does the work, and
     /// those that were there before it began share it.
-    fn renew(&self, newer_than: Instant) -> Option<Arc<Held>> {
+    fn renew(&self, newer_than: Moment) -> Option<Arc<Held>> {
         let _one_at_a_time = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(held) = self.current() {
             if held.born > newer_than {
@@ -209,11 +213,11 @@ impl Handle {
                 return None;
             }
         }
-        let born = Instant::now();
+        let (born, made) = (Moment::now(), Instant::now());
         let stack = self.backing.resolve(&self.context);
-        let resolved_in = born.elapsed();
-        let held =
-            Arc::new(Held { stack, born, resolved_in, slowest: AtomicU64::new(0), told: AtomicBool::new(false) });
+        let resolved_in = made.elapsed();
+        let (slowest, told) = (AtomicU64::new(0), AtomicBool::new(false));
+        let held = Arc::new(Held { stack, born, made, resolved_in, slowest, told });
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = Some(held.clone());
         Some(held)
     }
