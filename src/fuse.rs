@@ -54,12 +54,16 @@ thread_local! {
 pub struct BlkHoleFs {
     fs: Arc<FileSystem>,
     crew: Crew,
+    /// What the kernel is told at each open.
+    open_flags: FopenFlags,
 }
 
 impl BlkHoleFs {
-    /// Serves a file system.
-    pub fn new(fs: Arc<FileSystem>) -> Self {
-        Self { fs, crew: Crew::new(SESSION_THREADS) }
+    /// Serves a file system; with `direct_io` the kernel keeps no bytes of its files.
+    pub fn new(fs: Arc<FileSystem>, direct_io: bool) -> Self {
+        // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
+        let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
+        Self { fs, crew: Crew::new(SESSION_THREADS), open_flags }
     }
 
     /// Answers a request, so that another one can be answered meanwhile.
@@ -156,9 +160,9 @@ impl Filesystem for BlkHoleFs {
             return reply.error(OURSELVES);
         }
         let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        let open_flags = self.open_flags;
         self.answer(move |fs| match fs.open(Ino(ino.0), for_writing) {
-            // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
-            Ok(fh) => reply.opened(FileHandle(fh.0), FopenFlags::empty()),
+            Ok(fh) => reply.opened(FileHandle(fh.0), open_flags),
             Err(error) => reply.error(errno("open", &error)),
         });
     }

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use log::{Level, log};
 
 use crate::error::Result;
+use crate::map::HoleMap;
 use crate::map::view::{self, Whence};
 use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
@@ -60,16 +61,21 @@ struct Held {
     /// Nanoseconds that the slowest question took, 0 before the first.
     slowest: AtomicU64,
     told: AtomicBool,
+    /// Whether the map is as long as the device; from then on a guard watches the length.
+    fits: bool,
 }
 
 impl Held {
     /// Asks, and notes how long it took.
-    fn ask<T>(&self, ask: impl Fn(&Stack) -> Option<T>) -> Option<T> {
+    fn ask<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> T {
         let start = Instant::now();
-        let claim = ask(&self.stack);
-        let took = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.slowest.fetch_max(took.max(1), Ordering::Relaxed);
-        claim
+        let answer = ask(self.stack.map());
+        let took = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
+        // Most are not the slowest: a write would take the line away from the other processors at each of them.
+        if took > self.slowest.load(Ordering::Relaxed) {
+            self.slowest.fetch_max(took, Ordering::Relaxed);
+        }
+        answer
     }
 
     /// The longest that a question took: some maps are read only when they are asked. `None` before the first.
@@ -83,7 +89,7 @@ impl Held {
     /// Whether a claim of this stack stands. One that was made within the request holds every write that completed
     /// before it; what must not have changed since is only how it is built.
     fn is_believed(&self, request: Moment) -> bool {
-        if self.born > request { self.stack.same_shape() } else { self.stack.unchanged() }
+        self.fits && if self.born > request { self.stack.same_shape() } else { self.stack.unchanged() }
     }
 
     /// Whether enough time went by since it was made to make another one. One that was not asked yet cost nothing.
@@ -134,20 +140,17 @@ impl Handle {
     /// # Errors
     /// When the device is gone.
     pub fn seek(&self, offset: Bytes, whence: Whence) -> Result<Option<Bytes>> {
-        let len = self.backing.len()?;
-        if offset >= len {
-            return Ok(None);
-        }
-        let data = match whence {
-            Whence::Data => Some(offset),
-            Whence::Hole => Some(len),
-        };
         let align = self.backing.align();
-        let claim = self.claim(len, |stack| {
-            let found = view::seek(stack.map(), align, offset, whence);
-            (found != data).then_some(found)
-        });
-        Ok(claim.unwrap_or(data))
+        // A map that is believed is as long as the device.
+        if let Some(found) = self.believed(|map| view::seek(map, align, offset, whence)) {
+            return Ok(found);
+        }
+        let len = self.backing.len()?;
+        let data = match whence {
+            Whence::Data => offset,
+            Whence::Hole => len,
+        };
+        Ok((offset < len).then_some(data))
     }
 
     /// Whether a seek would find a hole.
@@ -156,8 +159,10 @@ impl Handle {
     /// When the device is gone.
     pub fn has_hole(&self) -> Result<bool> {
         let align = self.backing.align();
-        let len = self.backing.len()?;
-        Ok(self.claim(len, |stack| view::has_hole(stack.map(), align).then_some(())).is_some())
+        match self.believed(|map| view::has_hole(map, align)) {
+            Some(has_hole) => Ok(has_hole),
+            None => self.backing.len().map(|_| false),
+        }
     }
 
     /// Bytes that are stored, where the sources know it without a walk.
@@ -170,11 +175,10 @@ impl Handle {
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Asks a stack for something that is a claim of holes; `None` when it claims none, or none may be claimed now.
-    fn claim<T>(&self, len: Bytes, ask: impl Fn(&Stack) -> Option<T>) -> Option<T> {
+    /// Asks the map, and answers what can be believed now; `None` when nothing can.
+    fn believed<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
         let request = Moment::now();
-        let fits = |held: &Arc<Held>| held.stack.map().len() == len;
-        let mut held = self.current().filter(fits);
+        let mut held = self.current().filter(|held| held.fits);
         let mut newer_than = request;
         for tries_left in (0..MAX_TRIES).rev() {
             let now = match held.take() {
@@ -189,11 +193,10 @@ impl Handle {
             if tries_left > 0 && now.slowest().is_none() && !now.stack.unchanged() {
                 continue;
             }
-            let claim = now.ask(&ask);
+            let answer = now.ask(&ask);
             self.tell_map(&now);
-            // "Data" is verified as well: a device may have gained holes since.
-            if fits(&now) && now.is_believed(request) {
-                return claim;
+            if now.is_believed(request) {
+                return Some(answer);
             }
         }
         self.tell_busy();
@@ -216,8 +219,9 @@ impl Handle {
         let (born, made) = (Moment::now(), Instant::now());
         let stack = self.backing.resolve(&self.context);
         let resolved_in = made.elapsed();
+        let fits = self.backing.len().is_ok_and(|len| len == stack.map().len());
         let (slowest, told) = (AtomicU64::new(0), AtomicBool::new(false));
-        let held = Arc::new(Held { stack, born, made, resolved_in, slowest, told });
+        let held = Arc::new(Held { stack, born, made, resolved_in, slowest, told, fits });
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = Some(held.clone());
         Some(held)
     }
@@ -228,7 +232,8 @@ impl Handle {
 
     /// Says once of each stack, after its first question, what became of it.
     fn tell_map(&self, held: &Held) {
-        if held.told.swap(true, Ordering::Relaxed) {
+        // Read first: a swap would take the line away from the other processors at each request.
+        if held.told.load(Ordering::Relaxed) || held.told.swap(true, Ordering::Relaxed) {
             return;
         }
         let path = self.backing.name().display();
@@ -246,7 +251,8 @@ impl Handle {
     }
 
     fn tell_busy(&self) {
-        if !self.told_busy.swap(true, Ordering::Relaxed) {
+        // A device that is gone is not busy.
+        if self.backing.len().is_ok() && !self.told_busy.swap(true, Ordering::Relaxed) {
             let path = self.backing.name().display();
             let why = "changes faster than its map can be read: all data in between; back up a snapshot instead";
             self.tell(Level::Warn, &format!("{path}: {why}"));

@@ -81,9 +81,9 @@ mod tests {
     fn slot() -> Arc<Slot> {
         let layer = Arc::new(dense::layer("x", "y", Bytes::ZERO, "z"));
         let stack = Stack::build(&Context::default(), |_| layer);
-        let (slowest, told) = (AtomicU64::new(0), AtomicBool::new(false));
         let (born, made, resolved_in) = (Moment::now(), Instant::now(), Duration::ZERO);
-        let held = Held { stack, born, made, resolved_in, slowest, told };
+        let (slowest, told) = (AtomicU64::new(0), AtomicBool::new(false));
+        let held = Held { stack, born, made, resolved_in, slowest, told, fits: true };
         Arc::new(RwLock::new(Some(Arc::new(held))))
     }
 

@@ -1,8 +1,9 @@
 //! Compositions whose cost follows the answer: one question to each part that the answer depends on.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::{HoleMap, Kind, Run, ask};
+use super::{HoleMap, Kind, Run, ask, next_data, next_hole};
 use crate::units::Bytes;
 
 /// A range of one kind.
@@ -57,6 +58,21 @@ impl HoleMap for Clip {
             }
             None => Run { end: self.len, kind: Kind::Data },
         }
+    }
+
+    fn next_data(&self, offset: Bytes) -> Bytes {
+        match self.start.checked_add(offset).filter(|&at| at < self.inner.len()) {
+            // Where the inner map ends, data begins.
+            Some(at) => next_data(&*self.inner, at).saturating_sub(self.start).min(self.len),
+            None => offset.min(self.len),
+        }
+    }
+
+    fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        let at = self.start.checked_add(offset).filter(|&at| at < self.inner.len())?;
+        let hole = next_hole(&*self.inner, at)?;
+        let within = |at: Bytes| at.saturating_sub(self.start).min(self.len);
+        Some(within(hole.start)..within(hole.end)).filter(|hole| hole.start < hole.end)
     }
 
     fn allocated(&self) -> Option<Bytes> {

@@ -17,6 +17,8 @@ pub use compose::{Clip, Concat, Overlay, Uniform};
 pub use fill::{Block, FillBuilder, FillMap, Filler};
 pub use stripe::{Stripe, Unstripe};
 
+use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Once;
 
 use crate::units::Bytes;
@@ -64,6 +66,18 @@ pub trait HoleMap: Send + Sync {
     /// below the length answers data that ends one byte later, so that a caller's loop always advances.
     fn run_at(&self, offset: Bytes) -> Run;
 
+    /// The first byte of data at or after `offset`; the length if there is none.
+    ///
+    /// For maps that find it at less cost than run by run, as [`HoleMap::next_hole`] is.
+    fn next_data(&self, offset: Bytes) -> Bytes {
+        next_data_by_runs(self, offset)
+    }
+
+    /// The first hole at or after `offset`: where it begins, and up to where it is known to reach. It may reach further.
+    fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        next_hole_by_runs(self, offset)
+    }
+
     /// Bytes that are data, where that is known without a walk over the whole map.
     fn allocated(&self) -> Option<Bytes> {
         None
@@ -88,15 +102,68 @@ pub trait HoleMap: Send + Sync {
 /// Asks `map`, and believes it only as far as [`HoleMap::run_at`] allows: an answer that does not advance, or leaves
 /// the device, makes the rest of the device data. Beyond its end a map is data.
 fn ask(map: &dyn HoleMap, offset: Bytes) -> Run {
-    static WARNED: Once = Once::new();
     let len = map.len();
     if offset >= len {
         return Run { end: Bytes::MAX, kind: Kind::Data };
     }
-    let run = map.run_at(offset);
+    believe(map.run_at(offset), offset, len)
+}
+
+fn believe(run: Run, offset: Bytes, len: Bytes) -> Run {
     if offset < run.end && run.end <= len {
         return run;
     }
-    WARNED.call_once(|| log::warn!("a hole map answered {run:?} at {offset} of {len}: taken as data to the end"));
+    disbelieve(&run, offset, len);
     Run { end: len, kind: Kind::Data }
+}
+
+/// [`HoleMap::next_data`], found run by run.
+pub fn next_data_by_runs<M: HoleMap + ?Sized>(map: &M, offset: Bytes) -> Bytes {
+    let mut at = offset;
+    while at < map.len() {
+        let run = believe(map.run_at(at), at, map.len());
+        if run.kind == Kind::Data {
+            return at;
+        }
+        at = run.end;
+    }
+    map.len()
+}
+
+/// [`HoleMap::next_hole`], found run by run.
+pub fn next_hole_by_runs<M: HoleMap + ?Sized>(map: &M, offset: Bytes) -> Option<Range<Bytes>> {
+    let mut at = offset;
+    while at < map.len() {
+        let run = believe(map.run_at(at), at, map.len());
+        if run.kind == Kind::Hole {
+            return Some(at..run.end);
+        }
+        at = run.end;
+    }
+    None
+}
+
+/// [`HoleMap::next_data`] of an `offset` below the length, believed as [`ask`] believes.
+fn next_data(map: &dyn HoleMap, offset: Bytes) -> Bytes {
+    let data = map.next_data(offset);
+    if offset <= data && data <= map.len() {
+        return data;
+    }
+    disbelieve(&data, offset, map.len());
+    offset
+}
+
+/// [`HoleMap::next_hole`] of an `offset` below the length, believed as [`ask`] believes.
+fn next_hole(map: &dyn HoleMap, offset: Bytes) -> Option<Range<Bytes>> {
+    let hole = map.next_hole(offset).filter(|_| offset < map.len())?;
+    if offset <= hole.start && hole.start < hole.end && hole.end <= map.len() {
+        return Some(hole);
+    }
+    disbelieve(&hole, offset, map.len());
+    None
+}
+
+fn disbelieve(answer: &dyn Debug, offset: Bytes, len: Bytes) {
+    static WARNED: Once = Once::new();
+    WARNED.call_once(|| log::warn!("a hole map answered {answer:?} at {offset} of {len}: taken as data"));
 }

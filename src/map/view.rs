@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use super::{HoleMap, Kind, Run, ask};
+use super::{HoleMap, Kind, Run, ask, next_data, next_hole};
 use crate::units::Bytes;
 
 /// What lseek(2) looks for.
@@ -28,13 +28,28 @@ pub fn seek(map: &dyn HoleMap, align: Bytes, offset: Bytes, whence: Whence) -> O
     if offset >= map.len() {
         return None;
     }
-    let mut view = View::new(map, align, map.len());
-    let unit = offset.align_down(view.align);
+    let align = align.max(Bytes::new(1));
+    let unit = offset.align_down(align);
     let found = match whence {
-        Whence::Data => Some(view.first_data(unit)).filter(|&data| data < view.len),
-        Whence::Hole => Some(view.first_hole(unit)),
+        Whence::Data => Some(next_data(map, unit)).filter(|&data| data < map.len()).map(|data| data.align_down(align)),
+        Whence::Hole => Some(whole_hole(map, align, unit)),
     };
     found.map(|found| found.max(offset))
+}
+
+/// The first unit, from `unit` on, that is a hole; the length if there is none.
+fn whole_hole(map: &dyn HoleMap, align: Bytes, unit: Bytes) -> Bytes {
+    let len = map.len();
+    let mut found = next_hole(map, unit);
+    while let Some(hole) = found {
+        let Some(unit) = hole.start.align_up(align).filter(|&unit| unit < len) else { break };
+        if hole.end >= unit.saturating_add(align).min(len) {
+            return unit;
+        }
+        // Not known to reach that far: it may go on, or there is data.
+        found = next_hole(map, hole.end).map(|next| if next.start == hole.end { hole.start..next.end } else { next });
+    }
+    len
 }
 
 /// The rest of the run that holds `offset`, to where its kind really changes.
@@ -45,7 +60,7 @@ pub fn run(map: &dyn HoleMap, align: Bytes, offset: Bytes) -> Run {
 /// Whether [`seek`] finds a hole before the end of the device.
 pub fn has_hole(map: &dyn HoleMap, align: Bytes) -> bool {
     let known = if align <= Bytes::new(4096) { map.is_sparse() } else { None };
-    known.unwrap_or_else(|| View::new(map, align, map.len()).first_hole(Bytes::ZERO) < map.len())
+    known.unwrap_or_else(|| whole_hole(map, align.max(Bytes::new(1)), Bytes::ZERO) < map.len())
 }
 
 /// The runs within `range`, each with its start; kinds alternate. A run that leaves the range is cut there.

@@ -21,7 +21,7 @@ use crate::mount::options::MountOptions;
 use crate::mount::point::{MountPoint, Mounted, Shape};
 
 /// Whether each thread has a queue of its own in the kernel (`FUSE_DEV_IOC_CLONE`, Linux 4.5).
-const CLONE_DESCRIPTOR: bool = true;
+pub const CLONE_DESCRIPTOR: bool = true;
 
 /// What the kernel reads ahead in our mount, in KiB: its default of 128 makes a copy wait for each small request.
 const READ_AHEAD_KIB: u32 = 1024;

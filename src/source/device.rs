@@ -1,4 +1,4 @@
-//! An open block device, and the guard that every one of them has.
+//! An open block device, and the guards that every one of them has.
 
 use std::fs::File;
 use std::io;
@@ -65,23 +65,40 @@ impl BlockDevice {
     }
 }
 
-/// What can change under any block device: its size, and the medium or backing file that the disk sequence counts.
-pub struct DeviceGuard {
+/// The size of a block device.
+pub struct SizeGuard {
     file: Arc<File>,
     len: Bytes,
-    sequence: Option<u64>,
 }
 
-impl DeviceGuard {
-    /// Remembers a device as it is now.
+impl SizeGuard {
+    /// Holds a device to the length that it was opened with.
     pub fn new(device: &BlockDevice) -> Self {
-        Self { file: device.file.clone(), len: device.len, sequence: block::disk_sequence(&device.file).ok().flatten() }
+        Self { file: device.file.clone(), len: device.len }
     }
 }
 
-impl Guard for DeviceGuard {
+impl Guard for SizeGuard {
     fn unchanged(&self) -> bool {
         block::len(&self.file).is_ok_and(|len| len == self.len)
-            && block::disk_sequence(&self.file).is_ok_and(|sequence| sequence == self.sequence)
+    }
+}
+
+/// The medium or backing file of a block device, which the disk sequence counts.
+pub struct MediumGuard {
+    file: Arc<File>,
+    sequence: Option<u64>,
+}
+
+impl MediumGuard {
+    /// Remembers what is in a device now.
+    pub fn new(device: &BlockDevice) -> Self {
+        Self { file: device.file.clone(), sequence: block::disk_sequence(&device.file).ok().flatten() }
+    }
+}
+
+impl Guard for MediumGuard {
+    fn unchanged(&self) -> bool {
+        block::disk_sequence(&self.file).is_ok_and(|sequence| sequence == self.sequence)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,10 +10,10 @@ use std::sync::Arc;
 use log::warn;
 
 use crate::error::plain;
-use crate::map::{HoleMap, Kind, Run};
+use crate::map::{self, HoleMap, Kind, Run};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
-use crate::sys::file::{next_data, next_hole};
+use crate::sys::file::{end, hole_unit, next_data, next_hole};
 use crate::units::Bytes;
 
 /// The runs of an open file, asked from its file system at every question: always the truth of now, dirty pages and
@@ -20,32 +21,46 @@ use crate::units::Bytes;
 pub struct FileMap {
     file: File,
     len: Bytes,
+    hole_unit: Option<Bytes>,
 }
 
 impl FileMap {
-    /// The map of the first `len` bytes of a file. The descriptor must be private: lseek moves its position.
+    /// The map of a file of `len` bytes. The descriptor must be private: lseek moves its position.
     pub fn new(file: File, len: Bytes) -> Self {
-        Self { file, len }
-    }
-
-    fn size(&self) -> io::Result<Bytes> {
-        self.file.metadata().map(|metadata| Bytes::new(metadata.len()))
+        let hole_unit = hole_unit(&file);
+        Self { file, len, hole_unit }
     }
 
     fn try_run(&self, offset: Bytes) -> io::Result<Run> {
-        let size = self.size()?;
+        let size = end(&self.file)?;
         if offset >= size {
             // Past the end of a file that was cut short: a loop device answers such reads with an error, not with zeros.
             return Ok(Run { end: self.len, kind: Kind::Data });
         }
-        let end = size.min(self.len);
+        let end_of_map = size.min(self.len);
         match next_data(&self.file, offset)? {
-            Some(data) if data > offset => Ok(Run { end: data.min(end), kind: Kind::Hole }),
-            Some(_) => Ok(Run { end: next_hole(&self.file, offset)?.unwrap_or(end).min(end), kind: Kind::Data }),
+            Some(data) if data > offset => Ok(Run { end: data.min(end_of_map), kind: Kind::Hole }),
+            Some(_) => {
+                let data_end = next_hole(&self.file, offset)?.unwrap_or(end_of_map);
+                Ok(Run { end: data_end.min(end_of_map), kind: Kind::Data })
+            }
             // "No more data" and "past the end" are one errno: only an unchanged size tells them apart.
-            None if self.size()? == size => Ok(Run { end, kind: Kind::Hole }),
-            None => Ok(Run { end, kind: Kind::Data }),
+            None if end(&self.file)? == size => Ok(Run { end: end_of_map, kind: Kind::Hole }),
+            None => Ok(Run { end: end_of_map, kind: Kind::Data }),
         }
+    }
+
+    /// The next data, when one call answers: then the file goes on up to there.
+    fn quick_data(&self, offset: Bytes) -> Option<Bytes> {
+        next_data(&self.file, offset).ok()?.filter(|&data| data >= offset).map(|data| data.min(self.len))
+    }
+
+    /// The next hole, when two calls answer: one finds it, and one tells it from the end of a file that was cut short.
+    fn quick_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        let unit = self.hole_unit?;
+        let hole = next_hole(&self.file, offset).ok()?.filter(|&hole| offset <= hole && hole < self.len)?;
+        let unit_end = hole.align_down(unit).checked_add(unit)?;
+        (end(&self.file).ok()? == self.len).then(|| hole..unit_end.min(self.len))
     }
 }
 
@@ -63,6 +78,14 @@ impl HoleMap for FileMap {
                 Run { end: self.len.max(one_more), kind: Kind::Data }
             }
         }
+    }
+
+    fn next_data(&self, offset: Bytes) -> Bytes {
+        self.quick_data(offset).unwrap_or_else(|| map::next_data_by_runs(self, offset))
+    }
+
+    fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        self.quick_hole(offset).or_else(|| map::next_hole_by_runs(self, offset))
     }
 
     fn allocated(&self) -> Option<Bytes> {

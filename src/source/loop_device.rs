@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::error::plain;
 use crate::map::Clip;
-use crate::source::device::BlockDevice;
+use crate::source::device::{BlockDevice, MediumGuard};
 use crate::source::{Guard, Layer, Resolver, dense, file};
 use crate::sys::device::{self, DeviceId};
 use crate::sys::loopdev::LoopStatus;
@@ -30,31 +30,38 @@ impl Guard for LoopGuard {
     }
 }
 
-/// The layer of a loop device.
-pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
+/// The layer of a loop device. `medium` guards what is bound to it.
+pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<'_>) -> Layer {
     let dense = |reason: String| dense::layer(device.name(), "loop", device.len, reason);
     let status = match LoopStatus::of(&device.file) {
         Ok(status) => status,
-        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return dense("nothing is bound to it".to_owned()),
-        Err(error) => return dense(format!("cannot read its status: {}", plain(&error))),
+        Err(error) => {
+            resolver.guard(medium);
+            return dense(match error.raw_os_error() {
+                Some(libc::ENXIO) => "nothing is bound to it".to_owned(),
+                _ => format!("cannot read its status: {}", plain(&error)),
+            });
+        }
     };
     resolver.guard(LoopGuard { file: device.file.clone(), status });
-    if status.encrypted {
-        return dense("it is encrypted".to_owned());
-    }
     let below = match status.block_device {
-        Some(id) => resolver.device(id, status.offset.saturating_add(device.len)),
-        None => match backing_file(device, &status) {
-            Ok(layer) => Arc::new(layer),
-            Err(reason) => return dense(reason),
-        },
+        _ if status.encrypted => Err("it is encrypted".to_owned()),
+        Some(id) => Ok(resolver.device(id, status.offset.saturating_add(device.len))),
+        None => backing_file(device, &status).map(Arc::new),
     };
-    Layer {
-        name: device.name(),
-        kind: "loop".to_owned(),
-        holes_from: "its backing file".to_owned(),
-        map: Arc::new(Clip { inner: below.map.clone(), start: status.offset, len: device.len }),
-        below: vec![below],
+    // A regular file is held open below, so no other file has its inode number: the status alone proves the binding.
+    if status.block_device.is_some() || below.is_err() {
+        resolver.guard(medium);
+    }
+    match below {
+        Err(reason) => dense(reason),
+        Ok(below) => Layer {
+            name: device.name(),
+            kind: "loop".to_owned(),
+            holes_from: "its backing file".to_owned(),
+            map: Arc::new(Clip { inner: below.map.clone(), start: status.offset, len: device.len }),
+            below: vec![below],
+        },
     }
 }
 

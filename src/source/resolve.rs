@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::map::HoleMap;
-use crate::source::device::{BlockDevice, DeviceGuard};
+use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
 use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
 use crate::sys::block;
 use crate::sys::device::DeviceId;
@@ -27,10 +27,10 @@ const NBD_MAJOR: u32 = 43;
 pub struct Context {
     /// What device-mapper sources share.
     pub dm: dm::Shared,
-    /// The export that the kernel's NBD device is connected to.
-    pub nbd: Option<nbd::Export>,
     /// What readers of live thin pools share.
     pub thin: thin::pool::Locks,
+    /// The export that the kernel's NBD device is connected to.
+    pub nbd: Option<nbd::Export>,
 }
 
 /// A device, all the way down.
@@ -56,7 +56,8 @@ impl Stack {
         Self::build(context, |resolver| Arc::new(file::layer(file, path, len, resolver)))
     }
 
-    /// Resolves anything: `top` asks the resolver for what it stands on.
+    /// Resolves anything: `top` asks the resolver for what it stands on, and adds a guard for its own length if that
+    /// can change.
     pub fn build(context: &Context, top: impl FnOnce(&mut Resolver<'_>) -> Arc<Layer>) -> Self {
         let mut resolver = Resolver {
             context,
@@ -150,20 +151,24 @@ impl Resolver<'_> {
             return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
         }
         self.above.push(device.id);
-        // The guard before anything is read: a change from here on is seen.
-        self.guard(DeviceGuard::new(device));
+        // The guards before anything is read: a change from here on is seen.
+        self.guard(SizeGuard::new(device));
+        let medium = MediumGuard::new(device);
         self.dirty.push(Dirty(device.file.clone()));
-        let layer = Arc::new(self.dispatch(device));
+        let layer = Arc::new(self.dispatch(device, medium));
         self.above.pop();
         self.known.insert(device.id, layer.clone());
         layer
     }
 
-    fn dispatch(&mut self, device: &BlockDevice) -> Layer {
-        if let Some((disk, start)) = sysfs::partition(device.id) {
+    fn dispatch(&mut self, device: &BlockDevice, medium: MediumGuard) -> Layer {
+        let partition = sysfs::partition(device.id);
+        if partition.is_none() && device.id.major == LOOP_MAJOR {
+            return loop_device::layer(device, medium, self);
+        }
+        self.guard(medium);
+        if let Some((disk, start)) = partition {
             partition::layer(device, disk, start, self)
-        } else if device.id.major == LOOP_MAJOR {
-            loop_device::layer(device, self)
         } else if device.id.major == NBD_MAJOR {
             nbd::device_layer(device, self.context.nbd.as_ref())
         } else if sysfs::dm_name(device.id).is_some() {

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek64};
 
 use super::buffer::AlignedBuffer;
@@ -29,6 +30,25 @@ pub fn next_data(file: &File, offset: Bytes) -> io::Result<Option<Bytes>> {
 /// As lseek(2).
 pub fn next_hole(file: &File, offset: Bytes) -> io::Result<Option<Bytes>> {
     seek(file, offset, Whence::SeekHole)
+}
+
+/// The length of a file. Costs less than its attributes.
+///
+/// Moves the descriptor's position: use a private one.
+///
+/// # Errors
+/// As lseek(2).
+pub fn end(file: &File) -> io::Result<Bytes> {
+    let end = lseek64(file, 0, Whence::SeekEnd)?;
+    u64::try_from(end).map(Bytes::new).map_err(|_| Errno::EOVERFLOW.into())
+}
+
+/// The unit of a file's holes, for file systems that keep none which does not begin and end on a whole block of theirs.
+pub fn hole_unit(file: &File) -> Option<Bytes> {
+    const WHOLE_BLOCKS: [FsType; 4] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
+    let stat = fstatfs(file).ok()?;
+    let block = u64::try_from(stat.block_size()).ok().filter(|block| block.is_power_of_two())?;
+    WHOLE_BLOCKS.contains(&stat.filesystem_type()).then_some(Bytes::new(block))
 }
 
 fn seek(file: &File, offset: Bytes, whence: Whence) -> io::Result<Option<Bytes>> {
