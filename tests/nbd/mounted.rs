@@ -9,8 +9,8 @@ use blkholefs::map::Kind;
 
 use crate::common::check::{self, check_same_bytes, map_holes};
 use crate::common::mount::Mount;
+use crate::common::nbd::{Server, directory, image, nbdinfo_map};
 use crate::common::{GIB, MIB, requires, requires_root, run, wait_until};
-use crate::server::{Server, directory, image, nbdinfo_map};
 
 /// The map of a mounted file, as [`nbdinfo_map`] says it.
 fn map(file: &Path) -> Vec<(u64, Kind)> {

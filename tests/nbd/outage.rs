@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use blkholefs::map::Kind;
 
+use crate::common::nbd::{Server, directory, image};
 use crate::common::{MIB, requires, wait_until};
-use crate::server::{Server, directory, image};
 use crate::{client, patience, patient, read, runs_of};
 
 /// The steps in which the client measures time, and a slow machine.
