@@ -1,5 +1,7 @@
 //! FUSE requests to calls of [`FileSystem`] and back: decode, call, reply, nothing else.
 
+mod passthrough;
+
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
@@ -20,6 +22,7 @@ use crate::handle::Handle;
 use crate::map::view::Whence;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
+use passthrough::Passthrough;
 
 /// How long the kernel may keep a name: an inode number belongs to its path for good, so only removal is seen late.
 const ENTRY_TTL: Duration = Duration::from_secs(1);
@@ -33,18 +36,28 @@ const GENERATION: Generation = Generation(0);
 /// The largest read that the kernel sends, and so the most that one buffer grows to.
 const MAX_READ: u32 = 1 << 20;
 
+/// File systems below an image that is read by passthrough: one that is itself stacked, as overlayfs is, is read by us.
+const PASSTHROUGH_DEPTH: u32 = 1;
+
 thread_local! {
     /// Each session thread reads into a buffer of its own, which is kept.
     static BUFFER: RefCell<AlignedBuffer> = const { RefCell::new(AlignedBuffer::new()) };
 }
 
 /// The FUSE side of a [`FileSystem`].
-pub struct BlkHoleFs(Arc<FileSystem>);
+pub struct BlkHoleFs {
+    fs: Arc<FileSystem>,
+    passthrough: Passthrough,
+    /// Of files that are read through the daemon.
+    open_flags: FopenFlags,
+}
 
 impl BlkHoleFs {
-    /// Serves a file system.
-    pub fn new(fs: Arc<FileSystem>) -> Self {
-        Self(fs)
+    /// Serves a file system. With `direct_io`, what the daemon reads bypasses the page cache of the mount.
+    pub fn new(fs: Arc<FileSystem>, direct_io: bool) -> Self {
+        // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
+        let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
+        Self { fs, passthrough: Passthrough::default(), open_flags }
     }
 }
 
@@ -99,9 +112,10 @@ fn read(handle: &Handle, offset: Bytes, size: usize, reply: ReplyData) {
 impl Filesystem for BlkHoleFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // A kernel without one of these serves all the same, only slower.
-        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO] {
+        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO, InitFlags::FUSE_PASSTHROUGH] {
             let _ = config.add_capabilities(wanted);
         }
+        let _ = config.set_max_stack_depth(PASSTHROUGH_DEPTH);
         let _ = config.set_max_write(MAX_READ);
         if let Err(most) = config.set_max_readahead(MAX_READ) {
             let _ = config.set_max_readahead(most);
@@ -110,14 +124,14 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.0.lookup(Ino(parent.0), name) {
+        match self.fs.lookup(Ino(parent.0), name) {
             Ok(found) => reply.entry_with_ttls(&ATTRIBUTE_TTL, &ENTRY_TTL, &file_attr(&found), GENERATION),
             Err(error) => reply.error(errno("lookup", &error)),
         }
     }
 
     fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        match self.0.getattr(Ino(ino.0)) {
+        match self.fs.getattr(Ino(ino.0)) {
             Ok(found) => reply.attr(&ATTRIBUTE_TTL, &file_attr(&found)),
             Err(error) => reply.error(errno("stat", &error)),
         }
@@ -125,9 +139,9 @@ impl Filesystem for BlkHoleFs {
 
     fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        match self.0.open(Ino(ino.0), for_writing) {
-            // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
-            Ok(fh) => reply.opened(FileHandle(fh.0), FopenFlags::empty()),
+        let opened = self.fs.open(Ino(ino.0), for_writing).and_then(|fh| Ok((fh, self.fs.handle(fh)?)));
+        match opened {
+            Ok((fh, handle)) => self.passthrough.open(fh, handle, self.open_flags, reply),
             Err(error) => reply.error(errno("open", &error)),
         }
     }
@@ -144,7 +158,7 @@ impl Filesystem for BlkHoleFs {
         reply: ReplyData,
     ) {
         let (offset, size) = (Bytes::new(offset), usize::try_from(size).unwrap_or(usize::MAX));
-        match self.0.handle(Fh(fh.0)) {
+        match self.fs.handle(Fh(fh.0)) {
             Err(error) => reply.error(errno("read", &error)),
             // The session threads serve every file: none of them may wait for one suspended device.
             Ok(handle) if handle.would_wait() => {
@@ -162,7 +176,7 @@ impl Filesystem for BlkHoleFs {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        let found = self.0.handle(Fh(fh.0)).and_then(|handle| handle.seek(Bytes::new(offset), whence));
+        let found = self.fs.handle(Fh(fh.0)).and_then(|handle| handle.seek(Bytes::new(offset), whence));
         match found {
             Ok(Some(found)) => match i64::try_from(found.get()) {
                 Ok(found) => reply.offset(found),
@@ -183,7 +197,8 @@ impl Filesystem for BlkHoleFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.0.release(Fh(fh.0));
+        self.passthrough.release(Fh(fh.0));
+        self.fs.release(Fh(fh.0));
         reply.ok();
     }
 
@@ -196,14 +211,14 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.0.opendir(Ino(ino.0)) {
+        match self.fs.opendir(Ino(ino.0)) {
             Ok(fh) => reply.opened(FileHandle(fh.0), FopenFlags::empty()),
             Err(error) => reply.error(errno("opendir", &error)),
         }
     }
 
     fn readdir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        let entries = match self.0.readdir(Fh(fh.0)) {
+        let entries = match self.fs.readdir(Fh(fh.0)) {
             Ok(entries) => entries,
             Err(error) => return reply.error(errno("readdir", &error)),
         };
@@ -218,7 +233,7 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn releasedir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
-        self.0.releasedir(Fh(fh.0));
+        self.fs.releasedir(Fh(fh.0));
         reply.ok();
     }
 

@@ -44,5 +44,5 @@ pub fn open(spec: &OsStr, shape: Shape, options: &MountOptions) -> Result<Opened
         drop_maps: Box::new(move || dropper.drop_maps()),
         log_counters: Box::new(move || counter.log_counters()),
     };
-    Ok(Opened { filesystem: BlkHoleFs::new(fs), hooks })
+    Ok(Opened { filesystem: BlkHoleFs::new(fs, options.direct_io), hooks })
 }

@@ -49,6 +49,11 @@ pub trait Medium: Send + Sync {
         None
     }
 
+    /// The regular file that this is, byte for byte and whatever happens to it.
+    fn regular_file(&self) -> Option<&File> {
+        None
+    }
+
     /// Whether `path` still leads to what is open here.
     fn is_at(&self, path: &Path) -> bool;
 }
@@ -130,6 +135,11 @@ impl Backing {
         self.medium.id()
     }
 
+    /// The regular file that this is, byte for byte and whatever happens to it; `None` for anything else.
+    pub fn regular_file(&self) -> Option<&File> {
+        self.medium.regular_file()
+    }
+
     /// The unit that holes are rounded to, inwards.
     pub fn align(&self) -> Bytes {
         self.medium.align()
@@ -205,6 +215,10 @@ impl Medium for Image {
 
     fn node(&self) -> io::Result<Node> {
         self.file.metadata().map(|metadata| Node::of(&metadata))
+    }
+
+    fn regular_file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 
     fn is_at(&self, path: &Path) -> bool {
