@@ -12,14 +12,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fuser::{BackingId, FileHandle, FopenFlags, ReplyOpen};
-use log::{debug, warn};
+use log::debug;
 
 use crate::fs::Fh;
 use crate::handle::Handle;
 
 /// The open files that are images.
 #[derive(Default)]
-pub struct Passthrough(Mutex<HashMap<Fh, Opened>>);
+pub(super) struct Passthrough(Mutex<HashMap<Fh, Opened>>);
 
 struct Opened {
     handle: Arc<Handle>,
@@ -30,17 +30,13 @@ struct Opened {
 
 impl Passthrough {
     /// Answers an open: by passthrough where that is possible, and else with `flags`.
-    pub fn open(&self, fh: Fh, handle: Arc<Handle>, flags: FopenFlags, reply: ReplyOpen) {
+    pub(super) fn open(&self, fh: Fh, handle: Arc<Handle>, flags: FopenFlags, reply: ReplyOpen) {
         let Some(file) = handle.backing().regular_file() else { return reply.opened(FileHandle(fh.0), flags) };
         let mut opens = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let same = opens.values().find(|open| Arc::ptr_eq(&open.handle, &handle));
         let id = match same {
             Some(open) => open.id.clone(),
             None => {
-                if opens.values().any(|open| open.id.is_some()) {
-                    let name = handle.backing().name().display();
-                    warn!("{name}: another file than the one that is still open: the kernel refuses it until then");
-                }
                 let id = reply.open_backing(file).inspect_err(|error| debug!("no passthrough: {error}"));
                 id.ok().map(Arc::new)
             }
@@ -53,7 +49,7 @@ impl Passthrough {
     }
 
     /// Forgets an open file. The kernel lets go of the image with the last one.
-    pub fn release(&self, fh: Fh) {
+    pub(super) fn release(&self, fh: Fh) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&fh);
     }
 }

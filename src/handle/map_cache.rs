@@ -1,6 +1,5 @@
 //! The byte budget of all maps: those that were made longest ago are forgotten first, and made again when asked.
 
-use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use log::debug;
@@ -11,9 +10,6 @@ use crate::units::Bytes;
 
 /// Where a handle keeps its stack.
 pub(super) type Slot = RwLock<Option<Arc<Held>>>;
-
-/// As many maps as anybody has devices; the budget is in bytes.
-const MAX_MAPS: NonZeroUsize = NonZeroUsize::new(1 << 20).expect("not zero");
 
 /// The default of `-o map_cache`.
 const DEFAULT_LIMIT: Bytes = Bytes::new(256 << 20);
@@ -38,7 +34,7 @@ impl Default for MapCache {
 impl MapCache {
     /// A cache of at most `limit` bytes, 256 MiB by default. One map may be larger: it is kept while it is the only one.
     pub fn new(limit: Option<Bytes>) -> Self {
-        Self { limit: limit.unwrap_or(DEFAULT_LIMIT), maps: Mutex::new(LruCache::new(MAX_MAPS)) }
+        Self { limit: limit.unwrap_or(DEFAULT_LIMIT), maps: Mutex::new(LruCache::unbounded()) }
     }
 
     /// Counts the map that is in `slot` now, and forgets others until all fit.
@@ -79,14 +75,15 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::handle::order::Moment;
     use crate::source::{Context, Stack, dense};
 
     fn slot() -> Arc<Slot> {
         let layer = Arc::new(dense::layer("x", "y", Bytes::ZERO, "z"));
         let stack = Stack::build(&Context::default(), |_| layer);
-        let (born, resolved_in) = (Instant::now(), Duration::ZERO);
-        let (slowest, told, fits) = (AtomicU64::new(0), AtomicBool::new(false), true);
-        let held = Held { stack, born, resolved_in, slowest, told, fits };
+        let (born, made, resolved_in) = (Moment::now(), Instant::now(), Duration::ZERO);
+        let (slowest, told) = (AtomicU64::new(0), AtomicBool::new(false));
+        let held = Held { stack, born, made, resolved_in, slowest, told, fits: true };
         Arc::new(RwLock::new(Some(Arc::new(held))))
     }
 

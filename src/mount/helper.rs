@@ -100,7 +100,13 @@ fn run(name: &str, request: MountRequest) -> Result<u8> {
     // Both paths are made absolute first: a visit to another namespace ends in the root directory.
     let spec = absolute_spec(&request.spec)?;
     let dir = absolute(&request.dir)?;
+    if options.nofail && is_missing(&spec) {
+        log::debug!("{} does not exist, and nofail says that this is no failure", spec.display());
+        return Ok(0);
+    }
     let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
+    let mut paths = std::iter::once(Path::new(&spec)).chain(options.thin_metadata.as_deref());
+    paths.try_for_each(|path| point.leaves(path))?;
     let opened = filesystem::open(&spec, point.shape(), &options)?;
     if request.verbose {
         let does = if request.fake { "would mount" } else { "mounting" };
@@ -141,8 +147,16 @@ fn parse_options(request: &MountRequest) -> Result<MountOptions> {
 
 /// The device's path from the root, or the URI as it is.
 fn absolute_spec(spec: &OsStr) -> Result<OsString> {
-    let is_uri = spec.to_str().is_some_and(|spec| spec.contains("://"));
-    if is_uri { Ok(spec.to_owned()) } else { Ok(absolute(Path::new(spec))?.into()) }
+    if is_uri(spec) { Ok(spec.to_owned()) } else { Ok(absolute(Path::new(spec))?.into()) }
+}
+
+fn is_uri(spec: &OsStr) -> bool {
+    spec.to_str().is_some_and(|spec| spec.contains("://"))
+}
+
+/// Whether a device is not there at all, as one that is not plugged in.
+fn is_missing(spec: &OsStr) -> bool {
+    !is_uri(spec) && matches!(std::fs::metadata(spec), Err(error) if error.kind() == std::io::ErrorKind::NotFound)
 }
 
 fn absolute(path: &Path) -> Result<PathBuf> {

@@ -35,6 +35,8 @@ pub struct MountOptions {
     pub thin_metadata: Option<PathBuf>,
     /// The NBD server's URI.
     pub nbd: Option<String>,
+    /// Whether a SPEC that does not exist is no failure (fstab(5)).
+    pub nofail: bool,
     /// Whether reads bypass the page cache of the mount.
     pub direct_io: bool,
     /// What the user should know although the mount goes on, each a line.
@@ -54,6 +56,7 @@ impl Default for MountOptions {
             map_cache: None,
             thin_metadata: None,
             nbd: None,
+            nofail: false,
             direct_io: false,
             warnings: Vec::new(),
         }
@@ -131,6 +134,7 @@ impl MountOptions {
         match name {
             "allow_other" | "allow-other" => self.allow_other = true,
             "direct_io" => self.direct_io = true,
+            "nofail" => self.nofail = true,
             _ if words::IGNORED.contains(&name) => {}
             _ if words::WITH_VALUE.contains(&name) => {
                 return Err(Fault::Wrong(Error::usage(format!("option '{name}' needs a value: {name}=..."))));

@@ -95,7 +95,11 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
 }
 
-fn remove_stale(directory: &Path) -> io::Result<()> {
+/// Removes the records of daemons that were killed.
+///
+/// # Errors
+/// When the directory cannot be read or written.
+pub fn remove_stale(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         let Ok(file) = open(&path) else { continue };

@@ -70,7 +70,7 @@ impl Service<'_> {
         log::info!("{} is unmounted", mounted.dir().display());
         drop(self.hooks);
         // A request may still be at work: what it holds of a pool is released before the process ends.
-        crate::source::thin::snapshot::finish();
+        crate::source::thin::held::finish();
         drop(record);
         result
     }

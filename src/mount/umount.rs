@@ -53,6 +53,10 @@ fn run(name: &str, request: UmountRequest) -> Result<u8> {
     // Looked up before the unmount: after it, the number may be another mount's.
     let daemon = if others || request.lazy { None } else { daemon_of(&mount) };
     namespace.within(|| unmount(&mount.point, &request))?;
+    if let Some(records) = record::directory() {
+        // What a killed daemon left; if it stays, the next mount removes it.
+        let _ = record::remove_stale(&records);
+    }
     if request.verbose {
         eprintln!("{name}: {} unmounted", mount.point.display());
     }

@@ -58,7 +58,6 @@ pub const IGNORED: &[&str] = &[
     "group",
     "nogroup",
     "_netdev",
-    "nofail",
     "nonempty",
     "default_permissions",
 ];
@@ -72,11 +71,11 @@ pub const REFUSED: &[(&str, &str)] = &[
     ("auto_unmount", "the daemon unmounts when it is told to end; auto_unmount can unmount what others put there"),
 ];
 
-/// Our own words that take a value.
+/// Words that we act on and that take a value.
 pub const WITH_VALUE: &[&str] = &["uid", "gid", "mode", "umask", "max_read", "map_cache", "thin_metadata", "nbd"];
 
-/// Our own words that take none.
-pub const PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io"];
+/// Words that we act on and that take none.
+pub const PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io", "nofail"];
 
 /// The known words that a misspelt `word` may have meant, nearest first.
 pub fn near(word: &str) -> Vec<&'static str> {
@@ -127,7 +126,7 @@ mod tests {
     #[test]
     fn the_man_page_names_our_words() {
         let page = include_str!("../../mount-helpers/man/mount.blkholefs.8");
-        for word in [WITH_VALUE, &["allow_other", "direct_io"]].concat() {
+        for word in [WITH_VALUE, &["allow_other", "direct_io", "nofail"]].concat() {
             let lists = |line: &str| line.split([' ', '=', '\\']).any(|part| part == word);
             assert!(page.lines().any(|line| line.starts_with(".B") && lists(line)), "{word}");
         }

@@ -8,8 +8,8 @@
 //! | linear | those of the leg |
 //! | raid4, raid5, raid6, other layouts and levels | none |
 //!
-//! An array that is degraded, that resyncs, reshapes or checks itself, or that is anything else than running and idle, is
-//! dense. All that is known of an array is read from sysfs (`Documentation/admin-guide/md.rst`).
+//! An array that is degraded, that resyncs, reshapes or checks itself, or that is anything else than running and idle,
+//! is dense. All that is known of an array is read from sysfs (`Documentation/admin-guide/md.rst`).
 
 mod array;
 
@@ -40,7 +40,10 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
         Ok((holes_from, map, below)) => {
             Layer { name: device.name(), kind, holes_from: holes_from.to_owned(), map, below }
         }
-        Err(reason) => dense::layer(device.name(), kind, device.len, reason),
+        Err(reason) => {
+            let reason = format!("{kind}: {reason}");
+            dense::layer(device.name(), kind, device.len, reason)
+        }
     }
 }
 
@@ -71,7 +74,7 @@ fn legs_of(array: &Array, len: Bytes, resolver: &mut Resolver<'_>) -> Result<Kno
         "raid10" => ("where all legs of a chunk have one", Arc::new(raid10(array, legs, len)?)),
         "raid0" => ("the legs it stripes over", Arc::new(raid0(array, legs, len)?)),
         "linear" => ("its legs", Arc::new(linear(legs, len)?)),
-        level => return Err(format!("holes under md {level} are not known to read as zeros")),
+        _ => return Err("holes below are not known to read as zeros".to_owned()),
     };
     Ok((holes_from, map, below))
 }

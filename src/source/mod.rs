@@ -9,7 +9,7 @@
 //!
 //! | device | source | holes come from |
 //! |---|---|---|
-//! | regular file | [`file`] | SEEK_DATA and SEEK_HOLE on a private descriptor |
+//! | regular file | [`file`](mod@file) | SEEK_DATA and SEEK_HOLE on a private descriptor |
 //! | loop device | [`loop_device`] | its backing file or device |
 //! | partition | [`partition`] | its disk |
 //! | device-mapper | [`dm`] | its table's targets |

@@ -27,10 +27,10 @@ const NBD_MAJOR: u32 = 43;
 pub struct Context {
     /// What device-mapper sources share.
     pub dm: dm::Shared,
-    /// The export that the kernel's NBD device is connected to.
-    pub nbd: Option<nbd::Export>,
     /// What readers of live thin pools share.
     pub thin: thin::pool::Locks,
+    /// The export that the kernel's NBD device is connected to.
+    pub nbd: Option<nbd::Export>,
 }
 
 /// A device, all the way down.

@@ -1,8 +1,8 @@
 //! A bound on how long a disk or a server can keep one question busy.
 //!
-//! The end of a run is found by asking again where an answer ends, and the other side decides how little each answer says. One
-//! that tells a run block by block would hold a single lseek for hours. So the time that was spent on a run is carried
-//! from where an answer ended to the question that goes on there.
+//! The end of a run is found by asking again where an answer ends, and the other side decides how little each answer
+//! says. One that tells a run block by block would hold a single lseek for hours. So the time that was spent on a run
+//! is carried from where an answer ended to the question that goes on there.
 
 use std::collections::VecDeque;
 use std::time::Duration;

@@ -82,13 +82,18 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A pool for `size` bytes of data in blocks of `block` bytes, with `features` words as the table takes them.
+    /// A pool for `size` bytes of data in blocks of `block` bytes.
     pub fn new(size: u64, block: u64) -> Self {
-        let images = [Image::new(size), Image::new(16 << 20)];
+        Self::with_metadata(size, block, 16 << 20)
+    }
+
+    /// [`Pool::new`] with so many bytes for metadata. Writes that find no space fail.
+    pub fn with_metadata(size: u64, block: u64, metadata: u64) -> Self {
+        let images = [Image::new(size), Image::new(metadata)];
         let data = Loop::new(images[0].path());
         let metadata = Loop::new(images[1].path());
         let pool = Dm::new(&format!(
-            "0 {} thin-pool {} {} {} 0 1 skip_block_zeroing",
+            "0 {} thin-pool {} {} {} 0 2 skip_block_zeroing error_if_no_space",
             size / 512,
             metadata.path().display(),
             data.path().display(),

@@ -75,7 +75,22 @@ impl Bench {
 
     /// Unmounts `mnt` with the helper.
     pub fn umount(&self) {
-        self.run("umount.blkholefs", [self.mnt()]).succeeds();
+        self.umount_by(&[self.mnt()]);
+    }
+
+    /// Unmounts with these words for the helper.
+    pub fn umount_by(&self, words: &[PathBuf]) {
+        let mut ran = self.run("umount.blkholefs", words);
+        // A program that another test is about to start holds the files of this process until its exec(2).
+        let ended = wait_until(|| {
+            let busy = ran.err.contains("busy");
+            if busy {
+                ran = self.run("umount.blkholefs", words);
+            }
+            !busy
+        });
+        assert!(ended, "{ran:?}");
+        ran.succeeds();
     }
 
     /// The fields of the mount table's line for `mnt`.

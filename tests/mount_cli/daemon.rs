@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use crate::bench::{Bench, Ran, mount_at};
 use crate::common::check::check;
-use crate::common::{requires_root, wait_until};
+use crate::common::{requires, requires_root, wait_until};
 
 fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).expect("the daemon runs");
@@ -122,10 +122,34 @@ fn killed_daemon_can_be_unmounted() {
     signal(daemon, Signal::SIGKILL);
     assert!(wait_until(|| fs::metadata(bench.mnt()).is_err()));
     bench.run("mount.blkholefs", [device, "mnt"]).fails(32, "already mounted here");
+    let record = format!("/run/blkholefs/{}", bench.mounted().unwrap()[2].replace(':', "-"));
+    let names_it = || fs::read_to_string(&record).unwrap_or_default().trim_end() == daemon.to_string();
     bench.umount();
+    assert!(!names_it(), "{record}");
     bench.mount(&[]);
     check(&bench.file(), bench.device.path());
     bench.umount();
+}
+
+/// The command is killed while the kernel still mounts: nobody knows of the mount, so the daemon takes it away.
+#[test]
+fn interrupted_command_leaves_nothing() {
+    if !requires_root() || !requires(&["strace"]) {
+        return;
+    }
+    let bench = Bench::new();
+    let mut command = Command::new("strace");
+    command.args(["-f", "-o", "trace", "-e", "trace=mount", "-e", "inject=mount:delay_enter=1s"]);
+    command.arg(bench.bin("mount.blkholefs")).arg(bench.device.path()).arg(bench.mnt());
+    let mut tracer = command.current_dir(bench.path("")).stderr(Stdio::null()).spawn().unwrap();
+    let trace = || fs::read_to_string(bench.path("trace")).unwrap_or_default();
+    assert!(wait_until(|| trace().contains(" mount(")), "{}", trace());
+    let children = format!("/proc/{0}/task/{0}/children", tracer.id());
+    let helper = fs::read_to_string(children).unwrap().trim_end().parse().expect("strace has one child");
+    signal(helper, Signal::SIGKILL);
+    tracer.wait().unwrap();
+    assert!(trace().contains("+++ exited with 8 +++"), "{}", trace());
+    bench.assert_nothing_left();
 }
 
 #[test]
@@ -227,7 +251,7 @@ fn other_namespace() {
     bench.run("mount.blkholefs", [device, "mnt", "-N", &namespace]).succeeds();
     assert!(there().is_some() && bench.mounted().is_none());
     check(format!("/proc/{pid}/root{}", bench.file().display()).as_ref(), bench.device.path());
-    bench.run("umount.blkholefs", ["mnt", "-N", &namespace]).succeeds();
+    bench.umount_by(&["mnt".into(), "-N".into(), namespace.clone().into()]);
     assert_eq!(there(), None);
     bench.assert_nothing_left();
 

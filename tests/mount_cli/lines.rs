@@ -1,11 +1,11 @@
 //! Command lines: what each word does, and what a wrong one says.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt as _;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use crate::bench::{Bench, Ran};
 use crate::common::check::check;
-use crate::common::requires_root;
+use crate::common::{MIB, image, requires_root};
 
 #[test]
 fn helper_mounts_with_type_source_and_flags() {
@@ -39,6 +39,27 @@ fn words_reach_the_mount() {
     assert_eq!(line[5], "ro,nodev,noatime");
     assert_eq!(line[line.len() - 1], "ro,user_id=0,group_id=0,default_permissions,allow_other,max_read=65536");
     assert_eq!(fs::metadata(bench.file()).unwrap().mode() & 0o077, 0);
+    bench.umount();
+}
+
+/// With `direct_io` the mount keeps no bytes: an open file shows what was written since.
+#[test]
+fn direct_io_keeps_no_bytes() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    bench.mount(&["-o", "direct_io"]);
+    check(&bench.file(), bench.device.path());
+    let file = File::open(bench.file()).unwrap();
+    let hole = MIB / 4..MIB / 2;
+    let mut bytes = [1; 512];
+    file.read_exact_at(&mut bytes, hole.start).unwrap();
+    assert_eq!(bytes, [0; 512]);
+    image::write(bench.device.path(), hole.clone());
+    file.read_exact_at(&mut bytes, hole.start).unwrap();
+    assert_ne!(bytes, [0; 512]);
+    drop(file);
     bench.umount();
 }
 
@@ -187,7 +208,7 @@ fn odd_names() {
         let listed = Ran::of(std::process::Command::new("findmnt").args(["-no", "SOURCE"]).arg(bench.mnt()));
         // findmnt writes what is no printable character as \x and two digits.
         assert_eq!(listed.out.trim_end().replace("\\x0a", "\n"), image.to_str().unwrap(), "{listed:?}");
-        bench.run("umount.blkholefs", ["--".into(), image]).succeeds();
+        bench.umount_by(&["--".into(), image]);
         bench.assert_nothing_left();
     }
 }

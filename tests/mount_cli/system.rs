@@ -67,6 +67,21 @@ fn fstab_line_works_twice_in_a_row() {
     assert_eq!((ran.out, ran.err), (expected, String::new()));
 }
 
+/// As for every file system: a device that is not plugged in is no failure, one that cannot be mounted is.
+#[test]
+fn nofail_is_for_missing_devices() {
+    if !requirements() {
+        return;
+    }
+    let bench = Bench::new();
+    let missing = bench.fstab_line("ro,nofail").replace(bench.device.path().to_str().unwrap(), "/dev/nonexistent");
+    bench.script(&missing, "mount -a -T fstab; ! mountpoint -q mnt");
+    let wrong = bench.script(&bench.fstab_line("ro,nofail,frob"), "mount -a -T fstab || echo $?");
+    assert!(wrong.out == "32\n" && wrong.err.contains("frob"), "{wrong:?}");
+    let required = missing.replace(",nofail", "");
+    assert_eq!(bench.script(&required, "mount -a -T fstab || echo $?").out, "32\n");
+}
+
 #[test]
 fn mount_by_type_and_by_subtype() {
     if !requirements() {

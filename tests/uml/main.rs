@@ -18,3 +18,4 @@ mod scsi;
 mod suspended;
 mod targets;
 mod thin;
+mod thin_stress;

@@ -45,7 +45,7 @@ fn maps_are_the_disks_whatever_its_blocks_and_granularity() {
         assert_eq!(stack.map().dense_because(), None);
         assert_eq!(map(&stack), [Extent(Kind::Hole, 0..SIZE)], "a new disk");
         let mut random = Random::new(Random::seed_or(sector + granularity));
-        for round in 1..=12 {
+        for round in 1..=8 {
             let range = random.range(SIZE, 4 * KIB);
             if random.one_in(3) {
                 discard(disk.path(), &range);

@@ -34,7 +34,7 @@ pub fn mirror(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
 pub fn raid(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let level = asked.target.params.split_ascii_whitespace().next().unwrap_or_default();
     if level != "raid1" {
-        return Err(format!("holes under dm-raid with level {level} are not known to read as zeros"));
+        return Err(format!("holes under level {level} are not known to read as zeros"));
     }
     let legs = asked.params(params::raid1)?;
     let status = asked.guarded_status(all_of_it, resolver)?;
@@ -44,11 +44,13 @@ pub fn raid(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     where_all_have(asked, &legs, "where all legs have one", resolver)
 }
 
-/// A copy that is made while it is used: regions that were copied are read from the destination, others from the source.
+/// A copy that is made while it is used: regions that were copied are read from the destination, others from the
+/// source.
 ///
-/// Both are asked, the source first. A region that was copied by the time the source was asked is at the destination, and
-/// one that was not copied by the time the destination was asked is at the source. One that was copied between the two
-/// was at the source when that was asked. So where both have a hole, there was a time in between when it read as zeros.
+/// Both are asked, the source first. A region that was copied by the time the source was asked is at the destination,
+/// and one that was not copied by the time the destination was asked is at the source. One that was copied between the
+/// two was at the source when that was asked. So where both have a hole, there was a time in between when it read as
+/// zeros.
 pub fn clone(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let devices = asked.params(params::cloning)?;
     // What is copied only ever grows, so nothing of the status has to stay; but a device that failed reads nothing.

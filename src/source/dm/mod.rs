@@ -11,7 +11,7 @@
 //! | clone | those of the destination when all is copied; before, where source and destination both have one |
 //! | snapshot (store P or PO) | those of the origin, where the store has no exception |
 //! | zero | all of it: it reads as zeros, and drops what is written |
-//! | thin | unmapped blocks, see [`thin`](crate::source::thin) |
+//! | thin | unmapped blocks, see [`thin`] |
 //! | snapshot (store N) | none: its exceptions are in the kernel's memory only |
 //! | crypt, integrity, verity | none: zeros below are not zeros above |
 //! | cache, writecache, vdo | none: what is below is not what is read |
@@ -23,7 +23,7 @@ mod copies;
 pub mod exceptions;
 pub mod params;
 mod passing;
-mod segment;
+pub(super) mod segment;
 mod snapshot;
 mod targets;
 
@@ -51,7 +51,7 @@ impl Shared {
     pub fn control(&self) -> Option<Arc<Control>> {
         let open = || Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok();
         // The first chance to release what an earlier process left held.
-        let open = || open().inspect(thin::snapshot::recover).map(Arc::new);
+        let open = || open().inspect(thin::held::recover).map(Arc::new);
         self.control.get_or_init(open).clone()
     }
 }

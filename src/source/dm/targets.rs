@@ -17,9 +17,6 @@ pub fn layer(name: &str, device: &BlockDevice, target: &TableTarget, resolver: &
     let Some(len) = target.len.bytes() else {
         return dense::layer(name, kind, device.len, "its length is out of range");
     };
-    if target.kind == "thin" {
-        return thin(name, device, target, len, resolver);
-    }
     match segment(&Asked { device, target, len }, resolver) {
         Ok(segment) => Layer {
             name: name.to_owned(),
@@ -28,7 +25,10 @@ pub fn layer(name: &str, device: &BlockDevice, target: &TableTarget, resolver: &
             map: segment.map,
             below: segment.below,
         },
-        Err(reason) => dense::layer(name, kind, len, reason),
+        Err(reason) => {
+            let reason = format!("{kind}: {reason}");
+            dense::layer(name, kind, len, reason)
+        }
     }
 }
 
@@ -37,6 +37,7 @@ fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
         "linear" => asked.passed_to(asked.params(params::linear)?, "the device it maps to", resolver),
         "striped" => stripe(asked, resolver),
         "zero" => Ok(Segment::new("it reads as zeros", Uniform { len: asked.len, kind: Kind::Hole }, Vec::new())),
+        "thin" => volume::segment(asked, resolver),
         "delay" => passing::delay(asked, resolver),
         "flakey" => passing::flakey(asked, resolver),
         "unstriped" => passing::unstriped(asked, resolver),
@@ -61,16 +62,9 @@ fn dense_reason(kind: &str) -> String {
         "cache" => "blocks are read from the cache or the origin, and only its metadata tells which",
         "writecache" => "what was written may be in the cache only",
         "vdo" => "it does not tell which blocks are mapped",
-        other => return format!("holes under dm-{other} are not known to read as zeros"),
+        _ => "holes below are not known to read as zeros",
     };
     reason.to_owned()
-}
-
-fn thin(name: &str, device: &BlockDevice, target: &TableTarget, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
-    match resolver.context.dm.control() {
-        Some(control) => volume::layer(name, device, target, len, control, resolver),
-        None => dense::layer(name, "dm-thin", len, "reading its pool needs root and /dev/mapper/control"),
-    }
 }
 
 fn stripe(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {

@@ -1,9 +1,9 @@
 //! SCSI disks: GET LBA STATUS tells which blocks have no storage behind them.
 //!
-//! A hole needs two promises. The disk promises in READ CAPACITY(16), and in VPD page B2h where it has one, that a block
-//! without storage reads as zeros; and it says of this block, now, that it is deallocated or anchored. The second is
-//! asked each time a hole is claimed, because a disk in a storage network has other writers than this host, which move
-//! no counter here. Only data is remembered, for a short while: that is allowed whatever they do.
+//! A hole needs two promises. The disk promises in READ CAPACITY(16), and in VPD page B2h where it has one, that a
+//! block without storage reads as zeros; and it says of this block, now, that it is deallocated or anchored. The second
+//! is asked each time a hole is claimed, because a disk in a storage network has other writers than this host, which
+//! move no counter here. Only data is remembered, for a short while: that is allowed whatever they do.
 //!
 //! A disk that cannot keep a promise, or fails a command, is not asked again as long as the map lives.
 

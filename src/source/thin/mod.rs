@@ -11,6 +11,7 @@
 
 pub mod error;
 pub mod guard;
+pub mod held;
 pub mod lookup;
 pub mod metadata;
 pub mod node;
@@ -18,7 +19,6 @@ pub mod offline;
 pub mod params;
 pub mod pool;
 pub mod reader;
-pub mod snapshot;
 pub mod superblock;
 pub mod volume;
 pub mod walk;

@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use log::debug;
 
 use super::error::{Result as ThinResult, ThinError};
+use super::held::Snapshot;
 use super::metadata::{Metadata, read_superblock};
 use super::params::{self, Mode, PoolTable};
 use super::reader::MetadataReader;
-use super::snapshot::Snapshot;
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result, plain};
 use crate::map::FillMap;

@@ -9,54 +9,41 @@ use super::pool::{NoMap, Pool};
 use super::{DataBlockSize, ThinId};
 use crate::error::plain;
 use crate::map::{Clip, Concat, FillMap, HoleMap, Kind, Overlay, Run, Uniform};
-use crate::source::device::BlockDevice;
-use crate::source::{Layer, Resolver, dense};
-use crate::sys::dm::{Commit, Control, TableTarget};
+use crate::source::dm::segment::{Asked, Known, Segment};
+use crate::source::{Layer, Resolver};
+use crate::sys::dm::{Commit, Control};
 use crate::units::Bytes;
 
-/// What a thin device is called in a layer.
-const KIND: &str = "dm-thin";
-
-/// The layer of a segment of `len` bytes that is the target `thin`.
-pub fn layer(
-    name: &str,
-    device: &BlockDevice,
-    target: &TableTarget,
-    len: Bytes,
-    control: Arc<Control>,
-    resolver: &mut Resolver<'_>,
-) -> Layer {
-    match volume(device, target, len, control, resolver) {
-        Ok((volume, origin)) => stacked(name, Arc::new(volume), origin, len),
-        Err(reason) => dense::layer(name, KIND, len, reason),
+/// The segment of a device that is the target `thin`.
+///
+/// # Errors
+/// Why it is dense.
+pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
+    let table = asked.params(params::thin_table)?;
+    let control = resolver.context.dm.control().ok_or("device-mapper does not answer")?;
+    // Before anything is read of the device: a write from here on makes the map void.
+    let again = Arc::new(AtomicBool::new(false));
+    let guard = WriteGuard::new(asked.device, again.clone());
+    resolver.guard(guard.map_err(|error| format!("cannot use its I/O counters: {}", plain(&error)))?);
+    let mapped = mapped(asked, &control)?;
+    let block = pool_block(&control, &table)?;
+    // A write to the device may wait for its pool, so no write-back is tried while that is suspended.
+    resolver.waits_on(table.pool);
+    let pool = Pool::new(control, table.pool, &resolver.context.thin);
+    let volume = Volume { pool, id: table.id, len: asked.len, block, mapped, map: OnceLock::new(), again };
+    match table.origin.map(|origin| resolver.device(origin, asked.len)) {
+        Some(origin) => over_origin(volume, origin),
+        None => Ok(Segment::new("the mapping tree of its pool", volume, Vec::new())),
     }
 }
 
-/// The device's own map, and its external origin; or why there is none.
-fn volume(
-    device: &BlockDevice,
-    target: &TableTarget,
-    len: Bytes,
-    control: Arc<Control>,
-    resolver: &mut Resolver<'_>,
-) -> Result<(Volume, Option<Arc<Layer>>), String> {
-    let table = params::thin_table(&target.params)
-        .ok_or_else(|| format!("its arguments are not understood: {}", target.params))?;
-    // Before anything is read of the device: a write from here on makes the map void.
-    let again = Arc::new(AtomicBool::new(false));
-    let guard = WriteGuard::new(device, again.clone());
-    resolver.guard(guard.map_err(|error| format!("cannot use its I/O counters: {}", plain(&error)))?);
-    let status = control.status(device.id, Commit::No);
+/// What the device's status tells.
+fn mapped(asked: &Asked<'_>, control: &Control) -> Result<Mapped, String> {
+    let status = control.status(asked.device.id, Commit::No);
     let status = status.map_err(|error| format!("cannot read its status: {}", plain(&error)))?;
-    let line = status.targets.iter().find(|line| line.start == target.start && line.kind == target.kind);
+    let line = status.targets.iter().find(|line| line.start == asked.target.start);
     let line = line.map(|line| line.params.as_str()).unwrap_or_default();
-    let mapped = params::thin_status(line).ok_or_else(|| format!("its status is: {line}"))?;
-    let block = pool_block(&control, &table)?;
-    // A write to the device may wait for its pool, so a write-back must not be tried while that is suspended.
-    resolver.waits_on(table.pool);
-    let pool = Pool::new(control, table.pool, &resolver.context.thin);
-    let origin = table.origin.map(|origin| resolver.device(origin, len));
-    Ok((Volume { pool, id: table.id, len, block, mapped, map: OnceLock::new(), again }, origin))
+    params::thin_status(line).ok_or_else(|| format!("its status is: {line}"))
 }
 
 fn pool_block(control: &Control, table: &ThinTable) -> Result<DataBlockSize, String> {
@@ -66,25 +53,16 @@ fn pool_block(control: &Control, table: &ThinTable) -> Result<DataBlockSize, Str
     Ok(pool.block)
 }
 
-/// The volume, over its external origin where it has one: a range is a hole where neither has data. Behind its end an
-/// origin reads as zeros (`Documentation/admin-guide/device-mapper/thin-provisioning.rst`).
-fn stacked(name: &str, volume: Arc<Volume>, origin: Option<Arc<Layer>>, len: Bytes) -> Layer {
-    let holes_from = "the mapping tree of its pool";
-    let Some(origin) = origin else { return of_map(name, holes_from, volume, Vec::new()) };
+/// The volume over its external origin: a range is a hole where neither has data. Behind its end an origin reads as
+/// zeros (`Documentation/admin-guide/device-mapper/thin-provisioning.rst`).
+fn over_origin(volume: Volume, origin: Arc<Layer>) -> Known {
+    let len = volume.len;
     let shown = origin.len().min(len);
-    let rest = Uniform { len: len.saturating_sub(shown), kind: Kind::Hole };
     let below = Clip { inner: origin.map.clone(), start: Bytes::ZERO, len: shown };
-    match Concat::new(vec![Arc::new(below), Arc::new(rest)]) {
-        Some(below) => {
-            let map = Arc::new(Overlay { layers: vec![volume, Arc::new(below)], len });
-            of_map(name, "the mapping tree of its pool, and its external origin", map, vec![origin])
-        }
-        None => dense::layer(name, KIND, len, "its length is out of range"),
-    }
-}
-
-fn of_map(name: &str, holes_from: &str, map: Arc<dyn HoleMap>, below: Vec<Arc<Layer>>) -> Layer {
-    Layer { name: name.to_owned(), kind: KIND.to_owned(), holes_from: holes_from.to_owned(), map, below }
+    let rest = Uniform { len: len.saturating_sub(shown), kind: Kind::Hole };
+    let below = Concat::new(vec![Arc::new(below), Arc::new(rest)]).ok_or("its length is out of range")?;
+    let map = Overlay { layers: vec![Arc::new(volume), Arc::new(below)], len };
+    Ok(Segment::new("the mapping tree of its pool, and its external origin", map, vec![origin]))
 }
 
 /// A thin device. Reading its tree waits for the first question about a hole: what stat(2) tells is in its status.

@@ -1,0 +1,211 @@
+//! Thin pools that are busy, full, and read by others too: no wrong hole, nothing left in the pool, its metadata sound.
+
+use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crate::common::check::{Kind, check, map_holes};
+use crate::common::dm::{Dm, Pool};
+use crate::common::freshness::{race, writers};
+use crate::common::image::{open_for_writing, write};
+use crate::common::mount::Mount;
+use crate::common::random::Random;
+use crate::common::{MIB, assert_becomes, try_run};
+
+const BLOCK: u64 = 64 * 1024;
+const SIZE: u64 = 24 * MIB;
+
+/// Ends the loops of other threads when it goes, by a panic too.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Several volumes of one pool, all written at once, and snapshots that come and go; meanwhile another tool takes and
+/// releases the one metadata snapshot that a pool has.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn everyone_at_once() {
+    let pool = Pool::new(160 * MIB, BLOCK);
+    let volumes: Vec<Dm> = (0..3).map(|id| pool.thin(id, SIZE)).collect();
+    let mounts: Vec<Mount> = volumes.iter().map(|volume| Mount::new(volume.path())).collect();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let writing: Vec<_> = mounts
+            .iter()
+            .zip(&volumes)
+            .map(|(mount, volume)| scope.spawn(|| writers(mount.file(), volume.path(), SIZE, 25)))
+            .collect();
+        let snapshots = scope.spawn(|| snapshots(&pool, &volumes[0], &done));
+        let other_tool = scope.spawn(|| metadata_snapshots(&pool, &done));
+        let ends = Ends(&done);
+        let results: Vec<_> = writing.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        drop(ends);
+        assert!(snapshots.join().expect("snapshots are right") > 0);
+        assert!(other_tool.join().expect("the other tool is not disturbed") > 0);
+        assert!(results.iter().all(Result::is_ok), "a wrong hole");
+    });
+    for (mount, volume) in mounts.iter().zip(&volumes) {
+        check(mount.file(), volume.path());
+        // Not all of it has been written: when the pool is quiet its holes are seen again.
+        assert_becomes(&true, || map_holes(mount.file()).iter().any(|extent| extent.0 == Kind::Hole));
+    }
+    drop(mounts);
+    assert_eq!(pool.held_root(), None, "{}", pool.dm().status());
+    drop(volumes);
+    pool.thin_check();
+}
+
+/// Makes, checks and deletes snapshots of a volume that is written; returns how many.
+fn snapshots(pool: &Pool, origin: &Dm, done: &AtomicBool) -> u32 {
+    let mut made = 0;
+    while !done.load(Ordering::SeqCst) {
+        let snapshot = pool.snapshot(100 + made, origin, 0);
+        let mount = Mount::new(snapshot.path());
+        check(mount.file(), snapshot.path());
+        write(snapshot.path(), 0..4096);
+        check(mount.file(), snapshot.path());
+        drop(mount);
+        drop(snapshot);
+        pool.delete(100 + made);
+        made += 1;
+    }
+    made
+}
+
+/// Takes and releases the metadata snapshot, as another tool would; returns how often.
+fn metadata_snapshots(pool: &Pool, done: &AtomicBool) -> u32 {
+    let mut taken = 0;
+    while !done.load(Ordering::SeqCst) {
+        // The program under test may have it for a moment.
+        if try_run("dmsetup", ["message", pool.dm().name(), "0", "reserve_metadata_snap"], "").is_ok() {
+            assert!(pool.held_root().is_some(), "someone released what is ours");
+            pool.dm().message("release_metadata_snap");
+            taken += 1;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    taken
+}
+
+/// Daemons that die at any moment leave nothing in the pool that the next one does not clear away.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn killed_daemons() {
+    let pool = Pool::new(64 * MIB, BLOCK);
+    let thin = pool.thin(0, SIZE);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let writing = scope.spawn(|| {
+            let mut random = Random::new(1);
+            while !done.load(Ordering::SeqCst) {
+                let start = random.within(0..SIZE / BLOCK) * BLOCK;
+                write(thin.path(), start..start + 4096);
+            }
+        });
+        let ends = Ends(&done);
+        let mut random = Random::new(2);
+        for _ in 0..8 {
+            let mut mount = Mount::new(thin.path());
+            let file = mount.file().to_owned();
+            let looking = scope.spawn(move || while std::fs::metadata(&file).is_ok() {});
+            thread::sleep(Duration::from_millis(random.within(0..100)));
+            mount.kill();
+            looking.join().expect("looking ends with the daemon");
+        }
+        drop(ends);
+        writing.join().expect("writes succeed");
+    });
+    let mount = Mount::new(thin.path());
+    check(mount.file(), thin.path());
+    drop(mount);
+    assert_eq!(pool.held_root(), None, "{}", pool.dm().status());
+    drop(thin);
+    pool.thin_check();
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn no_space_for_data() {
+    let pool = Pool::new(4 * MIB, BLOCK);
+    let thin = pool.thin(0, 64 * MIB);
+    let mount = Mount::new(thin.path());
+    let full = (0..64).find(|n| {
+        let file = open_for_writing(thin.path());
+        file.write_all_at(&[1; 4096], n * MIB).and_then(|()| file.sync_data()).is_err()
+            || (1..8).any(|m| {
+                let within = file.write_all_at(&[1; 4096], n * MIB + m * BLOCK);
+                within.and_then(|()| file.sync_data()).is_err()
+            })
+    });
+    assert!(full.is_some(), "the pool takes more than it has: {}", pool.dm().status());
+    assert!(pool.dm().status().contains("out_of_data_space"), "{}", pool.dm().status());
+    check(mount.file(), thin.path());
+    let map = map_holes(mount.file());
+    assert!(map.len() > 1, "holes are known all the same: {map:?}, {}", mount.log());
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn no_space_for_metadata() {
+    let pool = Pool::with_metadata(512 * MIB, BLOCK, 128 * 4096);
+    let size = 256 * MIB;
+    let thin = pool.thin(0, size);
+    let mount = Mount::new(thin.path());
+    // A snapshot makes the next write copy the path to its mapping.
+    let mut snapshots = Vec::new();
+    let mut random = Random::new(1);
+    for id in 1..200 {
+        let file = open_for_writing(thin.path());
+        let start = random.within(0..size / BLOCK) * BLOCK;
+        let written = file.write_all_at(&[1; 4096], start).and_then(|()| file.sync_data());
+        let created = try_run("dmsetup", ["message", pool.dm().name(), "0", &format!("create_snap {id} 0")], "");
+        if written.is_err() || created.is_err() {
+            break;
+        }
+        snapshots.push(id);
+    }
+    let status = pool.dm().status();
+    assert!(status.contains(" ro ") || status.contains("Fail"), "after {} snapshots: {status}", snapshots.len());
+    check(mount.file(), thin.path());
+    drop(mount);
+    // And for a daemon that never saw it in a better state.
+    let mount = Mount::new(thin.path());
+    check(mount.file(), thin.path());
+    assert!(map_holes(mount.file()).len() > 1, "a pool that takes no writes can be read: {}", mount.log());
+}
+
+/// A pool that commits all the time.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn pool_that_commits_all_the_time() {
+    let pool = Pool::new(64 * MIB, BLOCK);
+    let thin = pool.thin(0, SIZE);
+    let noise = pool.thin(1, SIZE);
+    let mount = Mount::new(thin.path());
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let committing = scope.spawn(|| {
+            let file = open_for_writing(noise.path());
+            let mut random = Random::new(3);
+            while !done.load(Ordering::SeqCst) {
+                let start = random.within(0..SIZE / BLOCK) * BLOCK;
+                file.write_all_at(&[1; 512], start).expect("a write inside the device");
+                file.sync_all().expect("a flush, and so a commit");
+                try_run("dmsetup", ["status", pool.dm().name()], "").expect("a status, and so a commit");
+            }
+        });
+        let ends = Ends(&done);
+        race(mount.file(), thin.path(), SIZE, 25);
+        drop(ends);
+        committing.join().expect("the noise succeeds");
+    });
+    drop(mount);
+    assert_eq!(pool.held_root(), None, "{}", pool.dm().status());
+    drop((thin, noise));
+    pool.thin_check();
+}
