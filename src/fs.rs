@@ -6,6 +6,7 @@
 mod attributes;
 mod change;
 mod nodes;
+mod open;
 mod spec;
 
 pub use attributes::{Attributes, FileKind};
@@ -16,18 +17,20 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{debug, info};
 
 use crate::error::{Error, Result};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
+use crate::source::backing::{Identity, Node};
 use crate::source::nbd::{Export, Uri};
 use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
 use nodes::Nodes;
+use open::{Open, OpenFiles};
 
 /// What the user chose for the whole mount.
 #[derive(Clone, Debug, Default)]
@@ -69,18 +72,14 @@ pub struct FileSystem {
     maps: Arc<MapCache>,
     nodes: Nodes,
     changes: Changes,
-    open: RwLock<HashMap<u64, Arc<Open>>>,
+    open: OpenFiles,
     /// The handle of each device that is open, by inode: several opens share it.
-    handles: Mutex<HashMap<Ino, Shared>>,
+    handles: Mutex<Handles>,
     listings: Mutex<HashMap<u64, Arc<[Entry]>>>,
     next_fh: AtomicU64,
 }
 
-/// One open file.
-struct Open {
-    ino: Ino,
-    handle: Arc<Handle>,
-}
+type Handles = HashMap<Ino, Shared>;
 
 /// A handle and how many opens it has.
 struct Shared {
@@ -103,7 +102,7 @@ impl FileSystem {
             context: Arc::new(context),
             maps: Arc::new(MapCache::new(options.map_cache)),
             changes: Changes::default(),
-            open: RwLock::default(),
+            open: OpenFiles::default(),
             handles: Mutex::default(),
             listings: Mutex::default(),
             next_fh: AtomicU64::new(1),
@@ -131,42 +130,64 @@ impl FileSystem {
         let directory = self.nodes.path(parent)?;
         let path = self.spec.child(&directory, name).ok_or_else(not_found)?;
         let target = self.spec.target(&path)?;
-        let ino = self.nodes.ino(&path);
+        let ino = {
+            let handles = self.lock_handles();
+            self.nodes.find(&path, target.node(), |ino| handles.contains_key(&ino))
+        };
         self.attributes(ino, &target)
     }
 
-    /// The attributes of a file or directory. `fh` is the open file that they are asked through.
+    /// The attributes of a file or directory. An open file stays with its device, wherever its name leads by now.
     ///
     /// # Errors
-    /// ENOENT when it is gone, and when an open device no longer answers.
+    /// ENOENT when it is gone, ESTALE when its name is to be looked up again, and when an open device no longer answers.
     pub fn getattr(&self, ino: Ino) -> Result<Attributes> {
-        let path = self.nodes.path(ino)?;
-        let target = self.spec.target(&path)?;
-        self.attributes(ino, &target)
+        let target = self.nodes.path(ino).and_then(|path| self.spec.target(&path));
+        match self.handle_of(ino) {
+            Some(handle) => {
+                let node = target.ok().and_then(|target| target.node().copied());
+                let node = node.filter(|node| node.identity == handle.backing().identity());
+                self.of_open(ino, &handle, node)
+            }
+            None => {
+                let target = target?;
+                self.nodes.renew(ino, target.node())?;
+                self.attributes(ino, &target)
+            }
+        }
     }
 
     fn attributes(&self, ino: Ino, target: &Target) -> Result<Attributes> {
-        let place = match target {
+        let (place, node) = match target {
             Target::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
-            Target::File(place) => place,
+            Target::File(place, node) => (place, *node),
         };
+        let identity = node.and_then(|node| node.identity);
         // An open device is asked through its handle; any other is opened for as long as the answer takes.
-        let open = self.handle_of(ino).filter(|handle| place.is_of(handle.backing()));
+        let open = self.handle_of(ino).filter(|handle| is_same(handle, identity));
         let handle = match open {
             Some(handle) => handle,
             None => match self.spec.open(place) {
-                Ok(backing) => Arc::new(Handle::glance(backing, self.context.clone())),
+                Ok(backing) if backing.identity() == identity => {
+                    Arc::new(Handle::glance(backing, self.context.clone()))
+                }
+                Ok(_) => return Err(errno(libc::ESTALE)),
                 // One device that cannot be opened must not spoil the listing of the others.
                 Err(error) => {
                     debug!("{error}");
-                    let node = place.path().and_then(|path| std::fs::metadata(path).ok()).ok_or(error)?;
-                    return Ok(Attributes::unopened(ino, &node, &self.ownership));
+                    return Ok(Attributes::unopened(ino, &node.ok_or(error)?, &self.ownership));
                 }
             },
         };
+        self.of_open(ino, &handle, node)
+    }
+
+    /// The attributes of an open device, whose node was found to be `node` now.
+    fn of_open(&self, ino: Ino, handle: &Arc<Handle>, node: Option<Node>) -> Result<Attributes> {
         let has_hole = handle.has_hole()?;
         let changed = self.changes.observe(ino, handle.backing());
-        Attributes::file(ino, &handle, has_hole, changed, &self.ownership)
+        let node = node.map_or_else(|| handle.backing().node(), Ok)?;
+        Attributes::file(ino, handle, &node, has_hole, changed, &self.ownership)
     }
 
     /// Opens a directory: its entries as they are now, `.` and `..` first, so that a listing in parts is one listing.
@@ -215,28 +236,48 @@ impl FileSystem {
         if for_writing {
             return Err(errno(libc::EROFS));
         }
-        let Target::File(place) = self.spec.target(&self.nodes.path(ino)?)? else {
+        let Target::File(place, node) = self.spec.target(&self.nodes.path(ino)?)? else {
             return Err(errno(libc::EISDIR));
         };
-        let handle = self.share(ino, &place)?;
+        let handle = self.share(ino, &place, node.as_ref())?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
-        let open = Arc::new(Open { ino, handle });
-        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(fh, open);
+        self.open.insert(Fh(fh), Open { ino, handle });
         debug!("open {place:?} as {fh}");
         Ok(Fh(fh))
     }
 
     /// The handle of a device that is about to be opened once more.
-    fn share(&self, ino: Ino, place: &Place) -> Result<Arc<Handle>> {
-        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(shared) = handles.get_mut(&ino).filter(|shared| place.is_of(shared.handle.backing())) {
-            shared.opens += 1;
-            return Ok(shared.handle.clone());
+    fn share(&self, ino: Ino, place: &Place, node: Option<&Node>) -> Result<Arc<Handle>> {
+        let identity = node.and_then(|node| node.identity);
+        if let Some(handle) = self.join(&mut self.lock_handles(), ino, identity)? {
+            return Ok(handle);
         }
-        let handle = Arc::new(Handle::new(self.spec.open(place)?, self.context.clone(), self.maps.clone()));
-        handle.prepare();
-        handles.insert(ino, Shared { handle: handle.clone(), opens: 1 });
-        Ok(handle)
+        // Without the lock: a device may take long to open, and one that stands on a file of ours asks us for that.
+        let backing = self.spec.open(place)?;
+        if backing.identity() != identity {
+            return Err(errno(libc::ESTALE));
+        }
+        let new = Arc::new(Handle::new(backing, self.context.clone(), self.maps.clone()));
+        let mut handles = self.lock_handles();
+        // Another open may have been faster.
+        if let Some(handle) = self.join(&mut handles, ino, identity)? {
+            return Ok(handle);
+        }
+        self.nodes.renew(ino, node)?;
+        handles.insert(ino, Shared { handle: new.clone(), opens: 1 });
+        Ok(new)
+    }
+
+    /// Counts one more open of the device that `ino` is, if it is open; ESTALE when the name leads to another one.
+    fn join(&self, handles: &mut Handles, ino: Ino, identity: Option<Identity>) -> Result<Option<Arc<Handle>>> {
+        match handles.get_mut(&ino) {
+            Some(shared) if is_same(&shared.handle, identity) => {
+                shared.opens += 1;
+                Ok(Some(shared.handle.clone()))
+            }
+            Some(shared) if shared.handle.backing().identity() != identity => Err(errno(libc::ESTALE)),
+            _ => Ok(None),
+        }
     }
 
     /// The handle of an open file.
@@ -244,20 +285,21 @@ impl FileSystem {
     /// # Errors
     /// EBADF when there is no such open file.
     pub fn handle(&self, fh: Fh) -> Result<Arc<Handle>> {
-        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        open.get(&fh.0).map(|open| open.handle.clone()).ok_or_else(|| errno(libc::EBADF))
+        self.open.handle(fh).ok_or_else(|| errno(libc::EBADF))
     }
 
     fn handle_of(&self, ino: Ino) -> Option<Arc<Handle>> {
-        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
-        handles.get(&ino).map(|shared| shared.handle.clone())
+        self.lock_handles().get(&ino).map(|shared| shared.handle.clone())
+    }
+
+    fn lock_handles(&self) -> MutexGuard<'_, Handles> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes an open file; the device is let go with its last one, before this returns.
     pub fn release(&self, fh: Fh) {
-        let open = self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&fh.0);
-        let Some(open) = open else { return };
-        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(open) = self.open.remove(fh) else { return };
+        let mut handles = self.lock_handles();
         // The path may lead to another device by now: then the entry is not of this open.
         let last = match handles.get_mut(&open.ino) {
             Some(shared) if Arc::ptr_eq(&shared.handle, &open.handle) => {
@@ -273,20 +315,25 @@ impl FileSystem {
 
     /// Drops the maps of all open files; each is made anew when it is asked.
     pub fn drop_maps(&self) {
-        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        let handles = self.lock_handles();
         handles.values().for_each(|shared| shared.handle.drop_map());
         info!("dropped the maps of {} open devices", handles.len());
     }
 
     /// Writes what is open to the log.
     pub fn log_counters(&self) {
-        let opens = self.open.read().unwrap_or_else(PoisonError::into_inner).len();
-        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        let opens = self.open.len();
+        let handles = self.lock_handles();
         info!("{opens} open files on {} devices, maps of {} bytes", handles.len(), self.maps.used());
         for shared in handles.values() {
             info!("{}: {} opens", shared.handle.backing().name().display(), shared.opens);
         }
     }
+}
+
+/// Whether an open device is the one that an open would find now.
+fn is_same(handle: &Handle, found: Option<Identity>) -> bool {
+    handle.backing().identity() == found && handle.backing().is_current()
 }
 
 /// An error that is nothing but an errno: the kernel's own message for it says all.

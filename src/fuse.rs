@@ -1,10 +1,15 @@
 //! FUSE requests to calls of [`FileSystem`] and back: decode, call, reply, nothing else.
+//!
+//! A device may stand on a file of this very mount: a loop device over a file that is shown here, and shown here itself.
+//! So no request may keep the others from being answered. The module `crew` sees to that.
+
+mod crew;
+mod passthrough;
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use fuser::{
@@ -20,6 +25,8 @@ use crate::handle::Handle;
 use crate::map::view::Whence;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
+use crew::{Crew, is_ours};
+use passthrough::Passthrough;
 
 /// How long the kernel may keep a name: an inode number belongs to its path for good, so only removal is seen late.
 const ENTRY_TTL: Duration = Duration::from_secs(1);
@@ -30,8 +37,18 @@ const ATTRIBUTE_TTL: Duration = Duration::ZERO;
 /// Path lookups never make two inodes of one number.
 const GENERATION: Generation = Generation(0);
 
+/// Threads that answer requests. On two processors the second one halves the time of a lookup, more gain little; the
+/// last one that is free waits for no device.
+pub const SESSION_THREADS: usize = 4;
+
+/// What a request of our own to our own mount gets: nobody but us could answer it.
+const OURSELVES: Errno = Errno::EDEADLK;
+
 /// The largest read that the kernel sends, and so the most that one buffer grows to.
 const MAX_READ: u32 = 1 << 20;
+
+/// File systems below an image that is read by passthrough: one that is itself stacked, as overlayfs is, is read by us.
+const PASSTHROUGH_DEPTH: u32 = 1;
 
 thread_local! {
     /// Each session thread reads into a buffer of its own, which is kept.
@@ -41,23 +58,31 @@ thread_local! {
 /// The FUSE side of a [`FileSystem`].
 pub struct BlkHoleFs {
     fs: Arc<FileSystem>,
-    /// What the kernel is told at each open.
+    crew: Crew,
+    passthrough: Arc<Passthrough>,
+    /// What the kernel is told at each open of a file that is read through the daemon.
     open_flags: FopenFlags,
 }
 
 impl BlkHoleFs {
-    /// Serves a file system; with `direct_io` the kernel keeps no bytes of its files.
+    /// Serves a file system. With `direct_io`, what is read through the daemon bypasses the page cache of the mount.
     pub fn new(fs: Arc<FileSystem>, direct_io: bool) -> Self {
         // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
         let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
-        Self { fs, open_flags }
+        Self { fs, crew: Crew::new(SESSION_THREADS), passthrough: Arc::default(), open_flags }
+    }
+
+    /// Answers a request, so that another one can be answered meanwhile.
+    fn answer(&self, work: impl FnOnce(&FileSystem) + Send + 'static) {
+        let fs = self.fs.clone();
+        self.crew.run(move || work(&fs));
     }
 }
 
 /// The errno of a failure. What a user should know of is logged with its cause; a plain refusal is not.
 fn errno(operation: &str, error: &Error) -> Errno {
     match error.errno() {
-        code @ (libc::ENOENT | libc::EROFS | libc::EISDIR) => {
+        code @ (libc::ENOENT | libc::EROFS | libc::EISDIR | libc::ESTALE) => {
             debug!("{operation}: {error}");
             Errno::from_i32(code)
         }
@@ -105,9 +130,10 @@ fn read(handle: &Handle, offset: Bytes, size: usize, reply: ReplyData) {
 impl Filesystem for BlkHoleFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // A kernel without one of these serves all the same, only slower.
-        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO] {
+        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO, InitFlags::FUSE_PASSTHROUGH] {
             let _ = config.add_capabilities(wanted);
         }
+        let _ = config.set_max_stack_depth(PASSTHROUGH_DEPTH);
         let _ = config.set_max_write(MAX_READ);
         if let Err(most) = config.set_max_readahead(MAX_READ) {
             let _ = config.set_max_readahead(most);
@@ -115,26 +141,37 @@ impl Filesystem for BlkHoleFs {
         Ok(())
     }
 
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match self.fs.lookup(Ino(parent.0), name) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if is_ours(request.pid()) {
+            return reply.error(OURSELVES);
+        }
+        let name = name.to_owned();
+        self.answer(move |fs| match fs.lookup(Ino(parent.0), &name) {
             Ok(found) => reply.entry_with_ttls(&ATTRIBUTE_TTL, &ENTRY_TTL, &file_attr(&found), GENERATION),
             Err(error) => reply.error(errno("lookup", &error)),
-        }
+        });
     }
 
-    fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        match self.fs.getattr(Ino(ino.0)) {
+    fn getattr(&self, request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        if is_ours(request.pid()) {
+            return reply.error(OURSELVES);
+        }
+        self.answer(move |fs| match fs.getattr(Ino(ino.0)) {
             Ok(found) => reply.attr(&ATTRIBUTE_TTL, &file_attr(&found)),
             Err(error) => reply.error(errno("stat", &error)),
-        }
+        });
     }
 
-    fn open(&self, _request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        match self.fs.open(Ino(ino.0), for_writing) {
-            Ok(fh) => reply.opened(FileHandle(fh.0), self.open_flags),
-            Err(error) => reply.error(errno("open", &error)),
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        if is_ours(request.pid()) {
+            return reply.error(OURSELVES);
         }
+        let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        let (passthrough, open_flags) = (self.passthrough.clone(), self.open_flags);
+        self.answer(move |fs| match fs.open(Ino(ino.0), for_writing).and_then(|fh| Ok((fh, fs.handle(fh)?))) {
+            Ok((fh, handle)) => passthrough.open(fh, handle, open_flags, reply),
+            Err(error) => reply.error(errno("open", &error)),
+        });
     }
 
     fn read(
@@ -149,14 +186,10 @@ impl Filesystem for BlkHoleFs {
         reply: ReplyData,
     ) {
         let (offset, size) = (Bytes::new(offset), usize::try_from(size).unwrap_or(usize::MAX));
-        match self.fs.handle(Fh(fh.0)) {
+        self.answer(move |fs| match fs.handle(Fh(fh.0)) {
             Err(error) => reply.error(errno("read", &error)),
-            // The session threads serve every file: none of them may wait for one suspended device.
-            Ok(handle) if handle.would_wait() => {
-                thread::spawn(move || read(&handle, offset, size, reply));
-            }
             Ok(handle) => read(&handle, offset, size, reply),
-        }
+        });
     }
 
     fn lseek(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
@@ -167,15 +200,17 @@ impl Filesystem for BlkHoleFs {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        let found = self.fs.handle(Fh(fh.0)).and_then(|handle| handle.seek(Bytes::new(offset), whence));
-        match found {
-            Ok(Some(found)) => match i64::try_from(found.get()) {
-                Ok(found) => reply.offset(found),
-                Err(_) => reply.error(Errno::EOVERFLOW),
-            },
-            Ok(None) => reply.error(Errno::ENXIO),
-            Err(error) => reply.error(errno("lseek", &error)),
-        }
+        self.answer(move |fs| {
+            let found = fs.handle(Fh(fh.0)).and_then(|handle| handle.seek(Bytes::new(offset), whence));
+            match found {
+                Ok(Some(found)) => match i64::try_from(found.get()) {
+                    Ok(found) => reply.offset(found),
+                    Err(_) => reply.error(Errno::EOVERFLOW),
+                },
+                Ok(None) => reply.error(Errno::ENXIO),
+                Err(error) => reply.error(errno("lseek", &error)),
+            }
+        });
     }
 
     fn release(
@@ -188,8 +223,13 @@ impl Filesystem for BlkHoleFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.fs.release(Fh(fh.0));
-        reply.ok();
+        let passthrough = self.passthrough.clone();
+        // The last close of a device writes back its dirty pages.
+        self.answer(move |fs| {
+            passthrough.release(Fh(fh.0));
+            fs.release(Fh(fh.0));
+            reply.ok();
+        });
     }
 
     fn flush(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
@@ -200,11 +240,14 @@ impl Filesystem for BlkHoleFs {
         reply.ok();
     }
 
-    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        match self.fs.opendir(Ino(ino.0)) {
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        if is_ours(request.pid()) {
+            return reply.error(OURSELVES);
+        }
+        self.answer(move |fs| match fs.opendir(Ino(ino.0)) {
             Ok(fh) => reply.opened(FileHandle(fh.0), FopenFlags::empty()),
             Err(error) => reply.error(errno("opendir", &error)),
-        }
+        });
     }
 
     fn readdir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {

@@ -9,6 +9,7 @@
 //! written faster than its map can be read is all data in between.
 
 mod map_cache;
+mod order;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,6 +24,7 @@ use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 use map_cache::Slot;
+use order::Moment;
 
 pub use map_cache::MapCache;
 
@@ -52,7 +54,9 @@ pub struct Handle {
 struct Held {
     stack: Stack,
     /// Taken before anything of the stack was looked at.
-    born: Instant,
+    born: Moment,
+    /// The same, for the time that the map lives.
+    made: Instant,
     resolved_in: Duration,
     /// Nanoseconds that the slowest question took, 0 before the first.
     slowest: AtomicU64,
@@ -84,13 +88,13 @@ impl Held {
 
     /// Whether a claim of this stack stands. One that was made within the request holds every write that completed
     /// before it; what must not have changed since is only how it is built.
-    fn is_believed(&self, request: Instant) -> bool {
-        self.fits && if self.born >= request { self.stack.same_shape() } else { self.stack.unchanged() }
+    fn is_believed(&self, request: Moment) -> bool {
+        self.fits && if self.born > request { self.stack.same_shape() } else { self.stack.unchanged() }
     }
 
     /// Whether enough time went by since it was made to make another one. One that was not asked yet cost nothing.
     fn may_be_replaced(&self) -> bool {
-        self.slowest().is_none_or(|read| self.born.elapsed() >= (self.resolved_in + read) * (REST_FACTOR + 1))
+        self.slowest().is_none_or(|read| self.made.elapsed() >= (self.resolved_in + read) * (REST_FACTOR + 1))
     }
 }
 
@@ -149,18 +153,6 @@ impl Handle {
         Ok((offset < len).then_some(data))
     }
 
-    /// Resolves the stack, if that was not done yet. Cheap: maps are read when they are asked.
-    pub fn prepare(&self) {
-        if self.current().is_none() {
-            self.renew(Instant::now());
-        }
-    }
-
-    /// Whether a read would wait for the resume of a suspended device.
-    pub fn would_wait(&self) -> bool {
-        self.current().is_some_and(|held| held.stack.suspended())
-    }
-
     /// Whether a seek would find a hole.
     ///
     /// # Errors
@@ -185,7 +177,7 @@ impl Handle {
 
     /// Asks the map, and answers what can be believed now; `None` when nothing can.
     fn believed<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
-        let request = Instant::now();
+        let request = Moment::now();
         let mut held = self.current().filter(|held| held.fits);
         let mut newer_than = request;
         for tries_left in (0..MAX_TRIES).rev() {
@@ -213,7 +205,7 @@ impl Handle {
 
     /// Resolves the stack again; `None` while the last time is too recent. Of several requests one does the work, and
     /// those that were there before it began share it.
-    fn renew(&self, newer_than: Instant) -> Option<Arc<Held>> {
+    fn renew(&self, newer_than: Moment) -> Option<Arc<Held>> {
         let _one_at_a_time = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(held) = self.current() {
             if held.born > newer_than {
@@ -224,12 +216,12 @@ impl Handle {
                 return None;
             }
         }
-        let born = Instant::now();
+        let (born, made) = (Moment::now(), Instant::now());
         let stack = self.backing.resolve(&self.context);
-        let resolved_in = born.elapsed();
+        let resolved_in = made.elapsed();
         let fits = self.backing.len().is_ok_and(|len| len == stack.map().len());
         let (slowest, told) = (AtomicU64::new(0), AtomicBool::new(false));
-        let held = Arc::new(Held { stack, born, resolved_in, slowest, told, fits });
+        let held = Arc::new(Held { stack, born, made, resolved_in, slowest, told, fits });
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = Some(held.clone());
         Some(held)
     }

@@ -1,16 +1,12 @@
 //! What stat(2) says, by the rules that copy and backup tools rely on.
 
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::change::Changed;
 use super::{Ino, Options};
 use crate::error::Result;
 use crate::handle::Handle;
-use crate::source::backing::Node;
-use crate::sys::device::DeviceId;
+use crate::source::backing::{Identity, Node};
 use crate::sys::sysfs;
 use crate::units::Bytes;
 
@@ -88,29 +84,31 @@ impl Attributes {
     }
 
     /// The attributes of a device that cannot be opened, after its node: all data, of the length that sysfs knows.
-    pub fn unopened(ino: Ino, node: &Metadata, ownership: &Ownership) -> Self {
-        let size = sysfs::len(DeviceId::from_dev(node.rdev())).unwrap_or(Bytes::ZERO);
-        let node = Node::of(node);
+    pub fn unopened(ino: Ino, node: &Node, ownership: &Ownership) -> Self {
+        let size = match node.identity {
+            Some(Identity::Device(id)) => sysfs::len(id).unwrap_or(Bytes::ZERO),
+            _ => Bytes::ZERO,
+        };
         let changed = Changed { mtime: node.mtime, ctime: node.ctime };
-        Self::new(ino, &node, size, blocks(size, false, None), changed, ownership)
+        Self::new(ino, node, size, blocks(size, false, None), changed, ownership)
     }
 
-    /// The attributes of a device or image.
+    /// The attributes of an open device or image that is found at `node`.
     ///
     /// # Errors
     /// When it does not answer any more.
     pub fn file(
         ino: Ino,
-        handle: &Arc<Handle>,
+        handle: &Handle,
+        node: &Node,
         has_hole: bool,
         changed: Changed,
         ownership: &Ownership,
     ) -> Result<Self> {
         let backing = handle.backing();
-        let shown = backing.node()?;
         let size = backing.len()?;
         let blocks = blocks(size, has_hole, handle.allocated());
-        Ok(Self::new(ino, &shown, size, blocks, changed, ownership))
+        Ok(Self::new(ino, node, size, blocks, changed, ownership))
     }
 
     fn new(ino: Ino, shown: &Node, size: Bytes, blocks: u64, changed: Changed, ownership: &Ownership) -> Self {

@@ -46,8 +46,18 @@ pub enum Place {
 pub enum Target {
     /// A directory.
     Directory(Node),
-    /// The device or image at that place.
-    File(Place),
+    /// The device or image at that place; its node, where it has one.
+    File(Place, Option<Node>),
+}
+
+impl Target {
+    /// The directory, node or image.
+    pub fn node(&self) -> Option<&Node> {
+        match self {
+            Self::Directory(node) => Some(node),
+            Self::File(_, node) => node.as_ref(),
+        }
+    }
 }
 
 impl Spec {
@@ -107,13 +117,13 @@ impl Spec {
     /// ENOENT when nothing is there that is shown.
     pub fn target(&self, path: &Path) -> Result<Target> {
         match self {
-            Self::File { place, name } if path == Path::new(name) => Ok(Target::File(place.clone())),
+            Self::File { place, name } if path == Path::new(name) => place.clone().file(),
             Self::File { place, .. } if path.as_os_str().is_empty() => place.directory(),
             Self::File { .. } => Err(not_found()),
             Self::Directory(root) => {
                 let path = root.join(path);
                 match shown(&path).ok_or_else(not_found)? {
-                    FileKind::File => Ok(Target::File(Place::Path(path))),
+                    FileKind::File => Place::Path(path).file(),
                     FileKind::Directory => directory(&path),
                 }
             }
@@ -123,7 +133,7 @@ impl Spec {
                 // Only the plain spelling is a name: 01 is not 1.
                 let id = id.filter(|id| Path::new(&id.to_string()) == path).ok_or_else(not_found)?;
                 pools.open()?.volume(id).map_err(|_| not_found())?;
-                Ok(Target::File(Place::Volume(id)))
+                Place::Volume(id).file()
             }
         }
     }
@@ -181,20 +191,13 @@ impl Place {
         }
     }
 
-    /// Whether an open file is still what is found here.
-    pub fn is_of(&self, open: &Backing) -> bool {
-        match self {
-            Self::Path(path) => open.is_at(path),
-            Self::Export(_) | Self::Volume(_) => open.is_at(Path::new("")),
-        }
-    }
-
-    /// The path of a device node or image.
-    pub fn path(&self) -> Option<&Path> {
-        match self {
-            Self::Path(path) => Some(path),
+    /// The file that is shown.
+    fn file(self) -> Result<Target> {
+        let node = match &self {
+            Self::Path(path) => Some(Node::of(&fs::metadata(path).map_err(|_| not_found())?)),
             Self::Export(_) | Self::Volume(_) => None,
-        }
+        };
+        Ok(Target::File(self, node))
     }
 }
 

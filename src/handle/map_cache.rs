@@ -75,14 +75,15 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::handle::order::Moment;
     use crate::source::{Context, Stack, dense};
 
     fn slot() -> Arc<Slot> {
         let layer = Arc::new(dense::layer("x", "y", Bytes::ZERO, "z"));
         let stack = Stack::build(&Context::default(), |_| layer);
-        let (born, resolved_in) = (Instant::now(), Duration::ZERO);
-        let (slowest, told, fits) = (AtomicU64::new(0), AtomicBool::new(false), true);
-        let held = Held { stack, born, resolved_in, slowest, told, fits };
+        let (born, made, resolved_in) = (Moment::now(), Instant::now(), Duration::ZERO);
+        let (slowest, told) = (AtomicU64::new(0), AtomicBool::new(false));
+        let held = Held { stack, born, made, resolved_in, slowest, told, fits: true };
         Arc::new(RwLock::new(Some(Arc::new(held))))
     }
 

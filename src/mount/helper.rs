@@ -105,6 +105,8 @@ fn run(name: &str, request: MountRequest) -> Result<u8> {
         return Ok(0);
     }
     let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
+    let mut paths = std::iter::once(Path::new(&spec)).chain(options.thin_metadata.as_deref());
+    paths.try_for_each(|path| point.leaves(path))?;
     let opened = filesystem::open(&spec, point.shape(), &options)?;
     if request.verbose {
         let does = if request.fake { "would mount" } else { "mounting" };

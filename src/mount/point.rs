@@ -74,6 +74,20 @@ impl MountPoint {
         &self.namespace
     }
 
+    /// Checks that a mount here leaves the file or device `path` in sight: behind itself a mount would ask itself.
+    ///
+    /// # Errors
+    /// When `path` is what is mounted on, or lies below it.
+    pub fn leaves(&self, path: &Path) -> Result<()> {
+        let covered =
+            !self.namespace.is_other() && fs::canonicalize(path).is_ok_and(|path| path.starts_with(&self.dir));
+        if !covered {
+            return Ok(());
+        }
+        Err(Error::failed(format!("cannot mount on {}: the mount would cover what it shows", self.dir.display()))
+            .on(path))
+    }
+
     /// The mount that was made here just now.
     ///
     /// # Errors

@@ -14,13 +14,11 @@ use nix::mount::{MsFlags, mount as mount2};
 use nix::unistd::{getegid, geteuid};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fuse::SESSION_THREADS;
 use crate::mount::fusermount;
 use crate::mount::mountinfo::{DeviceNumber, FS_TYPE};
 use crate::mount::options::MountOptions;
 use crate::mount::point::{MountPoint, Mounted, Shape};
-
-/// Threads that answer requests. On two processors the second one halves the time of a lookup, more gain little.
-pub const SESSION_THREADS: usize = 4;
 
 /// Whether each thread has a queue of its own in the kernel (`FUSE_DEV_IOC_CLONE`, Linux 4.5).
 pub const CLONE_DESCRIPTOR: bool = true;

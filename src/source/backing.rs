@@ -49,13 +49,41 @@ pub trait Medium: Send + Sync {
         None
     }
 
-    /// Whether `path` still leads to what is open here.
-    fn is_at(&self, path: &Path) -> bool;
+    /// The regular file that this is, byte for byte and whatever happens to it.
+    fn regular_file(&self) -> Option<&File> {
+        None
+    }
+
+    /// Which device or file it is, where more than one can be at its place.
+    fn identity(&self) -> Option<Identity> {
+        None
+    }
+
+    /// Whether what is open is still what an open would find.
+    fn is_current(&self) -> bool {
+        true
+    }
+}
+
+/// Which device or file it is, whatever names lead to it. A number is not given to another one while it is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// A block device. Its node is not asked: it may be made again for the same device.
+    Device(DeviceId),
+    /// A file or directory.
+    Inode {
+        /// The file system.
+        device: DeviceId,
+        /// The file in it.
+        number: u64,
+    },
 }
 
 /// Whose a file is, and when it changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
+    /// Which device, file or directory; `None` for what is only ever one.
+    pub identity: Option<Identity>,
     /// The owner.
     pub uid: u32,
     /// The group.
@@ -71,7 +99,12 @@ pub struct Node {
 impl Node {
     /// What stat(2) says of a file, directory or device node.
     pub fn of(metadata: &Metadata) -> Self {
+        let identity = match metadata.file_type().is_block_device() {
+            true => Identity::Device(DeviceId::from_dev(metadata.rdev())),
+            false => Identity::Inode { device: DeviceId::from_dev(metadata.dev()), number: metadata.ino() },
+        };
         Self {
+            identity: Some(identity),
             uid: metadata.uid(),
             gid: metadata.gid(),
             mode: metadata.mode(),
@@ -102,11 +135,12 @@ impl Backing {
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |what: &str, error: io::Error| Error::failed(what).on(path).because(error);
         let file = device::open(path, false).map_err(|error| failed("cannot open", error))?;
-        let kind = file.metadata().map_err(|error| failed("cannot stat", error))?.file_type();
-        if kind.is_file() {
-            return Ok(Self::new(path, Image { file, path: path.to_owned() }));
+        let metadata = file.metadata().map_err(|error| failed("cannot stat", error))?;
+        if metadata.is_file() {
+            let identity = Node::of(&metadata).identity;
+            return Ok(Self::new(path, Image { file, path: path.to_owned(), identity }));
         }
-        if !kind.is_block_device() {
+        if !metadata.file_type().is_block_device() {
             return Err(Error::failed("is neither a block device nor a regular file").on(path));
         }
         let device = BlockDevice::from_file(file, path)?;
@@ -130,6 +164,11 @@ impl Backing {
         self.medium.id()
     }
 
+    /// The regular file that this is, byte for byte and whatever happens to it; `None` for anything else.
+    pub fn regular_file(&self) -> Option<&File> {
+        self.medium.regular_file()
+    }
+
     /// The unit that holes are rounded to, inwards.
     pub fn align(&self) -> Bytes {
         self.medium.align()
@@ -151,9 +190,14 @@ impl Backing {
         self.medium.node().map_err(|error| Error::failed("cannot stat").on(&self.name).because(error))
     }
 
-    /// Whether `path` still leads to what is open here. A node that was made again may be another device's.
-    pub fn is_at(&self, path: &Path) -> bool {
-        self.medium.is_at(path)
+    /// Which device or file it is.
+    pub fn identity(&self) -> Option<Identity> {
+        self.medium.identity()
+    }
+
+    /// Whether what is open is still what an open would find, if that is still the same device or file.
+    pub fn is_current(&self) -> bool {
+        self.medium.is_current()
     }
 
     /// The stack below, down to the sources of holes.
@@ -184,6 +228,7 @@ impl Backing {
 struct Image {
     file: File,
     path: PathBuf,
+    identity: Option<Identity>,
 }
 
 impl Medium for Image {
@@ -207,8 +252,12 @@ impl Medium for Image {
         self.file.metadata().map(|metadata| Node::of(&metadata))
     }
 
-    fn is_at(&self, path: &Path) -> bool {
-        is_at(&self.file, path)
+    fn regular_file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
+    fn identity(&self) -> Option<Identity> {
+        self.identity
     }
 }
 
@@ -251,13 +300,7 @@ impl Medium for Device {
         Some(self.device.id)
     }
 
-    fn is_at(&self, path: &Path) -> bool {
-        is_at(&self.device.file, path)
+    fn identity(&self) -> Option<Identity> {
+        Some(Identity::Device(self.device.id))
     }
-}
-
-/// Whether `path` leads to the inode that is open.
-fn is_at(file: &File, path: &Path) -> bool {
-    let (Ok(open), Ok(now)) = (file.metadata(), path.metadata()) else { return false };
-    now.dev() == open.dev() && now.ino() == open.ino() && now.rdev() == open.rdev()
 }

@@ -28,7 +28,17 @@ impl Mount {
 
     /// [`Mount::new`] with more words for the command line.
     pub fn with_options(spec: &Path, options: &[&str]) -> Self {
-        let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+        Self::below(&std::env::temp_dir(), spec, options)
+    }
+
+    /// Mounts a directory of devices on a directory inside of it.
+    pub fn inside(spec: &Path) -> Self {
+        Self::below(spec, spec, &[])
+    }
+
+    fn below(parent: &Path, spec: &Path, options: &[&str]) -> Self {
+        let directory =
+            tempfile::Builder::new().prefix("blkholefs-").tempdir_in(parent).expect("a temporary directory");
         let (log, log_path) = tempfile::NamedTempFile::new().expect("a temporary file").into_parts();
         let mut command = Command::new(env!("CARGO_BIN_EXE_blkholefs"));
         command.args(["mount", "-f"]).args(options).arg(spec).arg(directory.path());
@@ -70,10 +80,37 @@ impl Mount {
         text
     }
 
+    /// Ends all requests with an error: a daemon that waits for itself cannot even be killed.
+    fn abort(&self) {
+        let control = self.directory.path().with_extension("control");
+        let Some(minor) = self.device().and_then(|device| Some(device.split_once(':')?.1.to_owned())) else { return };
+        let made = std::fs::create_dir(&control).is_ok();
+        let mounted = made && Command::new("mount").args(["-t", "fusectl", "none"]).arg(&control).status().is_ok();
+        if mounted {
+            let _ = std::fs::write(control.join(minor).join("abort"), "1");
+            let _ = Command::new("umount").arg(&control).status();
+        }
+        let _ = std::fs::remove_dir(&control);
+    }
+
     fn is_mounted(&self) -> bool {
+        self.device().is_some()
+    }
+
+    /// The number of the file system, if it is mounted.
+    fn device(&self) -> Option<String> {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("proc is mounted");
         let directory = self.directory.path().to_str().expect("a temporary path is text");
-        mounts.lines().any(|line| line.split(' ').nth(4) == Some(directory))
+        let line = mounts.lines().find(|line| line.split(' ').nth(4) == Some(directory))?;
+        line.split(' ').nth(2).map(ToOwned::to_owned)
+    }
+
+    /// Leaves nothing behind of a mount that went wrong.
+    fn clear_away(&mut self) {
+        self.abort();
+        let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
     }
 
     fn is_running(&mut self) -> bool {
@@ -88,10 +125,7 @@ impl Drop for Mount {
             let mut lines: Vec<_> = log.lines().collect();
             lines.dedup();
             eprintln!("the daemon said at last:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
-            let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
-            let _ = self.daemon.kill();
-            let _ = self.daemon.wait();
-            return;
+            return self.clear_away();
         }
         // Another test's child has this process's descriptors between its fork and its exec, and so the mount is busy.
         let mut unmounted = Err(String::new());
@@ -99,11 +133,11 @@ impl Drop for Mount {
             unmounted = try_run("umount", [self.directory.path()], "");
             !unmounted.as_ref().is_err_and(|error| error.contains("busy"))
         });
-        assert!(done && unmounted.is_ok(), "{unmounted:?}");
-        let ended = wait_until(|| !self.is_running());
+        let ended = done && unmounted.is_ok() && wait_until(|| !self.is_running());
         if !ended {
-            let _ = self.daemon.kill();
+            self.clear_away();
         }
+        assert!(unmounted.is_ok(), "{unmounted:?}");
         let status = self.daemon.wait().expect("the daemon is our child");
         assert!(ended && (status.success() || self.killed), "after umount the daemon: {status}: {}", self.log());
     }

@@ -280,7 +280,7 @@ impl Medium for VolumeMedium {
         self.0.pool.watched.metadata().map(|metadata| Node::of(&metadata))
     }
 
-    fn is_at(&self, _path: &Path) -> bool {
+    fn is_current(&self) -> bool {
         self.0.pool.is_unchanged()
     }
 }

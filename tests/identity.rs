@@ -1,0 +1,100 @@
+//! A name may lead to one device now and to another one later. Nobody gets the bytes of the one for the other.
+
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
+use std::path::{Path, PathBuf};
+
+use common::check::{check, check_same_bytes, map_holes, map_of, open, seek_hole};
+use common::image::{Image, open_for_writing};
+use common::loop_device::Loop;
+use common::mount::Mount;
+use common::{MIB, requires_root, run, wait_until};
+
+/// A directory with a link `disk` to one device after the other.
+struct Links(tempfile::TempDir);
+
+impl Links {
+    fn to(device: &Path) -> Self {
+        let links = Self(tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory"));
+        symlink(device, links.name()).expect("the directory is ours");
+        links
+    }
+
+    fn name(&self) -> PathBuf {
+        self.0.path().join("disk")
+    }
+
+    fn lead_to(&self, device: &Path) {
+        let new = self.0.path().join("new");
+        symlink(device, &new).expect("the directory is ours");
+        fs::rename(new, self.name()).expect("the directory is ours");
+    }
+}
+
+/// The page cache of the mount is by inode: two open devices must not share one.
+#[test]
+fn an_open_file_stays_with_its_device_and_gives_its_bytes_to_no_other() {
+    if !requires_root() {
+        return;
+    }
+    let images = [Image::with_data(MIB, &[0..MIB]), Image::new(2 * MIB)];
+    open_for_writing(images[1].path()).write_all_at(&[7; 65536], 0).expect("a write");
+    let [first, second] = [0, 1].map(|index: usize| Loop::new(images[index].path()));
+    for directory_spec in [true, false] {
+        let links = Links::to(first.path());
+        let spec = if directory_spec { links.0.path().to_owned() } else { links.name() };
+        let mount = Mount::new(&spec);
+        let file = mount.directory().join("disk");
+        let early = open(&file);
+        assert_eq!(map_holes(&file).len(), 1);
+        // At once, while the kernel still keeps the name.
+        links.lead_to(second.path());
+        let late = open(&file);
+        let mut bytes = [[0; 4096]; 2];
+        early.read_exact_at(&mut bytes[0], 32768).expect("the old device can be read");
+        late.read_exact_at(&mut bytes[1], 32768).expect("the new device can be read");
+        assert_eq!(bytes[1], [7; 4096], "the new device's bytes");
+        assert_ne!(bytes[0], bytes[1], "the old device's bytes");
+        assert_eq!(early.metadata().expect("stat").len(), MIB, "the open file's device");
+        assert_eq!(late.metadata().expect("stat").len(), 2 * MIB);
+        assert_eq!(seek_hole(&early, 0), Some(MIB));
+        assert_eq!(seek_hole(&late, 0), Some(65536));
+        assert!(wait_until(|| fs::metadata(&file).expect("stat").len() == 2 * MIB));
+        check_same_bytes(&file, second.path());
+        drop((early, late));
+        check(&file, second.path());
+        assert_eq!(map_holes(&file), map_of(2 * MIB, &[0..65536]));
+    }
+}
+
+/// A number that a user was allowed to open never comes to stand for what he could not open.
+#[test]
+fn another_device_with_other_rights_is_another_file() {
+    if !requires_root() {
+        return;
+    }
+    let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+    let images = [Image::new(MIB), Image::new(MIB), Image::new(MIB)];
+    let devices = [0, 1, 2].map(|index: usize| Loop::new(images[index].path()));
+    let paths = ["open", "same", "closed"].map(|name| nodes.path().join(name));
+    for (device, path) in devices.iter().zip(&paths) {
+        run("cp", ["--archive".as_ref(), device.path().as_os_str(), path.as_os_str()]);
+    }
+    run("chmod", ["0644".as_ref(), paths[0].as_os_str(), paths[1].as_os_str()]);
+    run("chmod", ["0600".as_ref(), paths[2].as_os_str()]);
+    let links = Links::to(&paths[0]);
+    let mount = Mount::new(links.0.path());
+    let file = mount.directory().join("disk");
+    let number = || fs::metadata(&file).expect("stat").ino();
+    let mode = || fs::metadata(&file).expect("stat").mode() & 0o777;
+    let first = number();
+    links.lead_to(&paths[1]);
+    assert_eq!((number(), mode()), (first, 0o444), "who could read the one can read the other");
+    links.lead_to(&paths[2]);
+    assert!(wait_until(|| mode() == 0o400));
+    assert_ne!(number(), first);
+}

@@ -1,0 +1,104 @@
+//! Devices that stand on a file of the mount that shows them: nobody waits for himself.
+
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+
+use common::check::{check_same_bytes, map_holes, map_of};
+use common::image::Image;
+use common::loop_device::Loop;
+use common::mount::Mount;
+use common::{MIB, requires_root, run, wait_until};
+
+/// Runs all of `work` at the same time; panics when it does not end.
+fn all_at_once(work: Vec<Box<dyn FnOnce() + Send>>) {
+    let threads: Vec<_> = work.into_iter().map(thread::spawn).collect();
+    assert!(wait_until(|| threads.iter().all(thread::JoinHandle::is_finished)), "somebody waits for ever");
+    threads.into_iter().for_each(|thread| thread.join().expect("the work succeeds"));
+}
+
+/// A file of the mount is bound to a loop device, as `mount -o loop` does it, and the mount shows that device too.
+#[test]
+fn loop_device_over_a_file_of_its_own_mount() {
+    if !requires_root() {
+        return;
+    }
+    let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+    let image = Image::with_data(16 * MIB, &[MIB..2 * MIB]);
+    let device = Loop::new(image.path());
+    let show = |device: &Loop, name: &str| {
+        run("cp", ["--archive".as_ref(), device.path().as_os_str(), nodes.path().join(name).as_os_str()]);
+    };
+    show(&device, "disk");
+    let mount = Mount::new(nodes.path());
+    let disk = mount.directory().join("disk");
+    let upper = Loop::with_options(&disk, &["--read-only"]);
+    show(&upper, "upper");
+    let shown = mount.directory().join("upper");
+    // More readers than the daemon has threads, each of a device whose bytes it has to ask the daemon for.
+    let reader = |_| {
+        let (shown, device) = (shown.clone(), device.path().to_owned());
+        Box::new(move || {
+            fs::metadata(&shown).expect("stat");
+            check_same_bytes(&shown, &device);
+            // Its holes could only be had from the daemon itself.
+            assert_eq!(map_holes(&shown), [common::check::Extent(common::check::Kind::Data, 0..16 * MIB)]);
+        }) as Box<dyn FnOnce() + Send>
+    };
+    all_at_once((0..12).map(reader).collect());
+    assert_eq!(map_holes(&disk), map_of(16 * MIB, &[MIB..2 * MIB]), "the others do not suffer");
+    fs::remove_file(nodes.path().join("upper")).expect("the node is ours");
+    drop(upper);
+}
+
+/// The mount lies in the directory that it shows.
+#[test]
+fn mount_inside_its_spec() {
+    if !requires_root() {
+        return;
+    }
+    let image = Image::with_data(MIB, &[0..4096]);
+    let device = Loop::new(image.path());
+    let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+    run("cp", ["--archive".as_ref(), device.path().as_os_str(), nodes.path().join("disk").as_os_str()]);
+    let mount = Mount::inside(nodes.path());
+    let directory = mount.directory().to_owned();
+    let find = move |_| {
+        let directory = directory.clone();
+        Box::new(move || {
+            let found = run("find", [directory.as_os_str()]);
+            let disk = directory.join("disk");
+            assert_eq!(found.lines().collect::<Vec<_>>(), [directory.to_str(), disk.to_str()].map(Option::unwrap));
+        }) as Box<dyn FnOnce() + Send>
+    };
+    all_at_once((0..8).map(find).collect());
+    drop(mount);
+}
+
+/// A mount over what it shows could only ask itself for it.
+#[test]
+fn mount_over_its_spec() {
+    if !requires_root() {
+        return;
+    }
+    let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+    let image = directory.path().join("image");
+    fs::File::create(&image).and_then(|file| file.set_len(MIB)).expect("the directory is ours");
+    for (spec, place) in [(&*image, directory.path()), (&image, &image), (directory.path(), directory.path())] {
+        let refused = mount(spec, place);
+        assert!(refused.contains("the mount would cover what it shows"), "{refused}");
+    }
+}
+
+/// What `blkholefs mount` says when it fails.
+fn mount(spec: &Path, place: &Path) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_blkholefs")).arg("mount").args([spec, place]).output();
+    let output = output.expect("the program starts");
+    assert_eq!(output.status.code(), Some(32));
+    String::from_utf8(output.stderr).expect("text")
+}
