@@ -6,6 +6,7 @@
 mod attributes;
 mod change;
 mod nodes;
+mod open;
 mod spec;
 
 pub use attributes::{Attributes, FileKind};
@@ -16,7 +17,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{debug, info};
 
@@ -29,6 +30,7 @@ use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
 use nodes::Nodes;
+use open::{Open, OpenFiles};
 
 /// What the user chose for the whole mount.
 #[derive(Clone, Debug, Default)]
@@ -70,17 +72,11 @@ pub struct FileSystem {
     maps: Arc<MapCache>,
     nodes: Nodes,
     changes: Changes,
-    open: RwLock<HashMap<u64, Arc<Open>>>,
+    open: OpenFiles,
     /// The handle of each device that is open, by inode: several opens share it.
     handles: Mutex<Handles>,
     listings: Mutex<HashMap<u64, Arc<[Entry]>>>,
     next_fh: AtomicU64,
-}
-
-/// One open file.
-struct Open {
-    ino: Ino,
-    handle: Arc<Handle>,
 }
 
 type Handles = HashMap<Ino, Shared>;
@@ -106,7 +102,7 @@ impl FileSystem {
             context: Arc::new(context),
             maps: Arc::new(MapCache::new(options.map_cache)),
             changes: Changes::default(),
-            open: RwLock::default(),
+            open: OpenFiles::default(),
             handles: Mutex::default(),
             listings: Mutex::default(),
             next_fh: AtomicU64::new(1),
@@ -245,8 +241,7 @@ impl FileSystem {
         };
         let handle = self.share(ino, &place, node.as_ref())?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
-        let open = Arc::new(Open { ino, handle });
-        self.open.write().unwrap_or_else(PoisonError::into_inner).insert(fh, open);
+        self.open.insert(Fh(fh), Open { ino, handle });
         debug!("open {place:?} as {fh}");
         Ok(Fh(fh))
     }
@@ -290,8 +285,7 @@ impl FileSystem {
     /// # Errors
     /// EBADF when there is no such open file.
     pub fn handle(&self, fh: Fh) -> Result<Arc<Handle>> {
-        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        open.get(&fh.0).map(|open| open.handle.clone()).ok_or_else(|| errno(libc::EBADF))
+        self.open.handle(fh).ok_or_else(|| errno(libc::EBADF))
     }
 
     fn handle_of(&self, ino: Ino) -> Option<Arc<Handle>> {
@@ -304,8 +298,7 @@ impl FileSystem {
 
     /// Closes an open file; the device is let go with its last one, before this returns.
     pub fn release(&self, fh: Fh) {
-        let open = self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&fh.0);
-        let Some(open) = open else { return };
+        let Some(open) = self.open.remove(fh) else { return };
         let mut handles = self.lock_handles();
         // The path may lead to another device by now: then the entry is not of this open.
         let last = match handles.get_mut(&open.ino) {
@@ -329,7 +322,7 @@ impl FileSystem {
 
     /// Writes what is open to the log.
     pub fn log_counters(&self) {
-        let opens = self.open.read().unwrap_or_else(PoisonError::into_inner).len();
+        let opens = self.open.len();
         let handles = self.lock_handles();
         info!("{opens} open files on {} devices, maps of {} bytes", handles.len(), self.maps.used());
         for shared in handles.values() {

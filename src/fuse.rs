@@ -1,9 +1,10 @@
 //! FUSE requests to calls of [`FileSystem`] and back: decode, call, reply, nothing else.
 //!
 //! A device may stand on a file of this very mount: a loop device over a file that is shown here, and shown here itself.
-//! So no request may keep the others from being answered. See [`crew`] for what is done about that.
+//! So no request may keep the others from being answered. The module `crew` sees to that.
 
 mod crew;
+mod passthrough;
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -25,6 +26,7 @@ use crate::map::view::Whence;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 use crew::{Crew, is_ours};
+use passthrough::Passthrough;
 
 /// How long the kernel may keep a name: an inode number belongs to its path for good, so only removal is seen late.
 const ENTRY_TTL: Duration = Duration::from_secs(1);
@@ -45,6 +47,9 @@ const OURSELVES: Errno = Errno::EDEADLK;
 /// The largest read that the kernel sends, and so the most that one buffer grows to.
 const MAX_READ: u32 = 1 << 20;
 
+/// File systems below an image that is read by passthrough: one that is itself stacked, as overlayfs is, is read by us.
+const PASSTHROUGH_DEPTH: u32 = 1;
+
 thread_local! {
     /// Each session thread reads into a buffer of its own, which is kept.
     static BUFFER: RefCell<AlignedBuffer> = const { RefCell::new(AlignedBuffer::new()) };
@@ -54,16 +59,17 @@ thread_local! {
 pub struct BlkHoleFs {
     fs: Arc<FileSystem>,
     crew: Crew,
-    /// What the kernel is told at each open.
+    passthrough: Arc<Passthrough>,
+    /// What the kernel is told at each open of a file that is read through the daemon.
     open_flags: FopenFlags,
 }
 
 impl BlkHoleFs {
-    /// Serves a file system; with `direct_io` the kernel keeps no bytes of its files.
+    /// Serves a file system. With `direct_io`, what is read through the daemon bypasses the page cache of the mount.
     pub fn new(fs: Arc<FileSystem>, direct_io: bool) -> Self {
         // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
         let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
-        Self { fs, crew: Crew::new(SESSION_THREADS), open_flags }
+        Self { fs, crew: Crew::new(SESSION_THREADS), passthrough: Arc::default(), open_flags }
     }
 
     /// Answers a request, so that another one can be answered meanwhile.
@@ -124,9 +130,10 @@ fn read(handle: &Handle, offset: Bytes, size: usize, reply: ReplyData) {
 impl Filesystem for BlkHoleFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // A kernel without one of these serves all the same, only slower.
-        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO] {
+        for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO, InitFlags::FUSE_PASSTHROUGH] {
             let _ = config.add_capabilities(wanted);
         }
+        let _ = config.set_max_stack_depth(PASSTHROUGH_DEPTH);
         let _ = config.set_max_write(MAX_READ);
         if let Err(most) = config.set_max_readahead(MAX_READ) {
             let _ = config.set_max_readahead(most);
@@ -160,9 +167,9 @@ impl Filesystem for BlkHoleFs {
             return reply.error(OURSELVES);
         }
         let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
-        let open_flags = self.open_flags;
-        self.answer(move |fs| match fs.open(Ino(ino.0), for_writing) {
-            Ok(fh) => reply.opened(FileHandle(fh.0), open_flags),
+        let (passthrough, open_flags) = (self.passthrough.clone(), self.open_flags);
+        self.answer(move |fs| match fs.open(Ino(ino.0), for_writing).and_then(|fh| Ok((fh, fs.handle(fh)?))) {
+            Ok((fh, handle)) => passthrough.open(fh, handle, open_flags, reply),
             Err(error) => reply.error(errno("open", &error)),
         });
     }
@@ -216,8 +223,10 @@ impl Filesystem for BlkHoleFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        let passthrough = self.passthrough.clone();
         // The last close of a device writes back its dirty pages.
         self.answer(move |fs| {
+            passthrough.release(Fh(fh.0));
             fs.release(Fh(fh.0));
             reply.ok();
         });

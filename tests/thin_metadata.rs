@@ -16,6 +16,8 @@ use blkholefs::units::Bytes;
 #[path = "support/thin_image.rs"]
 #[allow(dead_code)]
 mod thin_image;
+#[path = "support/thin_mutation.rs"]
+mod thin_mutation;
 use thin_image::{BLOCK, Device, NODE, SUPERBLOCK, put, stamp};
 
 const BLOCK_SIZE: u64 = thin_image::DATA_BLOCK_SECTORS as u64 * 512;
@@ -287,4 +289,27 @@ fn a_wrong_count_or_root_is_an_error() {
     // The device ends before a node.
     let short = &image[..top * BLOCK];
     assert!(matches!(map_of(short, 1), Err(ThinError::Io(..))));
+}
+
+/// The quick and repeatable form of the fuzz target `thin_metadata`.
+#[test]
+fn mutated_metadata_is_an_error_or_a_map() {
+    let (mut state, mut maps, mut total) = (1, 0, 0);
+    for fill in [3, 4, 9, 100] {
+        let whole = thin_image::build(&some_devices(), fill);
+        let of_whole = thin_mutation::read_everything(&whole);
+        assert_eq!(of_whole, 8, "four devices, each asked for twice");
+        for round in 0..150 {
+            let mut image = whole.clone();
+            for _ in 0..1 + round % 4 {
+                thin_mutation::edit(&mut image, random(&mut state).to_le_bytes());
+            }
+            maps += thin_mutation::read_everything(&image);
+            total += of_whole;
+        }
+        thin_mutation::read_everything(&whole[..whole.len() / 2]);
+        thin_mutation::read_everything(&whole[..100]);
+    }
+    // Most changes hurt one tree and not the others.
+    assert!(total / 10 < maps && maps < total, "{maps} of {total}");
 }

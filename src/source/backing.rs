@@ -49,6 +49,11 @@ pub trait Medium: Send + Sync {
         None
     }
 
+    /// The regular file that this is, byte for byte and whatever happens to it.
+    fn regular_file(&self) -> Option<&File> {
+        None
+    }
+
     /// Which device or file it is, where more than one can be at its place.
     fn identity(&self) -> Option<Identity> {
         None
@@ -159,6 +164,11 @@ impl Backing {
         self.medium.id()
     }
 
+    /// The regular file that this is, byte for byte and whatever happens to it; `None` for anything else.
+    pub fn regular_file(&self) -> Option<&File> {
+        self.medium.regular_file()
+    }
+
     /// The unit that holes are rounded to, inwards.
     pub fn align(&self) -> Bytes {
         self.medium.align()
@@ -240,6 +250,10 @@ impl Medium for Image {
 
     fn node(&self) -> io::Result<Node> {
         self.file.metadata().map(|metadata| Node::of(&metadata))
+    }
+
+    fn regular_file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 
     fn identity(&self) -> Option<Identity> {

@@ -15,6 +15,7 @@ pub mod image;
 pub mod ioctl;
 pub mod loop_device;
 pub mod mount;
+pub mod nbd;
 pub mod random;
 pub mod scsi;
 

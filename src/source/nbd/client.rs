@@ -15,7 +15,8 @@ use crate::error::Result;
 use crate::map::Run;
 use crate::units::Bytes;
 
-/// How often a request is sent when each connection breaks before its answer.
+/// How often a request is sent over new connections when each breaks before its answer. Those from before the request do
+/// not count: all of them break when a server is restarted, and each tells only when it is used.
 const TRIES: usize = 3;
 /// Requests of one call that are under way together.
 const BATCH: usize = 16;
@@ -124,26 +125,25 @@ impl Client {
     ///
     /// Each answer was given after the call began. A range starts and ends on [`Client::minimum_block`] or at the end
     /// of the export.
-    pub fn block_status(&self, ranges: &[Range<Bytes>]) -> Vec<std::result::Result<Vec<Run>, String>> {
-        if let Some(reason) = self.no_status() {
-            return ranges.iter().map(|_| Err(reason.to_owned())).collect();
+    pub fn block_status(&self, ranges: &[Range<Bytes>]) -> Vec<std::result::Result<Vec<Run>, Failure>> {
+        if self.no_status().is_some() {
+            return ranges.iter().map(|_| Err(Failure::NoContext)).collect();
         }
         let asks: Vec<Ask> = ranges.iter().cloned().map(Ask::Status).collect();
         let answers = self.ask(&asks).into_iter();
         answers
             .map(|answer| match answer {
                 Ok(Content::Runs(runs)) => Ok(runs),
-                Ok(Content::Bytes(_)) => Err("no block status".to_owned()),
+                Ok(Content::Bytes(_)) => Err(Failure::NoContext),
                 Err(failure) => {
-                    let reason = failure.to_string();
                     // Who broke the protocol once, or has no answers, is not asked again.
                     if matches!(failure, Failure::Violation(_) | Failure::NoContext) {
                         self.no_status.get_or_init(|| {
-                            log::warn!("{}: no holes from now on: {reason}", self.uri());
-                            reason.clone()
+                            log::warn!("{}: no holes from now on: {failure}", self.uri());
+                            failure.to_string()
                         });
                     }
-                    Err(reason)
+                    Err(failure)
                 }
             })
             .collect()
@@ -166,9 +166,11 @@ impl Client {
     /// Gets every ask an answer, over as many connections as it takes.
     fn ask(&self, asks: &[Ask]) -> Vec<std::result::Result<Content, Failure>> {
         let patience = self.pool.patience();
-        let until = Instant::now() + patience.outage + patience.request;
+        let begin = Instant::now();
+        let until = begin + patience.outage + patience.request;
         let mut answers: Vec<_> = asks.iter().map(|_| Err(Failure::Broken("not asked".to_owned()))).collect();
-        for _ in 0..TRIES {
+        let mut tries = 0;
+        while tries < TRIES {
             let open: Vec<usize> =
                 (0..asks.len()).filter(|&index| matches!(answers[index], Err(Failure::Broken(_)))).collect();
             if open.is_empty() || Instant::now() >= until {
@@ -176,6 +178,7 @@ impl Client {
             }
             match self.pool.connection(until) {
                 Ok(connection) => {
+                    tries += usize::from(connection.born() >= begin);
                     for batch in open.chunks(BATCH) {
                         self.attempt(&connection, batch, asks, &mut answers, until);
                     }

@@ -122,7 +122,8 @@ impl Problem {
             Self::Violation(violation) => Error::failed(format!("cannot negotiate: {violation}")),
             Self::Refused { option, code, message } => {
                 let said = if message.is_empty() { String::new() } else { format!(" ({message})") };
-                Error::failed(format!("cannot open the export: {}{said}", Reply::error_text(code)))
+                let what = if option == Opt::StartTls { "start TLS" } else { "open the export" };
+                Error::failed(format!("cannot {what}: {}{said}", Reply::error_text(code)))
                     .hint(format!("the server's reply to the option {} was error {code}", option.name()))
             }
         };

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::client::Client;
+use super::reply::Failure;
 use crate::map::{HoleMap, Kind, Run};
 use crate::source::known::KnownData;
 use crate::source::walks::Walks;
@@ -55,17 +56,18 @@ impl NbdMap {
         let block = self.client.minimum_block();
         let start = offset.align_down(block);
         let windows = self.windows(start, goes_on);
-        let fallback = windows.first().map_or(self.len(), |window| window.end);
         let runs = match join(&windows, self.client.block_status(&windows)) {
             Ok(runs) => {
                 self.failing.store(false, Ordering::Relaxed);
                 runs
             }
-            Err(reason) => {
+            Err(failure) => {
                 if !self.failing.swap(true, Ordering::Relaxed) {
-                    log::warn!("{}: taken for data: {reason}", self.client.uri());
+                    log::warn!("{}: taken for data: {failure}", self.client.uri());
                 }
-                vec![Run { end: fallback, kind: Kind::Data }]
+                // What the server cannot tell of one place it may know of others; what is away knows nothing.
+                let told = matches!(failure, Failure::Server(_)).then(|| windows.last().map(|window| window.end));
+                vec![Run { end: told.flatten().unwrap_or(self.len()), kind: Kind::Data }]
             }
         };
         self.adapt(start, &windows, &runs);
@@ -165,11 +167,11 @@ impl HoleMap for NbdMap {
 }
 
 /// Joins answers as far as they follow each other without a gap.
-fn join(windows: &[Range<Bytes>], answers: Vec<Result<Vec<Run>, String>>) -> Result<Vec<Run>, String> {
+fn join(windows: &[Range<Bytes>], answers: Vec<Result<Vec<Run>, Failure>>) -> Result<Vec<Run>, Failure> {
     let mut all: Vec<Run> = Vec::new();
     for (window, answer) in windows.iter().zip(answers) {
         match answer {
-            Err(reason) if all.is_empty() => return Err(reason),
+            Err(failure) if all.is_empty() => return Err(failure),
             Ok(runs) if all.last().is_none_or(|last| last.end == window.start) => {
                 for run in runs {
                     match all.last_mut() {
@@ -198,8 +200,8 @@ mod tests {
             ([Ok(vec![hole(10)]), Ok(vec![hole(20)]), Ok(vec![data(30)])], Ok(vec![hole(20), data(30)])),
             ([Ok(vec![hole(9)]), Ok(vec![hole(20)]), Ok(vec![hole(30)])], Ok(vec![hole(9)])),
             ([Ok(vec![hole(15)]), Ok(vec![data(20)]), Ok(vec![data(30)])], Ok(vec![hole(15)])),
-            ([Ok(vec![data(5), hole(10)]), Err("x".to_owned()), Ok(vec![hole(30)])], Ok(vec![data(5), hole(10)])),
-            ([Err("x".to_owned()), Ok(vec![hole(20)]), Ok(vec![hole(30)])], Err("x".to_owned())),
+            ([Ok(vec![data(5), hole(10)]), Err(Failure::Server(5)), Ok(vec![hole(30)])], Ok(vec![data(5), hole(10)])),
+            ([Err(Failure::Server(5)), Ok(vec![hole(20)]), Ok(vec![hole(30)])], Err(Failure::Server(5))),
         ] {
             assert_eq!(join(&windows, answers.to_vec()), wanted);
         }

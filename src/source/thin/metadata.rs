@@ -63,8 +63,7 @@ impl Metadata {
     }
 
     fn tree(&self, root: MetaBlock, values: Values) -> Tree {
-        // Pointers are checked against both sizes: a device may be smaller than its superblock says.
-        Tree { root, values, blocks: self.superblock.metadata_blocks.min(self.reader.blocks()) }
+        Tree { root, values, blocks: self.reader.blocks() }
     }
 
     /// The mapping tree of a device.

@@ -28,8 +28,6 @@ pub struct Superblock {
     pub details_root: MetaBlock,
     /// The size of a data block.
     pub data_block_size: DataBlockSize,
-    /// Metadata blocks that the pool uses; the device may be larger.
-    pub metadata_blocks: u64,
 }
 
 impl Superblock {
@@ -52,14 +50,15 @@ impl Superblock {
         if !(1..=2).contains(&u32_at(block, 40)) || u32_at(block, 360) != 0 {
             return Err(Damage::Features);
         }
-        let metadata_blocks = u64_at(block, 344);
-        if u32_at(block, 340) != 8 || metadata_blocks > MAX_METADATA_BLOCKS {
+        if u32_at(block, 340) != 8 {
             return Err(Damage::Sizes);
         }
         let data_block_size = DataBlockSize::new(Sectors::new(u64::from(u32_at(block, 336)))).ok_or(Damage::Sizes)?;
+        // The field `metadata_nr_blocks` is the size that the device was formatted with: `dm_pool_resize_metadata_dev` does
+        // not bring it up to date. So the size of the device is the limit, and that is the reader's to check.
         let pointer = |at| {
             let number = u64_at(block, at);
-            (number < metadata_blocks).then_some(MetaBlock::new(number)).ok_or(Damage::Pointer)
+            (number < MAX_METADATA_BLOCKS).then_some(MetaBlock::new(number)).ok_or(Damage::Pointer)
         };
         let root = |at| pointer(at).and_then(|root| if root.get() == 0 { Err(Damage::Pointer) } else { Ok(root) });
         Ok(Self {
@@ -69,7 +68,6 @@ impl Superblock {
             mapping_root: root(320)?,
             details_root: root(328)?,
             data_block_size,
-            metadata_blocks,
         })
     }
 }
@@ -90,16 +88,9 @@ pub(super) mod tests {
 
     fn good() -> RawBlock {
         let mut block = [0; METADATA_BLOCK];
-        for (at, value, size) in [
-            (32, MAGIC, 8),
-            (40, 2, 4),
-            (64, 1000, 8),
-            (320, 5, 8),
-            (328, 6, 8),
-            (336, 384, 4),
-            (340, 8, 4),
-            (344, 4096, 8),
-        ] {
+        for (at, value, size) in
+            [(32, MAGIC, 8), (40, 2, 4), (64, 1000, 8), (320, 5, 8), (328, 6, 8), (336, 384, 4), (340, 8, 4)]
+        {
             put(&mut block, at, value, size);
         }
         stamp(&mut block, SALT);
@@ -112,7 +103,7 @@ pub(super) mod tests {
         assert_eq!(parsed.mapping_root, MetaBlock::new(5));
         assert_eq!(parsed.details_root, MetaBlock::new(6));
         assert_eq!(parsed.data_block_size.bytes().get(), 192 << 10);
-        assert_eq!((parsed.metadata_blocks, parsed.data_blocks), (4096, 1000));
+        assert_eq!(parsed.data_blocks, 1000);
         assert_eq!((parsed.held_root, parsed.needs_check), (None, false));
     }
 
@@ -124,15 +115,16 @@ pub(super) mod tests {
             (40, 3, 4, Some(Damage::Features)),
             (40, 0, 4, Some(Damage::Features)),
             (40, 1, 4, None),
-            (56, 4096, 8, Some(Damage::Pointer)),
-            (56, 4095, 8, None),
+            (56, MAX_METADATA_BLOCKS, 8, Some(Damage::Pointer)),
+            (56, MAX_METADATA_BLOCKS - 1, 8, None),
             (320, 0, 8, Some(Damage::Pointer)),
-            (320, 4096, 8, Some(Damage::Pointer)),
+            (320, MAX_METADATA_BLOCKS, 8, Some(Damage::Pointer)),
             (328, u64::MAX, 8, Some(Damage::Pointer)),
             (336, 100, 4, Some(Damage::Sizes)),
             (336, 0, 4, Some(Damage::Sizes)),
             (340, 16, 4, Some(Damage::Sizes)),
-            (344, MAX_METADATA_BLOCKS + 1, 8, Some(Damage::Sizes)),
+            // Behind the size that it was formatted with.
+            (344, 1, 8, None),
             (360, 1, 4, Some(Damage::Features)),
         ] {
             let mut block = good();

@@ -1,0 +1,303 @@
+//! A correct little server whose every message a test may spoil before it is sent.
+//!
+//! Written from `doc/proto.md` on its own: it shares nothing with the client.
+
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// How the server frames its replies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// No structured replies, so no block status.
+    Simple,
+    /// Structured replies.
+    Structured,
+    /// Extended headers.
+    Extended,
+}
+
+/// What a message is an answer to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The connection.
+    Greeting,
+    /// An option, by its number.
+    Option(u32),
+    /// A read.
+    Read,
+    /// A block status request.
+    Status,
+    /// Either, beyond the end of the export.
+    Outside,
+}
+
+/// A request of the client.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Request {
+    /// Its name.
+    pub cookie: u64,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// A message that is about to be sent.
+#[derive(Debug)]
+pub struct Message {
+    /// Which connection, counted from zero.
+    pub connection: usize,
+    /// Bytes that were sent on it before.
+    pub sent: usize,
+    /// What is answered.
+    pub step: Step,
+    /// The request, in transmission.
+    pub request: Request,
+    /// The answer.
+    pub bytes: Vec<u8>,
+}
+
+/// What the server does after a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// The next one.
+    Go,
+    /// Hangs up.
+    Close,
+    /// Says nothing more, and waits for the client to leave.
+    Stall,
+}
+
+/// Changes a message.
+pub type Spoil = dyn Fn(&mut Message) -> Then + Send + Sync;
+
+/// The number that stands for `base:allocation`.
+pub const CONTEXT: u32 = 77;
+/// Zeros are told in blocks of this many bytes.
+pub const BLOCK: usize = 4096;
+
+/// A running server. Ends with this value.
+pub struct Fake {
+    /// What it serves.
+    pub uri: String,
+    /// Connections so far.
+    pub connections: Arc<AtomicUsize>,
+    socket: PathBuf,
+    stop: Arc<AtomicBool>,
+    _directory: tempfile::TempDir,
+}
+
+impl Fake {
+    /// Serves `disk` and lets `spoil` see each message.
+    pub fn new(dialect: Dialect, disk: &[u8], spoil: Arc<Spoil>) -> Self {
+        let directory = crate::common::nbd::directory();
+        let socket = directory.path().join("s");
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let (stop, connections) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (stopped, counted, disk) = (Arc::clone(&stop), Arc::clone(&connections), Arc::<[u8]>::from(disk));
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                let connection = counted.fetch_add(1, Ordering::Relaxed);
+                let (spoil, disk) = (Arc::clone(&spoil), Arc::clone(&disk));
+                let stream = stream.expect("a connection");
+                std::thread::spawn(move || {
+                    // However a connection ends, it is the client that is tested.
+                    let _ = Talk { stream, dialect, agreed: Dialect::Simple, disk, spoil, connection, sent: 0 }.serve();
+                });
+            }
+        });
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        Self { uri, connections, socket, stop, _directory: directory }
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = UnixStream::connect(&self.socket);
+    }
+}
+
+struct Talk {
+    stream: UnixStream,
+    dialect: Dialect,
+    agreed: Dialect,
+    disk: Arc<[u8]>,
+    spoil: Arc<Spoil>,
+    connection: usize,
+    sent: usize,
+}
+
+impl Talk {
+    fn serve(mut self) -> io::Result<()> {
+        self.send(Step::Greeting, Request::default(), [b"NBDMAGICIHAVEOPT".as_slice(), &[0, 3]].concat())?;
+        self.stream.read_exact(&mut [0; 4])?;
+        while self.option()? {}
+        while self.request()? {}
+        Ok(())
+    }
+
+    fn send(&mut self, step: Step, request: Request, bytes: Vec<u8>) -> io::Result<()> {
+        let mut message = Message { connection: self.connection, sent: self.sent, step, request, bytes };
+        let then = (self.spoil)(&mut message);
+        self.sent += message.bytes.len();
+        self.stream.write_all(&message.bytes)?;
+        match then {
+            Then::Go => Ok(()),
+            Then::Close => Err(io::ErrorKind::ConnectionAborted.into()),
+            Then::Stall => {
+                io::copy(&mut self.stream, &mut io::sink())?;
+                Err(io::ErrorKind::ConnectionAborted.into())
+            }
+        }
+    }
+
+    fn number<const N: usize>(&mut self) -> io::Result<u64> {
+        let mut bytes = [0; N];
+        self.stream.read_exact(&mut bytes)?;
+        Ok(bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+    }
+
+    /// Answers one option; false when transmission begins.
+    fn option(&mut self) -> io::Result<bool> {
+        self.number::<8>()?;
+        let option = u32::try_from(self.number::<4>()?).expect("four bytes");
+        let len = usize::try_from(self.number::<4>()?).expect("small");
+        self.stream.read_exact(&mut vec![0; len])?;
+        let (unsupported, ack) = (option_reply(option, 0x8000_0001, &[]), option_reply(option, 1, &[]));
+        let bytes = match option {
+            11 if self.dialect == Dialect::Extended => ack,
+            8 if self.dialect != Dialect::Simple => ack,
+            10 => {
+                let context = [CONTEXT.to_be_bytes().as_slice(), b"base:allocation"].concat();
+                [option_reply(option, 4, &context), ack].concat()
+            }
+            7 => {
+                let size = (self.disk.len() as u64).to_be_bytes();
+                let export = [[0, 0].as_slice(), &size, &[0, 3]].concat();
+                let blocks = [[0, 3, 0, 0, 0, 1].as_slice(), &[0, 0, 0x10, 0], &[0, 0x10, 0, 0]].concat();
+                [option_reply(option, 3, &export), option_reply(option, 3, &blocks), ack].concat()
+            }
+            _ => unsupported,
+        };
+        match option {
+            11 if self.dialect == Dialect::Extended => self.agreed = Dialect::Extended,
+            8 if self.dialect == Dialect::Structured => self.agreed = Dialect::Structured,
+            _ => {}
+        }
+        self.send(Step::Option(option), Request::default(), bytes)?;
+        Ok(option != 7)
+    }
+
+    /// Answers one request; false when the client leaves.
+    fn request(&mut self) -> io::Result<bool> {
+        self.number::<6>()?;
+        let command = self.number::<2>()?;
+        let (cookie, offset) = (self.number::<8>()?, self.number::<8>()?);
+        let len = if self.agreed == Dialect::Extended { self.number::<8>()? } else { self.number::<4>()? };
+        let request = Request { cookie, offset, len };
+        // A test may have made the export seem larger than it is.
+        let known = offset.checked_add(len).is_some_and(|end| end <= self.disk.len() as u64);
+        let (step, bytes) = match command {
+            0 | 7 if !known => (Step::Outside, refusal(self.agreed, cookie)),
+            0 => (Step::Read, read_reply(self.agreed, request, &self.disk)),
+            7 => (Step::Status, status_reply(self.agreed, request, CONTEXT, &extents(&self.disk, request))),
+            _ => return Ok(false),
+        };
+        self.send(step, request, bytes)?;
+        Ok(true)
+    }
+}
+
+/// One reply to an option.
+pub fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(data.len()).expect("small");
+    let words = [0x0003_e889_u32, 0x0455_65a9, option, kind, len].map(u32::to_be_bytes).concat();
+    [words, data.to_vec()].concat()
+}
+
+/// One chunk.
+pub fn chunk(dialect: Dialect, flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
+    let kind = [flags.to_be_bytes(), kind.to_be_bytes()].concat();
+    let len = payload.len();
+    let (magic, len) = if dialect == Dialect::Extended {
+        (0x6e8a_278c_u32, [[0; 8], (len as u64).to_be_bytes()].concat())
+    } else {
+        (0x668e_33ef, u32::try_from(len).expect("small").to_be_bytes().to_vec())
+    };
+    [magic.to_be_bytes().as_slice(), &kind, &cookie.to_be_bytes(), &len, payload].concat()
+}
+
+/// NBD_EINVAL.
+fn refusal(dialect: Dialect, cookie: u64) -> Vec<u8> {
+    match dialect {
+        Dialect::Simple => [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 22], cookie.to_be_bytes()].concat(),
+        _ => chunk(dialect, 1, 0x8001, cookie, &[0, 0, 0, 22, 0, 0]),
+    }
+}
+
+/// A whole reply to a read: a chunk for each run of zeros or data, or a simple reply.
+fn read_reply(dialect: Dialect, request: Request, disk: &[u8]) -> Vec<u8> {
+    if dialect == Dialect::Simple {
+        let start = usize::try_from(request.offset).expect("in range");
+        let end = start + usize::try_from(request.len).expect("in range");
+        let head = [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0];
+        return [head.as_slice(), &request.cookie.to_be_bytes(), &disk[start..end]].concat();
+    }
+    let mut reply = Vec::new();
+    let mut at = request.offset;
+    for (len, zero) in extents(disk, request) {
+        let payload = if zero {
+            [at.to_be_bytes().as_slice(), &u32::try_from(len).expect("small").to_be_bytes()].concat()
+        } else {
+            let start = usize::try_from(at).expect("in range");
+            [at.to_be_bytes().as_slice(), &disk[start..start + usize::try_from(len).expect("in range")]].concat()
+        };
+        reply.extend(chunk(dialect, 0, if zero { 2 } else { 1 }, request.cookie, &payload));
+        at += len;
+    }
+    reply.extend(chunk(dialect, 1, 0, request.cookie, &[]));
+    reply
+}
+
+/// A reply to a block status request.
+pub fn status_reply(dialect: Dialect, request: Request, context: u32, extents: &[(u64, bool)]) -> Vec<u8> {
+    let mut payload = context.to_be_bytes().to_vec();
+    if dialect == Dialect::Extended {
+        payload.extend(u32::try_from(extents.len()).expect("few").to_be_bytes());
+    }
+    for (len, zero) in extents {
+        let flags = if *zero { 3_u32 } else { 0 };
+        if dialect == Dialect::Extended {
+            payload.extend([len.to_be_bytes(), u64::from(flags).to_be_bytes()].concat());
+        } else {
+            payload.extend([u32::try_from(*len).expect("small").to_be_bytes(), flags.to_be_bytes()].concat());
+        }
+    }
+    let kind = if dialect == Dialect::Extended { 6 } else { 5 };
+    chunk(dialect, 1, kind, request.cookie, &payload)
+}
+
+/// The lengths of runs of zeros and of data in what was asked, by whole blocks of the disk.
+pub fn extents(disk: &[u8], request: Request) -> Vec<(u64, bool)> {
+    let mut extents: Vec<(u64, bool)> = Vec::new();
+    let mut at = request.offset;
+    while at < request.offset + request.len {
+        let block = usize::try_from(at).expect("in range") / BLOCK;
+        let bytes = &disk[block * BLOCK..disk.len().min((block + 1) * BLOCK)];
+        let zero = bytes.iter().all(|byte| *byte == 0);
+        let end = (((block + 1) * BLOCK) as u64).min(request.offset + request.len);
+        match extents.last_mut() {
+            Some(last) if last.1 == zero => last.0 += end - at,
+            _ => extents.push((end - at, zero)),
+        }
+        at = end;
+    }
+    extents
+}

@@ -1,0 +1,421 @@
+//! A server that breaks every rule makes the export dense or unreadable, and nothing else: no hang, no panic, no zeros
+//! that it did not send.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use blkholefs::map::Kind;
+use blkholefs::source::nbd::{Client, Patience, Uri};
+
+use crate::fake::{BLOCK, CONTEXT, Dialect, Fake, Message, Spoil, Step, Then, chunk, option_reply, status_reply};
+use crate::{patience, read, runs_of};
+
+const DIALECTS: [Dialect; 3] = [Dialect::Simple, Dialect::Structured, Dialect::Extended];
+const WAIT: Duration = Duration::from_secs(1);
+/// A walk over a map lasts two seconds for each sixteenth of it, where a server tells it in tiny pieces; a call lasts
+/// twice the patience and two steps of time; the rest is for a slow machine.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// Data, zeros, data, zeros, and a tail.
+fn disk() -> Vec<u8> {
+    let mut disk = vec![0; 6 * BLOCK + 100];
+    for block in [0, 3, 6] {
+        let end = disk.len().min((block + 1) * BLOCK);
+        for (at, byte) in disk[block * BLOCK..end].iter_mut().enumerate() {
+            *byte = u8::try_from(at % 255 + 1).unwrap();
+        }
+    }
+    disk
+}
+
+/// Fails at once: a server that hangs up is not waited for.
+fn hasty() -> Patience {
+    Patience { connect: WAIT, request: WAIT, outage: Duration::ZERO }
+}
+
+/// What became of a session.
+#[derive(Debug)]
+struct Outcome {
+    opened: bool,
+    bytes: Option<Vec<u8>>,
+    runs: Vec<(u64, Kind)>,
+}
+
+/// Opens, reads all, asks for the map; in bounded time.
+fn session(dialect: Dialect, patience: Patience, spoil: Arc<Spoil>) -> Outcome {
+    let fake = Fake::new(dialect, &disk(), spoil);
+    let start = Instant::now();
+    let outcome = match Client::open_patiently(&Uri::parse(&fake.uri).unwrap(), patience) {
+        Err(_) => Outcome { opened: false, bytes: None, runs: Vec::new() },
+        Ok(client) => {
+            let client = Arc::new(client);
+            let bytes = read(&client, 0, disk().len());
+            assert!(bytes.is_ok() || bytes == Err(libc::EIO), "{bytes:?}");
+            Outcome { opened: true, bytes: bytes.ok(), runs: runs_of(&client) }
+        }
+    };
+    assert!(start.elapsed() < LONGEST, "{:?}", start.elapsed());
+    outcome
+}
+
+/// The runs of the disk as they are.
+fn true_runs(dialect: Dialect) -> Vec<(u64, Kind)> {
+    let size = disk().len() as u64;
+    let runs = [(1, Kind::Data), (3, Kind::Hole), (4, Kind::Data), (6, Kind::Hole)];
+    let block = BLOCK as u64;
+    match dialect {
+        Dialect::Simple => vec![(size, Kind::Data)],
+        _ => runs.into_iter().map(|(end, kind)| (end * block, kind)).chain([(size, Kind::Data)]).collect(),
+    }
+}
+
+/// Every hole lies in a true one.
+fn assert_no_false_hole(runs: &[(u64, Kind)], about: &str) {
+    let mut start = 0;
+    for (end, kind) in runs {
+        let (from, to) = (usize::try_from(start).unwrap(), usize::try_from(*end).unwrap());
+        if *kind == Kind::Hole {
+            assert!(disk()[from..to].iter().all(|byte| *byte == 0), "{about}: {start}..{end} is no hole");
+        }
+        start = *end;
+    }
+    assert!(start == 0 || start == disk().len() as u64, "{about}: the map ends at {start}");
+}
+
+#[test]
+fn without_faults_all_is_well() {
+    for dialect in DIALECTS {
+        let outcome = session(dialect, hasty(), Arc::new(|_: &mut Message| Then::Go));
+        assert_eq!(outcome.bytes, Some(disk()), "{dialect:?}");
+        assert_eq!(outcome.runs, true_runs(dialect), "{dialect:?}");
+    }
+}
+
+/// Bytes that a session makes the server send.
+fn length(dialect: Dialect) -> usize {
+    let total = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counter = Arc::clone(&total);
+    session(
+        dialect,
+        hasty(),
+        Arc::new(move |message: &mut Message| {
+            counter.fetch_max(message.sent + message.bytes.len(), Ordering::Relaxed);
+            Then::Go
+        }),
+    );
+    total.load(Ordering::Relaxed)
+}
+
+/// The positions to spoil: each one, but of the long data only some.
+fn positions(dialect: Dialect) -> impl Iterator<Item = usize> {
+    let length = length(dialect);
+    (0..length).filter(move |at| *at < 700 || *at % 509 == 0 || *at + 200 > length)
+}
+
+/// Cuts the stream at a byte, on the first connections or on all.
+fn cut(at: usize, connections: usize, then: Then) -> Arc<Spoil> {
+    Arc::new(move |message: &mut Message| {
+        let end = message.sent + message.bytes.len();
+        if message.connection >= connections || end <= at {
+            return Then::Go;
+        }
+        message.bytes.truncate(at.saturating_sub(message.sent));
+        then
+    })
+}
+
+#[test]
+fn a_stream_that_ends_at_any_byte() {
+    for dialect in DIALECTS {
+        for at in positions(dialect) {
+            let outcome = session(dialect, hasty(), cut(at, usize::MAX, Then::Close));
+            assert!(outcome.bytes.is_none_or(|bytes| bytes == disk()), "{dialect:?} {at}: other bytes");
+            assert_no_false_hole(&outcome.runs, &format!("{dialect:?} {at}"));
+            // Once is forgiven: what was lost is asked again.
+            let outcome = session(dialect, patience(WAIT), cut(at, 1, Then::Close));
+            if outcome.opened {
+                assert_eq!(outcome.bytes, Some(disk()), "{dialect:?} {at}");
+                assert_eq!(outcome.runs, true_runs(dialect), "{dialect:?} {at}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stream_that_stalls_at_any_step() {
+    let wait = Duration::from_millis(200);
+    let short = Patience { connect: wait, request: wait, outage: wait };
+    for dialect in DIALECTS {
+        let length = length(dialect);
+        std::thread::scope(|scope| {
+            for at in (0..length).step_by(length / 24 + 1) {
+                scope.spawn(move || {
+                    let outcome = session(dialect, short, cut(at, usize::MAX, Then::Stall));
+                    assert!(outcome.bytes.is_none_or(|bytes| bytes == disk()), "{dialect:?} {at}: other bytes");
+                    assert_no_false_hole(&outcome.runs, &format!("{dialect:?} {at}"));
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn any_byte_may_be_wrong() {
+    for dialect in DIALECTS {
+        let positions: Vec<usize> = positions(dialect).collect();
+        // Most of the time goes by waiting: a wrong length asks for bytes that never come.
+        std::thread::scope(|scope| {
+            for part in positions.chunks(positions.len() / 32 + 1) {
+                scope.spawn(move || {
+                    for at in part {
+                        let masks = [0x01, 0x80, 0xff];
+                        masks[..2 + usize::from(at % 16 == 0)].iter().for_each(|mask| flip(dialect, *at, *mask));
+                    }
+                });
+            }
+        });
+    }
+}
+
+/// A session in which one byte of the server is wrong.
+fn flip(dialect: Dialect, at: usize, mask: u8) {
+    let spoil = move |message: &mut Message| {
+        if let Some(byte) = at.checked_sub(message.sent).and_then(|at| message.bytes.get_mut(at)) {
+            *byte ^= mask;
+        }
+        Then::Go
+    };
+    let wait = Duration::from_millis(500);
+    let outcome = session(dialect, Patience { connect: wait, request: wait, outage: Duration::ZERO }, Arc::new(spoil));
+    // A byte of data is the server's word; anything else that is wrong must not become data.
+    if let Some(bytes) = outcome.bytes {
+        let wrong = bytes.iter().zip(disk()).filter(|(got, wanted)| **got != *wanted).count();
+        assert!(wrong <= 1, "{dialect:?} {at} {mask:#x}: {wrong} bytes are wrong");
+    }
+}
+
+/// A session in which one step is answered otherwise.
+fn answering(dialect: Dialect, step: Step, answer: impl Fn(&Message) -> Vec<u8> + Send + Sync + 'static) -> Outcome {
+    session(
+        dialect,
+        hasty(),
+        Arc::new(move |message: &mut Message| {
+            if message.step == step {
+                message.bytes = answer(message);
+            }
+            Then::Go
+        }),
+    )
+}
+
+fn options(replies: &[Vec<u8>]) -> Vec<u8> {
+    replies.concat()
+}
+
+#[test]
+fn a_negotiation_that_breaks_the_rules() {
+    let export = |size: u64| [[0, 0].as_slice(), &size.to_be_bytes(), &[0, 1]].concat();
+    let blocks = |min: u32, max: u32| {
+        [[0, 3].as_slice(), &min.to_be_bytes(), &4096_u32.to_be_bytes(), &max.to_be_bytes()].concat()
+    };
+    let (info, ack) = (|data: &[u8]| option_reply(7, 3, data), option_reply(7, 1, &[]));
+    let endless = vec![info(&export(100)); 1000].concat();
+    let mut huge = option_reply(7, 3, &[]);
+    huge[16..20].copy_from_slice(&u32::MAX.to_be_bytes());
+    for (step, answer) in [
+        (Step::Greeting, b"NBDMAGIC\0\0B\x02\x81\x86\x12S\0\0".to_vec()),
+        (Step::Greeting, vec![0; 18]),
+        (Step::Option(8), option_reply(7, 1, &[])),
+        (Step::Option(8), option_reply(8, 1, b"data")),
+        (Step::Option(8), option_reply(8, 3, &export(100))),
+        (Step::Option(8), option_reply(8, 0x8000_0005, b"TLS\n\x1b[31m")),
+        (Step::Option(7), ack.clone()),
+        (Step::Option(7), options(&[info(&blocks(1, 4096)), ack.clone()])),
+        (Step::Option(7), options(&[info(&export(1 << 63)), ack.clone()])),
+        (Step::Option(7), options(&[info(&export(100)[..8]), ack.clone()])),
+        (Step::Option(7), options(&[info(&export(100)), info(&blocks(0, 4096)), ack.clone()])),
+        (Step::Option(7), options(&[info(&export(100)), info(&blocks(3000, 4096)), ack.clone()])),
+        (Step::Option(7), options(&[info(&export(100)), info(&blocks(4096, 1)), ack.clone()])),
+        (Step::Option(7), endless),
+        (Step::Option(7), huge),
+        (Step::Option(7), option_reply(7, 0x8000_0006, &[0xff; 4000])),
+        (Step::Option(10), options(&[option_reply(10, 4, b"\0\0\0\x01base:allocatio")])),
+        (Step::Option(10), options(&[option_reply(10, 4, b"\0"), option_reply(10, 1, &[])])),
+        (
+            Step::Option(10),
+            options(&[
+                option_reply(10, 4, b"\0\0\0\x01base:allocation"),
+                option_reply(10, 4, b"\0\0\0\x02base:allocation"),
+                option_reply(10, 1, &[]),
+            ]),
+        ),
+    ] {
+        let about = format!("{step:?} {answer:02x?}");
+        let outcome = answering(Dialect::Structured, step, move |_| answer.clone());
+        assert!(!outcome.opened, "{about}");
+    }
+    // To refuse the context is allowed.
+    for answer in [option_reply(10, 1, &[]), option_reply(10, 0x8000_0001, &[])] {
+        let outcome = answering(Dialect::Extended, Step::Option(10), move |_| answer.clone());
+        assert_eq!(outcome.bytes, Some(disk()));
+        assert_eq!(outcome.runs, [(disk().len() as u64, Kind::Data)]);
+    }
+}
+
+#[test]
+fn replies_that_break_the_rules_are_eio() {
+    let data = |at: u64, bytes: &[u8]| [at.to_be_bytes().as_slice(), bytes].concat();
+    let hole = |at: u64, len: u32| [at.to_be_bytes().as_slice(), &len.to_be_bytes()].concat();
+    let size = disk().len();
+    let all = data(0, &disk());
+    let whole = u32::try_from(size).unwrap();
+    for dialect in [Dialect::Structured, Dialect::Extended] {
+        let done = |kind: u16, payload: Vec<u8>| vec![(1, kind, payload)];
+        for chunks in [
+            done(0, vec![]),
+            done(1, vec![]),
+            done(1, all[..8].to_vec()),
+            done(1, all[..size].to_vec()),
+            done(1, [all.clone(), vec![1]].concat()),
+            done(1, data(1, &disk())),
+            done(1, data(u64::MAX, &disk())),
+            done(2, hole(0, whole - 1)),
+            done(2, hole(0, whole + 1)),
+            done(2, hole(0, 0)),
+            done(2, hole(4096, whole)),
+            done(2, vec![0; 11]),
+            done(2, vec![0; 13]),
+            done(3, all.clone()),
+            done(5, vec![0; 12]),
+            done(6, vec![0; 24]),
+            done(0x7fff, vec![0; 12]),
+            done(0x8001, vec![]),
+            done(0x8001, vec![0; 6]),
+            done(0x8001, vec![1; 6]),
+            done(0x8002, vec![1; 14]),
+            done(0xffff, vec![9; 4000]),
+            done(0xffff, vec![9; 100_000]),
+            vec![(0, 2, hole(0, whole)), (1, 1, all.clone())],
+            vec![(0, 1, all.clone()), (1, 2, hole(5, 1))],
+            vec![(0, 1, data(0, &disk()[..100])), (1, 2, hole(101, whole - 101))],
+            vec![(0, 1, all.clone()), (1, 0x8001, vec![0, 0, 0, 5, 0, 0])],
+            vec![(0, 0, vec![]), (1, 1, all.clone())],
+            vec![(0, 2, hole(0, 1)); 3],
+            vec![(0, 0x8001, vec![0, 0, 0, 5, 0, 0]); 10_000],
+        ] {
+            let outcome = answering(dialect, Step::Read, move |message| {
+                let cookie = message.request.cookie;
+                let chunks = chunks.iter();
+                chunks.flat_map(|(flags, kind, payload)| chunk(dialect, *flags, *kind, cookie, payload)).collect()
+            });
+            assert!(outcome.opened);
+            assert_eq!(outcome.bytes, None, "{dialect:?}");
+            assert_eq!(outcome.runs, true_runs(dialect));
+        }
+        // Replies to requests that do not exist, that were answered, or in another dialect.
+        for wrong in [u64::MAX, 1] {
+            let outcome = answering(dialect, Step::Read, move |message| {
+                chunk(dialect, 1, 0, message.request.cookie ^ wrong, &[])
+            });
+            assert_eq!(outcome.bytes, None);
+        }
+        let outcome = answering(dialect, Step::Read, |message| {
+            [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0].as_slice(), &message.request.cookie.to_be_bytes(), &disk()].concat()
+        });
+        assert_eq!(outcome.bytes, None);
+    }
+    let outcome = answering(Dialect::Simple, Step::Read, |message| {
+        chunk(Dialect::Structured, 1, 2, message.request.cookie, &[0; 12])
+    });
+    assert_eq!(outcome.bytes, None);
+}
+
+#[test]
+fn block_status_that_breaks_the_rules_is_data() {
+    let size = disk().len() as u64;
+    for dialect in [Dialect::Structured, Dialect::Extended] {
+        let reply = move |context: u32, extents: Vec<(u64, bool)>| {
+            move |message: &Message| status_reply(dialect, message.request, context, &extents)
+        };
+        for (context, extents) in [
+            (CONTEXT + 1, vec![(size, true)]),
+            (CONTEXT, vec![]),
+            (CONTEXT, vec![(0, true)]),
+            (CONTEXT, vec![(size, true), (1, true)]),
+            (CONTEXT, vec![(4096, true), (0, false), (size - 4096, true)]),
+        ] {
+            let outcome = answering(dialect, Step::Status, reply(context, extents.clone()));
+            assert_eq!(outcome.runs, [(size, Kind::Data)], "{dialect:?} {extents:?}");
+            assert_eq!(outcome.bytes, Some(disk()));
+        }
+        for answer in [
+            |_: &Message| vec![],
+            |message: &Message| chunk(Dialect::Structured, 1, 5, message.request.cookie, &[0; 11]),
+            |message: &Message| chunk(Dialect::Extended, 1, 6, message.request.cookie, &[0; 23]),
+            |message: &Message| chunk(Dialect::Extended, 1, 5, message.request.cookie, &[0; 12]),
+            |message: &Message| chunk(Dialect::Structured, 1, 0, message.request.cookie, &[]),
+            |message: &Message| [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], message.request.cookie.to_be_bytes()].concat(),
+            |message: &Message| chunk(Dialect::Structured, 1, 0x8001, message.request.cookie, &[0, 0, 0, 95, 0, 0]),
+        ] {
+            let outcome = answering(dialect, Step::Status, answer);
+            assert_eq!(outcome.runs, [(size, Kind::Data)], "{dialect:?}");
+        }
+        // Shorter than asked is allowed, and longer in the last extent.
+        let outcome = answering(dialect, Step::Status, move |message| {
+            let first = crate::fake::extents(&disk(), message.request)[0];
+            status_reply(dialect, message.request, CONTEXT, &[(first.0.min(1000), first.1)])
+        });
+        assert_eq!(outcome.runs, true_runs(dialect));
+        let outcome = answering(dialect, Step::Status, reply(CONTEXT, vec![(1 << 31, true)]));
+        assert_eq!(outcome.runs, [(size, Kind::Hole)], "the server's word");
+    }
+}
+
+#[test]
+fn a_broken_rule_is_not_tried_again() {
+    let fake = Fake::new(
+        Dialect::Structured,
+        &disk(),
+        Arc::new(|message: &mut Message| {
+            if message.step == Step::Status {
+                message.bytes = status_reply(Dialect::Structured, message.request, 1, &[(4096, true)]);
+            }
+            Then::Go
+        }),
+    );
+    let client = Arc::new(Client::open_patiently(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
+    for _ in 0..50 {
+        assert_eq!(runs_of(&client), [(disk().len() as u64, Kind::Data)]);
+        assert_eq!(read(&client, 0, disk().len()), Ok(disk()));
+    }
+    assert!(client.no_status().unwrap().contains("metadata context"));
+    assert_eq!(fake.connections.load(Ordering::Relaxed), 2, "one that broke, one for all the reads");
+}
+
+#[test]
+fn a_map_told_byte_by_byte_takes_bounded_time() {
+    // One byte of zeros at a time, of an export that seems to have 2^62 bytes.
+    let spoil = |message: &mut Message| {
+        match message.step {
+            Step::Option(7) => {
+                let export = [[0, 0].as_slice(), &(1_u64 << 62).to_be_bytes(), &[0, 1]].concat();
+                message.bytes = [option_reply(7, 3, &export), option_reply(7, 1, &[])].concat();
+            }
+            Step::Status => {
+                message.bytes = status_reply(Dialect::Structured, message.request, CONTEXT, &[(1, true)]);
+            }
+            _ => {}
+        }
+        Then::Go
+    };
+    let fake = Fake::new(Dialect::Structured, &disk(), Arc::new(spoil));
+    let client = Arc::new(Client::open_patiently(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
+    let map = blkholefs::source::nbd::layer(Arc::clone(&client)).map;
+    let start = Instant::now();
+    let align = blkholefs::units::Bytes::new(4096);
+    let zero = blkholefs::units::Bytes::ZERO;
+    let data = blkholefs::map::view::seek(&*map, align, zero, blkholefs::map::view::Whence::Data);
+    assert!(data.is_some());
+    assert!(start.elapsed() < LONGEST, "{:?}", start.elapsed());
+}

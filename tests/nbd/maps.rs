@@ -1,0 +1,168 @@
+//! Maps of real servers equal what `nbdinfo --map` says.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+
+use blkholefs::map::Kind;
+use blkholefs::source::BlockDevice;
+use blkholefs::source::nbd::{Client, Export, Uri, device_layer, layer};
+use blkholefs::units::Bytes;
+
+use crate::common::loop_device::Loop;
+use crate::common::nbd::{Server, directory, image, nbdinfo_map};
+use crate::common::{GIB, KIB, MIB, requires, requires_root, run};
+use crate::{patient, read, runs, runs_of};
+
+const BLOCKS: [std::ops::Range<u64>; 5] = [0..1, 16..17, 1024..1500, 1501..1502, 16383..16384];
+
+/// The map is nbdinfo's, has holes, and what it calls a hole reads as zeros.
+fn check(uri: &str) -> Arc<Client> {
+    let client = patient(uri);
+    let map = runs_of(&client);
+    assert_eq!(map, nbdinfo_map(uri), "{uri}");
+    assert!(map.iter().any(|(_, kind)| *kind == Kind::Hole), "{uri} has holes");
+    let mut start = 0;
+    for (end, kind) in map {
+        if kind == Kind::Hole {
+            let len = usize::try_from((end - start).min(64 * KIB)).unwrap();
+            for at in [start, end - len as u64] {
+                assert!(read(&client, at, len).unwrap().iter().all(|byte| *byte == 0), "{uri}: zeros at {at}");
+            }
+        }
+        start = end;
+    }
+    client
+}
+
+#[test]
+fn nbdkit() {
+    if !requires(&["nbdkit", "nbdinfo"]) {
+        return;
+    }
+    let directory = directory();
+    let (socket, disk) = (directory.path().join("s"), directory.path().join("disk"));
+    image(&disk, 64 * MIB, &BLOCKS);
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let disk = disk.to_str().unwrap();
+    for words in [
+        vec!["file", disk],
+        vec!["--readonly", "file", disk],
+        vec!["memory", "1T"],
+        vec!["data", "@0x100000 1 @0x40000000 2*5000", "size=3G"],
+        vec!["sparse-random", "size=16G", "percent=5", "runlength=262144"],
+        vec!["--filter=delay", "file", disk, "delay-extents=20ms", "delay-read=5ms"],
+        vec![
+            "--filter=blocksize-policy",
+            "file",
+            disk,
+            "blocksize-minimum=64K",
+            "blocksize-preferred=64K",
+            "blocksize-maximum=1M",
+            "blocksize-error-policy=error",
+        ],
+    ] {
+        let _server = Server::nbdkit(&socket, &words);
+        let client = check(&uri);
+        assert_eq!(layer(client).holes_from, "NBD block status (base:allocation)", "{words:?}");
+        std::fs::remove_file(&socket).unwrap();
+    }
+}
+
+#[test]
+fn qemu_nbd_with_extended_headers() {
+    if !requires(&["qemu-nbd", "qemu-img", "qemu-io", "nbdinfo"]) {
+        return;
+    }
+    let directory = directory();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    image(path("raw").as_ref(), 64 * MIB, &BLOCKS);
+    run("qemu-img", ["convert", "-q", "-O", "qcow2", &path("raw"), &path("qcow2")]);
+    // Clusters that are allocated zeros, next to those that are not allocated: one run of zeros for lseek.
+    run("qemu-io", ["-c", "write -z 20M 3M", "-c", "write -P 7 21M 64k", &path("qcow2")]);
+    run("qemu-img", ["create", "-q", "-f", "qcow2", &path("large"), "20T"]);
+    run("qemu-io", ["-c", "write -P 9 13T 64k", &path("large")]);
+    for (format, file) in [("qcow2", "qcow2"), ("raw", "raw"), ("qcow2", "large")] {
+        let socket = directory.path().join(format!("{file}.socket"));
+        let words = [format!("--format={format}"), "--export-name=a disk".to_owned(), path(file)];
+        let _server = Server::qemu(&socket, &words.each_ref().map(String::as_str));
+        let client = check(&format!("nbd+unix:///a%20disk?socket={}", socket.display()));
+        assert_eq!(client.holes_from(), "NBD block status (base:allocation, 64 bits)");
+    }
+}
+
+#[test]
+fn a_write_is_never_inside_a_hole() {
+    if !requires(&["nbdkit"]) {
+        return;
+    }
+    let directory = directory();
+    let (socket, disk) = (directory.path().join("s"), directory.path().join("disk"));
+    image(&disk, GIB, &[]);
+    let _server = Server::nbdkit(&socket, &["file", disk.to_str().unwrap()]);
+    let client = patient(&format!("nbd+unix:///?socket={}", socket.display()));
+    let map = layer(client).map;
+    let file = File::options().write(true).open(&disk).unwrap();
+    for block in (0..GIB / 4096).step_by(2741) {
+        // Whatever was asked before, the next answer has this write in it.
+        let before = map.run_at(Bytes::new(block * 4096));
+        assert_eq!(before.kind, Kind::Hole);
+        file.write_all_at(&[1], block * 4096).unwrap();
+        assert_eq!(map.run_at(Bytes::new(block * 4096)).kind, Kind::Data);
+    }
+}
+
+#[test]
+fn no_holes_without_block_status() {
+    if !requires(&["nbdkit"]) {
+        return;
+    }
+    let directory = directory();
+    for (name, words, dense) in [
+        ("noextents", vec!["--filter=noextents", "memory", "64M"], false),
+        ("no-sr", vec!["--no-sr", "memory", "64M"], true),
+        ("error", vec!["--filter=error", "memory", "64M", "error-extents-rate=100%"], false),
+    ] {
+        let socket = directory.path().join(name);
+        let _server = Server::nbdkit(&socket, &words);
+        let client = patient(&format!("nbd+unix:///?socket={}", socket.display()));
+        assert_eq!(runs_of(&client), [(64 * MIB, Kind::Data)], "{name}");
+        assert_eq!(layer(Arc::clone(&client)).map.dense_because().is_some(), dense, "{name}");
+        assert_eq!(layer(Arc::clone(&client)).holes_from == "none", dense, "{name}");
+        assert_eq!(read(&client, 5, 10), Ok(vec![0; 10]));
+    }
+}
+
+#[test]
+fn beside_a_kernel_device() {
+    if !requires(&["nbdkit"]) || !requires_root() {
+        return;
+    }
+    let directory = directory();
+    let disk = directory.path().join("disk");
+    image(&disk, MIB, &[1..2]);
+    // Any device will do for the kernel's: its layer only looks at the size.
+    let kernel = Loop::new(&disk);
+    let device = BlockDevice::open(kernel.path()).unwrap();
+    let ask = |socket: &str| {
+        let uri = Uri::parse(&format!("nbd+unix:///?socket={}", directory.path().join(socket).display())).unwrap();
+        let layer = device_layer(&device, Some(&Export::new(uri)));
+        assert_eq!(layer.len(), Bytes::new(MIB));
+        (layer.map.dense_because().unwrap_or_default(), runs(&*layer.map))
+    };
+    let all_data = [(MIB, Kind::Data)];
+    let serve = |name: &str, words: &[&str]| Server::nbdkit(&directory.path().join(name), words);
+
+    let layer = device_layer(&device, None);
+    assert!(layer.map.dense_because().unwrap().contains("-o nbd=URI"));
+    assert_eq!(runs(&*layer.map), all_data);
+    let _good = serve("good", &["file", disk.to_str().unwrap()]);
+    assert_eq!(ask("good"), (String::new(), vec![(4 * KIB, Kind::Hole), (8 * KIB, Kind::Data), (MIB, Kind::Hole)]));
+    let _other = serve("other", &["memory", "2M"]);
+    let _single = serve("single", &["--filter=multi-conn", "memory", "1M", "multi-conn-mode=disable"]);
+    for (socket, why) in [("nobody", "cannot connect"), ("other", "not the same"), ("single", "CAN_MULTI_CONN")] {
+        let (reason, map) = ask(socket);
+        assert!(reason.contains(why), "{socket}: {reason}");
+        assert_eq!(map, all_data, "{socket}");
+    }
+}

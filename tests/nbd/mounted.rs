@@ -1,0 +1,64 @@
+//! Exports through the mount.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use blkholefs::map::Kind;
+
+use crate::common::check::{self, check_same_bytes, map_holes};
+use crate::common::mount::Mount;
+use crate::common::nbd::{Server, directory, image, nbdinfo_map};
+use crate::common::{GIB, MIB, requires, requires_root, run, wait_until};
+
+/// The map of a mounted file, as [`nbdinfo_map`] says it.
+fn map(file: &Path) -> Vec<(u64, Kind)> {
+    let kind = |kind| if kind == check::Kind::Hole { Kind::Hole } else { Kind::Data };
+    map_holes(file).into_iter().map(|extent| (extent.1.end, kind(extent.0))).collect()
+}
+
+#[test]
+fn an_export_is_a_sparse_file() {
+    if !requires(&["nbdkit", "nbdinfo"]) || !requires_root() {
+        return;
+    }
+    let directory = directory();
+    let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
+    image(&disk, GIB, &[0..16, 1024..1500, 1501..1502, 200_000..200_001]);
+    let _server = Server::nbdkit(&socket, &["file", disk.to_str().unwrap()]);
+    let uri = format!("nbd+unix:///a/disk.img?socket={}", socket.display());
+    let mount = Mount::new(uri.as_ref());
+    let file = mount.directory().join("disk.img");
+    assert_eq!(map(&file), nbdinfo_map(&uri));
+    check_same_bytes(&file, &disk);
+    let attributes = fs::metadata(&file).unwrap();
+    assert_eq!(attributes.len(), GIB);
+    assert!(attributes.blocks() < GIB / 512);
+    let copy = directory.path().join("copy");
+    run("cp", ["--sparse=auto".as_ref(), file.as_os_str(), copy.as_os_str()]);
+    assert!(fs::metadata(&copy).unwrap().blocks() * 512 < 8 * MIB);
+}
+
+#[test]
+fn a_server_that_is_restarted_in_the_middle_of_a_copy() {
+    if !requires(&["nbdkit"]) || !requires_root() {
+        return;
+    }
+    let directory = directory();
+    let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
+    image(&disk, 64 * MIB, &[0..1000, 4000..9000, 16_000..16_384]);
+    let slow = ["--filter=delay", "file", disk.to_str().unwrap(), "delay-read=20ms"];
+    let mut server = Server::nbdkit(&socket, &slow);
+    let mount = Mount::new(format!("nbd+unix:///disk?socket={}", socket.display()).as_ref());
+    let copy = directory.path().join("copy");
+    let mut cp = Command::new("cp");
+    let mut cp = cp.arg("--sparse=auto").arg(mount.directory().join("disk")).arg(&copy).spawn().unwrap();
+    for wanted in [MIB, 8 * MIB] {
+        assert!(wait_until(|| fs::metadata(&copy).is_ok_and(|copy| copy.blocks() * 512 > wanted)));
+        server.kill();
+        server.restart();
+    }
+    assert!(cp.wait().unwrap().success(), "{}", mount.log());
+    check_same_bytes(&copy, &disk);
+}

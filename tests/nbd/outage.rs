@@ -1,0 +1,120 @@
+//! Servers that go away, and come back or not.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use blkholefs::map::Kind;
+
+use crate::common::nbd::{Server, directory, image};
+use crate::common::{MIB, requires, wait_until};
+use crate::{client, patience, patient, read, runs_of};
+
+/// The steps in which the client measures time, and a slow machine.
+const SLACK: Duration = Duration::from_secs(5);
+
+fn uri(socket: &Path) -> String {
+    format!("nbd+unix:///?socket={}", socket.display())
+}
+
+#[test]
+fn a_server_that_comes_back() {
+    if !requires(&["nbdkit"]) {
+        return;
+    }
+    let directory = directory();
+    let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
+    image(&disk, 8 * MIB, &[0..2048]);
+    let wanted = fs::read(&disk).unwrap();
+    // Slow enough that the server dies with requests under way.
+    let mut server = Server::nbdkit(&socket, &["--filter=delay", "file", disk.to_str().unwrap(), "delay-read=2ms"]);
+    let client = patient(&uri(&socket));
+    let reads = AtomicUsize::new(0);
+    let (reads, client, wanted) = (&reads, &client, &wanted);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            scope.spawn(move || {
+                for turn in 0..200 {
+                    let at = (thread * 1_000_003 + turn * 50_021) % (wanted.len() - 9000);
+                    let got = read(client, at as u64, 9000).unwrap();
+                    assert!(got == wanted[at..at + 9000]);
+                    reads.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for kills in 1..4 {
+            assert!(wait_until(|| reads.load(Ordering::Relaxed) > kills * 150));
+            server.kill();
+            server.restart();
+        }
+    });
+    assert_eq!(reads.load(Ordering::Relaxed), 800);
+    // A connection that broke while nobody used it is no reason to fail.
+    server.kill();
+    server.restart();
+    assert_eq!(runs_of(client), [(8 * MIB, Kind::Data)]);
+}
+
+#[test]
+fn a_server_that_stays_away() {
+    if !requires(&["nbdkit"]) {
+        return;
+    }
+    let directory = directory();
+    let socket = directory.path().join("s");
+    let mut server = Server::nbdkit(&socket, &["memory", "1M"]);
+    let client = client(&uri(&socket), patience(Duration::from_secs(1)));
+    assert_eq!(runs_of(&client), [(MIB, Kind::Hole)]);
+    server.kill();
+    let start = Instant::now();
+    assert_eq!(read(&client, 0, 4096), Err(libc::EIO));
+    let took = start.elapsed();
+    assert!(took >= Duration::from_secs(1) && took < Duration::from_secs(2) + SLACK, "{took:?}");
+    // From then on nobody waits for long, and nothing is a hole.
+    let start = Instant::now();
+    assert_eq!(runs_of(&client), [(MIB, Kind::Data)]);
+    assert_eq!(read(&client, 0, 4096), Err(libc::EIO));
+    assert!(start.elapsed() < SLACK);
+    server.restart();
+    assert!(wait_until(|| read(&client, 0, 4096).is_ok()));
+    assert!(wait_until(|| runs_of(&client) == [(MIB, Kind::Hole)]));
+}
+
+#[test]
+fn a_server_that_comes_back_with_another_size() {
+    if !requires(&["nbdkit"]) {
+        return;
+    }
+    let directory = directory();
+    let socket = directory.path().join("s");
+    let mut server = Server::nbdkit(&socket, &["memory", "1M"]);
+    let client = client(&uri(&socket), patience(Duration::from_millis(500)));
+    server.kill();
+    server.restart_with("1M", "2M");
+    assert_eq!(read(&client, 0, 4096), Err(libc::EIO));
+    assert_eq!(runs_of(&client), [(MIB, Kind::Data)]);
+    server.kill();
+    server.restart_with("2M", "1M");
+    assert!(wait_until(|| read(&client, 0, 4096).is_ok()));
+}
+
+#[test]
+fn a_server_that_hangs() {
+    if !requires(&["nbdkit"]) {
+        return;
+    }
+    let directory = directory();
+    let socket = directory.path().join("s");
+    let words = ["--filter=delay", "memory", "1M", "delay-read=60", "delay-extents=60"];
+    let _server = Server::nbdkit(&socket, &words);
+    let client = client(&uri(&socket), patience(Duration::from_secs(1)));
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let reader = Arc::clone(&client);
+        scope.spawn(move || assert_eq!(read(&reader, 0, 4096), Err(libc::EIO)));
+        assert_eq!(runs_of(&client), [(MIB, Kind::Data)]);
+    });
+    assert!(start.elapsed() < Duration::from_secs(2) + SLACK, "{:?}", start.elapsed());
+}

@@ -1,0 +1,125 @@
+//! Images that the kernel reads by itself: the bytes are the image's, and everything else is still the program's.
+
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+use common::check::{check, map_holes, map_of, open, seek_data};
+use common::image::Image;
+use common::loop_device::Loop;
+use common::mount::{LoopMount, Mount};
+use common::{KIB, MIB, assert_becomes, requires_root, wait_until};
+
+/// Bytes that a process read by system calls so far.
+fn bytes_read_by(process: u32) -> u64 {
+    let counters = fs::read_to_string(format!("/proc/{process}/io")).expect("the daemon runs");
+    let line = counters.lines().find_map(|line| line.strip_prefix("rchar: ")).expect("proc(5) has it");
+    line.parse().expect("a number")
+}
+
+/// Bytes that the daemon reads while all of `file` is read.
+fn bytes_read_for(file: &Path, daemon: u32) -> u64 {
+    let before = bytes_read_by(daemon);
+    fs::read(file).expect("the file can be read");
+    bytes_read_by(daemon) - before
+}
+
+#[test]
+fn an_image_is_read_by_the_kernel_and_a_loop_device_by_the_daemon() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(8 * MIB, &[0..8 * MIB]);
+    assert!(bytes_read_for(source.file(), source.mount.pid()) >= 8 * MIB, "who else read it?");
+    let release = nix::sys::utsname::uname().expect("a kernel").release().to_owned();
+    let mut numbers = release.to_str().expect("text").split('.').map_while(|part| part.parse::<u32>().ok());
+    if (numbers.next(), numbers.next()) < (Some(6), Some(9)) {
+        return;
+    }
+    let image = Mount::new(source.image.path());
+    assert!(bytes_read_for(image.file(), image.pid()) < MIB, "the daemon read an image");
+}
+
+#[test]
+fn writes_and_changes_of_size_are_seen_by_an_open_file() {
+    if !requires_root() {
+        return;
+    }
+    let image = Image::with_data(4 * MIB, &[0..4096]);
+    let mount = Mount::new(image.path());
+    let file = open(mount.file());
+    assert_eq!(seek_data(&file, 4096), None);
+    image.write(2 * MIB..3 * MIB);
+    assert_eq!(seek_data(&file, 4096), Some(2 * MIB));
+    check(mount.file(), image.path());
+    image.resize(16 * MIB);
+    image.write(12 * MIB..12 * MIB + 4096);
+    assert_becomes(&Some(12 * MIB), || seek_data(&file, 3 * MIB));
+    let (mut ours, mut theirs) = (vec![0; 8192], vec![0; 8192]);
+    file.read_exact_at(&mut ours, 12 * MIB).expect("it is there");
+    open(image.path()).read_exact_at(&mut theirs, 12 * MIB).expect("it is there");
+    assert_eq!(ours, theirs);
+    check(mount.file(), image.path());
+}
+
+#[test]
+fn many_opens_at_a_time() {
+    if !requires_root() {
+        return;
+    }
+    let image = Image::with_data(MIB, &[0..64 * KIB, 512 * KIB..MIB]);
+    let mount = Mount::new(image.path());
+    let expected = fs::read(image.path()).expect("the image can be read");
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..50 {
+                    assert!(fs::read(mount.file()).expect("the file can be read") == expected);
+                    assert_eq!(map_holes(mount.file()), map_of(MIB, &[0..64 * KIB, 512 * KIB..MIB]));
+                }
+            });
+        }
+    });
+}
+
+/// The kernel does not let go of an open file's image; who opens the name gets the new one.
+#[test]
+fn another_image_in_its_place() {
+    if !requires_root() {
+        return;
+    }
+    let image = Image::with_data(MIB, &[0..4096]);
+    let other = Image::with_data(MIB, &[512 * KIB..MIB]);
+    let mount = Mount::new(image.path());
+    let file = open(mount.file());
+    fs::rename(other.path(), image.path()).expect("a rename in one directory");
+    assert_eq!(seek_data(&file, 4096), None, "the open file is still the old image");
+    check(mount.file(), image.path());
+    drop(file);
+    check(mount.file(), image.path());
+    fs::write(other.path(), "").expect("the fixture removes it");
+}
+
+/// Nothing of an image is held by an idle mount: a loop device over it, and the image itself, can go.
+#[test]
+fn an_idle_mount_holds_no_image() {
+    if !requires_root() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let lower = Image::new(64 * MIB);
+    common::run("mkfs.ext4", ["-q".as_ref(), lower.path().as_os_str()]);
+    let device = Loop::new(lower.path());
+    common::run("mount", [device.path(), directory.path()]);
+    let path = directory.path().join("image");
+    fs::write(&path, vec![1; 4096]).expect("room for it");
+    let mount = Mount::new(&path);
+    assert_eq!(fs::read(mount.file()).expect("the file can be read"), vec![1; 4096]);
+    // The release of a closed file is not waited for.
+    let let_go = wait_until(|| common::try_run("umount", [directory.path()], "").is_ok());
+    assert!(let_go, "the file system of the image is held");
+}
