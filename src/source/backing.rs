@@ -271,8 +271,13 @@ struct Device {
 }
 
 impl Medium for Device {
+    /// A device that is gone has no length left (`blk_mark_disk_dead` of `block/genhd.c`): a file that is empty at once
+    /// would be copied as a short one.
     fn size(&self) -> io::Result<Bytes> {
-        block::len(&self.device.file)
+        match block::len(&self.device.file)? {
+            Bytes::ZERO if self.device.len > Bytes::ZERO => Err(io::Error::from_raw_os_error(libc::ENODEV)),
+            len => Ok(len),
+        }
     }
 
     fn align(&self) -> Bytes {

@@ -10,6 +10,7 @@ pub mod check;
 pub mod differential;
 pub mod dm;
 pub mod freshness;
+pub mod fuse_image;
 pub mod image;
 pub mod ioctl;
 pub mod loop_device;

@@ -139,6 +139,28 @@ fn loop_device_below_changes() {
     check(mount.file(), device.path());
 }
 
+/// A device is in the stack twice, once below another one: what that one writes back to it must be written back too.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn dirty_pages_on_two_ways_down() {
+    let image = Image::new(4 * MIB);
+    let lower = Loop::new(image.path());
+    let upper = Loop::new(lower.path());
+    let device =
+        Dm::new(&format!("0 8192 linear {} 0\n8192 8192 linear {} 0", lower.path().display(), upper.path().display()));
+    let mount = Mount::new(device.path());
+    let file = open(mount.file());
+    assert_eq!(seek_data(&file, 0), None);
+    let writer = open_for_writing(upper.path());
+    write_at(&writer, MIB..MIB + 4096);
+    let found = seek_data(&file, 4 * MIB);
+    let mut bytes = [0; 4096];
+    file.read_exact_at(&mut bytes, 5 * MIB).expect("a read");
+    assert!(bytes == [0; 4096] || found == Some(5 * MIB), "what can be read is in no hole");
+    assert_map(mount.file(), &map_of(8 * MIB, &[MIB..MIB + 4096, 5 * MIB..5 * MIB + 4096]));
+    check(mount.file(), device.path());
+}
+
 /// An idle mount of /dev/mapper holds nothing, and shows what is there now.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
