@@ -75,7 +75,7 @@ impl Drop for Dm {
 /// A thin pool on two loop devices.
 pub struct Pool {
     pool: Dm,
-    block: u64,
+    _delay: Option<Dm>,
     _data: Loop,
     metadata: Loop,
     _images: [Image; 2],
@@ -84,37 +84,36 @@ pub struct Pool {
 impl Pool {
     /// A pool for `size` bytes of data in blocks of `block` bytes.
     pub fn new(size: u64, block: u64) -> Self {
-        Self::with_metadata(size, block, 16 << 20)
+        Self::with_metadata(size, block, 16 << 20, false)
+    }
+
+    /// A pool whose metadata takes its time to be read, and none to be written.
+    pub fn with_slow_metadata(size: u64, block: u64) -> Self {
+        Self::with_metadata(size, block, 16 << 20, true)
     }
 
     /// [`Pool::new`] with so many bytes for metadata. Writes that find no space fail.
-    pub fn with_metadata(size: u64, block: u64, metadata: u64) -> Self {
+    pub fn with_metadata(size: u64, block: u64, metadata: u64, slow: bool) -> Self {
         let images = [Image::new(size), Image::new(metadata)];
         let data = Loop::new(images[0].path());
         let metadata = Loop::new(images[1].path());
+        let delay = slow.then(|| {
+            let path = metadata.path().display();
+            Dm::new(&format!("0 {} delay {path} 0 10 {path} 0 0", sectors(metadata.path())))
+        });
         let pool = Dm::new(&format!(
             "0 {} thin-pool {} {} {} 0 2 skip_block_zeroing error_if_no_space",
             size / 512,
-            metadata.path().display(),
+            delay.as_ref().map_or(metadata.path(), Dm::path).display(),
             data.path().display(),
             block / 512
         ));
-        Self { pool, block, _data: data, metadata, _images: images }
+        Self { pool, _delay: delay, _data: data, metadata, _images: images }
     }
 
     /// The pool's own device.
     pub fn dm(&self) -> &Dm {
         &self.pool
-    }
-
-    /// The metadata device.
-    pub fn metadata(&self) -> &Path {
-        self.metadata.path()
-    }
-
-    /// Bytes in a block.
-    pub fn block(&self) -> u64 {
-        self.block
     }
 
     /// A new, empty volume of `size` bytes.
@@ -147,8 +146,9 @@ impl Pool {
 
     /// Takes the pool away and checks its metadata.
     pub fn thin_check(self) {
-        let Self { pool, metadata, .. } = self;
+        let Self { pool, _delay: delay, metadata, .. } = self;
         drop(pool);
+        drop(delay);
         run("thin_check", ["--quiet".as_ref(), metadata.path().as_os_str()]);
     }
 

@@ -1,5 +1,6 @@
 //! A suspended device answers everything but reads at once.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -11,9 +12,11 @@ use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::{MIB, wait_until};
 
-/// Looks at the file in every way that reads nothing, while `suspended` is; whether all of that ended at once.
-fn looks(suspended: &Dm, directory: &Path, file: &Path) -> (bool, Vec<Extent>) {
+/// Looks at the file in every way that reads nothing, while `suspended` is and has dirty pages above it that cannot be
+/// written back (those from before, the suspension itself writes); whether all of that ended at once.
+fn looks(suspended: &Dm, writer: &File, directory: &Path, file: &Path) -> (bool, Vec<Extent>) {
     suspended.suspend();
+    write_at(writer, MIB..MIB + 4096);
     let paths = Arc::new((directory.to_owned(), file.to_owned()));
     let looking = thread::spawn(move || {
         assert_eq!(std::fs::read_dir(&paths.0).expect("readdir").count(), 1);
@@ -34,11 +37,9 @@ fn suspended_device_is_dense_and_blocks_nothing() {
     let above = Dm::linear(below.path());
     let mount = Mount::new(above.path());
     assert_map(mount.file(), &map_of(4 * MIB, &[]));
-    // With dirty pages, which cannot be written back now.
     let writer = open_for_writing(above.path());
-    write_at(&writer, MIB..MIB + 4096);
     for suspended in [&above, &below] {
-        let (at_once, map) = looks(suspended, mount.directory(), mount.file());
+        let (at_once, map) = looks(suspended, &writer, mount.directory(), mount.file());
         assert!(at_once, "a look waited for the resume of {}", suspended.name());
         let covered = map.iter().any(|Extent(kind, range)| *kind == Kind::Data && range.contains(&MIB));
         assert!(covered, "what was written is data: {map:?}");

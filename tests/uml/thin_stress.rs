@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::common::check::{Kind, check, map_holes};
+use crate::common::check::{Kind, check, check_holes, map_holes, open, seek_data, seek_hole};
 use crate::common::dm::{Dm, Pool};
-use crate::common::freshness::{race, writers};
+use crate::common::freshness::writers;
 use crate::common::image::{open_for_writing, write};
 use crate::common::mount::Mount;
 use crate::common::random::Random;
-use crate::common::{MIB, assert_becomes, try_run};
+use crate::common::{MIB, assert_becomes, run, try_run};
 
 const BLOCK: u64 = 64 * 1024;
 const SIZE: u64 = 24 * MIB;
@@ -152,7 +152,7 @@ fn no_space_for_data() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn no_space_for_metadata() {
-    let pool = Pool::with_metadata(512 * MIB, BLOCK, 128 * 4096);
+    let pool = Pool::with_metadata(512 * MIB, BLOCK, 128 * 4096, false);
     let size = 256 * MIB;
     let thin = pool.thin(0, size);
     let mount = Mount::new(thin.path());
@@ -179,33 +179,57 @@ fn no_space_for_metadata() {
     assert!(map_holes(mount.file()).len() > 1, "a pool that takes no writes can be read: {}", mount.log());
 }
 
-/// A pool that commits all the time.
+/// A pool that commits several times while its metadata is read, because that is slow: one device is written all the time,
+/// and the others are looked at.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn pool_that_commits_all_the_time() {
-    let pool = Pool::new(64 * MIB, BLOCK);
-    let thin = pool.thin(0, SIZE);
-    let noise = pool.thin(1, SIZE);
-    let mount = Mount::new(thin.path());
+    let pool = Pool::with_slow_metadata(192 * MIB, BLOCK);
+    let (thin, quiet, noise) = (pool.thin(0, SIZE), pool.thin(1, 512 * MIB), pool.thin(2, SIZE));
+    // Every other block, so that nodes hold few and there are many of them.
+    let file = open_for_writing(quiet.path());
+    for block in (0..2000).step_by(2) {
+        file.write_all_at(&[1; 512], block * BLOCK).expect("a write inside the device");
+    }
+    drop(file);
+    let (mount, quiet_mount) = (Mount::new(thin.path()), Mount::new(quiet.path()));
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
-        let committing = scope.spawn(|| {
-            let file = open_for_writing(noise.path());
-            let mut random = Random::new(3);
-            while !done.load(Ordering::SeqCst) {
-                let start = random.within(0..SIZE / BLOCK) * BLOCK;
-                file.write_all_at(&[1; 512], start).expect("a write inside the device");
-                file.sync_all().expect("a flush, and so a commit");
-                try_run("dmsetup", ["status", pool.dm().name()], "").expect("a status, and so a commit");
-            }
-        });
+        let committing = scope.spawn(|| commits(&pool, &noise, &done));
         let ends = Ends(&done);
-        race(mount.file(), thin.path(), SIZE, 25);
+        // Nobody writes to this one, so its holes can be known all the while.
+        for _ in 0..3 {
+            let file = open(quiet_mount.file());
+            assert_becomes(&Some(BLOCK), || seek_hole(&file, 0));
+            assert_eq!(seek_data(&file, 1001 * BLOCK), Some(1002 * BLOCK));
+        }
+        writers(mount.file(), thin.path(), SIZE, 15);
         drop(ends);
-        committing.join().expect("the noise succeeds");
+        assert!(committing.join().expect("the noise succeeds") > 0);
     });
-    drop(mount);
+    check(mount.file(), thin.path());
+    check_holes(&map_holes(quiet_mount.file()), quiet.path());
+    assert_eq!(map_holes(quiet_mount.file()).len(), 2000);
+    drop((mount, quiet_mount));
     assert_eq!(pool.held_root(), None, "{}", pool.dm().status());
-    drop((thin, noise));
+    drop((thin, quiet, noise));
     pool.thin_check();
+}
+
+/// Provisions and discards, each with a commit; returns how often.
+fn commits(pool: &Pool, noise: &Dm, done: &AtomicBool) -> u32 {
+    let file = open_for_writing(noise.path());
+    let mut random = Random::new(3);
+    let mut commits = 0;
+    while !done.load(Ordering::SeqCst) {
+        let start = random.within(0..SIZE / BLOCK) * BLOCK;
+        file.write_all_at(&[1; 512], start).expect("a write inside the device");
+        file.sync_all().expect("a flush, and so a commit");
+        if random.one_in(8) {
+            run("blkdiscard", ["--force".as_ref(), noise.path().as_os_str()]);
+            pool.dm().status();
+        }
+        commits += 1;
+    }
+    commits
 }
