@@ -68,11 +68,11 @@ pub fn main(words: &[OsString]) -> ExitCode {
     }
 }
 
-/// Prints a failure as one line, with its hint on another; answers its exit code.
+/// Prints a failure as one line, with its hint on the next; answers its exit code.
 fn report_error(error: &Error) -> ExitCode {
     eprintln!("blkholefs: {error}");
     if let Some(hint) = error.hint_text() {
-        eprintln!("blkholefs: {hint}");
+        eprintln!("{hint}");
     }
     ExitCode::from(error.exit_code())
 }

@@ -44,8 +44,8 @@ pub trait Medium: Send + Sync {
     /// When it is gone.
     fn node(&self) -> io::Result<Node>;
 
-    /// The number of the block device, if it is one.
-    fn id(&self) -> Option<DeviceId> {
+    /// The block device, if it is one.
+    fn device(&self) -> Option<&BlockDevice> {
         None
     }
 
@@ -159,9 +159,9 @@ impl Backing {
         &self.name
     }
 
-    /// The number of the block device, if it is one.
-    pub fn id(&self) -> Option<DeviceId> {
-        self.medium.id()
+    /// The block device, if it is one.
+    pub fn device(&self) -> Option<&BlockDevice> {
+        self.medium.device()
     }
 
     /// The regular file that this is, byte for byte and whatever happens to it; `None` for anything else.
@@ -301,8 +301,8 @@ impl Medium for Device {
         self.device.file.metadata().map(|metadata| Node::of(&metadata))
     }
 
-    fn id(&self) -> Option<DeviceId> {
-        Some(self.device.id)
+    fn device(&self) -> Option<&BlockDevice> {
+        Some(&self.device)
     }
 
     fn identity(&self) -> Option<Identity> {
