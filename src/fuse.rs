@@ -1,7 +1,7 @@
 //! FUSE requests to calls of [`FileSystem`] and back: decode, call, reply, nothing else.
 //!
 //! A device may stand on a file of this very mount: a loop device over a file that is shown here, and shown here itself.
-//! So no request may keep the others from being answered. See [`crew`] for what is done about that.
+//! So no request may keep the others from being answered. The module `crew` sees to that.
 
 mod crew;
 mod passthrough;

@@ -149,6 +149,24 @@ fn times_change_when_the_device_changes_and_only_then() {
     }
 }
 
+/// Without counters nothing tells that a device did not change.
+#[test]
+fn times_of_a_device_without_counters_always_change() {
+    if !requires_root() {
+        return;
+    }
+    let source = LoopMount::new(MIB, &[0..4096]);
+    let name = source.device.path().file_name().expect("a device has a name").to_owned();
+    let switch = Path::new("/sys/block").join(name).join("queue/iostats");
+    let before = times(&stat(source.file()));
+    assert_eq!(times(&stat(source.file())), before, "nothing happened");
+    fs::write(&switch, "0").expect("the counters can be switched off");
+    let off = times(&stat(source.file()));
+    assert_ne!(off, before);
+    assert_ne!(times(&stat(source.file())), off, "it may have changed again");
+    fs::write(&switch, "1").expect("the counters can be switched on");
+}
+
 #[test]
 fn inode_numbers_are_stable() {
     if !requires_root() {

@@ -7,6 +7,7 @@ mod common;
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 
 use common::check::{Extent, Kind, map_holes, map_of, open, seek_data, seek_hole};
 use common::image::Image;
@@ -158,6 +159,39 @@ fn positions() {
     assert_eq!(file.stream_position().expect("a position"), 128 * KIB + 1);
     assert_eq!(file.seek(SeekFrom::End(-1)).expect("SEEK_END works"), MIB - 1);
     assert_eq!(file.seek(SeekFrom::Current(-1)).expect("SEEK_CUR works"), MIB - 2);
+}
+
+/// The kernel asks for one file at a time, and the daemon answers for many: nobody gets the answer of another.
+#[test]
+fn many_files_at_once() {
+    if !requires_root() {
+        return;
+    }
+    let sources: Vec<_> =
+        (1..5).map(|n| LoopMount::new(4 * MIB, &[n * 512 * KIB..n * 512 * KIB + n * 4 * KIB])).collect();
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let sources = &sources;
+            scope.spawn(move || {
+                let index = thread % sources.len();
+                let n = index as u64 + 1;
+                let map = map_of(4 * MIB, &[n * 512 * KIB..n * 512 * KIB + n * 4 * KIB]);
+                let file = open(sources[index].file());
+                let mut random = Random::new(thread as u64);
+                let mut bytes = vec![0; 8192];
+                for _ in 0..300 {
+                    let offset = random.within(0..4 * MIB - 8192);
+                    check_at(&file, &map, offset);
+                    file.read_exact_at(&mut bytes, offset).expect("a read inside the file");
+                    let data = bytes.iter().enumerate().all(|(i, &byte)| {
+                        let at = offset + i as u64;
+                        (byte != 0) == map.iter().any(|extent| extent.0 == Kind::Data && extent.1.contains(&at))
+                    });
+                    assert!(data, "wrong bytes at {offset}");
+                }
+            });
+        }
+    });
 }
 
 /// An image file needs no loop device.

@@ -52,7 +52,7 @@ fn compare(name: &str, devices: &[Device]) {
     let dumped = thin_image::dump(&image);
     assert_eq!(dumped.len(), devices.len());
     let metadata = open(&image);
-    let ids: Vec<u32> = metadata.devices().unwrap().iter().map(|(id, _)| id.get()).collect();
+    let ids: Vec<u32> = metadata.devices().unwrap().iter().map(|id| id.get()).collect();
     assert_eq!(ids, devices.iter().map(|device| device.id).collect::<Vec<_>>());
     for (device, (dumped_id, ranges)) in devices.iter().zip(dumped) {
         assert_eq!(device.id, dumped_id);
@@ -278,7 +278,7 @@ fn a_wrong_count_or_root_is_an_error() {
         stamp(&mut lost, top, NODE);
         assert!(matches!(map_of(&lost, 1), Err(ThinError::Damaged(_, Damage::Pointer))));
         assert!(map_of(&lost, 2).is_ok());
-        assert!(of_bytes(&lost).unwrap().devices().is_err());
+        assert_eq!(of_bytes(&lost).unwrap().devices().unwrap().len(), 4, "the others are not lost");
     }
     // One byte of rot anywhere in the tree.
     for block in [top, details, nodes(&image, thin_image::get(&image, top * BLOCK + 32 + 8 * 252, 8))[0]] {

@@ -15,6 +15,7 @@ use crate::mount::logging;
 use crate::mount::options::MountOptions;
 use crate::mount::point::{MountPoint, Mounted};
 use crate::mount::record::{self, Record};
+use crate::source::nbd::{Transport, Uri};
 use crate::sys::process::{self, Capability};
 
 /// How long requests under way may take after TERM, when the mount is still in use.
@@ -60,7 +61,7 @@ impl Service<'_> {
         let signals = block_signals()?;
         let (session, mounted) = mount(self.spec, point, self.options)?;
         let record = create_record(&mounted);
-        let started = drop_privileges(&mounted).and_then(|()| ready.report());
+        let started = self.drop_privileges(&mounted).and_then(|()| ready.report());
         if let Err(error) = started {
             mounted.unmount()?;
             return Err(error);
@@ -90,6 +91,32 @@ impl Service<'_> {
                 Err(_) => return Err(Error::new(ErrorKind::Internal, "no thread is left").on(mounted.dir())),
             }
         }
+    }
+
+    /// Root keeps what unmounting, device-mapper, other people's images and sockets need. A user's daemon has nothing to
+    /// give up, and needs the setuid program fusermount3 at its end.
+    fn drop_privileges(&self, mounted: &Mounted) -> Result<()> {
+        if !geteuid().is_root() {
+            return Ok(());
+        }
+        let mut keep = vec![Capability::SYS_ADMIN, Capability::DAC_READ_SEARCH];
+        if mounted.is_elsewhere() {
+            keep.push(Capability::SYS_CHROOT);
+        }
+        if self.connects_to_socket() {
+            keep.push(Capability::DAC_OVERRIDE);
+        }
+        nix::sys::prctl::set_no_new_privs()
+            .map_err(io::Error::from)
+            .and_then(|()| process::keep_capabilities(&keep))
+            .map_err(|e| Error::new(ErrorKind::System, "cannot drop privileges").because(e))
+    }
+
+    /// Whether an NBD server is reached by a Unix socket.
+    fn connects_to_socket(&self) -> bool {
+        let uris = [self.spec.to_str(), self.options.nbd.as_deref()].into_iter().flatten();
+        let mut uris = uris.filter_map(|text| Uri::parse(text).ok());
+        uris.any(|uri| matches!(uri.transport(), Transport::Unix { .. }))
     }
 }
 
@@ -149,20 +176,4 @@ fn create_record(mounted: &Mounted) -> Option<Record> {
     Record::create(&directory, mounted.device())
         .inspect_err(|error| log::debug!("{}: no record of the daemon: {error}", directory.display()))
         .ok()
-}
-
-/// Root keeps what unmounting, device-mapper and other people's images need. A user's daemon has nothing to give up, and
-/// needs the setuid program fusermount3 at its end.
-fn drop_privileges(mounted: &Mounted) -> Result<()> {
-    if !geteuid().is_root() {
-        return Ok(());
-    }
-    let mut keep = vec![Capability::SYS_ADMIN, Capability::DAC_READ_SEARCH];
-    if mounted.is_elsewhere() {
-        keep.push(Capability::SYS_CHROOT);
-    }
-    nix::sys::prctl::set_no_new_privs()
-        .map_err(io::Error::from)
-        .and_then(|()| process::keep_capabilities(&keep))
-        .map_err(|e| Error::new(ErrorKind::System, "cannot drop privileges").because(e))
 }

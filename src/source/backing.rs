@@ -44,8 +44,8 @@ pub trait Medium: Send + Sync {
     /// When it is gone.
     fn node(&self) -> io::Result<Node>;
 
-    /// The number of the block device, if it is one.
-    fn id(&self) -> Option<DeviceId> {
+    /// The block device, if it is one.
+    fn device(&self) -> Option<&BlockDevice> {
         None
     }
 
@@ -159,9 +159,9 @@ impl Backing {
         &self.name
     }
 
-    /// The number of the block device, if it is one.
-    pub fn id(&self) -> Option<DeviceId> {
-        self.medium.id()
+    /// The block device, if it is one.
+    pub fn device(&self) -> Option<&BlockDevice> {
+        self.medium.device()
     }
 
     /// The regular file that this is, byte for byte and whatever happens to it; `None` for anything else.
@@ -271,8 +271,13 @@ struct Device {
 }
 
 impl Medium for Device {
+    /// A device that is gone has no length left (`blk_mark_disk_dead` of `block/genhd.c`): a file that is empty at once
+    /// would be copied as a short one.
     fn size(&self) -> io::Result<Bytes> {
-        block::len(&self.device.file)
+        match block::len(&self.device.file)? {
+            Bytes::ZERO if self.device.len > Bytes::ZERO => Err(io::Error::from_raw_os_error(libc::ENODEV)),
+            len => Ok(len),
+        }
     }
 
     fn align(&self) -> Bytes {
@@ -296,8 +301,8 @@ impl Medium for Device {
         self.device.file.metadata().map(|metadata| Node::of(&metadata))
     }
 
-    fn id(&self) -> Option<DeviceId> {
-        Some(self.device.id)
+    fn device(&self) -> Option<&BlockDevice> {
+        Some(&self.device)
     }
 
     fn identity(&self) -> Option<Identity> {

@@ -1,4 +1,6 @@
 //! A regular file: its file system knows the holes.
+//!
+//! Not every file system knows of what is still in the page cache of the file: there it is written back first.
 
 use std::fs::File;
 use std::io;
@@ -13,11 +15,11 @@ use crate::error::plain;
 use crate::map::{self, HoleMap, Kind, Run};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
-use crate::sys::file::{end, hole_unit, next_data, next_hole};
+use crate::sys::file::{end, hides_dirty_pages, hole_unit, next_data, next_hole};
 use crate::units::Bytes;
 
-/// The runs of an open file, asked from its file system at every question: always the truth of now, dirty pages and
-/// delayed allocation included.
+/// The runs of an open file, asked from its file system at every question: always the truth of now, delayed allocation
+/// included.
 pub struct FileMap {
     file: File,
     len: Bytes,
@@ -113,7 +115,7 @@ pub fn layer(file: &File, path: &Path, len: Bytes, resolver: &mut Resolver<'_>) 
     match (file.try_clone(), device::reopen(file)) {
         (Ok(same), Ok(private)) => {
             resolver.guard(SizeGuard { file: same, len });
-            backing(private, name, len)
+            backing(private, name, len, resolver)
         }
         (Err(error), _) | (_, Err(error)) => {
             dense::layer(name, "file", len, format!("cannot open it once more: {}", plain(&error)))
@@ -122,7 +124,15 @@ pub fn layer(file: &File, path: &Path, len: Bytes, resolver: &mut Resolver<'_>) 
 }
 
 /// The layer of a file that a device stands on; the device has guards of its own.
-pub fn backing(file: File, name: String, len: Bytes) -> Layer {
+pub fn backing(file: File, name: String, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
+    if hides_dirty_pages(&file) {
+        match file.try_clone() {
+            Ok(same) => resolver.written_through(same),
+            Err(error) => {
+                return dense::layer(name, "file", len, format!("cannot use its descriptor twice: {}", plain(&error)));
+            }
+        }
+    }
     Layer {
         name,
         kind: "file".to_owned(),

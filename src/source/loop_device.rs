@@ -47,7 +47,7 @@ pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<
     let below = match status.block_device {
         _ if status.encrypted => Err("it is encrypted".to_owned()),
         Some(id) => Ok(resolver.device(id, status.offset.saturating_add(device.len))),
-        None => backing_file(device, &status).map(Arc::new),
+        None => backing_file(device, &status, resolver).map(Arc::new),
     };
     // A regular file is held open below, so no other file has its inode number: the status alone proves the binding.
     if status.block_device.is_some() || below.is_err() {
@@ -66,12 +66,12 @@ pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<
 }
 
 /// Opens the backing file of a loop device, or says why that cannot be done.
-fn backing_file(device: &BlockDevice, status: &LoopStatus) -> Result<Layer, String> {
+fn backing_file(device: &BlockDevice, status: &LoopStatus, resolver: &mut Resolver<'_>) -> Result<Layer, String> {
     let path = sysfs::attribute(device.id, "loop/backing_file").ok_or("its backing file is not known")?;
     match open_if_same(Path::new(&path), status) {
         Ok(Some(file)) => {
             let len = file.metadata().map_err(|error| plain(&error))?.len();
-            Ok(file::backing(file, path, Bytes::new(len)))
+            Ok(file::backing(file, path, Bytes::new(len), resolver))
         }
         Ok(None) => Err(format!("{path} is another file than the one bound: moved, or of another mount namespace")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::map::HoleMap;
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
 use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
-use crate::sys::block;
 use crate::sys::device::DeviceId;
-use crate::sys::sysfs::{self, SuspendFile};
+use crate::sys::file::write_through;
+use crate::sys::sysfs::SuspendFile;
+use crate::sys::{block, sysfs};
 use crate::units::Bytes;
 
 /// A stack deeper than this is a mistake; no kernel allows as much (`DM_MAX_...` and the loop driver stop far earlier).
@@ -38,12 +40,25 @@ pub struct Stack {
     /// The device itself; the layers below it hang on it.
     pub top: Arc<Layer>,
     guards: Vec<Box<dyn Guard>>,
+    /// From the bottom up.
     dirty: Vec<Dirty>,
     waits_on: Vec<SuspendFile>,
 }
 
-/// A device of the stack whose page cache may hold writes that the layers below have not seen.
-struct Dirty(Arc<File>);
+/// What has a page cache that may hold writes of which the layers below do not know.
+enum Dirty {
+    Device(Arc<File>),
+    File(File),
+}
+
+impl Dirty {
+    fn write_back(&self) -> io::Result<()> {
+        match self {
+            Self::Device(device) => block::write_back(device),
+            Self::File(file) => write_through(file),
+        }
+    }
+}
 
 impl Stack {
     /// Resolves an open block device.
@@ -92,7 +107,7 @@ impl Stack {
     pub fn write_back(&self) -> bool {
         // A device that is suspended between this look and the write still blocks until its resume; LVM keeps that to
         // milliseconds, and a read would wait for it all the same.
-        !self.suspended() && self.dirty.iter().all(|Dirty(file)| block::write_back(file).is_ok())
+        !self.suspended() && self.dirty.iter().rev().all(|dirty| dirty.write_back().is_ok())
     }
 
     /// Whether a device-mapper device of the stack is suspended, so that reads and writes wait for its resume.
@@ -121,6 +136,11 @@ impl Resolver<'_> {
     /// Names a device-mapper device whose suspension makes reads and writes of the stack wait.
     pub fn waits_on(&mut self, id: DeviceId) {
         self.waits_on.extend(SuspendFile::open(id));
+    }
+
+    /// Names a file whose file system may not know of the writes that its page cache holds.
+    pub fn written_through(&mut self, file: File) {
+        self.dirty.push(Dirty::File(file));
     }
 
     /// The layer of the block device with that number. `len` is its length as the asking layer needs it, for a device
@@ -154,9 +174,10 @@ impl Resolver<'_> {
         // The guards before anything is read: a change from here on is seen.
         self.guard(SizeGuard::new(device));
         let medium = MediumGuard::new(device);
-        self.dirty.push(Dirty(device.file.clone()));
         let layer = Arc::new(self.dispatch(device, medium));
         self.above.pop();
+        // After everything that it stands on: what is written back from here makes that dirty, by whatever way.
+        self.dirty.push(Dirty::Device(device.file.clone()));
         self.known.insert(device.id, layer.clone());
         layer
     }

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
-use nix::unistd::{Whence, lseek64};
+use nix::unistd::{Whence, fdatasync, lseek64};
 
 use super::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -43,12 +43,33 @@ pub fn end(file: &File) -> io::Result<Bytes> {
     u64::try_from(end).map(Bytes::new).map_err(|_| Errno::EOVERFLOW.into())
 }
 
-/// The unit of a file's holes, for file systems that keep none which does not begin and end on a whole block of theirs.
+/// File systems that keep no hole which does not begin and end on a whole block of theirs, and whose answers to
+/// SEEK_DATA and SEEK_HOLE know of what is written in the page cache only.
+const WELL_KNOWN: [FsType; 4] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
+
+/// The unit of a file's holes, where its file system is known to have one.
 pub fn hole_unit(file: &File) -> Option<Bytes> {
-    const WHOLE_BLOCKS: [FsType; 4] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
     let stat = fstatfs(file).ok()?;
     let block = u64::try_from(stat.block_size()).ok().filter(|block| block.is_power_of_two())?;
-    WHOLE_BLOCKS.contains(&stat.filesystem_type()).then_some(Bytes::new(block))
+    WELL_KNOWN.contains(&stat.filesystem_type()).then_some(Bytes::new(block))
+}
+
+/// Whether SEEK_DATA and SEEK_HOLE may not know of writes that are in the file's page cache: FUSE leaves the answer to
+/// the file system's server (`fuse_lseek` of `fs/fuse/file.c`), which has not seen them.
+pub fn hides_dirty_pages(file: &File) -> bool {
+    !fstatfs(file).is_ok_and(|stat| WELL_KNOWN.contains(&stat.filesystem_type()))
+}
+
+/// Hands a file's dirty pages to its file system. Not sync_file_range(2): FUSE up to Linux 6.14 waits for copies of the
+/// pages only in fsync, and for overlayfs they are the pages of another file.
+///
+/// # Errors
+/// As fdatasync(2); a file system that knows no such call has nothing to write.
+pub fn write_through(file: &File) -> io::Result<()> {
+    match fdatasync(file) {
+        Err(Errno::EINVAL) => Ok(()),
+        result => Ok(result?),
+    }
 }
 
 fn seek(file: &File, offset: Bytes, whence: Whence) -> io::Result<Option<Bytes>> {

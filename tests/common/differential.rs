@@ -301,8 +301,10 @@ impl Rig {
         for (what, child) in running {
             let output = child.wait_with_output().expect("it is our child");
             let error = String::from_utf8_lossy(&output.stderr);
-            // Not every stack can discard everywhere.
-            assert!(output.status.success() || error.contains("not supported"), "{what}: {error}");
+            // Not every stack can discard everywhere; and a direct write that meets a dirty page fails the next fsync,
+            // although both are written (`dio_warn_stale_pagecache` of mm/filemap.c).
+            let is_borne = error.contains("not supported") || error.contains("fsync failed");
+            assert!(output.status.success() || is_borne, "{what}: {error}");
         }
     }
 

@@ -10,10 +10,12 @@ pub mod check;
 pub mod differential;
 pub mod dm;
 pub mod freshness;
+pub mod fuse_image;
 pub mod image;
 pub mod ioctl;
 pub mod loop_device;
 pub mod mount;
+pub mod nbd;
 pub mod random;
 pub mod scsi;
 

@@ -105,6 +105,14 @@ impl Mount {
         line.split(' ').nth(2).map(ToOwned::to_owned)
     }
 
+    /// Leaves nothing behind of a mount that went wrong.
+    fn clear_away(&mut self) {
+        self.abort();
+        let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+
     fn is_running(&mut self) -> bool {
         matches!(self.daemon.try_wait(), Ok(None))
     }
@@ -117,11 +125,7 @@ impl Drop for Mount {
             let mut lines: Vec<_> = log.lines().collect();
             lines.dedup();
             eprintln!("the daemon said at last:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
-            self.abort();
-            let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
-            let _ = self.daemon.kill();
-            let _ = self.daemon.wait();
-            return;
+            return self.clear_away();
         }
         // Another test's child has this process's descriptors between its fork and its exec, and so the mount is busy.
         let mut unmounted = Err(String::new());
@@ -129,11 +133,11 @@ impl Drop for Mount {
             unmounted = try_run("umount", [self.directory.path()], "");
             !unmounted.as_ref().is_err_and(|error| error.contains("busy"))
         });
-        assert!(done && unmounted.is_ok(), "{unmounted:?}");
-        let ended = wait_until(|| !self.is_running());
+        let ended = done && unmounted.is_ok() && wait_until(|| !self.is_running());
         if !ended {
-            let _ = self.daemon.kill();
+            self.clear_away();
         }
+        assert!(unmounted.is_ok(), "{unmounted:?}");
         let status = self.daemon.wait().expect("the daemon is our child");
         assert!(ended && (status.success() || self.killed), "after umount the daemon: {status}: {}", self.log());
     }

@@ -54,6 +54,12 @@ impl ScsiDisk {
         path
     }
 
+    /// Takes the disk away, as a pulled cable does.
+    pub fn pull_out(&self) {
+        let name = self.path.file_name().and_then(|name| name.to_str()).expect("a name");
+        fs::write(format!("/sys/block/{name}/device/delete"), "1").expect("the disk is there");
+    }
+
     /// Sends UNMAP for a range of logical blocks, past the block layer.
     pub fn unmap(&self, block: u64, blocks: u64) {
         let (lba, num) = (format!("--lba={block}"), format!("--num={blocks}"));

@@ -93,7 +93,7 @@ pub struct Fake {
 impl Fake {
     /// Serves `disk` and lets `spoil` see each message.
     pub fn new(dialect: Dialect, disk: &[u8], spoil: Arc<Spoil>) -> Self {
-        let directory = crate::server::directory();
+        let directory = crate::common::nbd::directory();
         let socket = directory.path().join("s");
         let listener = UnixListener::bind(&socket).expect("a socket");
         let (stop, connections) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));

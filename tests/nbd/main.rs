@@ -12,7 +12,7 @@ mod maps;
 mod mounted;
 mod outage;
 mod reads;
-mod server;
+
 mod tls;
 
 use std::sync::Arc;

@@ -10,8 +10,8 @@ use blkholefs::source::nbd::{Client, Export, Uri, device_layer, layer};
 use blkholefs::units::Bytes;
 
 use crate::common::loop_device::Loop;
+use crate::common::nbd::{Server, directory, image, nbdinfo_map};
 use crate::common::{GIB, KIB, MIB, requires, requires_root, run};
-use crate::server::{Server, directory, image, nbdinfo_map};
 use crate::{patient, read, runs, runs_of};
 
 const BLOCKS: [std::ops::Range<u64>; 5] = [0..1, 16..17, 1024..1500, 1501..1502, 16383..16384];

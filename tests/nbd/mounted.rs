@@ -1,7 +1,7 @@
 //! Exports through the mount.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -9,8 +9,8 @@ use blkholefs::map::Kind;
 
 use crate::common::check::{self, check_same_bytes, map_holes};
 use crate::common::mount::Mount;
+use crate::common::nbd::{Server, directory, image, nbdinfo_map};
 use crate::common::{GIB, MIB, requires, requires_root, run, wait_until};
-use crate::server::{Server, directory, image, nbdinfo_map};
 
 /// The map of a mounted file, as [`nbdinfo_map`] says it.
 fn map(file: &Path) -> Vec<(u64, Kind)> {
@@ -38,6 +38,21 @@ fn an_export_is_a_sparse_file() {
     let copy = directory.path().join("copy");
     run("cp", ["--sparse=auto".as_ref(), file.as_os_str(), copy.as_os_str()]);
     assert!(fs::metadata(&copy).unwrap().blocks() * 512 < 8 * MIB);
+}
+
+#[test]
+fn the_socket_of_another_user() {
+    if !requires(&["nbdkit"]) || !requires_root() {
+        return;
+    }
+    let directory = directory();
+    let socket = directory.path().join("s");
+    let _server = Server::nbdkit(&socket, &["memory", "1M"]);
+    let nobody = Some(65_534);
+    std::os::unix::fs::chown(&socket, nobody, nobody).unwrap();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o755)).unwrap();
+    let mount = Mount::new(format!("nbd+unix:///disk?socket={}", socket.display()).as_ref());
+    assert_eq!(map(&mount.directory().join("disk")), [(MIB, Kind::Hole)], "{}", mount.log());
 }
 
 #[test]

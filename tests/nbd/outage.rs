@@ -1,15 +1,17 @@
 //! Servers that go away, and come back or not.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use blkholefs::map::Kind;
+use blkholefs::source::nbd::{Export, Patience, Uri};
 
+use crate::common::nbd::{Server, directory, image};
 use crate::common::{MIB, requires, wait_until};
-use crate::server::{Server, directory, image};
 use crate::{client, patience, patient, read, runs_of};
 
 /// The steps in which the client measures time, and a slow machine.
@@ -117,4 +119,21 @@ fn a_server_that_hangs() {
         assert_eq!(runs_of(&client), [(MIB, Kind::Data)]);
     });
     assert!(start.elapsed() < Duration::from_secs(2) + SLACK, "{:?}", start.elapsed());
+}
+
+#[test]
+fn those_who_ask_while_one_connects_share_its_failure() {
+    let directory = directory();
+    let socket = directory.path().join("s");
+    // Takes connections and never says a word: each attempt lasts as long as a client waits.
+    let _silent = UnixListener::bind(&socket).unwrap();
+    let export = Export::new(Uri::parse(&uri(&socket)).unwrap());
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| assert!(export.client().is_err()));
+        }
+    });
+    let once = Patience::default().connect;
+    assert!(start.elapsed() >= once && start.elapsed() < 2 * once + SLACK, "{:?}", start.elapsed());
 }

@@ -3,8 +3,8 @@
 use std::fs;
 use std::sync::Arc;
 
+use crate::common::nbd::{Server, directory, image};
 use crate::common::{KIB, MIB, requires};
-use crate::server::{Server, directory, image};
 use crate::{patient, read};
 
 const SIZE: u64 = 8 * MIB + 4 * KIB;

@@ -5,8 +5,8 @@ use std::path::Path;
 use blkholefs::map::Kind;
 use blkholefs::source::nbd::{Client, Uri};
 
+use crate::common::nbd::{Server, directory};
 use crate::common::{MIB, requires, run};
-use crate::server::{Server, directory};
 use crate::{patient, read, runs_of};
 
 /// Makes a certificate authority, or with `signer`, a certificate that it signs.

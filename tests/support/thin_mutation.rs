@@ -61,7 +61,7 @@ pub fn read_everything(image: &[u8]) -> usize {
     let Ok(metadata) = Metadata::open(reader, MetaBlock::SUPERBLOCK) else { return 0 };
     let mut ids: Vec<ThinId> = (0..6).filter_map(ThinId::new).collect();
     let listed = metadata.devices().unwrap_or_default();
-    ids.extend(listed.iter().map(|(id, _)| *id).take(8));
+    ids.extend(listed.into_iter().take(8));
     ids.iter().filter(|id| read_device(&metadata, **id)).count()
 }
 

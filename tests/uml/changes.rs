@@ -1,6 +1,6 @@
 //! Tables and devices below that change under an open file.
 
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use crate::common::check::{Extent, Kind, assert_map, check, map_of, open, seek_data};
 use crate::common::dm::Dm;
@@ -39,6 +39,29 @@ fn table_reload_while_open() {
             check(mount.file(), device.path());
         }
     }
+}
+
+/// Another table shows other bytes, although nobody wrote any.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn reloaded_table_is_a_change() {
+    let image = Image::with_data(8 * MIB, &[0..MIB]);
+    let disk = Loop::new(image.path());
+    let part = |start: u64| format!("0 8192 linear {} {start}", disk.path().display());
+    let device = Dm::new(&part(0));
+    let mount = Mount::new(device.path());
+    let times = || {
+        let metadata = mount.file().metadata().expect("the file has attributes");
+        (metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec())
+    };
+    let before = times();
+    assert_eq!(times(), before, "nothing happened");
+    device.reload(&part(0));
+    assert_eq!(times(), before, "the same table");
+    device.reload(&part(4096));
+    let after = times();
+    assert_ne!(after, before);
+    assert_eq!(times(), after, "nothing happened since");
 }
 
 #[test]
@@ -113,6 +136,28 @@ fn loop_device_below_changes() {
     image.punch(4 * MIB..5 * MIB);
     write(inner.path(), 0..4096);
     assert_map(mount.file(), &map_of(2 * MIB, &[0..4096, MIB + 8192..MIB + 12288]));
+    check(mount.file(), device.path());
+}
+
+/// A device is in the stack twice, once below another one: what that one writes back to it must be written back too.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn dirty_pages_on_two_ways_down() {
+    let image = Image::new(4 * MIB);
+    let lower = Loop::new(image.path());
+    let upper = Loop::new(lower.path());
+    let device =
+        Dm::new(&format!("0 8192 linear {} 0\n8192 8192 linear {} 0", lower.path().display(), upper.path().display()));
+    let mount = Mount::new(device.path());
+    let file = open(mount.file());
+    assert_eq!(seek_data(&file, 0), None);
+    let writer = open_for_writing(upper.path());
+    write_at(&writer, MIB..MIB + 4096);
+    let found = seek_data(&file, 4 * MIB);
+    let mut bytes = [0; 4096];
+    file.read_exact_at(&mut bytes, 5 * MIB).expect("a read");
+    assert!(bytes == [0; 4096] || found == Some(5 * MIB), "what can be read is in no hole");
+    assert_map(mount.file(), &map_of(8 * MIB, &[MIB..MIB + 4096, 5 * MIB..5 * MIB + 4096]));
     check(mount.file(), device.path());
 }
 

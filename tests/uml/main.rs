@@ -13,6 +13,7 @@ mod differential;
 mod freshness;
 mod lvm;
 mod md;
+mod nbd;
 mod passing;
 mod scsi;
 mod suspended;

@@ -2,13 +2,15 @@
 #![allow(clippy::single_range_in_vec_init, reason = "a list of ranges may have one")]
 
 use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use blkholefs::map::view;
 use blkholefs::source::{BlockDevice, Context, Stack};
 use blkholefs::units::Bytes;
+use nix::unistd::{Whence, lseek};
 
-use crate::common::check::{Extent, Kind, check, check_holes, map_holes, map_of};
+use crate::common::check::{Extent, Kind, check, check_holes, map_holes, map_of, open};
 use crate::common::dm::Dm;
 use crate::common::image::{open_for_writing, write};
 use crate::common::mount::Mount;
@@ -95,6 +97,26 @@ fn writes_and_unmaps_of_an_open_disk_are_seen() {
     disk.unmap(0, 1024);
     assert!(wait_until(|| map(&stack) == map_of(SIZE, &[512 * KIB..MIB])), "{:?}", map(&stack));
     drop(open);
+}
+
+/// A disk that is pulled out has no bytes any more; that is an error, and not the end of the file.
+#[test]
+#[ignore = "needs scsi_debug: run tests/run"]
+fn disk_torn_away() {
+    let disk = ScsiDisk::new(8, &["lbprz=1"]);
+    write(disk.path(), 0..8 * MIB);
+    let mount = Mount::new(disk.path());
+    let file = open(mount.file());
+    let mut bytes = vec![0; 64 * 1024];
+    file.read_exact_at(&mut bytes, 0).expect("the disk is there");
+    disk.pull_out();
+    let gone =
+        |error: std::io::Error| error.raw_os_error().is_some_and(|errno| [libc::ENODEV, libc::EIO].contains(&errno));
+    assert!(file.read_at(&mut bytes, 4 * MIB).is_err_and(gone), "a read");
+    for whence in [Whence::SeekData, Whence::SeekHole] {
+        assert!(lseek(&file, 0, whence).is_err_and(|errno| gone(errno.into())), "{whence:?}");
+    }
+    assert!(file.metadata().is_err_and(gone), "stat of the open file");
 }
 
 #[test]

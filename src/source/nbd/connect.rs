@@ -25,6 +25,9 @@ use crate::error::{Error, Result};
 /// The most replies to one option; a server sends one per piece of information and one to end them.
 const MAX_REPLIES: usize = 64;
 
+/// The most addresses of a host that are tried.
+const MAX_ADDRESSES: usize = 8;
+
 /// What a connection agreed on with its server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Agreement {
@@ -68,12 +71,15 @@ fn open_socket(transport: &Transport, deadline: Instant) -> io::Result<Socket> {
 
 fn open_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-    for address in (host, port).to_socket_addrs()? {
-        let left = deadline.saturating_duration_since(Instant::now());
+    let addresses: Vec<_> = (host, port).to_socket_addrs()?.take(MAX_ADDRESSES).collect();
+    for (index, address) in addresses.iter().enumerate() {
+        // One that does not answer leaves the others their share of the time.
+        let to_try = u32::try_from(addresses.len() - index).expect("a few addresses");
+        let left = deadline.saturating_duration_since(Instant::now()) / to_try;
         if left.is_zero() {
             break;
         }
-        match TcpStream::connect_timeout(&address, left) {
+        match TcpStream::connect_timeout(address, left) {
             Ok(stream) => return Ok(stream),
             Err(error) => last = error,
         }

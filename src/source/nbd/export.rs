@@ -3,12 +3,12 @@
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use nix::unistd::{getegid, geteuid};
 
 use super::{Client, Uri};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::source::backing::{MIN_ALIGN, Medium, Node};
 use crate::source::{Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
@@ -18,13 +18,20 @@ use crate::units::Bytes;
 #[derive(Debug)]
 pub struct Export {
     uri: Uri,
-    client: Mutex<Weak<Client>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    client: Weak<Client>,
+    /// When the last attempt failed, and why.
+    failed: Option<(Instant, String)>,
 }
 
 impl Export {
     /// The export with that URI.
     pub fn new(uri: Uri) -> Self {
-        Self { uri, client: Mutex::default() }
+        Self { uri, state: Mutex::default() }
     }
 
     /// The URI.
@@ -32,18 +39,30 @@ impl Export {
         &self.uri
     }
 
-    /// A client that is connected.
+    /// A client that is connected. Those that ask while one connects share what becomes of it.
     ///
     /// # Errors
     /// As [`Client::open`].
     pub fn client(&self) -> Result<Arc<Client>> {
-        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(client) = client.upgrade() {
+        let asked = Instant::now();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = state.client.upgrade() {
             return Ok(client);
         }
-        let connected = Arc::new(Client::open(&self.uri)?);
-        *client = Arc::downgrade(&connected);
-        Ok(connected)
+        if let Some((_, why)) = state.failed.as_ref().filter(|(when, _)| *when >= asked) {
+            return Err(Error::failed(why.clone()));
+        }
+        match Client::open(&self.uri) {
+            Ok(client) => {
+                let client = Arc::new(client);
+                state.client = Arc::downgrade(&client);
+                Ok(client)
+            }
+            Err(error) => {
+                state.failed = Some((Instant::now(), error.to_string()));
+                Err(error)
+            }
+        }
     }
 
     /// The export as a file.

@@ -31,6 +31,8 @@ pub enum ThinError {
     NeedsCheck,
     /// The metadata has another size of data blocks than the pool's table.
     OtherBlockSize,
+    /// The kernel knows of mappings that are not on disk.
+    Behind,
     /// The map would need more memory than any real device's.
     TooLarge,
 }
@@ -100,6 +102,7 @@ impl fmt::Display for ThinError {
             }
             Self::NeedsCheck => f.write_str("the metadata needs a check (thin_check)"),
             Self::OtherBlockSize => f.write_str("the metadata is of another block size than its pool"),
+            Self::Behind => f.write_str("its pool is read-only, and knows more than its metadata on disk"),
             Self::TooLarge => f.write_str("the map is too large"),
         }
     }

@@ -58,6 +58,15 @@ impl Guard for WriteGuard {
     }
 }
 
+/// Whether the I/O counters of a device move when it is written to.
+pub fn counts(device: &BlockDevice) -> bool {
+    if sysfs::dm_name(device.id).is_some() {
+        return StatFile::open(device.id).and_then(|stat| switch(device, &stat)).is_ok();
+    }
+    // A partition has no queue of its own.
+    ["queue/iostats", "../queue/iostats"].iter().find_map(|name| sysfs::number(device.id, name)) == Some(1)
+}
+
 /// The switch of the device's counters. Up to Linux 6.1 or so it is off for device-mapper, and not heeded: then a read
 /// of ours moves the counters all the same.
 fn switch(device: &BlockDevice, stat: &StatFile) -> io::Result<Option<File>> {

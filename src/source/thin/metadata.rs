@@ -2,12 +2,13 @@
 
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 use super::error::{Damage, Result, ThinError};
 use super::lookup::NodeCache;
 use super::node::Values;
 use super::reader::MetadataReader;
-use super::superblock::Superblock;
+use super::superblock::{MAX_METADATA_BLOCKS, Superblock};
 use super::walk::Tree;
 use super::{Details, MetaBlock, RawBlock, ThinId};
 use crate::map::{Block, FillBuilder, FillMap};
@@ -63,7 +64,8 @@ impl Metadata {
     }
 
     fn tree(&self, root: MetaBlock, values: Values) -> Tree {
-        Tree { root, values, blocks: self.reader.blocks() }
+        // A walk keeps a bit for each block: a sparse image of any size must not make that much.
+        Tree { root, values, blocks: self.reader.blocks().min(MAX_METADATA_BLOCKS) }
     }
 
     /// The mapping tree of a device.
@@ -100,26 +102,19 @@ impl Metadata {
         details.ok_or(ThinError::Unknown(id))
     }
 
-    /// All devices of the pool, in the order of their ids, each with its mapping tree.
+    /// The ids of all devices of the pool, ascending.
     ///
     /// # Errors
-    /// When the tree of devices is damaged. A mapping tree's own damage is found when it is read.
-    pub fn devices(&self) -> Result<Vec<(ThinId, Tree)>> {
+    /// When the tree of devices is damaged. A device's own damage is found when it is read.
+    pub fn devices(&self) -> Result<Vec<ThinId>> {
         let top = self.tree(self.superblock.mapping_root, Values::Numbers);
-        let entries = std::sync::Mutex::new(Vec::new());
-        top.walk(&self.reader, 1, || {
-            |node| {
-                let numbers = (0..node.len()).map_while(|index| node.number(index));
-                entries.lock().expect("one thread").extend(node.keys().zip(numbers));
-            }
-        })?;
-        let mut entries = entries.into_inner().expect("one thread");
-        entries.sort_unstable();
-        let damaged = ThinError::Damaged(top.root, Damage::DeviceId);
-        let ids = entries.iter().map_while(|(key, _)| u32::try_from(*key).ok().and_then(ThinId::new));
-        let devices: Vec<_> =
-            ids.zip(&entries).map(|(id, (_, root))| Ok((id, self.root_of(*root)?))).collect::<Result<_>>()?;
-        if devices.len() == entries.len() { Ok(devices) } else { Err(damaged) }
+        let keys = Mutex::new(Vec::new());
+        top.walk(&self.reader, 1, || |node| keys.lock().unwrap_or_else(PoisonError::into_inner).extend(node.keys()))?;
+        let mut keys = keys.into_inner().unwrap_or_else(PoisonError::into_inner);
+        keys.sort_unstable();
+        let id = |key| u32::try_from(key).ok().and_then(ThinId::new);
+        let ids = keys.into_iter().map(|key| id(key).ok_or(ThinError::Damaged(top.root, Damage::DeviceId)));
+        ids.collect()
     }
 
     /// The mapped blocks of a device of `len` bytes, read by at most `threads` threads. Mappings past its end, which a

@@ -95,6 +95,11 @@ impl DataBlockSize {
         ((128..=1 << 21).contains(&sectors) && sectors.is_multiple_of(128)).then_some(Self(sectors))
     }
 
+    /// The size in sectors.
+    pub fn sectors(self) -> Sectors {
+        Sectors::new(self.0.into())
+    }
+
     /// The size in bytes; never zero, not always a power of two.
     pub fn bytes(self) -> Bytes {
         Bytes::new(u64::from(self.0) * Sectors::SIZE.get())

@@ -111,7 +111,7 @@ impl OfflinePool {
         let devices = self.metadata.devices();
         let devices = devices
             .map_err(|error| Error::failed(format!("cannot list the volumes: {error}")).on(&self.metadata_path))?;
-        Ok(devices.into_iter().map(|(id, _)| Found { id, volume: self.volume(id) }).collect())
+        Ok(devices.into_iter().map(|id| Found { id, volume: self.volume(id) }).collect())
     }
 
     /// One volume. Its length is stored nowhere: it ends with its last mapped block.

@@ -26,7 +26,7 @@ use crate::map::FillMap;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::dm::{Commit, Control, Table};
 use crate::sys::sysfs::{self, IoCounters, StatFile};
-use crate::units::Bytes;
+use crate::units::{Bytes, Sectors};
 
 /// Readings that are tried before the metadata snapshot is taken.
 const QUIET_TRIES: usize = 3;
@@ -57,6 +57,17 @@ pub struct Pool {
     lock: Arc<Mutex<()>>,
 }
 
+/// The device whose map is wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// Its number in the pool.
+    pub id: ThinId,
+    /// Its length.
+    pub len: Bytes,
+    /// How much of it is mapped, as the kernel says.
+    pub mapped: Sectors,
+}
+
 /// Why there is no map.
 #[derive(Debug)]
 pub enum NoMap {
@@ -64,6 +75,15 @@ pub enum NoMap {
     NotNow(&'static str),
     /// As long as nothing changes, there is none.
     Failed(Error),
+}
+
+impl From<ThinError> for NoMap {
+    fn from(error: ThinError) -> Self {
+        match error {
+            ThinError::Behind => Self::NotNow("its pool is read-only, and knows more than its metadata on disk"),
+            error => Self::Failed(error.into()),
+        }
+    }
 }
 
 impl From<Error> for NoMap {
@@ -76,6 +96,7 @@ impl From<Error> for NoMap {
 /// extended while the pool is in use.
 struct Live {
     name: String,
+    params: String,
     table: PoolTable,
     held_root: Option<MetaBlock>,
     mode: Mode,
@@ -95,38 +116,38 @@ impl Pool {
         Self { control, id, lock: locks.of(id) }
     }
 
-    /// The mapped blocks of the thin device `id`, of `len` bytes: all those that were written to by any write that
-    /// completed before this is called.
+    /// The mapped blocks of a thin device: all those that were written to by any write that completed before this is
+    /// called.
     ///
     /// # Errors
     /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
     /// too fast.
-    pub fn map(&self, id: ThinId, len: Bytes) -> std::result::Result<FillMap, NoMap> {
+    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, NoMap> {
         let _one_at_a_time = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(map) = self.quietly(QUIET_TRIES, id, len)? {
+        if let Some(map) = self.quietly(QUIET_TRIES, wanted)? {
             return Ok(map);
         }
-        if let Some(map) = self.with_snapshot(id, len)? {
+        if let Some(map) = self.with_snapshot(wanted)? {
             return Ok(map);
         }
-        self.quietly(MORE_TRIES, id, len)?.ok_or(NoMap::NotNow("its pool commits faster than its metadata can be read"))
+        self.quietly(MORE_TRIES, wanted)?.ok_or(NoMap::NotNow("its pool commits faster than its metadata can be read"))
     }
 
     /// Some readings of the last committed state; `None` when the pool committed during each.
-    fn quietly(&self, tries: usize, id: ThinId, len: Bytes) -> std::result::Result<Option<FillMap>, NoMap> {
+    fn quietly(&self, tries: usize, wanted: &Wanted) -> std::result::Result<Option<FillMap>, NoMap> {
         let start = Instant::now();
         for _ in (0..tries).take_while(|_| start.elapsed() < PATIENCE) {
             // Makes the pool commit: every completed write is on disk from here on.
             let live = self.look(Commit::Yes)?;
-            match self.read_quietly(&live, id, len)? {
-                Reading::Whole(map) => return Ok(Some(map.map_err(Error::from)?)),
+            match self.read_quietly(&live, wanted)? {
+                Reading::Whole(map) => return Ok(Some(map?)),
                 Reading::Torn => debug!("{}: committed while its metadata was read", live.name),
             }
         }
         Ok(None)
     }
 
-    fn read_quietly(&self, live: &Live, id: ThinId, len: Bytes) -> Result<Reading> {
+    fn read_quietly(&self, live: &Live, wanted: &Wanted) -> Result<Reading> {
         let unreadable = |error| Error::failed("cannot read the I/O counters of the metadata device").because(error);
         let stat = StatFile::open(live.table.metadata).map_err(unreadable)?;
         let reader = live.open_metadata()?;
@@ -146,15 +167,22 @@ impl Pool {
             debug!("{}: the I/O counters of its metadata device are off", live.name);
             return Ok(Reading::Torn);
         }
-        let map = live.read(&metadata, id, len);
+        let map = live.read(&metadata, wanted);
         let same = read_superblock(metadata.reader(), MetaBlock::SUPERBLOCK)
             .is_ok_and(|(_, raw)| *raw == *metadata.raw_superblock());
-        let whole = same && before.lasts(&stat).map_err(unreadable)?;
+        // A pool that was suspended in the very moment of its status did not commit for it.
+        let whole = same && before.lasts(&stat).map_err(unreadable)? && self.is_still(live);
         Ok(if whole { Reading::Whole(map) } else { Reading::Torn })
     }
 
+    /// Whether the pool is what it was, and not suspended.
+    fn is_still(&self, live: &Live) -> bool {
+        let table = self.control.table(self.id);
+        table.is_ok_and(|table| !table.suspended && only_target(table).is_ok_and(|(_, params)| params == live.params))
+    }
+
     /// A reading of the metadata snapshot, taken for it; `None` when it cannot be had, or not be kept.
-    fn with_snapshot(&self, id: ThinId, len: Bytes) -> std::result::Result<Option<FillMap>, NoMap> {
+    fn with_snapshot(&self, wanted: &Wanted) -> std::result::Result<Option<FillMap>, NoMap> {
         let live = self.look(Commit::No)?;
         if live.mode == Mode::ReadOnly {
             return Ok(None);
@@ -167,10 +195,10 @@ impl Pool {
                 return Ok(None);
             }
         };
-        let map = live
-            .open_metadata()
-            .and_then(|reader| Ok(Metadata::open(reader, snapshot.root())?))
-            .and_then(|metadata| Ok(live.read(&metadata, id, len)?));
+        let map = live.open_metadata().map_err(NoMap::from).and_then(|reader| {
+            let metadata = Metadata::open(reader, snapshot.root())?;
+            Ok(live.read(&metadata, wanted)?)
+        });
         // Whoever released our snapshot made its blocks free, and what was read of them worthless.
         let ours = self.look(Commit::No)?.held_root == Some(snapshot.root());
         if ours { Ok(Some(map?)) } else { Ok(None) }
@@ -180,30 +208,34 @@ impl Pool {
     fn look(&self, commit: Commit) -> std::result::Result<Live, NoMap> {
         const SUSPENDED: NoMap = NoMap::NotNow("its pool is suspended");
         let failed = |what: &str, error| Error::failed(what).because(error);
-        let only = |table: Table| match <[_; 1]>::try_from(table.targets) {
-            Ok([target]) if target.kind == "thin-pool" => Ok((table.name, table.suspended, target.params)),
-            _ => Err(Error::failed("its pool is not a thin pool")),
-        };
         let table = self.control.table(self.id).map_err(|error| failed("cannot read its pool's table", error))?;
-        let (name, suspended, params) = only(table)?;
-        if suspended {
+        if table.suspended {
             return Err(SUSPENDED);
         }
+        let (name, params) = only_target(table)?;
         let table = params::pool_table(&params)
             .ok_or_else(|| Error::failed(format!("its pool's table is not understood: {params}")))?;
         let status =
             self.control.status(self.id, commit).map_err(|error| failed("cannot read its pool's status", error))?;
-        let (_, suspended, status) = only(status)?;
         // A suspended pool answers without a commit.
-        if suspended {
+        if status.suspended {
             return Err(SUSPENDED);
         }
+        let (_, status) = only_target(status)?;
         let status =
             params::pool_status(&status).map_err(|status| Error::failed(format!("its pool's status is: {status}")))?;
         if status.needs_check {
             return Err(Error::failed("its pool's metadata needs a check (thin_check)").into());
         }
-        Ok(Live { name, table, held_root: status.held_root, mode: status.mode })
+        Ok(Live { name, params, table, held_root: status.held_root, mode: status.mode })
+    }
+}
+
+/// The name of a pool, and the text of its one target.
+fn only_target(table: Table) -> Result<(String, String)> {
+    match <[_; 1]>::try_from(table.targets) {
+        Ok([target]) if target.kind == "thin-pool" => Ok((table.name, target.params)),
+        _ => Err(Error::failed("its pool is not a thin pool")),
     }
 }
 
@@ -215,7 +247,7 @@ impl Live {
         MetadataReader::new(file).map_err(failed)
     }
 
-    fn read(&self, metadata: &Metadata, id: ThinId, len: Bytes) -> ThinResult<FillMap> {
+    fn read(&self, metadata: &Metadata, wanted: &Wanted) -> ThinResult<FillMap> {
         let superblock = metadata.superblock();
         if superblock.data_block_size != self.table.block {
             return Err(ThinError::OtherBlockSize);
@@ -223,7 +255,13 @@ impl Live {
         if superblock.needs_check {
             return Err(ThinError::NeedsCheck);
         }
-        metadata.map(id, len, THREADS)
+        // Such a pool does not commit, and may have stopped in the middle of a transaction.
+        let on_disk = || metadata.details(wanted.id).map(|details| details.mapped_blocks);
+        let blocks = wanted.mapped.get() / self.table.block.sectors().get();
+        if self.mode == Mode::ReadOnly && on_disk()? != blocks {
+            return Err(ThinError::Behind);
+        }
+        metadata.map(wanted.id, wanted.len, THREADS)
     }
 }
 

@@ -11,7 +11,7 @@ const MAGIC: u64 = 27_022_010;
 /// `THIN_METADATA_NEEDS_CHECK_FLAG`.
 const NEEDS_CHECK: u32 = 1;
 /// Metadata blocks that a pool can use, rounded up (`THIN_METADATA_MAX_SECTORS` is 255 * 2^14 of them).
-const MAX_METADATA_BLOCKS: u64 = 1 << 22;
+pub const MAX_METADATA_BLOCKS: u64 = 1 << 22;
 
 /// The fields of a superblock that a reader needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
+use super::DataBlockSize;
 use super::guard::WriteGuard;
 use super::params::{self, Mapped, ThinTable};
-use super::pool::{NoMap, Pool};
-use super::{DataBlockSize, ThinId};
+use super::pool::{NoMap, Pool, Wanted};
 use crate::error::plain;
 use crate::map::{Clip, Concat, FillMap, HoleMap, Kind, Overlay, Run, Uniform};
 use crate::source::dm::segment::{Asked, Known, Segment};
@@ -30,7 +30,8 @@ pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     // A write to the device may wait for its pool, so no write-back is tried while that is suspended.
     resolver.waits_on(table.pool);
     let pool = Pool::new(control, table.pool, &resolver.context.thin);
-    let volume = Volume { pool, id: table.id, len: asked.len, block, mapped, map: OnceLock::new(), again };
+    let wanted = Wanted { id: table.id, len: asked.len, mapped: mapped.sectors };
+    let volume = Volume { pool, wanted, len: asked.len, block, mapped, map: OnceLock::new(), again };
     match table.origin.map(|origin| resolver.device(origin, asked.len)) {
         Some(origin) => over_origin(volume, origin),
         None => Ok(Segment::new("the mapping tree of its pool", volume, Vec::new())),
@@ -68,7 +69,7 @@ fn over_origin(volume: Volume, origin: Arc<Layer>) -> Known {
 /// A thin device. Reading its tree waits for the first question about a hole: what stat(2) tells is in its status.
 struct Volume {
     pool: Pool,
-    id: ThinId,
+    wanted: Wanted,
     len: Bytes,
     block: DataBlockSize,
     mapped: Mapped,
@@ -79,7 +80,7 @@ struct Volume {
 
 impl Volume {
     fn read(&self) -> &Result<FillMap, String> {
-        let read = || match self.pool.map(self.id, self.len) {
+        let read = || match self.pool.map(&self.wanted) {
             Ok(map) => Ok(map),
             Err(NoMap::Failed(error)) => Err(error.to_string()),
             Err(NoMap::NotNow(reason)) => {

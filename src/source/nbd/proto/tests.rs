@@ -79,3 +79,31 @@ fn only_the_context_that_was_asked_for() {
     assert!(meta_context(b"\0\0\0\x07qemu:allocation-depth").is_err());
     assert!(meta_context(b"\0\0").is_err());
 }
+
+proptest::proptest! {
+    /// Any bytes give a value within the protocol's limits, or an error.
+    #[test]
+    fn noise(bytes in proptest::collection::vec(0..=255_u8, 0..64), kind in 0..6_u8) {
+        if let Some(greeting) = bytes.first_chunk() {
+            let _ = Greeting::decode(greeting);
+        }
+        if let Some(header) = bytes.first_chunk::<OPTION_HEADER>() {
+            let mut header = *header;
+            header[..8].copy_from_slice(&OPTION_REPLY.to_be_bytes());
+            header[8..12].copy_from_slice(&7_u32.to_be_bytes());
+            if let Ok((_, len)) = option_reply(&header, Opt::Go) {
+                proptest::prop_assert!(len <= MAX_OPTION_REPLY);
+            }
+        }
+        match Info::decode(&[&[0, kind], bytes.as_slice()].concat()) {
+            Ok(Info::BlockSizes(blocks)) => {
+                proptest::prop_assert!(blocks.minimum.get().is_power_of_two() && blocks.minimum <= blocks.maximum);
+                proptest::prop_assert_eq!(blocks.maximum.align_down(blocks.minimum), blocks.maximum);
+                proptest::prop_assert!(blocks.maximum <= DEFAULT_MAX_PAYLOAD);
+            }
+            Ok(Info::Export(export)) => proptest::prop_assert!(i64::try_from(export.size.get()).is_ok()),
+            Ok(Info::Other) | Err(_) => {}
+        }
+        let _ = meta_context(&bytes);
+    }
+}

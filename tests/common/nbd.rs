@@ -1,4 +1,4 @@
-//! Real servers on sockets of their own.
+//! NBD servers on sockets of their own, and what they serve.
 
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use blkholefs::map::Kind;
 
-use crate::common::{run, wait_until};
+use super::{run, wait_until};
 
 /// A directory for sockets and images.
 pub fn directory() -> tempfile::TempDir {
