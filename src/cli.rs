@@ -17,7 +17,7 @@ use crate::map::view::Whence;
 use crate::map::{Kind, Run};
 use crate::mount::options::{self, MountOptions, Unknown};
 use crate::report::{self, MapFormat, MapPrinter};
-use crate::source::nbd::{Export, Uri};
+use crate::source::nbd::{Beside, Export, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{OfflinePool, VolumeMedium};
 use crate::source::{Backing, Context};
@@ -105,9 +105,10 @@ struct Asked {
 
 impl Asked {
     /// What the options say of the sources below.
-    fn context(&self) -> Result<Context> {
-        let nbd = self.options.nbd.as_deref().map(Uri::parse).transpose()?;
-        Ok(Context { nbd: nbd.map(Export::new), ..Context::default() })
+    fn context(&self, shown: &Backing) -> Result<Context> {
+        let uri = self.options.nbd.as_deref().map(Uri::parse).transpose()?;
+        let nbd = uri.map(|uri| Beside::new(uri, shown)).transpose()?;
+        Ok(Context { nbd, ..Context::default() })
     }
 
     /// Opens what was asked for.
@@ -170,7 +171,9 @@ fn size(text: &OsStr) -> Result<Bytes> {
 /// `blkholefs map`: the same answers that a seek through a mount gets.
 fn map(arguments: &[OsString]) -> Result<()> {
     let asked = parse(arguments, "map")?;
-    let handle = Handle::new(asked.open()?, Arc::new(asked.context()?), Arc::default());
+    let backing = asked.open()?;
+    let context = asked.context(&backing)?;
+    let handle = Handle::new(backing, Arc::new(context), Arc::default());
     let (len, align) = (handle.backing().len()?, handle.backing().align());
     let end = asked.length.and_then(|length| asked.offset.checked_add(length)).unwrap_or(len).min(len);
     let format = match (asked.json, asked.totals) {
@@ -205,7 +208,8 @@ fn info(arguments: &[OsString]) -> Result<()> {
         let volumes = Arc::new(OfflinePool::open(metadata, &asked.device)?).volumes()?;
         return print(&if asked.json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
     }
-    let stack = asked.open()?.resolve(&asked.context()?);
+    let backing = asked.open()?;
+    let stack = backing.resolve(&asked.context(&backing)?);
     stack.write_back();
     print(&if asked.json { report::json(&stack) } else { report::tree(&stack) })
 }

@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
 use crate::source::backing::{Identity, Node};
-use crate::source::nbd::{Export, Uri};
+use crate::source::nbd::{Beside, Uri};
 use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
@@ -94,7 +94,8 @@ impl FileSystem {
     /// When it is missing, unreadable, or nothing that can be shown.
     pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
         let spec = Spec::new(spec, options)?;
-        let context = Context { nbd: options.nbd.clone().map(Export::new), ..Context::default() };
+        let nbd = options.nbd.clone().map(|uri| Beside::new(uri, &spec.open_only()?)).transpose()?;
+        let context = Context { nbd, ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),
             spec,

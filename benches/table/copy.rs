@@ -80,7 +80,7 @@ pub fn all(bench: &Bench, table: &mut Table) {
         ];
         let mut targets = vec![Some(1.5)];
         if copier.reads_devices {
-            let name = format!("the raw device ({} GiB, times {RAW_SHARE})", size / RAW_SHARE >> 30);
+            let name = format!("the raw device ({} GiB, times {RAW_SHARE})", (size / RAW_SHARE) >> 30);
             contenders.push(Contender::new(name, || copier.copy(raw.path(), &to) * RAW_SHARE as f64));
             targets.push(None);
         }

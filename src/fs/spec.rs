@@ -11,7 +11,7 @@ use super::{FileKind, Options, not_found};
 use crate::error::{Error, Result};
 use crate::source::Backing;
 use crate::source::backing::Node;
-use crate::source::nbd::{Export, Uri};
+use crate::source::nbd::{Beside, Export, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{OfflinePools, VolumeMedium};
 use crate::sys::device;
@@ -101,6 +101,17 @@ impl Spec {
         match self {
             Self::File { name, .. } => Some(PathBuf::from(name)),
             Self::Directory(_) | Self::Pool(_) => None,
+        }
+    }
+
+    /// Opens the one file.
+    ///
+    /// # Errors
+    /// When there are several, or it cannot be opened.
+    pub fn open_only(&self) -> Result<Backing> {
+        match self {
+            Self::File { place, .. } => self.open(place),
+            Self::Directory(_) | Self::Pool(_) => Err(Beside::unclear("has more than one file")),
         }
     }
 

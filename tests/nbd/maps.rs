@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use blkholefs::map::Kind;
 use blkholefs::source::BlockDevice;
-use blkholefs::source::nbd::{Client, Export, Uri, device_layer, layer};
+use blkholefs::source::nbd::{Beside, Client, Uri, device_layer, layer};
 use blkholefs::units::Bytes;
 
 use crate::common::loop_device::Loop;
@@ -146,7 +146,7 @@ fn beside_a_kernel_device() {
     let device = BlockDevice::open(kernel.path()).unwrap();
     let ask = |socket: &str| {
         let uri = Uri::parse(&format!("nbd+unix:///?socket={}", directory.path().join(socket).display())).unwrap();
-        let layer = device_layer(&device, Some(&Export::new(uri)));
+        let layer = device_layer(&device, Some(&Beside::of(device.id, uri)));
         assert_eq!(layer.len(), Bytes::new(MIB));
         (layer.map.dense_because().unwrap_or_default(), runs(&*layer.map))
     };

@@ -28,7 +28,7 @@ struct Kernel {
 impl Kernel {
     fn new(data: &[std::ops::Range<u64>]) -> Self {
         let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-        run("modprobe", ["nbd", "nbds_max=1"]);
+        run("modprobe", ["nbd", "nbds_max=2"]);
         let (image, directory) = (Image::with_data(SIZE, data), directory());
         let socket = directory.path().join("s");
         let server = Server::nbdkit(&socket, &["file", image.path().to_str().expect("text")]);
@@ -86,6 +86,40 @@ fn a_device_with_and_without_its_export() {
     let mount = kernel.mount(part.path());
     assert_eq!(map_holes(mount.file()), map_of(10 * MIB, &[4 * MIB..5 * MIB]), "{}", mount.log());
     check(mount.file(), part.path());
+}
+
+/// A URI is of one export: another device has other bytes, even if it is as long.
+#[test]
+#[ignore = "needs a kernel with nbd: run tests/run"]
+fn the_export_of_one_device_is_not_that_of_another() {
+    let kernel = Kernel::new(&[]);
+    let image = Image::with_data(SIZE, &[0..SIZE]);
+    let socket = kernel.directory.path().join("second");
+    let _server = Server::nbdkit(&socket, &["file", image.path().to_str().expect("text")]);
+    run("nbd-client", ["-unix".as_ref(), socket.as_os_str(), "/dev/nbd1".as_ref()]);
+    let refused = |spec: &Path| {
+        let point = kernel.directory.path().join("point");
+        std::fs::create_dir_all(&point).expect("the directory is ours");
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_blkholefs"));
+        let output =
+            command.args(["mount", "-o", &kernel.option("s")]).args([spec, &point]).output().expect("it starts");
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).expect("text")
+    };
+    let both = Dm::new("0 65536 linear /dev/nbd0 0\n65536 65536 linear /dev/nbd1 0");
+    assert!(refused(both.path()).contains("several devices"), "{}", refused(both.path()));
+    drop(both);
+    assert!(refused(Path::new("/dev/mapper")).contains("more than one file"));
+    assert!(refused(image.path()).contains("does not stand on"));
+    // A table that is loaded later leads elsewhere.
+    let device = Dm::new("0 65536 linear /dev/nbd0 0");
+    let mount = kernel.mount(device.path());
+    assert_map(mount.file(), &map_of(SIZE, &[]));
+    device.reload("0 65536 linear /dev/nbd1 0");
+    assert_map(mount.file(), &map_of(SIZE, &[0..SIZE]));
+    check(mount.file(), device.path());
+    drop((mount, device));
+    run("nbd-client", ["-d", "/dev/nbd1"]);
 }
 
 #[test]

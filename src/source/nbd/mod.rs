@@ -7,6 +7,7 @@
 //! with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else. The
 //! protocol is that of `doc/proto.md` of the NBD project.
 
+mod beside;
 mod client;
 mod connect;
 mod connection;
@@ -22,6 +23,7 @@ mod uri;
 
 use std::sync::Arc;
 
+pub use beside::Beside;
 pub use client::Client;
 pub use export::Export;
 pub use map::NbdMap;
@@ -44,13 +46,22 @@ pub fn layer(client: Arc<Client>) -> Layer {
     }
 }
 
+/// What the kernel's NBD device is called in a layer.
+const DEVICE_KIND: &str = "nbd";
+
 /// The layer of the kernel's NBD device: its bytes are the kernel's, its holes those of the export that the user says it is
 /// connected to. Dense, with the reason, where that may be another one, or where one connection need not see what another
 /// has written.
-pub fn device_layer(device: &BlockDevice, export: Option<&Export>) -> Layer {
-    let dense = |reason: String| dense::layer(device.name(), "nbd", device.len, reason);
-    let Some(export) = export else {
-        return dense("the kernel does not ask its server for holes: name the export with -o nbd=URI".to_owned());
+pub fn device_layer(device: &BlockDevice, beside: Option<&Beside>) -> Layer {
+    let dense = |reason: String| dense::layer(device.name(), DEVICE_KIND, device.len, reason);
+    let export = match beside {
+        None => {
+            return dense("the kernel does not ask its server for holes: name the export with -o nbd=URI".to_owned());
+        }
+        Some(beside) => match beside.export_of(device.id) {
+            None => return dense("it is not the NBD device whose export was named".to_owned()),
+            Some(export) => export,
+        },
     };
     let client = match export.client() {
         Ok(client) => client,
@@ -67,7 +78,7 @@ pub fn device_layer(device: &BlockDevice, export: Option<&Export>) -> Layer {
     let below = Arc::new(layer(client));
     Layer {
         name: device.name(),
-        kind: "nbd".to_owned(),
+        kind: DEVICE_KIND.to_owned(),
         holes_from: "its export, asked on a side connection".to_owned(),
         map: below.map.clone(),
         below: vec![below],

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::SystemTime;
 
 use log::warn;
 
@@ -23,7 +24,7 @@ use crate::map::{FillMap, HoleMap, Kind, Run};
 use crate::source::backing::{MIN_ALIGN, Medium, Node};
 use crate::source::{Context, Layer, Stack};
 use crate::sys::buffer::AlignedBuffer;
-use crate::sys::{device, file};
+use crate::sys::{block, device, file};
 use crate::units::Bytes;
 
 /// Nodes kept for look-ups, of 4 KiB each: all internal nodes of a volume of tens of millions of mappings.
@@ -39,7 +40,39 @@ pub struct OfflinePool {
     metadata_path: PathBuf,
     watched: File,
     seen: [i64; 5],
-    data: File,
+    data: Data,
+    opened: SystemTime,
+}
+
+/// The data of a pool.
+struct Data {
+    file: File,
+    /// For the reads of a device: an active pool writes past its page cache, which lives as long as anybody has it open.
+    direct: Option<(File, Bytes)>,
+}
+
+impl Data {
+    fn open(path: &Path) -> io::Result<Self> {
+        let file = device::open(path, false)?;
+        let direct = match file.metadata()?.file_type().is_block_device() {
+            true => Some((device::reopen_direct(&file)?, block::logical_block(&file)?.max(MIN_ALIGN))),
+            false => None,
+        };
+        Ok(Self { file, direct })
+    }
+
+    fn read(&self, part: &mut [u8], position: Bytes) -> io::Result<usize> {
+        let Some((direct, align)) = &self.direct else { return file::read_full(&self.file, part, position) };
+        let is_whole = |number: u64| Bytes::new(number).align_down(*align).get() == number;
+        if is_whole(position.get()) && is_whole(part.len() as u64) && is_whole(part.as_ptr().addr() as u64) {
+            return file::read_full(direct, part, position);
+        }
+        let mut whole = AlignedBuffer::new();
+        let range = file::read_direct(direct, &mut whole, position, part.len(), *align)?;
+        let bytes = &whole.bytes()[range];
+        part[..bytes.len()].copy_from_slice(bytes);
+        Ok(bytes.len())
+    }
 }
 
 /// An offline pool by its paths: opened when it is looked at, shared by all that have it open.
@@ -99,8 +132,9 @@ impl OfflinePool {
         let reader = MetadataReader::open(metadata_path).map_err(|error| failed(metadata_path, error))?;
         let metadata = Metadata::open(reader, MetaBlock::SUPERBLOCK)
             .map_err(|error| Error::failed(format!("cannot read thin metadata: {error}")).on(metadata_path))?;
-        let data = device::open(data_path, false).map_err(|error| failed(data_path, error))?;
-        Ok(Self { metadata, metadata_path: metadata_path.to_owned(), watched, seen, data })
+        let data = Data::open(data_path).map_err(|error| failed(data_path, error))?;
+        let opened = SystemTime::now();
+        Ok(Self { metadata, metadata_path: metadata_path.to_owned(), watched, seen, data, opened })
     }
 
     /// The volumes of the pool, in the order of their ids.
@@ -230,7 +264,7 @@ impl Volume {
         let position = block.checked_mul(self.block.get()).and_then(|start| start.checked_add(within));
         let position = Bytes::new(position.ok_or(io::ErrorKind::InvalidData)?);
         // A mapping past the end of the data device is an error, never zeros.
-        match file::read_full(&self.pool.data, part, position)? {
+        match self.pool.data.read(part, position)? {
             count if count == part.len() => Ok(()),
             _ => Err(io::ErrorKind::UnexpectedEof.into()),
         }
@@ -277,7 +311,15 @@ impl Medium for VolumeMedium {
     }
 
     fn node(&self) -> io::Result<Node> {
-        self.0.pool.watched.metadata().map(|metadata| Node::of(&metadata))
+        let pool = &self.0.pool;
+        // The rights are those of the bytes. Devices have no times: anything may have happened while none was open.
+        let (data, metadata) = (Node::of(&pool.data.file.metadata()?), Node::of(&pool.watched.metadata()?));
+        let is_image = |node: &Node| node.mode & libc::S_IFMT == libc::S_IFREG;
+        let (mtime, ctime) = match is_image(&data) && is_image(&metadata) {
+            true => (data.mtime.max(metadata.mtime), data.ctime.max(metadata.ctime)),
+            false => (pool.opened, pool.opened),
+        };
+        Ok(Node { identity: None, mtime, ctime, ..data })
     }
 
     fn is_current(&self) -> bool {
