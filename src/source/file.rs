@@ -105,7 +105,7 @@ struct SizeGuard {
 
 impl Guard for SizeGuard {
     fn unchanged(&self) -> bool {
-        self.file.metadata().is_ok_and(|metadata| metadata.len() == self.len.get())
+        end(&self.file).is_ok_and(|end| end == self.len)
     }
 }
 
