@@ -297,9 +297,9 @@ impl FileSystem {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Closes an open file; the device is let go with its last one, before this returns.
-    pub fn release(&self, fh: Fh) {
-        let Some(open) = self.open.remove(fh) else { return };
+    /// Closes an open file; the device is let go with its last one, before this returns. Tells whether this was it.
+    pub fn release(&self, fh: Fh) -> bool {
+        let Some(open) = self.open.remove(fh) else { return false };
         let mut handles = self.lock_handles();
         // The path may lead to another device by now: then the entry is not of this open.
         let last = match handles.get_mut(&open.ino) {
@@ -312,6 +312,7 @@ impl FileSystem {
         if last {
             handles.remove(&open.ino);
         }
+        last
     }
 
     /// Drops the maps of all open files; each is made anew when it is asked.

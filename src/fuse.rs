@@ -4,6 +4,7 @@
 //! So no request may keep the others from being answered. The module `crew` sees to that.
 
 mod crew;
+mod kernel;
 mod passthrough;
 
 use std::cell::RefCell;
@@ -26,6 +27,7 @@ use crate::map::view::Whence;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 use crew::{Crew, is_ours};
+use kernel::Kernel;
 use passthrough::Passthrough;
 
 /// How long the kernel may keep a name: an inode number belongs to its path for good, so only removal is seen late.
@@ -60,6 +62,7 @@ pub struct BlkHoleFs {
     fs: Arc<FileSystem>,
     crew: Crew,
     passthrough: Arc<Passthrough>,
+    kernel: Arc<Kernel>,
     /// What the kernel is told at each open of a file that is read through the daemon.
     open_flags: FopenFlags,
 }
@@ -69,7 +72,12 @@ impl BlkHoleFs {
     pub fn new(fs: Arc<FileSystem>, direct_io: bool) -> Self {
         // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
         let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
-        Self { fs, crew: Crew::new(SESSION_THREADS), passthrough: Arc::default(), open_flags }
+        Self { fs, crew: Crew::new(SESSION_THREADS), passthrough: Arc::default(), kernel: Arc::default(), open_flags }
+    }
+
+    /// The way back to the kernel, which the session is to connect.
+    pub fn kernel(&self) -> Arc<Kernel> {
+        self.kernel.clone()
     }
 
     /// Answers a request, so that another one can be answered meanwhile.
@@ -216,19 +224,22 @@ impl Filesystem for BlkHoleFs {
     fn release(
         &self,
         _request: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        let passthrough = self.passthrough.clone();
+        let (passthrough, kernel) = (self.passthrough.clone(), self.kernel.clone());
         // The last close of a device writes back its dirty pages.
         self.answer(move |fs| {
             passthrough.release(Fh(fh.0));
-            fs.release(Fh(fh.0));
+            let was_last = fs.release(Fh(fh.0));
             reply.ok();
+            if was_last {
+                kernel.drop_cache(Ino(ino.0));
+            }
         });
     }
 

@@ -45,7 +45,7 @@ fn metadata(path: &Path, mappings: u64) -> u64 {
          <device dev_id=\"1\" {device}>\n{ranges}</device>\n</superblock>\n"
     );
     written.and_then(|()| out.flush()).expect("room for the text");
-    File::create_new(path).and_then(|image| image.set_len(mappings * 24 + (16 << 20))).expect("a sparse file");
+    File::create_new(path).and_then(|image| image.set_len(mappings * 64 + (16 << 20))).expect("a sparse file");
     run("thin_restore", ["--input".as_ref(), text.as_os_str(), "--output".as_ref(), path.as_os_str()]);
     std::fs::remove_file(text).expect("it was written");
     origin

@@ -364,6 +364,17 @@ impl HoleMap for FillMap {
         }
     }
 
+    fn next_data(&self, offset: Bytes) -> Bytes {
+        let block = Block(offset.get() / self.block_size.get());
+        self.next_mapped(block).map_or(self.len, |mapped| self.start_of(mapped)).max(offset).min(self.len)
+    }
+
+    fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        let hole = self.next_unmapped(Block(offset.get() / self.block_size.get()));
+        let end = self.next_mapped(hole).map_or(self.len, |mapped| self.start_of(mapped));
+        Some(self.start_of(hole).max(offset)..end).filter(|hole| hole.start < hole.end)
+    }
+
     fn allocated(&self) -> Option<Bytes> {
         let Some(last) = self.blocks.checked_sub(1) else { return Some(Bytes::ZERO) };
         let of_blocks = |blocks: u64| Bytes::new(blocks.saturating_mul(self.block_size.get()));

@@ -14,7 +14,7 @@ use nix::mount::{MsFlags, mount as mount2};
 use nix::unistd::{getegid, geteuid};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::fuse::SESSION_THREADS;
+use crate::fuse::{BlkHoleFs, SESSION_THREADS};
 use crate::mount::fusermount;
 use crate::mount::mountinfo::{DeviceNumber, FS_TYPE};
 use crate::mount::options::MountOptions;
@@ -27,9 +27,9 @@ pub const CLONE_DESCRIPTOR: bool = true;
 const READ_AHEAD_KIB: u32 = 1024;
 
 /// A session whose mount is in place and whose handshake with the kernel is done.
-pub struct Session<F: fuser::Filesystem>(fuser::Session<F>);
+pub struct Session(fuser::Session<BlkHoleFs>);
 
-impl<F: fuser::Filesystem> Session<F> {
+impl Session {
     /// Answers the kernel until the mount is gone, then drops the file system.
     ///
     /// # Errors
@@ -43,18 +43,19 @@ impl<F: fuser::Filesystem> Session<F> {
 ///
 /// # Errors
 /// When the FUSE device cannot be opened, or the mount is refused. Nothing is mounted then.
-pub fn mount<F: fuser::Filesystem>(
-    filesystem: F,
+pub fn mount(
+    filesystem: BlkHoleFs,
     spec: &OsStr,
     point: MountPoint,
     options: &MountOptions,
-) -> Result<(Session<F>, Mounted)> {
+) -> Result<(Session, Mounted)> {
     let device =
         if geteuid().is_root() { mount_as_root(spec, &point, options) } else { mount_as_user(spec, &point, options) }?;
     let mounted = point.mounted(spec)?;
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
     config.clone_fd = CLONE_DESCRIPTOR;
+    let kernel = filesystem.kernel();
     // The kernel keeps out whom allow_other does not let in; a second check would hit the kernel's own requests.
     let session = fuser::Session::from_fd(filesystem, device, fuser::SessionACL::All, config).map_err(|e| {
         let error = Error::failed("the kernel did not take up the mount").on(mounted.dir()).because(e);
@@ -63,6 +64,7 @@ pub fn mount<F: fuser::Filesystem>(
             Err(left) => error.hint(format!("the mount is still there: {left}")),
         }
     })?;
+    kernel.connect(session.notifier());
     raise_read_ahead(mounted.device());
     Ok((Session(session), mounted))
 }

@@ -105,7 +105,7 @@ struct SizeGuard {
 
 impl Guard for SizeGuard {
     fn unchanged(&self) -> bool {
-        self.file.metadata().is_ok_and(|metadata| metadata.len() == self.len.get())
+        end(&self.file).is_ok_and(|end| end == self.len)
     }
 }
 
@@ -146,7 +146,11 @@ pub fn backing(file: File, name: String, len: Bytes, resolver: &mut Resolver<'_>
 mod tests {
     use std::os::unix::fs::FileExt;
 
+    use nix::fcntl::FallocateFlags;
+
     use super::*;
+
+    const PUNCH: FallocateFlags = FallocateFlags::FALLOC_FL_PUNCH_HOLE.union(FallocateFlags::FALLOC_FL_KEEP_SIZE);
 
     #[test]
     fn the_runs_of_a_sparse_file() {
@@ -165,5 +169,41 @@ mod tests {
         file.set_len(512 << 10).unwrap();
         assert_eq!(run(300 << 10), (512 << 10, Kind::Hole));
         assert_eq!(run(512 << 10), (1 << 20, Kind::Data));
+    }
+
+    /// The short ways to an answer against the long one, on file systems that are allowed the short ones.
+    #[test]
+    fn quick_answers_are_those_of_the_runs() {
+        const LEN: u64 = 4 << 20;
+        for directory in [std::env::temp_dir(), "/dev/shm".into()] {
+            let Ok(file) = tempfile::tempfile_in(directory) else { continue };
+            file.set_len(LEN).unwrap();
+            let map = FileMap::new(file.try_clone().unwrap(), Bytes::new(LEN));
+            let mut state = 1_u64;
+            let mut random = |below: u64| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 33) % below
+            };
+            for round in 0..300 {
+                let (start, len) = (random(LEN - 100_000), 1 + random(60_000));
+                let (offset, end) = (i64::try_from(start).unwrap(), i64::try_from(start + len).unwrap());
+                match round % 4 {
+                    0 => drop(nix::fcntl::fallocate(&file, FallocateFlags::empty(), offset, end - offset)),
+                    1 => drop(nix::fcntl::fallocate(&file, PUNCH, offset, end - offset)),
+                    _ => file.write_all_at(&vec![1; usize::try_from(len).unwrap()], start).unwrap(),
+                }
+                let at = Bytes::new(random(LEN));
+                assert_eq!(map.next_data(at), map::next_data_by_runs(&map, at), "round {round}, data at {at}");
+                let (quick, slow) = (map.next_hole(at), map::next_hole_by_runs(&map, at));
+                assert_eq!(quick.is_some(), slow.is_some(), "round {round}, hole at {at}");
+                for (quick, slow) in quick.into_iter().zip(slow) {
+                    assert!(quick.start == slow.start && quick.end <= slow.end, "{quick:?} of {slow:?}");
+                }
+            }
+            // Cut short: what is behind the end is no hole.
+            file.set_len(LEN / 2).unwrap();
+            assert_eq!(map.next_hole(Bytes::new(LEN / 2)), None);
+            assert!(map.next_hole(Bytes::ZERO).is_none_or(|hole| hole.end.get() <= LEN / 2));
+        }
     }
 }

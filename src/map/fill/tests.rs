@@ -2,6 +2,7 @@
 #![allow(clippy::single_range_in_vec_init)]
 
 use super::*;
+use crate::map::{next_data_by_runs, next_hole_by_runs};
 use proptest::prelude::*;
 
 fn build(len: u64, block_size: u64, ranges: &[Range<u64>]) -> FillMap {
@@ -57,7 +58,10 @@ fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
     for (start, end, kind) in want {
         for offset in [start, start + 1, (start + end) / 2, end - 1] {
             if offset < end {
-                assert_eq!(map.run_at(Bytes::new(offset)), Run { end: Bytes::new(end), kind }, "at {offset}");
+                let offset = Bytes::new(offset);
+                assert_eq!(map.run_at(offset), Run { end: Bytes::new(end), kind }, "at {offset}");
+                assert_eq!(map.next_data(offset), next_data_by_runs(map, offset), "at {offset}");
+                assert_eq!(map.next_hole(offset), next_hole_by_runs(map, offset), "at {offset}");
             }
         }
     }

@@ -337,6 +337,16 @@ impl VolumeMap {
     fn map(&self) -> std::result::Result<&FillMap, &String> {
         self.read.get_or_init(|| self.volume.check()).as_ref()
     }
+
+    /// Asks the map once, and then whether it may still be believed: a look at the metadata costs as much as the answer.
+    fn ask<T>(&self, ask: impl FnOnce(&FillMap) -> T) -> Option<T> {
+        let answer = ask(self.map().ok()?);
+        if !self.volume.pool.is_unchanged() {
+            warn!("{}: changed while it was open: all data", self.volume.pool.metadata_path.display());
+            return None;
+        }
+        Some(answer)
+    }
 }
 
 impl HoleMap for VolumeMap {
@@ -345,14 +355,16 @@ impl HoleMap for VolumeMap {
     }
 
     fn run_at(&self, offset: Bytes) -> Run {
-        match self.map() {
-            Ok(map) if self.volume.pool.is_unchanged() => map.run_at(offset),
-            Ok(_) => {
-                warn!("{}: changed while it was open: all data", self.volume.pool.metadata_path.display());
-                Run { end: self.len().max(Run::outside(offset).end), kind: Kind::Data }
-            }
-            Err(_) => Run { end: self.len().max(Run::outside(offset).end), kind: Kind::Data },
-        }
+        let data = || Run { end: self.len().max(Run::outside(offset).end), kind: Kind::Data };
+        self.ask(|map| map.run_at(offset)).unwrap_or_else(data)
+    }
+
+    fn next_data(&self, offset: Bytes) -> Bytes {
+        self.ask(|map| map.next_data(offset)).unwrap_or(offset)
+    }
+
+    fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        self.ask(|map| map.next_hole(offset)).flatten()
     }
 
     fn allocated(&self) -> Option<Bytes> {
