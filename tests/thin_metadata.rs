@@ -2,12 +2,14 @@
 // A device is a list of ranges, and a list of one is one too.
 #![allow(clippy::single_range_in_vec_init)]
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use blkholefs::map::{FillMap, HoleMap, Kind};
 use blkholefs::source::thin::error::{Damage, Result, ThinError};
+use blkholefs::source::thin::lookup::NodeCache;
 use blkholefs::source::thin::metadata::Metadata;
 use blkholefs::source::thin::reader::MetadataReader;
 use blkholefs::source::thin::{MetaBlock, ThinId};
@@ -312,4 +314,56 @@ fn mutated_metadata_is_an_error_or_a_map() {
     }
     // Most changes hurt one tree and not the others.
     assert!(total / 10 < maps && maps < total, "{maps} of {total}");
+}
+
+#[test]
+fn a_walk_takes_few_requests_and_a_look_up_one_for_each_level() {
+    // Two devices whose nodes lie between each other's: a foreign block is read rather than split a request.
+    let blocks = |device: u64| (0..3000).map(move |at| 2 * at + device..2 * at + device + 1);
+    let mut image = thin_image::build(&[Device::new(1, blocks(0), 0), Device::new(2, blocks(1), 3000)], 9);
+    let (one, two) = (tree_of(&image, 1), tree_of(&image, 2));
+    assert_eq!((one.len(), one.len()), (two.len(), 334 + 38 + 5 + 1));
+    thin_image::interleave(&mut image, &one, &two);
+    let metadata = of_bytes(&image).unwrap();
+    for device in [1, 2] {
+        metadata.details(id(device)).unwrap();
+        metadata.mapping_tree(id(device)).unwrap();
+        let before = metadata.reader().reads();
+        let map = metadata.map(id(device), Bytes::new(6000 * BLOCK_SIZE), 1).unwrap();
+        assert_eq!(mapped(&map), blocks(u64::from(device) - 1).collect::<Vec<_>>());
+        // One for each level of internal nodes, and 668 blocks of leaves by the 256.
+        assert_eq!(metadata.reader().reads() - before, 3 + 3, "device {device}");
+    }
+    let cache = NodeCache::new(NonZeroUsize::new(1000).unwrap());
+    let tree = metadata.mapping_tree(id(1)).unwrap();
+    for (key, found, reads) in [(3001, Some(3002), 4), (3003, Some(3004), 0), (5998, Some(5998), 3), (5999, None, 0)] {
+        let before = metadata.reader().reads();
+        let next = tree.next(key, metadata.reader(), &cache).unwrap();
+        assert_eq!(next.map(|(key, _)| key), found);
+        assert_eq!(metadata.reader().reads() - before, reads, "look-up of {key}");
+    }
+}
+
+/// The nodes of a device's tree, top down.
+fn tree_of(image: &[u8], device: u32) -> Vec<usize> {
+    nodes(image, of_bytes(image).unwrap().mapping_tree(id(device)).unwrap().root.get())
+}
+
+#[test]
+fn snapshots_share_their_leaves() {
+    let devices = [Device::new(1, [0..20], 0), Device::new(2, [0..20, 30..35], 0), Device::new(3, [0..20], 0)];
+    let mut image = thin_image::build(&devices, 5);
+    let roots = [1, 2, 3].map(|device| tree_of(&image, device)[0]);
+    let (one, two) = (roots[0] * BLOCK, roots[1] * BLOCK);
+    // The second device's own leaf is its last; the third is a snapshot that was not written to.
+    image.copy_within(one + 32 + 8 * 252..one + 32 + 8 * 256, two + 32 + 8 * 252);
+    stamp(&mut image, roots[1], NODE);
+    let top = usize::try_from(thin_image::get(&image, 320, 8)).unwrap();
+    put(&mut image, top * BLOCK + 32 + 8 * 254, roots[0] as u64, 8);
+    stamp(&mut image, top, NODE);
+    assert_eq!(tree_of(&image, 2)[1..5], tree_of(&image, 1)[1..]);
+    assert_eq!(tree_of(&image, 3), tree_of(&image, 1));
+    for device in &devices {
+        assert_eq!(mapped(&map_of(&image, device.id).unwrap()), device.ranges(), "device {}", device.id);
+    }
 }

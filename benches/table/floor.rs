@@ -115,10 +115,10 @@ impl Filesystem for FloorFs {
 
 /// Runs the daemon: the arguments after [`WORD`].
 pub fn serve(arguments: &[String]) {
-    let [directory, shape] = arguments else { panic!("{WORD} DIRECTORY SHAPE") };
+    let [directory, shape, threads] = arguments else { panic!("{WORD} DIRECTORY SHAPE THREADS") };
     let mut config = Config::default();
     config.mount_options = vec![MountOption::RO, MountOption::FSName("floor".to_owned())];
-    config.n_threads = Some(SESSION_THREADS);
+    config.n_threads = Some(threads.parse().expect("a number of threads"));
     config.clone_fd = CLONE_DESCRIPTOR;
     let floor = FloorFs { shape: Shape::parse(shape), zeros: vec![0; MAX_READ] };
     fuser::mount(floor, directory, &config).expect("the floor mounts");
@@ -135,7 +135,8 @@ impl Floor {
     pub fn new(shape: Shape) -> Self {
         let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
         let mut command = Command::new(std::env::current_exe().expect("this program has a path"));
-        command.arg(WORD).arg(directory.path()).arg(shape.to_string()).stdin(Stdio::null());
+        command.arg(WORD).arg(directory.path()).arg(shape.to_string()).arg(SESSION_THREADS.to_string());
+        command.stdin(Stdio::null());
         let floor = Self { daemon: command.spawn().expect("this program starts"), directory };
         assert!(wait_until(|| File::open(floor.file()).is_ok()), "the floor does not mount");
         floor

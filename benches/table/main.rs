@@ -5,12 +5,15 @@
 
 #[path = "../../tests/common/mod.rs"]
 mod common;
+mod copy;
 mod floor;
 mod lseek;
 mod measure;
+mod memory;
 mod peer;
 mod read;
 mod shape;
+mod thin;
 
 use std::collections::HashSet;
 
@@ -20,7 +23,15 @@ use shape::Scratch;
 /// A case: the word that chooses it, and what it runs.
 type Case = (&'static str, fn(&Bench, &mut Table));
 
-const CASES: [Case; 3] = [("lseek", lseek::one_client), ("clients", lseek::many_clients), ("read", read::all)];
+const CASES: [Case; 7] = [
+    ("lseek", lseek::one_client),
+    ("clients", lseek::many_clients),
+    ("thin", thin::lseek),
+    ("read", read::all),
+    ("copy", copy::all),
+    ("sizes", copy::sizes),
+    ("memory", memory::all),
+];
 
 /// What all cases share.
 pub struct Bench {

@@ -89,6 +89,11 @@ impl Table {
         }
     }
 
+    /// Adds a row that only tells something.
+    pub fn note(&mut self, case: &str, value: String) {
+        self.push([case.to_owned(), value, String::new(), String::new(), String::new(), String::new(), String::new()]);
+    }
+
     fn push(&mut self, row: [String; 7]) {
         eprintln!("{}", row.join(" | "));
         self.rows.push(row);

@@ -201,3 +201,30 @@ fn node(image: &mut Vec<u8>, kind: u64, value_size: usize, entries: &[(u64, Vec<
     stamp(image, number, NODE);
     number as u64
 }
+
+/// Moves the nodes of two trees of the same size, each given top down, so that they take turns on disk, leaves first.
+pub fn interleave(image: &mut [u8], one: &[usize], two: &[usize]) {
+    let mut places: Vec<usize> = one.iter().chain(two).copied().collect();
+    places.sort_unstable();
+    let order: Vec<usize> = one.iter().rev().zip(two.iter().rev()).flat_map(|(one, two)| [*one, *two]).collect();
+    let place_of = |node: u64| {
+        let node = usize::try_from(node).unwrap();
+        order.iter().position(|at| *at == node).map_or(node, |at| places[at]) as u64
+    };
+    let old = image.to_vec();
+    for (place, node) in places.iter().zip(&order) {
+        image[place * BLOCK..][..BLOCK].copy_from_slice(&old[node * BLOCK..][..BLOCK]);
+        put(image, place * BLOCK + 8, *place as u64, 8);
+    }
+    let top = usize::try_from(get(image, 320, 8)).unwrap();
+    for number in places.iter().copied().chain([top]) {
+        let base = number * BLOCK;
+        let is_internal = get(image, base + 4, 4) == 1;
+        for entry in (0..usize::try_from(get(image, base + 16, 4)).unwrap()).filter(|_| is_internal || number == top) {
+            let at = base + 32 + 8 * 252 + 8 * entry;
+            let moved = place_of(get(image, at, 8));
+            put(image, at, moved, 8);
+        }
+        stamp(image, number, NODE);
+    }
+}

@@ -19,4 +19,5 @@ mod scsi;
 mod suspended;
 mod targets;
 mod thin;
+mod thin_records;
 mod thin_stress;
