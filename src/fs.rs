@@ -186,7 +186,7 @@ impl FileSystem {
     /// The attributes of an open device, whose node was found to be `node` now.
     fn of_open(&self, ino: Ino, handle: &Arc<Handle>, node: Option<Node>) -> Result<Attributes> {
         let has_hole = handle.has_hole()?;
-        let changed = self.changes.observe(ino, handle.backing(), &self.context);
+        let changed = self.changes.observe(ino, handle);
         let node = node.map_or_else(|| handle.backing().node(), Ok)?;
         Attributes::file(ino, handle, &node, has_hole, changed, &self.ownership)
     }

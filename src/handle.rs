@@ -170,6 +170,11 @@ impl Handle {
         self.current().and_then(|held| held.stack.map().allocated())
     }
 
+    /// A number that changes when the stack does; `None` while it is not known how it is built now.
+    pub fn trace(&self) -> Option<u64> {
+        self.current().filter(|held| held.stack.same_shape()).map(|held| held.stack.trace())
+    }
+
     /// Forgets the map and everything that it holds open; the next seek makes a new one.
     pub fn drop_map(&self) {
         *self.held.write().unwrap_or_else(PoisonError::into_inner) = None;

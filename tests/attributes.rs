@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _}
 use std::path::Path;
 
 use common::check::{Kind, check_blocks, map_holes, open};
-use common::image::write;
+use common::image::{Image, write};
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
 use common::{GIB, KIB, MIB, requires_root, run, wait_until};
@@ -165,6 +165,25 @@ fn times_of_a_device_without_counters_always_change() {
     assert_ne!(off, before);
     assert_ne!(times(&stat(source.file())), off, "it may have changed again");
     fs::write(&switch, "1").expect("the counters can be switched on");
+}
+
+/// What is below a device may be written past it.
+#[test]
+fn times_change_when_the_image_below_a_partition_changes() {
+    if !requires_root() {
+        return;
+    }
+    let image = Image::with_data(4 * MIB, &[0..MIB]);
+    let mut device = Loop::with_options(image.path(), &["--partscan"]);
+    let partition = device.add_partition(1, 2048, 2048);
+    let mount = Mount::new(&partition);
+    let before = times(&stat(mount.file()));
+    assert_eq!(times(&stat(mount.file())), before);
+    image.write(MIB..MIB + 4096);
+    assert!(wait_until(|| times(&stat(mount.file())) != before), "nobody would back it up");
+    let settled = times(&stat(mount.file()));
+    assert_eq!(times(&stat(mount.file())), settled, "once");
+    drop(mount);
 }
 
 #[test]

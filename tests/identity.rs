@@ -12,7 +12,7 @@ use common::check::{check, check_same_bytes, map_holes, map_of, open, seek_hole}
 use common::image::{Image, open_for_writing};
 use common::loop_device::Loop;
 use common::mount::Mount;
-use common::{MIB, requires_root, run, wait_until};
+use common::{MIB, ioctl, requires_root, run, wait_until};
 
 /// A directory with a link `disk` to one device after the other.
 struct Links(tempfile::TempDir);
@@ -97,4 +97,32 @@ fn another_device_with_other_rights_is_another_file() {
     links.lead_to(&paths[2]);
     assert!(wait_until(|| mode() == 0o400));
     assert_ne!(number(), first);
+}
+
+/// With an access control list the group's bits are not the group's rights.
+#[test]
+fn an_access_control_list_leaves_the_rights_of_the_owner() {
+    if !requires_root() {
+        return;
+    }
+    const NOBODY: u32 = u32::MAX;
+    // user::rw- user:1000:r-- group::--- mask::rw- other::r-- (`include/uapi/linux/posix_acl_xattr.h`)
+    let entries = [(1, 6, NOBODY), (2, 4, 1000), (4, 0, NOBODY), (0x10, 6, NOBODY), (0x20, 4, NOBODY)];
+    let entry = |(tag, rights, id): (u16, u16, u32)| {
+        [&tag.to_le_bytes()[..], &rights.to_le_bytes(), &id.to_le_bytes()].concat()
+    };
+    let list = [2_u32.to_le_bytes().to_vec(), entries.map(entry).concat()].concat();
+    let image = Image::new(MIB);
+    let device = Loop::new(image.path());
+    let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+    let node = nodes.path().join("disk");
+    run("cp", ["--archive".as_ref(), device.path().as_os_str(), node.as_os_str()]);
+    for spec in [&*node, image.path()] {
+        ioctl::set_acl(spec, &list);
+        assert_eq!(fs::metadata(spec).expect("stat").mode() & 0o777, 0o664);
+        let mount = Mount::new(spec);
+        assert_eq!(fs::metadata(mount.file()).expect("stat").mode() & 0o777, 0o400, "{}", spec.display());
+        let file = open(mount.file());
+        assert_eq!(file.metadata().expect("stat").mode() & 0o777, 0o400, "{}", spec.display());
+    }
 }

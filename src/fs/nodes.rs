@@ -139,15 +139,13 @@ fn hash(path: &Path) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     #[test]
     fn a_number_is_one_device_while_it_is_open_and_one_set_of_rights() {
         let nodes = Nodes::new();
-        let one = Node::of(&fs::metadata("/proc/self").unwrap());
-        let other = Node { identity: Node::of(&fs::metadata("/").unwrap()).identity, ..one };
+        let one = Node::at(Path::new("/proc/self")).unwrap();
+        let other = Node { identity: Node::at(Path::new("/")).unwrap().identity, ..one };
         let path = Path::new("x");
         let ino = nodes.find(path, Some(&one), |_| false);
         assert_eq!(nodes.find(path, Some(&one), |_| true), ino, "the same device, open");

@@ -205,7 +205,7 @@ impl Place {
     /// The file that is shown.
     fn file(self) -> Result<Target> {
         let node = match &self {
-            Self::Path(path) => Some(Node::of(&fs::metadata(path).map_err(|_| not_found())?)),
+            Self::Path(path) => Some(Node::at(path).map_err(|_| not_found())?),
             Self::Export(_) | Self::Volume(_) => None,
         };
         Ok(Target::File(self, node))
@@ -213,7 +213,7 @@ impl Place {
 }
 
 fn directory(path: &Path) -> Result<Target> {
-    fs::metadata(path).map(|metadata| Target::Directory(Node::of(&metadata))).map_err(|_| not_found())
+    Node::at(path).map(Target::Directory).map_err(|_| not_found())
 }
 
 fn parent(path: &Path) -> Result<Target> {

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use crate::error::{Error, Result};
 use crate::source::device::BlockDevice;
 use crate::source::{Context, Stack};
+use crate::sys::acl::has_acl;
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device::DeviceId;
 use crate::sys::{block, device, file};
@@ -79,6 +80,15 @@ pub enum Identity {
     },
 }
 
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        match metadata.file_type().is_block_device() {
+            true => Self::Device(DeviceId::from_dev(metadata.rdev())),
+            false => Self::Inode { device: DeviceId::from_dev(metadata.dev()), number: metadata.ino() },
+        }
+    }
+}
+
 /// Whose a file is, and when it changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
@@ -98,16 +108,29 @@ pub struct Node {
 
 impl Node {
     /// What stat(2) says of a file, directory or device node.
-    pub fn of(metadata: &Metadata) -> Self {
-        let identity = match metadata.file_type().is_block_device() {
-            true => Identity::Device(DeviceId::from_dev(metadata.rdev())),
-            false => Identity::Inode { device: DeviceId::from_dev(metadata.dev()), number: metadata.ino() },
-        };
+    ///
+    /// # Errors
+    /// As stat(2).
+    pub fn at(path: &Path) -> io::Result<Self> {
+        path.metadata().map(|metadata| Self::of(&metadata, has_acl(path)))
+    }
+
+    /// The same of an open one.
+    ///
+    /// # Errors
+    /// As fstat(2).
+    pub fn of_open(file: &File) -> io::Result<Self> {
+        file.metadata().map(|metadata| Self::of(&metadata, has_acl(&device::own_path(file))))
+    }
+
+    fn of(metadata: &Metadata, has_acl: bool) -> Self {
+        // With a list, only the owner's bits still mean what they say: the others may be denied to some.
+        let granted = if has_acl { !0o077 } else { !0 };
         Self {
-            identity: Some(identity),
+            identity: Some(Identity::of(metadata)),
             uid: metadata.uid(),
             gid: metadata.gid(),
-            mode: metadata.mode(),
+            mode: metadata.mode() & granted,
             mtime: time(metadata.mtime(), metadata.mtime_nsec()),
             ctime: time(metadata.ctime(), metadata.ctime_nsec()),
         }
@@ -137,7 +160,7 @@ impl Backing {
         let file = device::open(path, false).map_err(|error| failed("cannot open", error))?;
         let metadata = file.metadata().map_err(|error| failed("cannot stat", error))?;
         if metadata.is_file() {
-            let identity = Node::of(&metadata).identity;
+            let identity = Some(Identity::of(&metadata));
             return Ok(Self::new(path, Image { file, path: path.to_owned(), identity }));
         }
         if !metadata.file_type().is_block_device() {
@@ -249,7 +272,7 @@ impl Medium for Image {
     }
 
     fn node(&self) -> io::Result<Node> {
-        self.file.metadata().map(|metadata| Node::of(&metadata))
+        Node::of_open(&self.file)
     }
 
     fn regular_file(&self) -> Option<&File> {
@@ -298,7 +321,7 @@ impl Medium for Device {
     }
 
     fn node(&self) -> io::Result<Node> {
-        self.device.file.metadata().map(|metadata| Node::of(&metadata))
+        Node::of_open(&self.device.file)
     }
 
     fn device(&self) -> Option<&BlockDevice> {

@@ -1,6 +1,7 @@
 //! An open block device, and the guards that every one of them has.
 
 use std::fs::File;
+use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -82,6 +83,10 @@ impl Guard for SizeGuard {
     fn unchanged(&self) -> bool {
         block::len(&self.file).is_ok_and(|len| len == self.len)
     }
+
+    fn trace(&self, mut trace: &mut dyn Hasher) {
+        self.len.hash(&mut trace);
+    }
 }
 
 /// The medium or backing file of a block device, which the disk sequence counts.
@@ -100,5 +105,9 @@ impl MediumGuard {
 impl Guard for MediumGuard {
     fn unchanged(&self) -> bool {
         block::disk_sequence(&self.file).is_ok_and(|sequence| sequence == self.sequence)
+    }
+
+    fn trace(&self, mut trace: &mut dyn Hasher) {
+        self.sequence.hash(&mut trace);
     }
 }

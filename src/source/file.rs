@@ -2,7 +2,8 @@
 //!
 //! Not every file system knows of what is still in the page cache of the file: there it is written back first.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
+use std::hash::{Hash, Hasher};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -109,6 +110,21 @@ impl Guard for SizeGuard {
     }
 }
 
+/// The times of a file below a device, which move when it is written past the device.
+struct Times(File);
+
+impl Guard for Times {
+    /// The map is asked from the file system at every question, so it is always true.
+    fn unchanged(&self) -> bool {
+        true
+    }
+
+    fn trace(&self, mut trace: &mut dyn Hasher) {
+        let times = |stat: Metadata| [stat.mtime(), stat.mtime_nsec(), stat.ctime(), stat.ctime_nsec()];
+        self.0.metadata().map(times).ok().hash(&mut trace);
+    }
+}
+
 /// The layer of a regular file, exported as it is.
 pub fn layer(file: &File, path: &Path, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
     let name = path.display().to_string();
@@ -125,13 +141,15 @@ pub fn layer(file: &File, path: &Path, len: Bytes, resolver: &mut Resolver<'_>) 
 
 /// The layer of a file that a device stands on; the device has guards of its own.
 pub fn backing(file: File, name: String, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
-    if hides_dirty_pages(&file) {
-        match file.try_clone() {
-            Ok(same) => resolver.written_through(same),
-            Err(error) => {
-                return dense::layer(name, "file", len, format!("cannot use its descriptor twice: {}", plain(&error)));
-            }
+    let (times, pages) = match (file.try_clone(), file.try_clone()) {
+        (Ok(times), Ok(pages)) => (times, pages),
+        (Err(error), _) | (_, Err(error)) => {
+            return dense::layer(name, "file", len, format!("cannot use its descriptor twice: {}", plain(&error)));
         }
+    };
+    resolver.guard(Times(times));
+    if hides_dirty_pages(&file) {
+        resolver.written_through(pages);
     }
     Layer {
         name,

@@ -4,6 +4,7 @@
 //! that is opened by the path and is that inode is believed; no position of anybody else's descriptor is moved.
 
 use std::fs::File;
+use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -27,6 +28,10 @@ struct LoopGuard {
 impl Guard for LoopGuard {
     fn unchanged(&self) -> bool {
         LoopStatus::of(&self.file).is_ok_and(|status| status == self.status)
+    }
+
+    fn trace(&self, mut trace: &mut dyn Hasher) {
+        self.status.hash(&mut trace);
     }
 }
 

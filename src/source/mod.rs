@@ -37,6 +37,7 @@ pub use backing::Backing;
 pub use device::BlockDevice;
 pub use resolve::{Context, Resolver, Stack};
 
+use std::hash::Hasher;
 use std::sync::Arc;
 
 use crate::map::HoleMap;
@@ -80,4 +81,7 @@ pub trait Guard: Send + Sync {
     fn is_of_content(&self) -> bool {
         false
     }
+
+    /// Adds what tells this state of what it guards from any other, for the times of the file that shows it.
+    fn trace(&self, _trace: &mut dyn Hasher) {}
 }

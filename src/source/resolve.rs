@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -99,6 +100,13 @@ impl Stack {
     /// Whether every layer is still built as it was; what is stored may have changed.
     pub fn same_shape(&self) -> bool {
         self.guards.iter().all(|guard| guard.is_of_content() || guard.unchanged())
+    }
+
+    /// A number that changes when a layer is built otherwise, or a file at the bottom was written.
+    pub fn trace(&self) -> u64 {
+        let mut trace = DefaultHasher::new();
+        self.guards.iter().for_each(|guard| guard.trace(&mut trace));
+        trace.finish()
     }
 
     /// Writes back the dirty pages of every layer, from the top down: only then do the layers below know of a write.

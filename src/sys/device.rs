@@ -85,7 +85,7 @@ pub fn reopen_direct(file: &File) -> io::Result<File> {
 }
 
 /// The path that leads to an open file whatever became of its name.
-fn own_path(file: &File) -> PathBuf {
+pub fn own_path(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 

@@ -45,7 +45,7 @@ mod raw {
 }
 
 /// One target of a device's table, or its status line.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TableTarget {
     /// Where it begins on the device.
     pub start: Sectors,
@@ -58,7 +58,7 @@ pub struct TableTarget {
 }
 
 /// A device's live table, or its status.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Table {
     /// The name that the device was created with.
     pub name: String,

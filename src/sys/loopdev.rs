@@ -15,7 +15,7 @@ const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
 const LOOP_INFO64: usize = 232;
 
 /// A loop device's binding, from `struct loop_info64`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LoopStatus {
     /// The file system that holds the backing file.
     pub device: DeviceId,

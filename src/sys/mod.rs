@@ -1,5 +1,6 @@
 //! The kernel's side: ioctls, sysfs and file calls as safe functions. The only unsafe code of the program is here.
 
+pub mod acl;
 pub mod block;
 pub mod buffer;
 pub mod device;

@@ -1,7 +1,8 @@
-//! What losetup(8) has no words for (`include/uapi/linux/loop.h`).
+//! What losetup(8) has no words for (`include/uapi/linux/loop.h`), and access control lists.
 
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 /// Bytes of `struct loop_info64`.
@@ -46,4 +47,14 @@ pub fn loop_remove(number: u32) {
     let control = File::open("/dev/loop-control").expect("the loop driver is there");
     // SAFETY: LOOP_CTL_REMOVE takes a number.
     unsafe { ctl_remove(control.as_raw_fd(), number.cast_signed()) }.expect("nobody holds the device");
+}
+
+/// Gives a file or node an access control list, as the kernel encodes it.
+pub fn set_acl(path: &Path, list: &[u8]) {
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).expect("a path without NUL");
+    // SAFETY: both names end with a NUL, the list has the length that is told, and all of them outlive the call.
+    let code = unsafe {
+        libc::setxattr(path.as_ptr(), c"system.posix_acl_access".as_ptr(), list.as_ptr().cast(), list.len(), 0)
+    };
+    assert_eq!(code, 0, "setxattr: {}", std::io::Error::last_os_error());
 }

@@ -27,6 +27,7 @@ pub(super) mod segment;
 mod snapshot;
 mod targets;
 
+use std::hash::{Hash, Hasher};
 use std::sync::{Arc, OnceLock};
 
 use log::debug;
@@ -66,6 +67,10 @@ struct TableGuard {
 impl Guard for TableGuard {
     fn unchanged(&self) -> bool {
         self.control.table(self.id).is_ok_and(|table| table == self.seen)
+    }
+
+    fn trace(&self, mut trace: &mut dyn Hasher) {
+        self.seen.hash(&mut trace);
     }
 }
 

@@ -313,7 +313,7 @@ impl Medium for VolumeMedium {
     fn node(&self) -> io::Result<Node> {
         let pool = &self.0.pool;
         // The rights are those of the bytes. Devices have no times: anything may have happened while none was open.
-        let (data, metadata) = (Node::of(&pool.data.file.metadata()?), Node::of(&pool.watched.metadata()?));
+        let (data, metadata) = (Node::of_open(&pool.data.file)?, Node::of_open(&pool.watched)?);
         let is_image = |node: &Node| node.mode & libc::S_IFMT == libc::S_IFREG;
         let (mtime, ctime) = match is_image(&data) && is_image(&metadata) {
             true => (data.mtime.max(metadata.mtime), data.ctime.max(metadata.ctime)),
