@@ -19,5 +19,5 @@ mod scsi;
 mod suspended;
 mod targets;
 mod thin;
-mod thin_records;
+mod thin_live;
 mod thin_stress;

@@ -3,54 +3,138 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use super::params::{self, Mapped};
+use crate::error::plain;
 use crate::source::{BlockDevice, Guard};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device::{self, DeviceId};
+use crate::sys::dm::{Commit, Control};
 use crate::sys::file::read_full;
 use crate::sys::sysfs::{self, IoCounters, StatFile};
-use crate::units::Bytes;
+use crate::units::{Bytes, Sectors};
 
 /// Whether this kernel's device-mapper counts whatever `queue/iostats` says. Known once it was seen to.
 static ALWAYS_COUNTS: AtomicBool = AtomicBool::new(false);
 
-/// Writes and discards of a device: as long as none completes, no block of it is mapped or unmapped.
+/// The status line of a thin device.
+pub struct Status {
+    /// The control device.
+    pub control: Arc<Control>,
+    /// The device.
+    pub id: DeviceId,
+    /// Where its target starts.
+    pub start: Sectors,
+}
+
+impl Status {
+    /// How much of the device is mapped now, committed or not.
+    ///
+    /// # Errors
+    /// What its status is instead.
+    pub fn mapped(&self) -> Result<Mapped, String> {
+        let table = self.control.status(self.id, Commit::No);
+        let table = table.map_err(|error| format!("cannot read its status: {}", plain(&error)))?;
+        let line = table.targets.iter().find(|line| line.start == self.start);
+        let line = line.map(|line| line.params.as_str()).unwrap_or_default();
+        params::thin_status(line).ok_or_else(|| format!("its status is: {line}"))
+    }
+}
+
+/// What a volume tells its guard.
+#[derive(Default)]
+pub struct Told {
+    /// Its map could not be read now: the next question is to read it again.
+    pub again: AtomicBool,
+    /// Sectors in mapped blocks, those past the end included, where its map was read.
+    pub mapped: OnceLock<Sectors>,
+}
+
+/// Writes and discards of a device. As long as none completes, no block of it is mapped or unmapped.
+///
+/// Most writes overwrite blocks that are mapped already, and leave the map as it is. Without a discard blocks are only
+/// ever added: as long as there are as many as in the map, they are the same.
 pub struct WriteGuard {
-    id: DeviceId,
+    status: Status,
     stat: StatFile,
+    seen: Mutex<Seen>,
+    counts_discards: bool,
+    /// The switch that the counters obey, where they obey one.
+    switch: Option<File>,
+    told: Arc<Told>,
+}
+
+/// A device's counters at some time.
+#[derive(Clone, Copy)]
+struct Seen {
     counters: IoCounters,
     /// Writes that were under way. Kernels before 6.4 or so count a write when it begins: the end of these would change
     /// nothing but this number.
     in_flight: u64,
-    /// The switch that the counters obey, where they obey one.
-    switch: Option<File>,
-    again: Arc<AtomicBool>,
+}
+
+impl Seen {
+    fn now(id: DeviceId, stat: &StatFile) -> io::Result<Self> {
+        // In this order, see `pool::Still`.
+        let counters = stat.read()?;
+        Ok(Self { counters, in_flight: sysfs::writes_in_flight(id)? })
+    }
+
+    /// Whether no discard has completed or begun since `earlier`, as far as either is counted.
+    fn as_many_discards(&self, earlier: &Self) -> bool {
+        let discards = |seen: &Self| (seen.counters.discards, seen.counters.discard_sectors, seen.in_flight);
+        discards(self) == discards(earlier) && self.in_flight == 0
+    }
 }
 
 impl WriteGuard {
-    /// Remembers what was written to a device so far. While `again` is set it is as if it was written to all the time.
+    /// Remembers what was written to a device so far.
     ///
     /// # Errors
     /// When the device has no counters, or they stand still.
-    pub fn new(device: &BlockDevice, again: Arc<AtomicBool>) -> io::Result<Self> {
-        let id = device.id;
-        let stat = StatFile::open(id)?;
+    pub fn new(device: &BlockDevice, status: Status, told: Arc<Told>) -> io::Result<Self> {
+        let stat = StatFile::open(device.id)?;
         let switch = switch(device, &stat)?;
-        // In this order, see `pool::Still`.
-        let counters = stat.read()?;
-        let in_flight = sysfs::writes_in_flight(id)?;
-        Ok(Self { id, stat, counters, in_flight, switch, again })
+        let counts_discards = stat.counts_discards()?;
+        let seen = Mutex::new(Seen::now(device.id, &stat)?);
+        Ok(Self { status, stat, seen, counts_discards, switch, told })
+    }
+
+    fn nothing_written(&self, seen: &Seen) -> io::Result<bool> {
+        Ok(self.stat.read()? == seen.counters
+            && (seen.in_flight == 0 || sysfs::writes_in_flight(self.status.id)? == seen.in_flight))
+    }
+
+    /// Whether all that was written since `seen` went to blocks that the map has: the counters to go on with.
+    fn only_overwritten(&self, seen: &Seen) -> Option<Seen> {
+        let mapped = self.told.mapped.get().filter(|_| self.counts_discards)?;
+        let before = Seen::now(self.status.id, &self.stat).ok()?;
+        if !before.as_many_discards(seen) || self.status.mapped().ok()?.sectors != *mapped {
+            return None;
+        }
+        // A discard that was at work while the blocks were counted is done by now and counted, or is in flight.
+        let in_flight = sysfs::writes_in_flight(self.status.id).ok()?;
+        let after = Seen { counters: self.stat.read().ok()?, in_flight };
+        after.as_many_discards(seen).then_some(before)
     }
 }
 
 impl Guard for WriteGuard {
     fn unchanged(&self) -> bool {
-        !self.again.load(Relaxed)
-            && self.stat.read().is_ok_and(|now| now == self.counters)
-            && (self.in_flight == 0 || sysfs::writes_in_flight(self.id).is_ok_and(|now| now == self.in_flight))
-            && self.switch.as_ref().is_none_or(is_on)
+        if self.told.again.load(Relaxed) || !self.switch.as_ref().is_none_or(is_on) {
+            return false;
+        }
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.nothing_written(&seen).unwrap_or(false) {
+            return true;
+        }
+        match self.only_overwritten(&seen) {
+            Some(now) => *seen = now,
+            None => return false,
+        }
+        true
     }
 
     fn is_of_content(&self) -> bool {

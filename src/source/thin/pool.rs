@@ -68,6 +68,9 @@ pub struct Wanted {
     pub mapped: Sectors,
 }
 
+/// The mapped blocks of a device, and how many sectors they have: those past its end too, which are not in the map.
+pub type DeviceMap = (FillMap, Sectors);
+
 /// Why there is no map.
 #[derive(Debug)]
 pub enum NoMap {
@@ -105,7 +108,7 @@ struct Live {
 /// One reading.
 enum Reading {
     /// What it gave: a true map, or a true failure.
-    Whole(ThinResult<FillMap>),
+    Whole(ThinResult<DeviceMap>),
     /// Something was written meanwhile: whatever was read means nothing.
     Torn,
 }
@@ -122,7 +125,7 @@ impl Pool {
     /// # Errors
     /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
     /// too fast.
-    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, NoMap> {
+    pub fn map(&self, wanted: &Wanted) -> std::result::Result<DeviceMap, NoMap> {
         let _one_at_a_time = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(map) = self.quietly(QUIET_TRIES, wanted)? {
             return Ok(map);
@@ -134,7 +137,7 @@ impl Pool {
     }
 
     /// Some readings of the last committed state; `None` when the pool committed during each.
-    fn quietly(&self, tries: usize, wanted: &Wanted) -> std::result::Result<Option<FillMap>, NoMap> {
+    fn quietly(&self, tries: usize, wanted: &Wanted) -> std::result::Result<Option<DeviceMap>, NoMap> {
         let start = Instant::now();
         for _ in (0..tries).take_while(|_| start.elapsed() < PATIENCE) {
             // Makes the pool commit: every completed write is on disk from here on.
@@ -182,7 +185,7 @@ impl Pool {
     }
 
     /// A reading of the metadata snapshot, taken for it; `None` when it cannot be had, or not be kept.
-    fn with_snapshot(&self, wanted: &Wanted) -> std::result::Result<Option<FillMap>, NoMap> {
+    fn with_snapshot(&self, wanted: &Wanted) -> std::result::Result<Option<DeviceMap>, NoMap> {
         let live = self.look(Commit::No)?;
         if live.mode == Mode::ReadOnly {
             return Ok(None);
@@ -247,7 +250,7 @@ impl Live {
         MetadataReader::new(file).map_err(failed)
     }
 
-    fn read(&self, metadata: &Metadata, wanted: &Wanted) -> ThinResult<FillMap> {
+    fn read(&self, metadata: &Metadata, wanted: &Wanted) -> ThinResult<DeviceMap> {
         let superblock = metadata.superblock();
         if superblock.data_block_size != self.table.block {
             return Err(ThinError::OtherBlockSize);
@@ -255,13 +258,14 @@ impl Live {
         if superblock.needs_check {
             return Err(ThinError::NeedsCheck);
         }
+        let block = self.table.block.sectors().get();
+        let mapped = metadata.details(wanted.id)?.mapped_blocks.checked_mul(block).map(Sectors::new);
         // Such a pool does not commit, and may have stopped in the middle of a transaction.
-        let on_disk = || metadata.details(wanted.id).map(|details| details.mapped_blocks);
-        let blocks = wanted.mapped.get() / self.table.block.sectors().get();
-        if self.mode == Mode::ReadOnly && on_disk()? != blocks {
+        if self.mode == Mode::ReadOnly && mapped != Some(wanted.mapped) {
             return Err(ThinError::Behind);
         }
-        metadata.map(wanted.id, wanted.len, THREADS)
+        let map = metadata.map(wanted.id, wanted.len, THREADS)?;
+        Ok((map, mapped.ok_or(ThinError::TooLarge)?))
     }
 }
 

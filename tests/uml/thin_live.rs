@@ -1,0 +1,78 @@
+//! How a live pool's metadata is read: as seldom as can be, and with nothing left behind.
+
+use std::fs;
+use std::path::Path;
+
+use crate::common::check::{assert_map, bytes_read, check, map_of, open, seek_data, seek_hole};
+use crate::common::dm::Pool;
+use crate::common::image::write;
+use crate::common::mount::Mount;
+use crate::common::{MIB, run};
+
+/// Our own snapshot is released by the next start, and nobody else's.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn the_next_start_releases_what_is_ours() {
+    let pool = Pool::new(64 * MIB, 64 << 10);
+    let thin = pool.thin(0, 64 * MIB);
+    write(thin.path(), MIB..2 * MIB);
+    let directory = Path::new("/run/blkholefs.thin");
+    fs::create_dir_all(directory).expect("/run is ours");
+    let record = directory.join(pool.dm().name());
+    for (steps, ours) in [("wanted", false), ("wanted\ntaken", true), ("wanted\ntaken\nheld ROOT", true)] {
+        for (offset, same) in [(0, true), (1, false)] {
+            pool.dm().message("reserve_metadata_snap");
+            let root = pool.held_root().expect("it was taken just now");
+            // A pool made without LVM has no uuid: the first line is empty.
+            let text = format!("\n{steps}\n").replace("ROOT", &(root + offset).to_string());
+            fs::write(&record, &text).expect("/run is ours");
+            let mount = Mount::new(thin.path());
+            check(mount.file(), thin.path());
+            drop(mount);
+            assert!(!record.exists(), "the record of {text:?} is cleared away");
+            let released = ours && (same || !steps.contains("ROOT"));
+            assert_eq!(pool.held_root(), (!released).then_some(root), "after {text:?}");
+            if !released {
+                pool.dm().message("release_metadata_snap");
+            }
+        }
+    }
+    drop(thin);
+    pool.thin_check();
+}
+
+/// Writes to blocks that are mapped leave the map as it is, and it is not read again for them. Equal numbers of blocks
+/// before and after a discard are no proof of that.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn overwriting_costs_no_reading() {
+    const BLOCK: u64 = 64 << 10;
+    const ROUNDS: u64 = 20;
+    let pool = Pool::new(64 * MIB, BLOCK);
+    let thin = pool.thin(0, 64 * MIB);
+    write(thin.path(), 0..MIB);
+    let mount = Mount::new(thin.path());
+    let file = open(mount.file());
+    assert_map(mount.file(), &map_of(64 * MIB, &[0..MIB]));
+    let before = bytes_read(pool.metadata());
+    for round in 0..ROUNDS {
+        write(thin.path(), round * 4096..(round + 1) * 4096);
+        assert_eq!(seek_hole(&file, 0), Some(MIB), "round {round}");
+    }
+    // Each reading would take the superblock twice, and the tree.
+    let read = bytes_read(pool.metadata()) - before;
+    assert!(read < ROUNDS * 8192, "{read} bytes of metadata read");
+
+    write(thin.path(), 8 * MIB..8 * MIB + 4096);
+    assert_eq!(seek_data(&file, 8 * MIB), Some(8 * MIB));
+    assert_map(mount.file(), &map_of(64 * MIB, &[0..MIB, 8 * MIB..8 * MIB + BLOCK]));
+    let length = BLOCK.to_string();
+    for from in 0..4 {
+        let offset = (from * BLOCK).to_string();
+        run("blkdiscard", ["--offset", &offset, "--length", &length, thin.path().to_str().expect("text")]);
+        let to = (16 + from) * MIB;
+        write(thin.path(), to..to + 4096);
+        assert_eq!(seek_data(&file, to), Some(to), "as many blocks as before, but others");
+    }
+    check(mount.file(), thin.path());
+}
