@@ -22,6 +22,7 @@ mod field {
     pub const DATA_SIZE: usize = 12;
     pub const DATA_START: usize = 16;
     pub const TARGET_COUNT: usize = 20;
+    pub const OPEN_COUNT: usize = 24;
     pub const FLAGS: usize = 28;
     pub const DEV: usize = 40;
     pub const NAME: usize = 48;
@@ -33,6 +34,7 @@ const DM_READONLY_FLAG: u32 = 1 << 0;
 const DM_SUSPEND_FLAG: u32 = 1 << 1;
 const DM_STATUS_TABLE_FLAG: u32 = 1 << 4;
 const DM_ACTIVE_PRESENT_FLAG: u32 = 1 << 5;
+const DM_INACTIVE_PRESENT_FLAG: u32 = 1 << 6;
 const DM_BUFFER_FULL_FLAG: u32 = 1 << 8;
 const DM_NOFLUSH_FLAG: u32 = 1 << 11;
 /// A table of more text than this is not one that anybody made on purpose.
@@ -40,6 +42,7 @@ const MAX_BUFFER: usize = 64 << 20;
 
 mod raw {
     const DM_IOCTL: u8 = 0xfd;
+    pub const DEV_STATUS: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 7, super::HEADER);
     pub const TABLE_STATUS: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 12, super::HEADER);
     pub const TARGET_MSG: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 14, super::HEADER);
 }
@@ -111,6 +114,15 @@ pub enum Commit {
     No,
 }
 
+/// How a device is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// How often it is open, by other devices and by programs.
+    pub opens: u32,
+    /// Whether a table was loaded that will be the live one when the device is resumed.
+    pub table_waits: bool,
+}
+
 /// `/dev/mapper/control`. Every request on it needs CAP_SYS_ADMIN.
 #[derive(Debug)]
 pub struct Control(File);
@@ -138,6 +150,20 @@ impl Control {
     /// As [`Control::table`].
     pub fn status(&self, id: DeviceId, commit: Commit) -> io::Result<Table> {
         self.read(id, if commit == Commit::Yes { 0 } else { DM_NOFLUSH_FLAG })
+    }
+
+    /// How a device is used.
+    ///
+    /// # Errors
+    /// As [`Control::table`].
+    pub fn usage(&self, id: DeviceId) -> io::Result<Usage> {
+        let mut reply = request(id, DM_NOFLUSH_FLAG, HEADER);
+        self.call(raw::DEV_STATUS, &mut reply)?;
+        let number = |at| u32_at(&reply, at).ok_or(io::ErrorKind::InvalidData);
+        Ok(Usage {
+            opens: number(field::OPEN_COUNT)?,
+            table_waits: number(field::FLAGS)? & DM_INACTIVE_PRESENT_FLAG != 0,
+        })
     }
 
     /// Sends a message to the target at the start of a device.

@@ -49,6 +49,22 @@ pub fn partition(id: DeviceId) -> Option<(DeviceId, Sectors)> {
     Some((disk.trim().parse().ok()?, start))
 }
 
+/// The devices that have this one in their table, from its load on (`Documentation/ABI/stable/sysfs-block`).
+///
+/// # Errors
+/// As readdir(3) and read(2); `InvalidData` for a text that is not the kernel's.
+pub fn holders(id: DeviceId) -> io::Result<Vec<DeviceId>> {
+    let mut holders = Vec::new();
+    for entry in fs::read_dir(directory(id).join("holders"))? {
+        match fs::read_to_string(entry?.path().join("dev")) {
+            Ok(number) => holders.push(number.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(holders)
+}
+
 /// A block device's I/O accounting (`Documentation/block/stat.rst`): only what writing changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IoCounters {

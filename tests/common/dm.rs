@@ -116,6 +116,11 @@ impl Pool {
         &self.pool
     }
 
+    /// The device with the metadata.
+    pub fn metadata(&self) -> &Path {
+        self.metadata.path()
+    }
+
     /// A new, empty volume of `size` bytes.
     pub fn thin(&self, id: u32, size: u64) -> Dm {
         self.pool.message(&format!("create_thin {id}"));

@@ -3,12 +3,12 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use crate::common::check::{assert_map, check, map_of, open, seek_data};
+use crate::common::check::{assert_map, check, map_of, open, seek_data, seek_hole};
 use crate::common::dm::{Dm, Pool};
 use crate::common::image::{Image, open_for_writing, write, write_at};
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
-use crate::common::{GIB, KIB, MIB, run};
+use crate::common::{GIB, KIB, MIB, assert_becomes, run};
 
 /// Bytes in a block of most pools here.
 const BLOCK: u64 = 64 * KIB;
@@ -216,4 +216,27 @@ fn nothing_is_left_in_the_pool() {
     pool.dm().message("release_metadata_snap");
     drop(thin);
     pool.thin_check();
+}
+
+/// A volume may be active twice. What is written through one device is on the other.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_volume_that_is_active_twice() {
+    let pool = Pool::new(64 * MIB, BLOCK);
+    let device = pool.thin(0, 16 * MIB);
+    let mount = Mount::new(device.path());
+    let file = open(mount.file());
+    assert_eq!(seek_data(&file, 0), None);
+    let twin = pool.activate(0, 16 * MIB, None);
+    write(twin.path(), MIB..MIB + 4096);
+    assert_eq!(seek_data(&file, 0), Some(0), "all is data");
+    assert_eq!(seek_hole(&file, 0), Some(16 * MIB), "all is data");
+    check(mount.file(), device.path());
+    // Other volumes come and go.
+    drop(twin);
+    let _other = pool.thin(1, 16 * MIB);
+    assert_becomes(&Some(MIB), || seek_data(&file, 0));
+    assert_map(mount.file(), &map_of(16 * MIB, &[MIB..MIB + BLOCK]));
+    write(device.path(), 3 * MIB..3 * MIB + 4096);
+    assert_becomes(&Some(3 * MIB), || seek_data(&file, 2 * MIB));
 }

@@ -9,6 +9,7 @@
 //! tree is a mapped block and so data; an absent one reads as zeros (or as the external origin). That makes a missing
 //! key dangerous and a missing check fatal: a tree that fails any check is an error, never a shorter list of mappings.
 
+pub mod alone;
 pub mod error;
 pub mod guard;
 pub mod held;

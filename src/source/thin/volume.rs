@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 
 use super::DataBlockSize;
+use super::alone::AloneGuard;
 use super::guard::{Status, Told, WriteGuard};
 use super::params::{self, Mapped, ThinTable};
 use super::pool::{NoMap, Pool, Wanted};
@@ -26,6 +27,13 @@ pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let status = || Status { control: control.clone(), id: asked.device.id, start: asked.target.start };
     let guard = WriteGuard::new(asked.device, status(), told.clone());
     resolver.guard(guard.map_err(|error| format!("cannot use its I/O counters: {}", plain(&error)))?);
+    let guard = AloneGuard::new(control.clone(), asked.device.id, table);
+    let guard = guard.map_err(|error| format!("cannot look for its other devices: {}", plain(&error)))?;
+    let alone = guard.alone();
+    resolver.guard(guard);
+    if !alone {
+        return Err("the volume is active as another device too, or about to be".to_owned());
+    }
     let mapped = status().mapped()?;
     let block = pool_block(&control, &table)?;
     // A write to the device may wait for its pool, so no write-back is tried while that is suspended.

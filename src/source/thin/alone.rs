@@ -1,0 +1,93 @@
+//! Tells whether a volume is active as one device only. The kernel lets it be active as several, and what is written
+//! through one of them moves no counter of the others.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::params::{self, ThinTable};
+use crate::source::Guard;
+use crate::sys::device::DeviceId;
+use crate::sys::dm::Control;
+use crate::sys::sysfs;
+
+/// A volume, and the one device that it is to be active as.
+pub struct AloneGuard {
+    control: Arc<Control>,
+    device: DeviceId,
+    table: ThinTable,
+    uevents: File,
+    /// What it was when the other devices were looked at.
+    seen: Mutex<Seen>,
+    alone: bool,
+}
+
+/// What changes before a volume can be written to through another device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Seen {
+    /// How often the pool is open: each device that shows a volume has it open, from the load of its table on.
+    opens: u32,
+    /// `/sys/kernel/uevent_seqnum`: devices come, go and are resumed with a uevent.
+    uevent: [u8; 24],
+}
+
+impl AloneGuard {
+    /// Looks at the other devices of the volume's pool.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn new(control: Arc<Control>, device: DeviceId, table: ThinTable) -> io::Result<Self> {
+        let uevents = File::open("/sys/kernel/uevent_seqnum")?;
+        let seen = Mutex::new(see(&control, &uevents, table.pool)?);
+        let mut guard = Self { control, device, table, uevents, seen, alone: false };
+        guard.alone = guard.is_alone()?;
+        Ok(guard)
+    }
+
+    /// Whether no other device was the same volume.
+    pub fn alone(&self) -> bool {
+        self.alone
+    }
+
+    fn is_alone(&self) -> io::Result<bool> {
+        let holders = sysfs::holders(self.table.pool)?;
+        Ok(holders.into_iter().all(|id| id == self.device || self.is_other(id)))
+    }
+
+    /// Whether a device that uses the pool is something else than this volume, and stays so: one that is just being made
+    /// has no table yet, or another one that waits.
+    fn is_other(&self, id: DeviceId) -> bool {
+        let waits = self.control.usage(id).map_or(true, |usage| usage.table_waits);
+        let targets = self.control.table(id).map(|table| table.targets).unwrap_or_default();
+        let is_volume = |params| match params::thin_table(params) {
+            Some(table) => (table.pool, table.id) == (self.table.pool, self.table.id),
+            None => true,
+        };
+        !waits
+            && !targets.is_empty()
+            && !targets.iter().any(|target| target.kind == "thin" && is_volume(&target.params))
+    }
+}
+
+fn see(control: &Control, uevents: &File, pool: DeviceId) -> io::Result<Seen> {
+    let mut uevent = [0; 24];
+    uevents.read_at(&mut uevent, 0)?;
+    Ok(Seen { opens: control.usage(pool)?.opens, uevent })
+}
+
+impl Guard for AloneGuard {
+    fn unchanged(&self) -> bool {
+        let Ok(now) = see(&self.control, &self.uevents, self.table.pool) else { return false };
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if now == *seen {
+            return true;
+        }
+        // One that is not alone may be by now.
+        if !self.alone || !self.is_alone().unwrap_or(false) {
+            return false;
+        }
+        *seen = now;
+        true
+    }
+}
