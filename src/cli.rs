@@ -13,8 +13,6 @@ use lexopt::prelude::{Long, Short, Value};
 
 use crate::error::{Error, Result};
 use crate::handle::Handle;
-use crate::map::view::Whence;
-use crate::map::{Kind, Run};
 use crate::mount::options::{self, MountOptions, Unknown};
 use crate::report::{self, MapFormat, MapPrinter};
 use crate::source::nbd::{Beside, Export, Uri};
@@ -174,7 +172,7 @@ fn map(arguments: &[OsString]) -> Result<()> {
     let backing = asked.open()?;
     let context = asked.context(&backing)?;
     let handle = Handle::new(backing, Arc::new(context), Arc::default());
-    let (len, align) = (handle.backing().len()?, handle.backing().align());
+    let len = handle.backing().len()?;
     let end = asked.length.and_then(|length| asked.offset.checked_add(length)).unwrap_or(len).min(len);
     let format = match (asked.json, asked.totals) {
         (true, _) => MapFormat::Json,
@@ -183,20 +181,20 @@ fn map(arguments: &[OsString]) -> Result<()> {
     };
     let mut printer = MapPrinter::new(BufWriter::new(io::stdout().lock()), format);
     let mut at = asked.offset;
+    if format == MapFormat::Totals
+        && at < end
+        && let Some(data) = handle.count_data(&(at..end))
+    {
+        printer.sums(data, end.saturating_sub(at).saturating_sub(data));
+        at = end;
+    }
     while at < end {
-        let data = handle.seek(at, Whence::Data)?.unwrap_or(len).min(end);
-        let run = if data > at {
-            Run { end: data, kind: Kind::Hole }
-        } else {
-            let hole = handle.seek(at, Whence::Hole)?.unwrap_or(len);
-            // It may have become a hole between the two questions; data is right all the same, and advances.
-            let least = at.align_down(align).saturating_add(align);
-            Run { end: hole.max(least).min(end), kind: Kind::Data }
-        };
-        if printer.run(at, run).is_err() {
-            break;
+        for (start, run) in handle.runs(at..end)? {
+            at = run.end;
+            if printer.run(start, run).is_err() {
+                return written(printer.finish());
+            }
         }
-        at = run.end;
     }
     written(printer.finish())
 }

@@ -11,6 +11,7 @@
 mod map_cache;
 mod order;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,8 +19,8 @@ use std::time::{Duration, Instant};
 use log::{Level, log};
 
 use crate::error::Result;
-use crate::map::HoleMap;
 use crate::map::view::{self, Whence};
+use crate::map::{HoleMap, Kind, Run};
 use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -30,6 +31,9 @@ pub use map_cache::MapCache;
 
 /// How often one request may resolve the stack again before it answers "data".
 const MAX_TRIES: usize = 3;
+
+/// Runs that are told at once: enough that what it takes to believe them is little beside finding them.
+const RUNS_AT_ONCE: usize = 256;
 
 /// After a rebuild that took T, the next one waits for this many times T: a tenth of the time at most.
 const REST_FACTOR: u32 = 9;
@@ -151,6 +155,26 @@ impl Handle {
             Whence::Hole => len,
         };
         Ok((offset < len).then_some(data))
+    }
+
+    /// The first runs of a `range` that is not empty, each with its start: at least one, and all believed at once.
+    ///
+    /// # Errors
+    /// When the device is gone.
+    pub fn runs(&self, range: Range<Bytes>) -> Result<Vec<(Bytes, Run)>> {
+        let align = self.backing.align();
+        let some = |map: &dyn HoleMap| view::runs(map, align, range.clone()).take(RUNS_AT_ONCE).collect::<Vec<_>>();
+        match self.believed(some) {
+            Some(runs) if !runs.is_empty() => Ok(runs),
+            // Also where the device has become shorter.
+            _ => self.backing.len().map(|_| vec![(range.start, Run { end: range.end, kind: Kind::Data })]),
+        }
+    }
+
+    /// Bytes of data within `range`, where the map can count them without going through its runs.
+    pub fn count_data(&self, range: &Range<Bytes>) -> Option<Bytes> {
+        let align = self.backing.align();
+        self.believed(|map| view::count_data(map, align, range)).flatten()
     }
 
     /// Whether a seek would find a hole.

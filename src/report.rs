@@ -49,8 +49,10 @@ impl<W: Write> MapPrinter<W> {
     /// As the output.
     pub fn run(&mut self, start: Bytes, run: Run) -> io::Result<()> {
         let length = run.end.saturating_sub(start);
-        let sum = if run.kind == Kind::Data { &mut self.data } else { &mut self.holes };
-        *sum = sum.saturating_add(length);
+        match run.kind {
+            Kind::Data => self.sums(length, Bytes::ZERO),
+            Kind::Hole => self.sums(Bytes::ZERO, length),
+        }
         self.runs += 1;
         match self.format {
             MapFormat::Plain => {
@@ -75,6 +77,12 @@ impl<W: Write> MapPrinter<W> {
              \"data\": {data}, \"compressed\": false, \"offset\": {start}}}",
             zero = !data,
         )
+    }
+
+    /// Takes the sums of what is not told run by run.
+    pub fn sums(&mut self, data: Bytes, holes: Bytes) {
+        self.data = self.data.saturating_add(data);
+        self.holes = self.holes.saturating_add(holes);
     }
 
     /// Prints what comes after the last run.

@@ -12,11 +12,11 @@ use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 
-use common::check::{assert_map, map_of, open};
+use common::check::{assert_map, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing};
 use common::loop_device::Loop;
 use common::mount::Mount;
-use common::{KIB, MIB, requires_root};
+use common::{KIB, MIB, requires_root, run};
 use thin_image::Device;
 
 const BLOCK: u64 = 64 * KIB;
@@ -76,5 +76,59 @@ fn rights_are_those_of_the_data() {
         let mount = mount(&metadata, data.path());
         let shown = fs::metadata(mount.directory().join("7")).expect("stat").permissions().mode();
         assert_eq!(shown & 0o777, of_data & 0o444);
+    }
+}
+
+/// Nobody may write the metadata while its volumes are open. If somebody does, nothing is claimed any more.
+#[test]
+fn metadata_that_changes_makes_an_open_volume_dense() {
+    if !requires_root() || !thin_image::tools() {
+        return;
+    }
+    let (data, metadata) = (Image::with_data(MIB, &[0..MIB]), metadata());
+    let mount = mount(&metadata, data.path());
+    let volume = open(&mount.directory().join("7"));
+    assert_eq!((seek_data(&volume, 0), seek_hole(&volume, BLOCK)), (Some(BLOCK), Some(4 * BLOCK)));
+    // The same bytes: that they are the same is not known without reading all of them.
+    let image = open_for_writing(&metadata);
+    image.write_all_at(&fs::read(&metadata).expect("it can be read")[..4096], 0).expect("a write");
+    assert_eq!((seek_data(&volume, 0), seek_hole(&volume, 0)), (Some(0), Some(4 * BLOCK)), "all is data");
+    volume.read_exact_at(&mut [0; 512], 0).expect_err("it may lie elsewhere now");
+    assert!(mount.log().contains("all data: the metadata changed while it was open"), "{}", mount.log());
+    drop(volume);
+    assert_map(&mount.directory().join("7"), &map_of(4 * BLOCK, &[BLOCK..4 * BLOCK]));
+}
+
+#[test]
+fn totals_are_the_sums_of_the_runs() {
+    if !requires_root() || !thin_image::tools() {
+        return;
+    }
+    let (data, metadata) = (Image::new(MIB), metadata());
+    let option = format!("thin_metadata={}", metadata.display());
+    let map = |more: &[&str]| {
+        let mut words = vec!["map", "--volume", "7", "-o", &option];
+        words.extend(more);
+        words.push(data.path().to_str().expect("text"));
+        run(env!("CARGO_BIN_EXE_blkholefs"), words)
+    };
+    let number = |word: Option<&str>| -> u64 { word.expect("a word").parse().expect("a number") };
+    for offset in [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK - 5, 4 * BLOCK - 1, 4 * BLOCK] {
+        for length in [1, 4096, BLOCK, BLOCK + 1, 4 * BLOCK] {
+            let part = ["--offset", &offset.to_string(), "--length", &length.to_string()];
+            let runs = map(&part);
+            let sum = |kind: &str| -> u64 {
+                let runs = runs.lines().filter(|line| line.ends_with(kind));
+                runs.map(|line| number(line.split_whitespace().nth(1))).sum()
+            };
+            let totals = map(&[&["--totals"], &part[..]].concat());
+            let total = |kind: &str| {
+                let line = totals.lines().find(|line| line.ends_with(kind)).expect("a line for each kind");
+                number(line.split_whitespace().next())
+            };
+            for kind in ["data", "hole,zero"] {
+                assert_eq!(total(kind), sum(kind), "{kind} of {length} bytes from {offset}:\n{runs}\n{totals}");
+            }
+        }
     }
 }

@@ -260,6 +260,15 @@ fn next_bit(bits: &[u64; SUMMARY], from: usize, invert: u64) -> Option<usize> {
     None
 }
 
+/// The bits of the word of blocks from `at` on that are in `start..end`.
+fn bits_within(at: u64, start: u64, end: u64) -> u64 {
+    let below = |limit: u64| match limit.saturating_sub(at) {
+        count @ 0..64 => (1 << count) - 1,
+        _ => u64::MAX,
+    };
+    below(end) & !below(start)
+}
+
 /// What a span of chunks holds, when it is not empty.
 enum Fill {
     Full,
@@ -286,6 +295,15 @@ struct Span {
 }
 
 impl Span {
+    /// How many of the blocks in `range`, all of this span, are mapped.
+    fn count_mapped(&self, range: &Range<u64>) -> u64 {
+        let Fill::Mixed(chunk) = &self.fill else { return range.end - range.start };
+        let first = self.chunks.start * CHUNK;
+        let (start, end) = (range.start - first, range.end - first);
+        let words = chunk.words.iter().zip((0..).step_by(64));
+        words.map(|(word, at)| u64::from((word & bits_within(at, start, end)).count_ones())).sum()
+    }
+
     fn is_full(&self) -> bool {
         matches!(self.fill, Fill::Full)
     }
@@ -341,6 +359,17 @@ impl FillMap {
         Block(block)
     }
 
+    /// How many of the blocks in `range` are mapped.
+    fn count_mapped(&self, range: Range<u64>) -> u64 {
+        let start = self.spans.partition_point(|span| span.chunks.end <= range.start / CHUNK);
+        let within = |span: &Span| {
+            let first = range.start.max(span.chunks.start * CHUNK);
+            first..range.end.min(span.chunks.end * CHUNK).max(first)
+        };
+        let spans = self.spans[start..].iter().take_while(|span| span.chunks.start * CHUNK < range.end);
+        spans.map(|span| span.count_mapped(&within(span))).sum()
+    }
+
     /// Where `block` starts, at most the device's length.
     fn start_of(&self, block: Block) -> Bytes {
         block.get().checked_mul(self.block_size.get()).map_or(self.len, |start| self.len.min(Bytes::new(start)))
@@ -373,6 +402,24 @@ impl HoleMap for FillMap {
         let hole = self.next_unmapped(Block(offset.get() / self.block_size.get()));
         let end = self.next_mapped(hole).map_or(self.len, |mapped| self.start_of(mapped));
         Some(self.start_of(hole).max(offset)..end).filter(|hole| hole.start < hole.end)
+    }
+
+    fn count_data(&self, range: &Range<Bytes>, unit: Bytes) -> Option<Bytes> {
+        let block = self.block_size.get();
+        let Some(last) = range.end.get().checked_sub(1).filter(|_| range.start < range.end) else {
+            return Some(Bytes::ZERO);
+        };
+        // The ends of a block are those of a unit: no hole is rounded away.
+        if !block.is_multiple_of(unit.get()) || range.end > self.len {
+            return None;
+        }
+        let (first, last) = (range.start.get() / block, last / block);
+        let is_mapped = |block| self.count_mapped(block..block + 1);
+        // The parts of the first and the last block that lie outside of the range.
+        let before = is_mapped(first) * (range.start.get() - first * block);
+        let after = is_mapped(last) * (block - (range.end.get() - last * block));
+        let all = self.count_mapped(first..last + 1).checked_mul(block)?;
+        Some(Bytes::new(all - before - after))
     }
 
     fn allocated(&self) -> Option<Bytes> {

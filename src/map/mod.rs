@@ -78,6 +78,13 @@ pub trait HoleMap: Send + Sync {
         next_hole_by_runs(self, offset)
     }
 
+    /// Bytes of data within `range`, which must not leave the map, where they can be counted faster than run by run.
+    ///
+    /// Seen in units of `unit` bytes, as [`view`] sees a map: a hole that is none there counts as data.
+    fn count_data(&self, _range: &Range<Bytes>, _unit: Bytes) -> Option<Bytes> {
+        None
+    }
+
     /// Bytes that are data, where that is known without a walk over the whole map.
     fn allocated(&self) -> Option<Bytes> {
         None

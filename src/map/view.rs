@@ -63,6 +63,14 @@ pub fn has_hole(map: &dyn HoleMap, align: Bytes) -> bool {
     known.unwrap_or_else(|| whole_hole(map, align.max(Bytes::new(1)), Bytes::ZERO) < map.len())
 }
 
+/// Bytes of data within `range`, where the map can count them without going through its runs.
+pub fn count_data(map: &dyn HoleMap, align: Bytes, range: &Range<Bytes>) -> Option<Bytes> {
+    let len = range.end.saturating_sub(range.start);
+    let inside = range.start <= range.end && range.end <= map.len();
+    let count = if inside { map.count_data(range, align.max(Bytes::new(1))) } else { None };
+    count.filter(|&count| count <= len)
+}
+
 /// The runs within `range`, each with its start; kinds alternate. A run that leaves the range is cut there.
 pub fn runs(map: &dyn HoleMap, align: Bytes, range: Range<Bytes>) -> impl Iterator<Item = (Bytes, Run)> {
     let mut view = View::new(map, align, range.end);

@@ -2,7 +2,7 @@
 #![allow(clippy::single_range_in_vec_init)]
 
 use super::*;
-use crate::map::{next_data_by_runs, next_hole_by_runs};
+use crate::map::{next_data_by_runs, next_hole_by_runs, view};
 use proptest::prelude::*;
 
 fn build(len: u64, block_size: u64, ranges: &[Range<u64>]) -> FillMap {
@@ -62,6 +62,14 @@ fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
                 assert_eq!(map.run_at(offset), Run { end: Bytes::new(end), kind }, "at {offset}");
                 assert_eq!(map.next_data(offset), next_data_by_runs(map, offset), "at {offset}");
                 assert_eq!(map.next_hole(offset), next_hole_by_runs(map, offset), "at {offset}");
+                for start in [0, offset.get() / 3, start] {
+                    let range = Bytes::new(start)..offset;
+                    let runs = view::runs(map, map.block_size, range.clone());
+                    let data = runs.filter(|(_, run)| run.kind == Kind::Data);
+                    let data: u64 = data.map(|(start, run)| run.end.get() - start.get()).sum();
+                    let count = view::count_data(map, map.block_size, &range);
+                    assert_eq!(count, Some(Bytes::new(data)), "{range:?}");
+                }
             }
         }
     }

@@ -12,8 +12,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::SystemTime;
 
-use log::warn;
-
 use super::lookup::NodeCache;
 use super::metadata::Metadata;
 use super::reader::MetadataReader;
@@ -22,7 +20,8 @@ use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result};
 use crate::map::{FillMap, HoleMap, Kind, Run};
 use crate::source::backing::{MIN_ALIGN, Medium, Node};
-use crate::source::{Context, Layer, Stack};
+use crate::source::dense::Dense;
+use crate::source::{Context, Guard, Layer, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::{block, device, file};
 use crate::units::Bytes;
@@ -33,6 +32,9 @@ const NODES: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 const WALKERS: usize = 2;
 /// A mapping's value: the data block, above 24 bits of time (`unpack_block_time` of `drivers/md/dm-thin-metadata.c`).
 const TIME_BITS: u32 = 24;
+
+/// Why a volume can be shown no longer.
+const CHANGED: &str = "the metadata changed while it was open";
 
 /// The metadata and the data of a pool that is not active.
 pub struct OfflinePool {
@@ -293,21 +295,24 @@ impl Medium for VolumeMedium {
     fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
         self.0.fill(buffer.resize(size), offset)?;
         if !self.0.pool.is_unchanged() {
-            return Err(io::Error::other("the metadata changed while it was open"));
+            return Err(io::Error::other(CHANGED));
         }
         Ok(0..size)
     }
 
     fn resolve(&self, context: &Context) -> Stack {
         let volume = self.0.clone();
-        let layer = Layer {
-            name: format!("volume {} of {}", volume.id, volume.pool.metadata_path.display()),
-            kind: "thin".to_owned(),
-            holes_from: "its mapping tree".to_owned(),
-            map: Arc::new(VolumeMap { volume, read: OnceLock::new() }),
-            below: Vec::new(),
-        };
-        Stack::build(context, |_| Arc::new(layer))
+        Stack::build(context, |resolver| {
+            let name = format!("volume {} of {}", volume.id, volume.pool.metadata_path.display());
+            let map: Arc<dyn HoleMap> = if volume.pool.is_unchanged() {
+                resolver.guard(PoolGuard(volume.pool.clone()));
+                Arc::new(VolumeMap { volume, read: OnceLock::new() })
+            } else {
+                Arc::new(Dense::new(volume.len, CHANGED))
+            };
+            let holes_from = "its mapping tree".to_owned();
+            Arc::new(Layer { name, kind: "thin".to_owned(), holes_from, map, below: Vec::new() })
+        })
     }
 
     fn node(&self) -> io::Result<Node> {
@@ -327,6 +332,15 @@ impl Medium for VolumeMedium {
     }
 }
 
+/// The metadata of a pool that nobody is to write to while its volumes are open.
+struct PoolGuard(Arc<OfflinePool>);
+
+impl Guard for PoolGuard {
+    fn unchanged(&self) -> bool {
+        self.0.is_unchanged()
+    }
+}
+
 /// The holes of a volume; its tree is read at the first question.
 struct VolumeMap {
     volume: Arc<Volume>,
@@ -337,16 +351,6 @@ impl VolumeMap {
     fn map(&self) -> std::result::Result<&FillMap, &String> {
         self.read.get_or_init(|| self.volume.check()).as_ref()
     }
-
-    /// Asks the map once, and then whether it may still be believed: a look at the metadata costs as much as the answer.
-    fn ask<T>(&self, ask: impl FnOnce(&FillMap) -> T) -> Option<T> {
-        let answer = ask(self.map().ok()?);
-        if !self.volume.pool.is_unchanged() {
-            warn!("{}: changed while it was open: all data", self.volume.pool.metadata_path.display());
-            return None;
-        }
-        Some(answer)
-    }
 }
 
 impl HoleMap for VolumeMap {
@@ -356,15 +360,19 @@ impl HoleMap for VolumeMap {
 
     fn run_at(&self, offset: Bytes) -> Run {
         let data = || Run { end: self.len().max(Run::outside(offset).end), kind: Kind::Data };
-        self.ask(|map| map.run_at(offset)).unwrap_or_else(data)
+        self.map().map_or_else(|_| data(), |map| map.run_at(offset))
     }
 
     fn next_data(&self, offset: Bytes) -> Bytes {
-        self.ask(|map| map.next_data(offset)).unwrap_or(offset)
+        self.map().map_or(offset, |map| map.next_data(offset))
     }
 
     fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
-        self.ask(|map| map.next_hole(offset)).flatten()
+        self.map().ok()?.next_hole(offset)
+    }
+
+    fn count_data(&self, range: &Range<Bytes>, unit: Bytes) -> Option<Bytes> {
+        self.map().ok()?.count_data(range, unit)
     }
 
     fn allocated(&self) -> Option<Bytes> {

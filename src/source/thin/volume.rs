@@ -1,5 +1,6 @@
 //! The layer of a thin device: its map is read at the first question, and stands as long as nobody writes to the device.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 
@@ -106,6 +107,18 @@ impl HoleMap for Volume {
             Err(_) if offset < self.len => Run { end: self.len, kind: Kind::Data },
             Err(_) => Run::outside(offset),
         }
+    }
+
+    fn next_data(&self, offset: Bytes) -> Bytes {
+        self.read().as_ref().map_or(offset, |map| map.next_data(offset))
+    }
+
+    fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        self.read().as_ref().ok()?.next_hole(offset)
+    }
+
+    fn count_data(&self, range: &Range<Bytes>, unit: Bytes) -> Option<Bytes> {
+        self.read().as_ref().ok()?.count_data(range, unit)
     }
 
     fn allocated(&self) -> Option<Bytes> {
