@@ -10,10 +10,12 @@ mod floor;
 mod lseek;
 mod measure;
 mod memory;
+mod metadata;
 mod peer;
 mod read;
 mod shape;
 mod thin;
+mod walk;
 
 use std::collections::HashSet;
 
@@ -23,10 +25,11 @@ use shape::Scratch;
 /// A case: the word that chooses it, and what it runs.
 type Case = (&'static str, fn(&Bench, &mut Table));
 
-const CASES: [Case; 7] = [
+const CASES: [Case; 8] = [
     ("lseek", lseek::one_client),
     ("clients", lseek::many_clients),
     ("thin", thin::lseek),
+    ("walk", walk::all),
     ("read", read::all),
     ("copy", copy::all),
     ("sizes", copy::sizes),
@@ -65,6 +68,9 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     if arguments.first().is_some_and(|word| word == floor::WORD) {
         return floor::serve(&arguments[1..]);
+    }
+    if arguments.first().is_some_and(|word| word == measure::PEAK) {
+        return measure::print_peak(&arguments[1..]);
     }
     if !nix::unistd::geteuid().is_root() {
         eprintln!("the benchmark mounts and makes loop devices: run it as root");

@@ -2,9 +2,11 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::resource::{UsageWho, getrusage};
 use nix::unistd::Pid;
 
 /// Something to measure: a name, and one run of it that returns what it cost.
@@ -71,22 +73,31 @@ impl Table {
     /// Adds a row for each contender after the first, which is ours. `targets` are the ratios to reach, in the same order.
     pub fn add(&mut self, case: &str, unit: &str, measured: &Measured, targets: &[Option<f64>]) {
         for (other, target) in (1..measured.names.len()).zip(targets) {
-            let ratio = measured.ratio(0, other);
-            let verdict = match target {
-                Some(target) if ratio <= *target => "yes",
-                Some(_) => "NO",
-                None => "",
-            };
-            self.push([
-                case.to_owned(),
-                number(measured.cost(0), unit),
-                measured.names[other].clone(),
-                number(measured.cost(other), unit),
-                format!("{ratio:.2}"),
-                target.map_or(String::new(), |target| format!("<= {target:.2}")),
-                verdict.to_owned(),
-            ]);
+            let theirs = (measured.names[other].as_str(), measured.cost(other));
+            self.compare(case, unit, measured.cost(0), theirs, measured.ratio(0, other), *target);
         }
+    }
+
+    /// Adds a row for two values that were measured once.
+    pub fn row(&mut self, case: &str, unit: &str, ours: f64, theirs: (&str, f64), target: Option<f64>) {
+        self.compare(case, unit, ours, theirs, ours / theirs.1, target);
+    }
+
+    fn compare(&mut self, case: &str, unit: &str, ours: f64, theirs: (&str, f64), ratio: f64, target: Option<f64>) {
+        let verdict = match target {
+            Some(target) if ratio <= target => "yes",
+            Some(_) => "NO",
+            None => "",
+        };
+        self.push([
+            case.to_owned(),
+            number(ours, unit),
+            theirs.0.to_owned(),
+            number(theirs.1, unit),
+            if ratio < 0.1 { format!("{ratio:.3}") } else { format!("{ratio:.2}") },
+            target.map_or(String::new(), |target| format!("<= {target:.2}")),
+            verdict.to_owned(),
+        ]);
     }
 
     /// Adds a row that only tells something.
@@ -138,6 +149,26 @@ pub fn seconds(work: impl FnOnce()) -> f64 {
     let start = Instant::now();
     work();
     start.elapsed().max(Duration::from_nanos(1)).as_secs_f64()
+}
+
+/// The word that makes this program run another one, and print how much memory that took at most.
+pub const PEAK: &str = "--peak";
+
+/// The memory that a program takes at most, in MiB.
+pub fn peak(command: &Command) -> f64 {
+    let mut meter = Command::new(std::env::current_exe().expect("this program has a path"));
+    meter.arg(PEAK).arg(command.get_program()).args(command.get_args());
+    let output = meter.stdin(Stdio::null()).stderr(Stdio::inherit()).output().expect("this program starts");
+    let kib: f64 = String::from_utf8_lossy(&output.stdout).trim().parse().expect("a number of KiB");
+    kib / 1024.0
+}
+
+/// Runs a program for [`peak`]: the arguments after [`PEAK`].
+pub fn print_peak(arguments: &[String]) {
+    let mut command = Command::new(&arguments[0]);
+    let ended = command.args(&arguments[1..]).stdin(Stdio::null()).stdout(Stdio::null()).status();
+    assert!(ended.expect("the program starts").success(), "{command:?}");
+    println!("{}", getrusage(UsageWho::RUSAGE_CHILDREN).expect("our own children").max_rss());
 }
 
 /// Keeps all threads of a process on the first `cores` processors. Process 0 is the calling thread.

@@ -75,6 +75,11 @@ impl Scratch {
         Self(tempfile::Builder::new().prefix("blkholefs-bench-").tempdir().expect("a temporary directory"))
     }
 
+    /// Where it is.
+    pub fn directory(&self) -> &Path {
+        self.0.path()
+    }
+
     /// A path in it.
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
