@@ -50,7 +50,7 @@ pub struct Options {
 }
 
 /// An open file's number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fh(pub u64);
 
 /// An entry of a directory.

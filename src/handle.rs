@@ -23,6 +23,7 @@ use crate::map::view::{self, Whence};
 use crate::map::{HoleMap, Kind, Run};
 use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
+use crate::sys::memory;
 use crate::units::Bytes;
 use map_cache::Slot;
 use order::Moment;
@@ -34,6 +35,12 @@ const MAX_TRIES: usize = 3;
 
 /// Runs that are told at once: enough that what it takes to believe them is little beside finding them.
 const RUNS_AT_ONCE: usize = 256;
+
+/// From this size on, a map is worth a look at the heap for what it left behind.
+const LARGE: Bytes = Bytes::new(256 << 10);
+
+/// Of so many questions one is timed: the clock costs as much as finding the answer.
+const TIMED_ONE_IN: u64 = 16;
 
 /// After a rebuild that took T, the next one waits for this many times T: a tenth of the time at most.
 const REST_FACTOR: u32 = 9;
@@ -70,8 +77,11 @@ struct Held {
 }
 
 impl Held {
-    /// Asks, and notes how long it took.
-    fn ask<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> T {
+    /// Asks, and notes how long it took: the first time, when some maps are read, and now and then.
+    fn ask<T>(&self, request: Moment, ask: impl Fn(&dyn HoleMap) -> T) -> T {
+        if self.slowest().is_some() && !request.is_one_in(TIMED_ONE_IN) {
+            return ask(self.stack.map());
+        }
         let start = Instant::now();
         let answer = ask(self.stack.map());
         let took = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX).max(1);
@@ -222,7 +232,7 @@ impl Handle {
             if tries_left > 0 && now.slowest().is_none() && !now.stack.unchanged() {
                 continue;
             }
-            let answer = now.ask(&ask);
+            let answer = now.ask(request, &ask);
             self.tell_map(&now);
             if now.is_believed(request) {
                 return Some(answer);
@@ -276,7 +286,9 @@ impl Handle {
             None => self.tell(Level::Info, &format!("{path}: new map")),
         }
         *told = reason;
-        self.maps.keep(&self.held, held.stack.map().memory());
+        let memory = held.stack.map().memory();
+        self.maps.keep(&self.held, memory);
+        give_back_after(memory);
     }
 
     fn tell_busy(&self) {
@@ -296,5 +308,15 @@ impl Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         self.maps.release(&self.held);
+        let memory = self.current().map_or(Bytes::ZERO, |held| held.stack.map().memory());
+        self.drop_map();
+        give_back_after(memory);
+    }
+}
+
+/// Gives memory back after a map of that size was made, which takes more for a while, or dropped.
+fn give_back_after(map: Bytes) {
+    if map >= LARGE {
+        memory::give_back();
     }
 }

@@ -1,6 +1,6 @@
 //! The table of open files.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Fh, Ino};
@@ -18,7 +18,7 @@ pub struct Open {
 }
 
 /// Open files by number, in parts that have a lock each: requests for different files meet at none.
-pub struct OpenFiles(Vec<RwLock<HashMap<Fh, Open>>>);
+pub struct OpenFiles(Vec<RwLock<BTreeMap<Fh, Open>>>);
 
 impl Default for OpenFiles {
     fn default() -> Self {
@@ -47,16 +47,16 @@ impl OpenFiles {
         self.0.iter().map(|part| part.read().unwrap_or_else(PoisonError::into_inner).len()).sum()
     }
 
-    fn for_reading(&self, fh: Fh) -> RwLockReadGuard<'_, HashMap<Fh, Open>> {
+    fn for_reading(&self, fh: Fh) -> RwLockReadGuard<'_, BTreeMap<Fh, Open>> {
         self.part(fh).read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn for_writing(&self, fh: Fh) -> RwLockWriteGuard<'_, HashMap<Fh, Open>> {
+    fn for_writing(&self, fh: Fh) -> RwLockWriteGuard<'_, BTreeMap<Fh, Open>> {
         self.part(fh).write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Numbers are given out in order, so that neighbours are in different parts.
-    fn part(&self, fh: Fh) -> &RwLock<HashMap<Fh, Open>> {
+    fn part(&self, fh: Fh) -> &RwLock<BTreeMap<Fh, Open>> {
         &self.0[usize::try_from(fh.0 % PARTS).expect("a small number")]
     }
 }

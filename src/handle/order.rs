@@ -13,6 +13,11 @@ impl Moment {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self(NEXT.fetch_add(1, Ordering::SeqCst))
     }
+
+    /// True of one moment in `n`.
+    pub(super) fn is_one_in(self, n: u64) -> bool {
+        self.0.is_multiple_of(n)
+    }
 }
 
 #[cfg(test)]

@@ -41,7 +41,8 @@ pub struct OfflinePool {
     metadata: Metadata,
     metadata_path: PathBuf,
     watched: File,
-    seen: [i64; 5],
+    /// What an image's times and length were; nothing for a device.
+    seen: Option<[i64; 5]>,
     data: Data,
     opened: SystemTime,
 }
@@ -130,7 +131,8 @@ impl OfflinePool {
             let error = failed(metadata_path, error);
             if busy { error.hint("its pool is active: mount its volumes instead") } else { error }
         })?;
-        let seen = stamp(&watched.metadata().map_err(|error| failed(metadata_path, error))?);
+        let seen = watched.metadata().map_err(|error| failed(metadata_path, error))?;
+        let seen = seen.is_file().then(|| stamp(&seen));
         let reader = MetadataReader::open(metadata_path).map_err(|error| failed(metadata_path, error))?;
         let metadata = Metadata::open(reader, MetaBlock::SUPERBLOCK)
             .map_err(|error| Error::failed(format!("cannot read thin metadata: {error}")).on(metadata_path))?;
@@ -170,9 +172,9 @@ impl OfflinePool {
         Ok(Volume { pool: self.clone(), id, tree, nodes, len, block, mapped: details.mapped_blocks })
     }
 
-    /// Whether the metadata is still what was opened.
+    /// Whether the metadata is still what was opened. A device is held exclusively, so that no pool can start on it.
     fn is_unchanged(&self) -> bool {
-        self.watched.metadata().is_ok_and(|now| stamp(&now) == self.seen)
+        self.seen.is_none_or(|seen| self.watched.metadata().is_ok_and(|now| stamp(&now) == seen))
     }
 }
 
@@ -184,7 +186,7 @@ fn open_unused(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | exclusive).open(path)
 }
 
-/// What moves when a file is written. The times of a device node do not, but that is held exclusively.
+/// What moves when a file is written. The times of a device node do not.
 fn stamp(stat: &Stat) -> [i64; 5] {
     let size = i64::try_from(stat.size()).unwrap_or(i64::MAX);
     [size, stat.mtime(), stat.mtime_nsec(), stat.ctime(), stat.ctime_nsec()]
