@@ -1,6 +1,6 @@
 //! The floor: a FUSE file system that does nothing but answer.
 //!
-//! One file, whose extents follow from a formula: each pitch begins with data, and the rest of it is a hole. It answers
+//! Files whose extents follow from a formula: each pitch begins with data, and the rest of it is a hole. It answers
 //! lseek without looking at anything and reads zeros from memory: what it costs is FUSE's own cost.
 
 use std::ffi::OsStr;
@@ -19,7 +19,9 @@ use fuser::{
 use crate::common::{run, wait_until};
 use crate::shape::Shape;
 
-const FILE: INodeNo = INodeNo(2);
+/// The inode number of file 0; the others follow.
+const FIRST: u64 = 2;
+/// What the files are called, before their numbers.
 const NAME: &str = "floor";
 const TTL: Duration = Duration::from_secs(3600);
 const MAX_READ: usize = 1 << 20;
@@ -34,7 +36,7 @@ struct FloorFs {
 
 impl FloorFs {
     fn attr(&self, ino: INodeNo) -> FileAttr {
-        let kind = if ino == FILE { FileType::RegularFile } else { FileType::Directory };
+        let kind = if ino.0 >= FIRST { FileType::RegularFile } else { FileType::Directory };
         FileAttr {
             ino,
             size: self.shape.size,
@@ -64,9 +66,10 @@ impl Filesystem for FloorFs {
     }
 
     fn lookup(&self, _request: &Request, _parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        match name == NAME {
-            true => reply.entry(&TTL, &self.attr(FILE), Generation(0)),
-            false => reply.error(Errno::ENOENT),
+        let number = name.to_str().and_then(|name| name.strip_prefix(NAME)?.parse::<u64>().ok());
+        match number {
+            Some(number) => reply.entry(&TTL, &self.attr(INodeNo(FIRST + number)), Generation(0)),
+            None => reply.error(Errno::ENOENT),
         }
     }
 
@@ -142,9 +145,14 @@ impl Floor {
         floor
     }
 
-    /// Its one file.
+    /// One of its files.
     pub fn file(&self) -> PathBuf {
-        self.directory.path().join(NAME)
+        self.numbered(0)
+    }
+
+    /// A file by its number: there are as many as are asked for.
+    pub fn numbered(&self, number: usize) -> PathBuf {
+        self.directory.path().join(format!("{NAME}{number}"))
     }
 
     /// The daemon's process.

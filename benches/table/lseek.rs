@@ -90,14 +90,14 @@ pub fn many_clients(bench: &Bench, table: &mut Table) {
     let ours = Mount::new(&directory);
     let extents = bench.scale(EXTENTS / 20, 5);
     let files: Vec<PathBuf> = names.iter().map(|name| ours.directory().join(name)).collect();
-    let floors: Vec<Floor> = vec![Floor::new(shape)];
-    let floor_files: Vec<PathBuf> = (0..CLIENTS).map(|_| floors[0].file()).collect();
+    let floor = Floor::new(shape);
+    let floor_files: Vec<PathBuf> = (0..CLIENTS).map(|client| floor.numbered(client)).collect();
     let measured = rounds(
         bench.rounds(),
         vec![
             Contender::new("4 clients", || together(&files, shape, extents)),
             Contender::new("1 client", || together(&files[..1], shape, extents)),
-            Contender::new("4 clients on one file of the floor", || together(&floor_files, shape, extents)),
+            Contender::new("4 clients on 4 files of the floor", || together(&floor_files, shape, extents)),
         ],
     );
     let cores = processors().min(CLIENTS) as f64;

@@ -25,12 +25,13 @@ use shape::Scratch;
 /// A case: the word that chooses it, and what it runs.
 type Case = (&'static str, fn(&Bench, &mut Table));
 
-const CASES: [Case; 8] = [
+const CASES: [Case; 9] = [
     ("lseek", lseek::one_client),
     ("clients", lseek::many_clients),
     ("thin", thin::lseek),
     ("walk", walk::all),
     ("read", read::all),
+    ("reads", read::many_clients),
     ("copy", copy::all),
     ("sizes", copy::sizes),
     ("memory", memory::all),

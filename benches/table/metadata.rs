@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::common::random::Random;
@@ -10,6 +11,9 @@ use crate::common::run;
 
 /// Bytes of a thin block.
 pub const BLOCK: u64 = 64 << 10;
+
+/// What a node's checksum is mixed with (`BTREE_CSUM_XOR` of `drivers/md/persistent-data/dm-btree-spine.c`).
+const NODE_SALT: u32 = 121_107;
 
 /// Which blocks of a volume are mapped.
 #[derive(Clone, Copy, Debug)]
@@ -63,10 +67,43 @@ impl Metadata {
         copy
     }
 
+    /// The same image with `count` volumes, from 1 on, which share all of their mappings: snapshots not written to.
+    ///
+    /// What counts the references of blocks is left as it is; only tools that write metadata look at that.
+    pub fn snapshots(&self, directory: &Path, count: u64) -> tempfile::TempPath {
+        let copy = self.copied_to(directory);
+        let file = File::options().read(true).write(true).open(&copy).expect("our own file");
+        let read = |block: u64| {
+            let mut bytes = vec![0; 4096];
+            file.read_exact_at(&mut bytes, block * 4096).expect("a block");
+            bytes
+        };
+        let superblock = read(0);
+        // Where the superblock has the roots of the trees of volumes and of their details, and the sizes of values.
+        for (root, value) in [(320, 8), (328, 24)] {
+            let location = get(&superblock, root);
+            let mut leaf = read(location);
+            let values = 32 + 8 * (get(&leaf, 20) & 0xffff_ffff) as usize;
+            leaf[16..20].copy_from_slice(&u32::try_from(count).expect("fits a leaf").to_le_bytes());
+            for index in 0..count as usize {
+                leaf[32 + 8 * index..][..8].copy_from_slice(&(index as u64 + 1).to_le_bytes());
+                leaf.copy_within(values..values + value, values + value * index);
+            }
+            let sum = !crc32c::crc32c(&leaf[4..]) ^ NODE_SALT;
+            leaf[..4].copy_from_slice(&sum.to_le_bytes());
+            file.write_all_at(&leaf, location * 4096).expect("our own file");
+        }
+        copy
+    }
+
     /// The option that names the image.
     pub fn option(&self, image: &Path) -> String {
         format!("thin_metadata={}", image.display())
     }
+}
+
+fn get(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(*bytes[at..].first_chunk().expect("eight bytes"))
 }
 
 fn new_file(directory: &Path, size: u64) -> tempfile::TempPath {

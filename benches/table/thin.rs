@@ -1,11 +1,12 @@
 //! lseek over the map of a thin volume of an offline pool.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use crate::Bench;
 use crate::common::check::{seek_data, seek_hole};
+use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::random::Random;
 use crate::floor::Floor;
@@ -49,28 +50,36 @@ pub fn lseek(bench: &Bench, table: &mut Table) {
     }
     let mappings = bench.scale(MAPPINGS, 10);
     let metadata = Metadata::new(&in_memory(bench.scratch.directory()), Layout::Random, mappings);
-    let ours = Mount::with_options(&metadata.data, &["-o", &metadata.option(&metadata.image)]);
-    let volume = ours.directory().join("1");
+    let mount = |path: &Path| Mount::with_options(&metadata.data, &["-o", &metadata.option(path)]);
+    let device = Loop::new(&metadata.image);
+    let (of_device, of_image) = (mount(device.path()), mount(&metadata.image));
+    let volume = |mount: &Mount| mount.directory().join("1");
     let size = metadata.blocks * BLOCK;
     let floor = Floor::new(Shape { size, pitch: 32 * BLOCK, data: 8 * BLOCK });
-    let all: [(&str, PathBuf, u32); 2] =
-        [("ours", volume.clone(), ours.pid()), ("the floor", floor.file(), floor.pid())];
+    let all = [
+        ("metadata on a device", volume(&of_device), of_device.pid()),
+        ("metadata in an image", volume(&of_image), of_image.pid()),
+        ("the floor", floor.file(), floor.pid()),
+    ];
     let calls = bench.scale(200_000, 10);
     keep_on(0, 1);
     for (name, order) in [("in order", Order::Ascending), ("at random offsets", Order::Random)] {
-        let contenders = all.iter().map(|(name, path, pid)| {
-            let mut seed = 1;
-            Contender::new(*name, move || {
-                keep_on(*pid, 1);
-                seed += 1;
-                ask(path, size, order, calls, seed)
-            })
-        });
-        let measured = rounds(bench.rounds(), contenders.collect());
-        table.add(&format!("lseek, thin, {mappings} mappings, {name}, 1 core"), "ns", &measured, &[Some(1.05)]);
+        for ours in 0..2 {
+            let contenders = [&all[ours], &all[2]].into_iter().map(|(name, path, pid)| {
+                let mut seed = 1;
+                Contender::new(*name, move || {
+                    keep_on(*pid, 1);
+                    seed += 1;
+                    ask(path, size, order, calls, seed)
+                })
+            });
+            let measured = rounds(bench.rounds(), contenders.collect());
+            let case = format!("lseek, thin, {mappings} mappings, {name}, {}, 1 core", all[ours].0);
+            table.add(&case, "ns", &measured, &[Some(1.05)]);
+        }
     }
     keep_on(0, processors());
-    let file = File::open(&volume).expect("the file opens");
+    let file = File::open(volume(&of_device)).expect("the file opens");
     seek_hole(&file, 0).expect("every file has an end");
-    table.note(&format!("memory of the daemon, a thin volume of {mappings} mappings open"), resident(ours.pid()));
+    table.note(&format!("memory of the daemon, a thin volume of {mappings} mappings open"), resident(of_device.pid()));
 }
