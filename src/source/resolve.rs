@@ -31,7 +31,7 @@ pub struct Context {
     /// What device-mapper sources share.
     pub dm: dm::Shared,
     /// What readers of live thin pools share.
-    pub thin: thin::pool::Locks,
+    pub thin: thin::pool::Readers,
     /// The export that the kernel's NBD device is connected to.
     pub nbd: Option<nbd::Beside>,
 }

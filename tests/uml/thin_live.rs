@@ -1,6 +1,7 @@
 //! How a live pool's metadata is read: as seldom as can be, and with nothing left behind.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use crate::common::check::{assert_map, bytes_read, check, map_of, open, seek_data, seek_hole};
@@ -75,4 +76,35 @@ fn overwriting_costs_no_reading() {
         assert_eq!(seek_data(&file, to), Some(to), "as many blocks as before, but others");
     }
     check(mount.file(), thin.path());
+}
+
+/// Volumes of one pool that are asked at the same time are read together.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn questions_at_the_same_time_share_a_reading() {
+    const VOLUMES: u32 = 8;
+    let pool = Pool::with_slow_metadata(64 * MIB, 64 << 10);
+    let thins: Vec<_> = (0..VOLUMES).map(|id| pool.thin(id, 16 * MIB)).collect();
+    let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+    for (id, thin) in thins.iter().enumerate() {
+        let start = id as u64 * MIB;
+        write(thin.path(), start..start + MIB);
+        symlink(thin.path(), directory.path().join(id.to_string())).expect("a new name");
+    }
+    let mount = Mount::new(directory.path());
+    let file = |id: u32| mount.directory().join(id.to_string());
+    let files: Vec<_> = (0..VOLUMES).map(|id| open(&file(id))).collect();
+    let before = bytes_read(pool.metadata());
+    std::thread::scope(|scope| {
+        for (id, file) in files.iter().enumerate() {
+            scope.spawn(move || assert_eq!(seek_data(file, 0), Some(id as u64 * MIB)));
+        }
+    });
+    let read = bytes_read(pool.metadata()) - before;
+    // Alone, each one takes the superblock twice, and a node of each of the three trees.
+    let alone = u64::from(VOLUMES) * 5 * 4096;
+    assert!(read < alone, "{read} bytes of metadata read, {alone} by one at a time");
+    for (id, thin) in (0..VOLUMES).zip(&thins) {
+        check(&file(id), thin.path());
+    }
 }

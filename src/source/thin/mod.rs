@@ -21,6 +21,7 @@ pub mod params;
 pub mod pool;
 pub mod reader;
 pub mod superblock;
+pub mod turns;
 pub mod volume;
 pub mod walk;
 

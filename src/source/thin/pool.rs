@@ -9,8 +9,7 @@
 //! A pool that commits faster than its tree can be read is read from a metadata snapshot, which is taken for that long.
 //! There is one for each pool and everybody shares it; when somebody else holds it, the quiet way is tried some more.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::debug;
@@ -20,6 +19,7 @@ use super::held::Snapshot;
 use super::metadata::{Metadata, read_superblock};
 use super::params::{self, Mode, PoolTable};
 use super::reader::MetadataReader;
+use super::turns::{self, Turns};
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result, plain};
 use crate::map::FillMap;
@@ -39,22 +39,14 @@ const THREADS: usize = 2;
 /// Sectors that reading a superblock takes.
 const SUPERBLOCK_SECTORS: u64 = 8;
 
-/// What readers of live pools share: one lock for each pool, because each reading makes its pool commit, and a commit
-/// spoils the reading of another.
-#[derive(Default)]
-pub struct Locks(Mutex<HashMap<DeviceId, Arc<Mutex<()>>>>);
-
-impl Locks {
-    fn of(&self, pool: DeviceId) -> Arc<Mutex<()>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(pool).or_default().clone()
-    }
-}
+/// What readers of live pools share.
+pub type Readers = turns::Pools<Wanted, ThinResult<DeviceMap>>;
 
 /// A live pool.
 pub struct Pool {
     control: Arc<Control>,
     id: DeviceId,
-    lock: Arc<Mutex<()>>,
+    turns: Arc<Turns<Wanted, ThinResult<DeviceMap>>>,
 }
 
 /// The device whose map is wanted.
@@ -107,16 +99,17 @@ struct Live {
 
 /// One reading.
 enum Reading {
-    /// What it gave: a true map, or a true failure.
-    Whole(ThinResult<DeviceMap>),
+    /// What it gave for the first device that was wanted, and for the others if it came to them: true maps, or true
+    /// failures.
+    Whole(Vec<ThinResult<DeviceMap>>),
     /// Something was written meanwhile: whatever was read means nothing.
     Torn,
 }
 
 impl Pool {
     /// The pool `id`.
-    pub fn new(control: Arc<Control>, id: DeviceId, locks: &Locks) -> Self {
-        Self { control, id, lock: locks.of(id) }
+    pub fn new(control: Arc<Control>, id: DeviceId, readers: &Readers) -> Self {
+        Self { control, id, turns: readers.of(id) }
     }
 
     /// The mapped blocks of a thin device: all those that were written to by any write that completed before this is
@@ -126,31 +119,40 @@ impl Pool {
     /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
     /// too fast.
     pub fn map(&self, wanted: &Wanted) -> std::result::Result<DeviceMap, NoMap> {
-        let _one_at_a_time = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(map) = self.quietly(QUIET_TRIES, wanted)? {
-            return Ok(map);
+        let map = self.turns.take(*wanted, |wanted| self.maps(wanted))?;
+        Ok(map.ok_or(NoMap::NotNow("its pool commits faster than its metadata can be read"))??)
+    }
+
+    /// The maps of several devices from one reading; fewer when it came to nothing.
+    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Vec<ThinResult<DeviceMap>>, NoMap> {
+        if let Some(maps) = self.quietly(QUIET_TRIES, wanted)? {
+            return Ok(maps);
         }
-        if let Some(map) = self.with_snapshot(wanted)? {
-            return Ok(map);
+        if let Some(maps) = self.with_snapshot(wanted)? {
+            return Ok(maps);
         }
-        self.quietly(MORE_TRIES, wanted)?.ok_or(NoMap::NotNow("its pool commits faster than its metadata can be read"))
+        Ok(self.quietly(MORE_TRIES, wanted)?.unwrap_or_default())
     }
 
     /// Some readings of the last committed state; `None` when the pool committed during each.
-    fn quietly(&self, tries: usize, wanted: &Wanted) -> std::result::Result<Option<DeviceMap>, NoMap> {
+    fn quietly(
+        &self,
+        tries: usize,
+        wanted: &[Wanted],
+    ) -> std::result::Result<Option<Vec<ThinResult<DeviceMap>>>, NoMap> {
         let start = Instant::now();
         for _ in (0..tries).take_while(|_| start.elapsed() < PATIENCE) {
             // Makes the pool commit: every completed write is on disk from here on.
             let live = self.look(Commit::Yes)?;
             match self.read_quietly(&live, wanted)? {
-                Reading::Whole(map) => return Ok(Some(map?)),
+                Reading::Whole(maps) => return Ok(Some(maps)),
                 Reading::Torn => debug!("{}: committed while its metadata was read", live.name),
             }
         }
         Ok(None)
     }
 
-    fn read_quietly(&self, live: &Live, wanted: &Wanted) -> Result<Reading> {
+    fn read_quietly(&self, live: &Live, wanted: &[Wanted]) -> Result<Reading> {
         let unreadable = |error| Error::failed("cannot read the I/O counters of the metadata device").because(error);
         let stat = StatFile::open(live.table.metadata).map_err(unreadable)?;
         let reader = live.open_metadata()?;
@@ -163,19 +165,19 @@ impl Pool {
             // A superblock that is read while it is written is no sign of damage.
             Err(error) => {
                 let still = before.lasts(&stat).map_err(unreadable)?;
-                return Ok(if still { Reading::Whole(Err(error)) } else { Reading::Torn });
+                return Ok(if still { Reading::Whole(vec![Err(error)]) } else { Reading::Torn });
             }
         };
         if stat.sectors_read().map_err(unreadable)?.get() < reads_before.get() + SUPERBLOCK_SECTORS {
             debug!("{}: the I/O counters of its metadata device are off", live.name);
             return Ok(Reading::Torn);
         }
-        let map = live.read(&metadata, wanted);
+        let maps = wanted.iter().map(|wanted| live.read(&metadata, wanted)).collect();
         let same = read_superblock(metadata.reader(), MetaBlock::SUPERBLOCK)
             .is_ok_and(|(_, raw)| *raw == *metadata.raw_superblock());
         // A pool that was suspended in the very moment of its status did not commit for it.
         let whole = same && before.lasts(&stat).map_err(unreadable)? && self.is_still(live);
-        Ok(if whole { Reading::Whole(map) } else { Reading::Torn })
+        Ok(if whole { Reading::Whole(maps) } else { Reading::Torn })
     }
 
     /// Whether the pool is what it was, and not suspended.
@@ -185,7 +187,7 @@ impl Pool {
     }
 
     /// A reading of the metadata snapshot, taken for it; `None` when it cannot be had, or not be kept.
-    fn with_snapshot(&self, wanted: &Wanted) -> std::result::Result<Option<DeviceMap>, NoMap> {
+    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Vec<ThinResult<DeviceMap>>>, NoMap> {
         let live = self.look(Commit::No)?;
         if live.mode == Mode::ReadOnly {
             return Ok(None);
@@ -198,13 +200,13 @@ impl Pool {
                 return Ok(None);
             }
         };
-        let map = live.open_metadata().map_err(NoMap::from).and_then(|reader| {
+        let maps = live.open_metadata().map_err(NoMap::from).and_then(|reader| {
             let metadata = Metadata::open(reader, snapshot.root())?;
-            Ok(live.read(&metadata, wanted)?)
+            Ok(wanted.iter().map(|wanted| live.read(&metadata, wanted)).collect())
         });
         // Whoever released our snapshot made its blocks free, and what was read of them worthless.
         let ours = self.look(Commit::No)?.held_root == Some(snapshot.root());
-        if ours { Ok(Some(map?)) } else { Ok(None) }
+        if ours { Ok(Some(maps?)) } else { Ok(None) }
     }
 
     /// The pool now.
