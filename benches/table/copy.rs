@@ -8,6 +8,7 @@ use crate::Bench;
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::run;
+use crate::floor::Floor;
 use crate::measure::{Contender, Table, rounds, seconds};
 use crate::shape::{Scratch, Shape};
 
@@ -67,6 +68,7 @@ pub fn all(bench: &Bench, table: &mut Table) {
     let image = bench.scratch.image("copy.img", one_percent(size));
     let device = Loop::new(&image);
     let ours = Mount::new(device.path());
+    let floor = Floor::new(one_percent(size));
     let raw_image = bench.scratch.image("raw.img", one_percent(size / RAW_SHARE));
     let raw = Loop::new(&raw_image);
     let to = bench.scratch.path("copy");
@@ -77,8 +79,9 @@ pub fn all(bench: &Bench, table: &mut Table) {
         let mut contenders = vec![
             Contender::new("ours", || copier.copy(ours.file(), &to)),
             Contender::new("the sparse image itself", || copier.copy(&image, &to)),
+            Contender::new("the floor, zeros from memory", || copier.copy(&floor.file(), &to)),
         ];
-        let mut targets = vec![Some(1.5)];
+        let mut targets = vec![Some(1.5), None];
         if copier.reads_devices {
             let name = format!("the raw device ({} GiB, times {RAW_SHARE})", (size / RAW_SHARE) >> 30);
             contenders.push(Contender::new(name, || copier.copy(raw.path(), &to) * RAW_SHARE as f64));
