@@ -99,16 +99,6 @@ impl StatFile {
         self.fields().and_then(|(_, counters)| counters.ok_or_else(|| io::ErrorKind::InvalidData.into()))
     }
 
-    /// Whether discards are counted by themselves, and not as writes (since Linux 4.18).
-    ///
-    /// # Errors
-    /// As pread(2).
-    pub fn counts_discards(&self) -> io::Result<bool> {
-        let mut text = [0; 512];
-        let count = self.0.read_at(&mut text, 0)?;
-        Ok(text[..count].split(u8::is_ascii_whitespace).filter(|word| !word.is_empty()).count() >= 15)
-    }
-
     /// Sectors read so far, which also tells whether a device counts at all.
     ///
     /// # Errors

@@ -72,43 +72,94 @@ impl Drop for Dm {
     }
 }
 
+impl Make {
+    fn new(size: u64, block: u64) -> Self {
+        let metadata = 16 << 20;
+        Self {
+            size,
+            block,
+            metadata,
+            slow_metadata: false,
+            slow_data: 0,
+            features: &["skip_block_zeroing", "error_if_no_space"],
+        }
+    }
+}
+
 /// A thin pool on two loop devices.
 pub struct Pool {
     pool: Dm,
-    _delay: Option<Dm>,
+    _slow: Vec<Dm>,
     _data: Loop,
     metadata: Loop,
     _images: [Image; 2],
 }
 
+/// How a pool is made. Writes that find no space fail.
+struct Make {
+    size: u64,
+    block: u64,
+    metadata: u64,
+    /// Whether the metadata takes its time to be read.
+    slow_metadata: bool,
+    /// As many bytes at the start of the data take their time to be written and discarded.
+    slow_data: u64,
+    features: &'static [&'static str],
+}
+
 impl Pool {
     /// A pool for `size` bytes of data in blocks of `block` bytes.
     pub fn new(size: u64, block: u64) -> Self {
-        Self::with_metadata(size, block, 16 << 20, false)
+        Self::make(&Make::new(size, block))
     }
 
     /// A pool whose metadata takes its time to be read, and none to be written.
     pub fn with_slow_metadata(size: u64, block: u64) -> Self {
-        Self::with_metadata(size, block, 16 << 20, true)
+        Self::make(&Make { slow_metadata: true, ..Make::new(size, block) })
     }
 
-    /// [`Pool::new`] with so many bytes for metadata. Writes that find no space fail.
-    pub fn with_metadata(size: u64, block: u64, metadata: u64, slow: bool) -> Self {
-        let images = [Image::new(size), Image::new(metadata)];
-        let data = Loop::new(images[0].path());
-        let metadata = Loop::new(images[1].path());
-        let delay = slow.then(|| {
-            let path = metadata.path().display();
-            Dm::new(&format!("0 {} delay {path} 0 10 {path} 0 0", sectors(metadata.path())))
-        });
+    /// A pool whose first blocks, which volumes get first, take their time to be written and discarded.
+    pub fn with_slow_data(size: u64, block: u64, slow: u64) -> Self {
+        Self::make(&Make { slow_data: slow, ..Make::new(size, block) })
+    }
+
+    /// A pool whose volumes take no discards.
+    pub fn without_discards(size: u64, block: u64) -> Self {
+        Self::make(&Make { features: &["skip_block_zeroing", "ignore_discard"], ..Make::new(size, block) })
+    }
+
+    /// [`Pool::new`] with so many bytes for metadata.
+    pub fn with_metadata(size: u64, block: u64, metadata: u64) -> Self {
+        Self::make(&Make { metadata, ..Make::new(size, block) })
+    }
+
+    fn make(make: &Make) -> Self {
+        let images = [Image::new(make.size), Image::new(make.metadata)];
+        let (data, metadata) = (Loop::new(images[0].path()), Loop::new(images[1].path()));
+        let (mut data_path, mut metadata_path) = (data.path(), metadata.path());
+        let mut slow = Vec::new();
+        if make.slow_metadata {
+            let path = metadata_path.display();
+            slow.push(Dm::new(&format!("0 {} delay {path} 0 10 {path} 0 0", sectors(metadata_path))));
+        }
+        if make.slow_data > 0 {
+            let (path, first, all) = (data_path.display(), make.slow_data / 512, sectors(data_path));
+            let delay = format!("0 {first} delay {path} 0 0 {path} 0 2000 {path} 0 0");
+            slow.push(Dm::new(&format!("{delay}\n{first} {} linear {path} {first}", all - first)));
+        }
+        if let Some(slow) = slow.last() {
+            *(if make.slow_metadata { &mut metadata_path } else { &mut data_path }) = slow.path();
+        }
         let pool = Dm::new(&format!(
-            "0 {} thin-pool {} {} {} 0 2 skip_block_zeroing error_if_no_space",
-            size / 512,
-            delay.as_ref().map_or(metadata.path(), Dm::path).display(),
-            data.path().display(),
-            block / 512
+            "0 {} thin-pool {} {} {} 0 {} {}",
+            make.size / 512,
+            metadata_path.display(),
+            data_path.display(),
+            make.block / 512,
+            make.features.len(),
+            make.features.join(" ")
         ));
-        Self { pool, _delay: delay, _data: data, metadata, _images: images }
+        Self { pool, _slow: slow, _data: data, metadata, _images: images }
     }
 
     /// The pool's own device.
@@ -151,9 +202,9 @@ impl Pool {
 
     /// Takes the pool away and checks its metadata.
     pub fn thin_check(self) {
-        let Self { pool, _delay: delay, metadata, .. } = self;
+        let Self { pool, _slow: slow, metadata, .. } = self;
         drop(pool);
-        drop(delay);
+        drop(slow);
         run("thin_check", ["--quiet".as_ref(), metadata.path().as_os_str()]);
     }
 

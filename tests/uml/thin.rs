@@ -231,6 +231,10 @@ fn a_volume_that_is_active_twice() {
     write(twin.path(), MIB..MIB + 4096);
     assert_eq!(seek_data(&file, 0), Some(0), "all is data");
     assert_eq!(seek_hole(&file, 0), Some(16 * MIB), "all is data");
+    let modified = || mount.file().metadata().and_then(|file| file.modified()).expect("stat");
+    let before = modified();
+    write(twin.path(), MIB..MIB + 4096);
+    assert_ne!(modified(), before, "a write through the other device");
     check(mount.file(), device.path());
     // Other volumes come and go.
     drop(twin);

@@ -152,7 +152,7 @@ fn no_space_for_data() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn no_space_for_metadata() {
-    let pool = Pool::with_metadata(512 * MIB, BLOCK, 128 * 4096, false);
+    let pool = Pool::with_metadata(512 * MIB, BLOCK, 128 * 4096);
     let size = 256 * MIB;
     let thin = pool.thin(0, size);
     let mount = Mount::new(thin.path());

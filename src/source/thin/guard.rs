@@ -54,13 +54,16 @@ pub struct Told {
 
 /// Writes and discards of a device. As long as none completes, no block of it is mapped or unmapped.
 ///
-/// Most writes overwrite blocks that are mapped already, and leave the map as it is. Without a discard blocks are only
-/// ever added: as long as there are as many as in the map, they are the same.
+/// Most writes overwrite blocks that are mapped already, and leave the map as it is. On a device that takes no discards
+/// blocks are only ever added: as long as there are as many as in the map, they are the same. Where it takes them equal
+/// numbers prove nothing: since Linux 5.18 or so a discard that has unmapped its blocks is neither counted nor in
+/// flight until it completes (`accounts_remapped_io` of `struct dm_target`), and a write may have taken its place.
 pub struct WriteGuard {
     status: Status,
     stat: StatFile,
     seen: Mutex<Seen>,
-    counts_discards: bool,
+    /// Whether no discard can have been under way when this was made.
+    never_discarded: bool,
     /// The switch that the counters obey, where they obey one.
     switch: Option<File>,
     told: Arc<Told>,
@@ -81,12 +84,6 @@ impl Seen {
         let counters = stat.read()?;
         Ok(Self { counters, in_flight: sysfs::writes_in_flight(id)? })
     }
-
-    /// Whether no discard has completed or begun since `earlier`, as far as either is counted.
-    fn as_many_discards(&self, earlier: &Self) -> bool {
-        let discards = |seen: &Self| (seen.counters.discards, seen.counters.discard_sectors, seen.in_flight);
-        discards(self) == discards(earlier) && self.in_flight == 0
-    }
 }
 
 impl WriteGuard {
@@ -97,9 +94,9 @@ impl WriteGuard {
     pub fn new(device: &BlockDevice, status: Status, told: Arc<Told>) -> io::Result<Self> {
         let stat = StatFile::open(device.id)?;
         let switch = switch(device, &stat)?;
-        let counts_discards = stat.counts_discards()?;
+        let never_discarded = takes_no_discards(device.id);
         let seen = Mutex::new(Seen::now(device.id, &stat)?);
-        Ok(Self { status, stat, seen, counts_discards, switch, told })
+        Ok(Self { status, stat, seen, never_discarded, switch, told })
     }
 
     fn nothing_written(&self, seen: &Seen) -> io::Result<bool> {
@@ -107,18 +104,19 @@ impl WriteGuard {
             && (seen.in_flight == 0 || sysfs::writes_in_flight(self.status.id)? == seen.in_flight))
     }
 
-    /// Whether all that was written since `seen` went to blocks that the map has: the counters to go on with.
-    fn only_overwritten(&self, seen: &Seen) -> Option<Seen> {
-        let mapped = self.told.mapped.get().filter(|_| self.counts_discards)?;
-        let before = Seen::now(self.status.id, &self.stat).ok()?;
-        if !before.as_many_discards(seen) || self.status.mapped().ok()?.sectors != *mapped {
-            return None;
-        }
-        // A discard that was at work while the blocks were counted is done by now and counted, or is in flight.
-        let in_flight = sysfs::writes_in_flight(self.status.id).ok()?;
-        let after = Seen { counters: self.stat.read().ok()?, in_flight };
-        after.as_many_discards(seen).then_some(before)
+    /// Whether all that was written so far went to blocks that the map has: the counters to go on with.
+    fn only_overwritten(&self) -> Option<Seen> {
+        let mapped = self.told.mapped.get().filter(|_| self.never_discarded && takes_no_discards(self.status.id))?;
+        // Before the status: what is written from here on is seen the next time.
+        let now = Seen::now(self.status.id, &self.stat).ok()?;
+        (self.status.mapped().ok()?.sectors == *mapped).then_some(now)
     }
+}
+
+/// Whether the device's table lets no discard through, as in a pool with `ignore_discard`; only another table changes
+/// that.
+fn takes_no_discards(id: DeviceId) -> bool {
+    sysfs::number(id, "queue/discard_max_hw_bytes") == Some(0)
 }
 
 impl Guard for WriteGuard {
@@ -130,7 +128,7 @@ impl Guard for WriteGuard {
         if self.nothing_written(&seen).unwrap_or(false) {
             return true;
         }
-        match self.only_overwritten(&seen) {
+        match self.only_overwritten() {
             Some(now) => *seen = now,
             None => return false,
         }
