@@ -1,6 +1,7 @@
-//! Where log lines go: to standard error as long as somebody reads it, to the journal, or to syslog.
+//! Where log lines go: to standard error as long as somebody reads it, to the journal, to syslog, or to the kernel's log.
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
@@ -12,6 +13,9 @@ use log::{Level, LevelFilter};
 /// The socket of the system's logger (syslog(3)).
 const SYSLOG_SOCKET: &str = "/dev/log";
 
+/// The kernel's log, which root may write to.
+const KERNEL_LOG: &str = "/dev/kmsg";
+
 /// `LOG_DAEMON` of syslog(3).
 const FACILITY_DAEMON: u8 = 3 << 3;
 
@@ -22,6 +26,9 @@ enum Output {
     Journal,
     /// One datagram for each line (RFC 3164; the receiver knows the time and the host).
     Syslog { socket: UnixDatagram, name: String },
+    /// Records of the kernel's log (`Documentation/ABI/testing/dev-kmsg`), where no logger runs: early in the boot, in
+    /// a rescue system.
+    Kernel { ring: File, name: String },
     /// There is no logger.
     Nowhere,
 }
@@ -61,7 +68,10 @@ pub fn leave_terminal() -> bool {
         let name = name.clone();
         *output = match connect(Path::new(SYSLOG_SOCKET)) {
             Ok(socket) => Output::Syslog { socket, name },
-            Err(_) => Output::Nowhere,
+            Err(_) => match File::options().write(true).open(KERNEL_LOG) {
+                Ok(ring) => Output::Kernel { ring, name },
+                Err(_) => Output::Nowhere,
+            },
         };
     }
     matches!(*output, Output::Journal)
@@ -136,19 +146,21 @@ fn deliver(output: &Output, line: &[u8]) {
         _ => return,
     };
     let text = String::from_utf8_lossy(text);
+    let for_daemons = |name| format!("<{}>{name}[{}]: {text}", FACILITY_DAEMON | priority, std::process::id());
     let _ = match output {
         Output::Person { name } => writeln!(io::stderr(), "{name}: {text}"),
         Output::Journal => writeln!(io::stderr(), "<{priority}>{text}"),
-        Output::Syslog { socket, name } => {
-            let line = format!("<{}>{name}[{}]: {text}", FACILITY_DAEMON | priority, std::process::id());
-            socket.send(line.as_bytes()).map(drop)
-        }
+        Output::Syslog { socket, name } => socket.send(for_daemons(name).as_bytes()).map(drop),
+        // Each write is a record: whole, or not at all.
+        Output::Kernel { ring, name } => (&*ring).write(for_daemons(name).as_bytes()).map(drop),
         Output::Nowhere => Ok(()),
     };
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+
     use super::*;
 
     #[test]
@@ -172,5 +184,15 @@ mod tests {
             let length = logger.recv(&mut buffer).unwrap();
             assert_eq!(std::str::from_utf8(&buffer[..length]).unwrap(), expected);
         }
+    }
+
+    #[test]
+    fn the_kernels_log_gets_one_write_for_each_line() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let ring = File::from(std::os::fd::OwnedFd::from(writer));
+        deliver(&Output::Kernel { ring, name: "blkholefs".to_owned() }, b"<3>one reason\n");
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, format!("<27>blkholefs[{}]: one reason", std::process::id()));
     }
 }
