@@ -128,6 +128,7 @@ impl Spare {
     }
 
     fn serve(&self, first: Work) {
+        let _place = Place(self);
         let mut next = Some(first);
         while let Some(work) = next {
             ME.with(|_| work());
@@ -149,6 +150,17 @@ impl Spare {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A spare thread's place. It is given up with the last work, or by a panic.
+struct Place<'a>(&'a Spare);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.lock().threads -= 1;
+        }
     }
 }
 

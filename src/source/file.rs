@@ -102,11 +102,15 @@ impl HoleMap for FileMap {
 struct SizeGuard {
     file: File,
     len: Bytes,
+    /// Whether its file system is a local one. Others may know the length only once they asked for it.
+    is_local: bool,
 }
 
 impl Guard for SizeGuard {
     fn unchanged(&self) -> bool {
-        end(&self.file).is_ok_and(|end| end == self.len)
+        // lseek costs half of fstat.
+        let len = if self.is_local { end(&self.file) } else { self.file.metadata().map(|stat| Bytes::new(stat.len())) };
+        len.is_ok_and(|len| len == self.len)
     }
 }
 
@@ -130,7 +134,8 @@ pub fn layer(file: &File, path: &Path, len: Bytes, resolver: &mut Resolver<'_>) 
     let name = path.display().to_string();
     match (file.try_clone(), device::reopen(file)) {
         (Ok(same), Ok(private)) => {
-            resolver.guard(SizeGuard { file: same, len });
+            let is_local = hole_unit(&same).is_some();
+            resolver.guard(SizeGuard { file: same, len, is_local });
             backing(private, name, len, resolver)
         }
         (Err(error), _) | (_, Err(error)) => {
