@@ -77,6 +77,7 @@ fn main() {
         eprintln!("the benchmark mounts and makes loop devices: run it as root");
         std::process::exit(1);
     }
+    measure::processors();
     let (options, words): (Vec<String>, HashSet<String>) = split(arguments);
     let bench = Bench { quick: options.iter().any(|option| option == "--quick"), scratch: Scratch::new() };
     let mut table = Table::default();
