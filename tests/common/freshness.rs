@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
@@ -12,7 +12,8 @@ use super::random::Random;
 use super::run;
 
 const PAGE: u64 = 4096;
-const WRITERS: u64 = 3;
+/// Writers of one device.
+pub const WRITERS: u64 = 3;
 
 /// For each page a number that is odd while the page is known to hold data, and changes with every change.
 struct Pages(Vec<AtomicU32>);
@@ -48,8 +49,8 @@ pub fn race(file: &Path, device: &Path, size: u64, rounds: u64) {
 }
 
 /// Lets writers write and discard parts of `device`, `rounds` times each, and looks for what they wrote in `file`, in each
-/// of them right after the write, and all the while from outside.
-pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) {
+/// of them right after the write, and all the while from outside. Returns how often the whole map was looked at.
+pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) -> u32 {
     let pages = Pages::new(size);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -67,13 +68,15 @@ pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) {
         assert!(results.iter().all(Result::is_ok), "a writer failed");
         let walks = walker.join().expect("no walk finds a wrong hole");
         assert!(walks > 0, "nobody looked");
-    });
+        walks
+    })
 }
 
 fn write_and_look(file: &Path, device: &Path, own: Range<u64>, rounds: u64, pages: &Pages) {
     let writer = OpenOptions::new().write(true).open(device).expect("the device opens for writing");
     let seeker = open(file);
     let mut random = Random::new(own.start + 1);
+    let unit = discard_unit(device);
     for _ in 0..rounds {
         let page = random.within(own.clone());
         let inside = random.within(0..8) * 512;
@@ -84,11 +87,32 @@ fn write_and_look(file: &Path, device: &Path, own: Range<u64>, rounds: u64, page
         pages.written(page);
         look(&seeker, page);
         if random.one_in(8) {
-            pages.forget(page);
-            let offset = (page * PAGE).to_string();
-            run("blkdiscard", ["--force", "--offset", &offset, "--length", "4096", device.to_str().expect("text")]);
+            // Less than that would be ignored; pages of others are not ours to discard.
+            let first = page - page % unit;
+            let discarded = first.max(own.start)..(first + unit).min(own.end);
+            if discarded.end - discarded.start == unit {
+                discarded.clone().for_each(|page| pages.forget(page));
+                discard(device, discarded);
+            }
         }
     }
+}
+
+/// The pages of the least that the device can discard.
+fn discard_unit(device: &Path) -> u64 {
+    let number = std::fs::metadata(device).expect("the device exists").rdev();
+    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/queue/discard_granularity"));
+    // A partition has no queue of its own.
+    let bytes: u64 = text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(PAGE);
+    (bytes / PAGE).max(1)
+}
+
+fn discard(device: &Path, pages: Range<u64>) {
+    let (offset, length) = (pages.start * PAGE, (pages.end - pages.start) * PAGE);
+    let numbers = ["--offset".to_owned(), offset.to_string(), "--length".to_owned(), length.to_string()];
+    let words = ["--force".to_owned()].into_iter().chain(numbers).chain([device.display().to_string()]);
+    run("blkdiscard", words);
 }
 
 fn look(file: &File, page: u64) {
