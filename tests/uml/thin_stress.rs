@@ -16,7 +16,7 @@ use crate::common::{MIB, assert_becomes, run, try_run};
 const BLOCK: u64 = 64 * 1024;
 const SIZE: u64 = 24 * MIB;
 /// Writes by each writer.
-const ROUNDS: u64 = 25;
+const ROUNDS: u64 = 100;
 
 /// Ends the loops of other threads when it goes, by a panic too.
 struct Ends<'a>(&'a AtomicBool);
