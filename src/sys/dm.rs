@@ -178,7 +178,8 @@ impl Control {
     }
 
     fn read(&self, id: DeviceId, flags: u32) -> io::Result<Table> {
-        let mut size = 16 << 10;
+        // Enough for the tables of most devices; the kernel takes as much memory at each request.
+        let mut size = 2 << 10;
         loop {
             let mut buffer = request(id, flags, size);
             self.call(raw::TABLE_STATUS, &mut buffer)?;

@@ -58,6 +58,23 @@ fn linear() {
     assert_map(&twice, &[0..MIB]);
 }
 
+/// More than the kernel tells at once: the segments of a volume that was extended again and again.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_long_table() {
+    const SEGMENTS: u64 = 500;
+    let disk = Disk::new(4 * MIB, &[0..4 * MIB]);
+    let table: Vec<String> = (0..SEGMENTS)
+        .map(|segment| match segment % 2 {
+            0 => format!("{} 8 zero", segment * 8),
+            _ => format!("{} 8 linear {} {}", segment * 8, disk.path(), segment * 8),
+        })
+        .collect();
+    let device = Dm::new(&table.join("\n"));
+    let data: Vec<_> = (1..SEGMENTS).step_by(2).map(|segment| segment * 4 * KIB..(segment + 1) * 4 * KIB).collect();
+    assert_map(&device, &data);
+}
+
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn striped() {
