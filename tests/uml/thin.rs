@@ -243,4 +243,10 @@ fn a_volume_that_is_active_twice() {
     assert_map(mount.file(), &map_of(16 * MIB, &[MIB..MIB + BLOCK]));
     write(device.path(), 3 * MIB..3 * MIB + 4096);
     assert_becomes(&Some(3 * MIB), || seek_data(&file, 2 * MIB));
+    // And a device that came, was written to and went while nobody looked.
+    assert_becomes(&Some(3 * MIB + BLOCK), || seek_hole(&file, 3 * MIB));
+    let twin = pool.activate(0, 16 * MIB, None);
+    write(twin.path(), 5 * MIB..5 * MIB + 4096);
+    drop(twin);
+    assert_eq!(seek_data(&file, 5 * MIB), Some(5 * MIB));
 }

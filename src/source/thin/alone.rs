@@ -5,8 +5,8 @@ use std::fs::File;
 use std::hash::{Hash as _, Hasher};
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use super::params::{self, ThinTable};
 use crate::source::Guard;
@@ -15,13 +15,16 @@ use crate::sys::dm::Control;
 use crate::sys::sysfs;
 
 /// A volume, and the one device that it is to be active as.
+///
+/// Whether it still is cannot be told by looking again: the other device may have been written to and be gone. So all
+/// that happens before there can be another one counts as a change, though nearly always it is something else.
 pub struct AloneGuard {
     control: Arc<Control>,
     device: DeviceId,
     table: ThinTable,
     uevents: File,
-    /// What it was when the other devices were looked at.
-    seen: Mutex<Seen>,
+    /// What it was before the other devices were looked at.
+    seen: Seen,
     alone: bool,
 }
 
@@ -41,7 +44,7 @@ impl AloneGuard {
     /// When the kernel does not tell.
     pub fn new(control: Arc<Control>, device: DeviceId, table: ThinTable) -> io::Result<Self> {
         let uevents = File::open("/sys/kernel/uevent_seqnum")?;
-        let seen = Mutex::new(see(&control, &uevents, table.pool)?);
+        let seen = see(&control, &uevents, table.pool)?;
         let mut guard = Self { control, device, table, uevents, seen, alone: false };
         guard.alone = guard.is_alone()?;
         Ok(guard)
@@ -84,23 +87,18 @@ fn see(control: &Control, uevents: &File, pool: DeviceId) -> io::Result<Seen> {
 
 impl Guard for AloneGuard {
     fn unchanged(&self) -> bool {
-        let Ok(now) = see(&self.control, &self.uevents, self.table.pool) else { return false };
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if now == *seen {
-            return true;
-        }
-        // One that is not alone may be by now.
-        if !self.alone || !self.is_alone().unwrap_or(false) {
-            return false;
-        }
-        *seen = now;
+        see(&self.control, &self.uevents, self.table.pool).is_ok_and(|now| now == self.seen)
+    }
+
+    /// It stands for writes that no counter tells of.
+    fn is_of_content(&self) -> bool {
         true
     }
 
     /// What is written through another device leaves no trace here: each look is another one.
     fn trace(&self, mut trace: &mut dyn Hasher) {
         static LOOKS: AtomicU64 = AtomicU64::new(0);
-        if !self.alone {
+        if !self.alone || !self.unchanged() {
             LOOKS.fetch_add(1, Ordering::Relaxed).hash(&mut trace);
         }
     }
