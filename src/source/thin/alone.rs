@@ -20,8 +20,7 @@ use crate::sys::sysfs;
 /// that happens before there can be another one counts as a change, though nearly always it is something else.
 pub struct AloneGuard {
     control: Arc<Control>,
-    device: DeviceId,
-    table: ThinTable,
+    pool: DeviceId,
     uevents: File,
     /// What it was before the other devices were looked at.
     seen: Seen,
@@ -45,38 +44,31 @@ impl AloneGuard {
     pub fn new(control: Arc<Control>, device: DeviceId, table: ThinTable) -> io::Result<Self> {
         let uevents = File::open("/sys/kernel/uevent_seqnum")?;
         let seen = see(&control, &uevents, table.pool)?;
-        let mut guard = Self { control, device, table, uevents, seen, alone: false };
-        guard.alone = guard.is_alone()?;
-        Ok(guard)
+        let holders = sysfs::holders(table.pool)?;
+        let alone = holders.into_iter().all(|id| id == device || is_other(&control, id, &table));
+        Ok(Self { control, pool: table.pool, uevents, seen, alone })
     }
 
     /// Whether no other device was the same volume.
     pub fn alone(&self) -> bool {
         self.alone
     }
+}
 
-    fn is_alone(&self) -> io::Result<bool> {
-        let holders = sysfs::holders(self.table.pool)?;
-        Ok(holders.into_iter().all(|id| id == self.device || self.is_other(id)))
-    }
-
-    /// Whether a device that uses the pool is something else than this volume, and stays so: one that is just being made
-    /// has no table yet, or another one that waits.
-    fn is_other(&self, id: DeviceId) -> bool {
-        // A table that is about to be the live one waits until its device is suspended, and is the live one then.
-        let waits = self.control.usage(id).map_or(true, |usage| usage.table_waits);
-        let targets = match self.control.table(id) {
-            Ok(table) if !table.suspended => table.targets,
-            _ => Vec::new(),
-        };
-        let is_volume = |params| match params::thin_table(params) {
-            Some(table) => (table.pool, table.id) == (self.table.pool, self.table.id),
-            None => true,
-        };
-        !waits
-            && !targets.is_empty()
-            && !targets.iter().any(|target| target.kind == "thin" && is_volume(&target.params))
-    }
+/// Whether a device that uses the pool is something else than this volume, and stays so: one that is just being made has
+/// no table yet, or another one that waits.
+fn is_other(control: &Control, id: DeviceId, volume: &ThinTable) -> bool {
+    // A table that is about to be the live one waits until its device is suspended, and is the live one then.
+    let waits = control.usage(id).map_or(true, |usage| usage.table_waits);
+    let targets = match control.table(id) {
+        Ok(table) if !table.suspended => table.targets,
+        _ => Vec::new(),
+    };
+    let is_volume = |params| match params::thin_table(params) {
+        Some(table) => (table.pool, table.id) == (volume.pool, volume.id),
+        None => true,
+    };
+    !waits && !targets.is_empty() && !targets.iter().any(|target| target.kind == "thin" && is_volume(&target.params))
 }
 
 fn see(control: &Control, uevents: &File, pool: DeviceId) -> io::Result<Seen> {
@@ -87,7 +79,7 @@ fn see(control: &Control, uevents: &File, pool: DeviceId) -> io::Result<Seen> {
 
 impl Guard for AloneGuard {
     fn unchanged(&self) -> bool {
-        see(&self.control, &self.uevents, self.table.pool).is_ok_and(|now| now == self.seen)
+        see(&self.control, &self.uevents, self.pool).is_ok_and(|now| now == self.seen)
     }
 
     /// It stands for writes that no counter tells of.

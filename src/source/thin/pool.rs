@@ -63,6 +63,9 @@ pub struct Wanted {
 /// The mapped blocks of a device, and how many sectors they have: those past its end too, which are not in the map.
 pub type DeviceMap = (FillMap, Sectors);
 
+/// What one reading gave for each device that it came to.
+type Maps = Vec<ThinResult<DeviceMap>>;
+
 /// Why there is no map.
 #[derive(Debug)]
 pub enum NoMap {
@@ -101,7 +104,7 @@ struct Live {
 enum Reading {
     /// What it gave for the first device that was wanted, and for the others if it came to them: true maps, or true
     /// failures.
-    Whole(Vec<ThinResult<DeviceMap>>),
+    Whole(Maps),
     /// Something was written meanwhile: whatever was read means nothing.
     Torn,
 }
@@ -124,7 +127,7 @@ impl Pool {
     }
 
     /// The maps of several devices from one reading; fewer when it came to nothing.
-    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Vec<ThinResult<DeviceMap>>, NoMap> {
+    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Maps, NoMap> {
         if let Some(maps) = self.quietly(QUIET_TRIES, wanted)? {
             return Ok(maps);
         }
@@ -135,11 +138,7 @@ impl Pool {
     }
 
     /// Some readings of the last committed state; `None` when the pool committed during each.
-    fn quietly(
-        &self,
-        tries: usize,
-        wanted: &[Wanted],
-    ) -> std::result::Result<Option<Vec<ThinResult<DeviceMap>>>, NoMap> {
+    fn quietly(&self, tries: usize, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, NoMap> {
         let start = Instant::now();
         for _ in (0..tries).take_while(|_| start.elapsed() < PATIENCE) {
             // Makes the pool commit: every completed write is on disk from here on.
@@ -187,7 +186,7 @@ impl Pool {
     }
 
     /// A reading of the metadata snapshot, taken for it; `None` when it cannot be had, or not be kept.
-    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Vec<ThinResult<DeviceMap>>>, NoMap> {
+    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, NoMap> {
         let live = self.look(Commit::No)?;
         if live.mode == Mode::ReadOnly {
             return Ok(None);
