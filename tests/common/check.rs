@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -149,11 +149,16 @@ pub fn assert_map(file: &Path, expected: &[Extent]) {
     assert_becomes(&expected.to_vec(), || map_holes(file));
 }
 
+/// The sysfs directory of a block device.
+pub fn sysfs(device: &Path) -> PathBuf {
+    let number = std::fs::metadata(device).expect("the device exists").rdev();
+    format!("/sys/dev/block/{}:{}", nix::sys::stat::major(number), nix::sys::stat::minor(number)).into()
+}
+
 /// Bytes that were read from a block device so far, by anyone: sysfs counts 512-byte sectors.
 pub fn bytes_read(device: &Path) -> u64 {
-    let number = std::fs::metadata(device).expect("the device exists").rdev();
-    let path = format!("/sys/dev/block/{}:{}/stat", nix::sys::stat::major(number), nix::sys::stat::minor(number));
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let path = sysfs(device).join("stat");
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let sectors: u64 = text.split_whitespace().nth(2).and_then(|word| word.parse().ok()).expect("a count of sectors");
     sectors * 512
 }

@@ -2,14 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 
-use super::check::{check, open, seek_data, seek_hole};
+use super::check::{check, open, seek_data, seek_hole, sysfs};
+use super::image::discard;
 use super::random::Random;
-use super::run;
 
 const PAGE: u64 = 4096;
 /// Writers of one device.
@@ -92,7 +92,7 @@ fn write_and_look(file: &Path, device: &Path, own: Range<u64>, rounds: u64, page
             let discarded = first.max(own.start)..(first + unit).min(own.end);
             if discarded.end - discarded.start == unit {
                 discarded.clone().for_each(|page| pages.forget(page));
-                discard(device, discarded);
+                discard(device, discarded.start * PAGE..discarded.end * PAGE);
             }
         }
     }
@@ -100,19 +100,10 @@ fn write_and_look(file: &Path, device: &Path, own: Range<u64>, rounds: u64, page
 
 /// The pages of the least that the device can discard.
 fn discard_unit(device: &Path) -> u64 {
-    let number = std::fs::metadata(device).expect("the device exists").rdev();
-    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
-    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/queue/discard_granularity"));
+    let text = std::fs::read_to_string(sysfs(device).join("queue/discard_granularity"));
     // A partition has no queue of its own.
     let bytes: u64 = text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(PAGE);
     (bytes / PAGE).max(1)
-}
-
-fn discard(device: &Path, pages: Range<u64>) {
-    let (offset, length) = (pages.start * PAGE, (pages.end - pages.start) * PAGE);
-    let numbers = ["--offset".to_owned(), offset.to_string(), "--length".to_owned(), length.to_string()];
-    let words = ["--force".to_owned()].into_iter().chain(numbers).chain([device.display().to_string()]);
-    run("blkdiscard", words);
 }
 
 fn look(file: &File, page: u64) {

@@ -64,6 +64,12 @@ pub fn write(path: &Path, range: Range<u64>) {
     file.sync_data().expect("data reaches the device");
 }
 
+/// Discards a range of a device, whoever else has it open.
+pub fn discard(device: &Path, range: Range<u64>) {
+    let (offset, length) = (format!("--offset={}", range.start), format!("--length={}", range.end - range.start));
+    run("blkdiscard", ["--force".as_ref(), offset.as_ref(), length.as_ref(), device.as_os_str()]);
+}
+
 /// Fills a range of an open file or device with bytes that are not zero and depend on the offset; writes back nothing.
 pub fn write_at(file: &File, range: Range<u64>) {
     let mut random = Random::new(range.start);

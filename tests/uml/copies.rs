@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt as _;
 
 use crate::common::check::{Kind, check, map_holes, map_of};
 use crate::common::dm::Dm;
-use crate::common::image::{open_for_writing, write, write_at};
+use crate::common::image::{discard, open_for_writing, write, write_at};
 use crate::common::mount::Mount;
 use crate::common::random::Random;
 use crate::common::{KIB, MIB, run, wait_until};
@@ -13,11 +13,6 @@ use crate::targets::{Disk, assert_dense, assert_map};
 
 const SIZE: u64 = 4 * MIB;
 const SECTORS: u64 = SIZE / 512;
-
-fn discard(device: &Dm, offset: u64, length: u64) {
-    let (offset, length) = (format!("--offset={offset}"), format!("--length={length}"));
-    run("blkdiscard", ["--force".as_ref(), offset.as_ref(), length.as_ref(), device.path().as_os_str()]);
-}
 
 /// Two legs with the same bytes, of which one stores zeros where the other has a hole.
 fn legs() -> [Disk; 2] {
@@ -59,7 +54,7 @@ fn raid1_has_a_hole_where_all_legs_have_one() {
     let [first, second] = legs.each_ref().map(|leg| leg.path().to_string());
     let device = Dm::new(&format!("0 {SECTORS} raid raid1 2 0 nosync 2 - {first} - {second}"));
     assert_map(&device, &[MIB..MIB + 64 * KIB, 2 * MIB..2 * MIB + 128 * KIB]);
-    discard(&device, MIB, 64 * KIB);
+    discard(device.path(), MIB..MIB + 64 * KIB);
     check(Mount::new(device.path()).file(), device.path());
     drop(device);
     assert_dense(&Dm::new(&format!("0 {SECTORS} raid raid1 2 0 nosync 2 - {first} - -")));
@@ -192,7 +187,7 @@ fn clone_is_its_source_and_then_its_destination() {
     assert!(wait_until(|| device.status().contains(" 1024/1024 0 ")), "{}", device.status());
     check(mount.file(), device.path());
     // All was copied, zeros too; what is discarded now is a hole whatever the source has.
-    discard(&device, MIB, MIB);
+    discard(device.path(), MIB..2 * MIB);
     drop(mount);
     let map = map_holes(Mount::new(device.path()).file());
     assert!(map.iter().any(|extent| extent.0 == Kind::Hole && extent.1.contains(&MIB)), "{map:?}");

@@ -1,7 +1,6 @@
 //! SCSI disks: the map is the one that `sg_get_lba_status` sees.
 #![allow(clippy::single_range_in_vec_init, reason = "a list of ranges may have one")]
 
-use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
@@ -12,7 +11,7 @@ use nix::unistd::{Whence, lseek};
 
 use crate::common::check::{Extent, Kind, check, check_holes, map_holes, map_of, open};
 use crate::common::dm::Dm;
-use crate::common::image::{open_for_writing, write};
+use crate::common::image::{discard, open_for_writing, write};
 use crate::common::mount::Mount;
 use crate::common::random::Random;
 use crate::common::scsi::ScsiDisk;
@@ -32,11 +31,6 @@ fn resolve(path: &Path) -> Stack {
     Stack::of_device(&BlockDevice::open(path).expect("the device opens"), &Context::default())
 }
 
-fn discard(path: &Path, range: &Range<u64>) {
-    let (offset, length) = (format!("--offset={}", range.start), format!("--length={}", range.end - range.start));
-    run("blkdiscard", ["--force".as_ref(), offset.as_ref(), length.as_ref(), path.as_os_str()]);
-}
-
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
 fn maps_are_the_disks_whatever_its_blocks_and_granularity() {
@@ -50,7 +44,7 @@ fn maps_are_the_disks_whatever_its_blocks_and_granularity() {
         for round in 1..=8 {
             let range = random.range(SIZE, 4 * KIB);
             if random.one_in(3) {
-                discard(disk.path(), &range);
+                discard(disk.path(), range.clone());
             } else {
                 write(disk.path(), range);
             }
@@ -88,7 +82,7 @@ fn writes_and_unmaps_of_an_open_disk_are_seen() {
         let range = round * MIB..round * MIB + 64 * KIB;
         write(disk.path(), range.clone());
         assert_eq!(map(&stack), map_of(SIZE, std::slice::from_ref(&range)), "a write");
-        discard(disk.path(), &range);
+        discard(disk.path(), range.clone());
         assert_eq!(map(&stack), map_of(SIZE, &[]), "a discard");
     }
     // This one is counted nowhere, so it may take until what is remembered is forgotten.
@@ -151,7 +145,7 @@ fn a_mounted_disk_has_the_disks_holes() {
         data.iter().for_each(|range| write(disk.path(), range.clone()));
         assert_eq!(map_holes(mount.file()), map_of(SIZE, &data));
         check(mount.file(), disk.path());
-        discard(disk.path(), &data[1]);
+        discard(disk.path(), data[1].clone());
         assert_eq!(map_holes(mount.file()), map_of(SIZE, &[data[0].clone(), data[2].clone()]));
         check(mount.file(), disk.path());
     }

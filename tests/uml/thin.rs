@@ -1,22 +1,16 @@
 //! Thin volumes of a live pool: unmapped blocks are holes.
 
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
 
 use crate::common::check::{assert_map, check, map_of, open, seek_data, seek_hole};
 use crate::common::dm::{Dm, Pool};
-use crate::common::image::{Image, open_for_writing, write, write_at};
+use crate::common::image::{Image, discard, open_for_writing, write, write_at};
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::{GIB, KIB, MIB, assert_becomes, run};
 
 /// Bytes in a block of most pools here.
 const BLOCK: u64 = 64 * KIB;
-
-fn discard(device: &Path, range: std::ops::Range<u64>) {
-    let (offset, length) = (range.start.to_string(), (range.end - range.start).to_string());
-    run("blkdiscard", ["--offset", &offset, "--length", &length, device.to_str().expect("text")]);
-}
 
 /// The steps and results of the kernel series' `dm_thin.sh`.
 #[test]
