@@ -15,6 +15,9 @@ mod peer;
 mod read;
 mod shape;
 mod thin;
+#[path = "../../tests/support/thin_image.rs"]
+#[allow(dead_code, reason = "only the bytes of nodes are needed here")]
+mod thin_image;
 mod walk;
 
 use std::collections::HashSet;

@@ -8,12 +8,10 @@ use std::path::{Path, PathBuf};
 
 use crate::common::random::Random;
 use crate::common::run;
+use crate::thin_image::{NODE, get, put, stamp};
 
 /// Bytes of a thin block.
 pub const BLOCK: u64 = 64 << 10;
-
-/// What a node's checksum is mixed with (`BTREE_CSUM_XOR` of `drivers/md/persistent-data/dm-btree-spine.c`).
-const NODE_SALT: u32 = 121_107;
 
 /// Which blocks of a volume are mapped.
 #[derive(Clone, Copy, Debug)]
@@ -81,16 +79,15 @@ impl Metadata {
         let superblock = read(0);
         // Where the superblock has the roots of the trees of volumes and of their details, and the sizes of values.
         for (root, value) in [(320, 8), (328, 24)] {
-            let location = get(&superblock, root);
+            let location = get(&superblock, root, 8);
             let mut leaf = read(location);
-            let values = 32 + 8 * (get(&leaf, 20) & 0xffff_ffff) as usize;
-            leaf[16..20].copy_from_slice(&u32::try_from(count).expect("fits a leaf").to_le_bytes());
+            let values = 32 + 8 * get(&leaf, 20, 4) as usize;
+            put(&mut leaf, 16, count, 4);
             for index in 0..count as usize {
-                leaf[32 + 8 * index..][..8].copy_from_slice(&(index as u64 + 1).to_le_bytes());
+                put(&mut leaf, 32 + 8 * index, index as u64 + 1, 8);
                 leaf.copy_within(values..values + value, values + value * index);
             }
-            let sum = !crc32c::crc32c(&leaf[4..]) ^ NODE_SALT;
-            leaf[..4].copy_from_slice(&sum.to_le_bytes());
+            stamp(&mut leaf, 0, NODE);
             file.write_all_at(&leaf, location * 4096).expect("our own file");
         }
         copy
@@ -100,10 +97,6 @@ impl Metadata {
     pub fn option(&self, image: &Path) -> String {
         format!("thin_metadata={}", image.display())
     }
-}
-
-fn get(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(*bytes[at..].first_chunk().expect("eight bytes"))
 }
 
 fn new_file(directory: &Path, size: u64) -> tempfile::TempPath {

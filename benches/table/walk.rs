@@ -37,10 +37,11 @@ pub fn all(bench: &Bench, table: &mut Table) {
             let mappings = bench.scale(millions * 1_000_000, 10);
             let metadata = Metadata::new(&in_memory(bench.scratch.directory()), layout, mappings);
             let case = format!("{} mappings, {layout}", in_words(mappings));
-            in_this_process(bench, table, &case, &metadata);
-            first_question(bench, table, &case, &metadata);
+            let nodes = nodes(&metadata.image);
+            in_this_process(bench, table, &case, &metadata, nodes);
+            first_question(bench, table, &case, &metadata, nodes);
             other_tools(bench, table, &case, &metadata, target);
-            from_disk(bench, table, &case, &metadata);
+            from_disk(bench, table, &case, &metadata, nodes);
         }
     }
 }
@@ -99,8 +100,8 @@ fn milliseconds(work: impl FnOnce()) -> f64 {
 }
 
 /// The walk itself, hot.
-fn in_this_process(bench: &Bench, table: &mut Table, case: &str, metadata: &Metadata) {
-    let (image, nodes) = (&*metadata.image, nodes(&metadata.image));
+fn in_this_process(bench: &Bench, table: &mut Table, case: &str, metadata: &Metadata, nodes: u64) {
+    let image = &*metadata.image;
     let measured = rounds(
         3 * bench.rounds(),
         vec![
@@ -120,8 +121,8 @@ fn in_this_process(bench: &Bench, table: &mut Table, case: &str, metadata: &Meta
 }
 
 /// The first lseek after a mount: the map is made for it.
-fn first_question(bench: &Bench, table: &mut Table, case: &str, metadata: &Metadata) {
-    let (image, nodes) = (&*metadata.image, nodes(&metadata.image));
+fn first_question(bench: &Bench, table: &mut Table, case: &str, metadata: &Metadata, nodes: u64) {
+    let image = &*metadata.image;
     let ask = || {
         let mount = Mount::with_options(&metadata.data, &["-o", &metadata.option(image)]);
         let file = std::fs::File::open(mount.directory().join("1")).expect("the file opens");
@@ -183,9 +184,9 @@ fn other_tools(bench: &Bench, table: &mut Table, case: &str, metadata: &Metadata
 }
 
 /// The walk with `O_DIRECT` from a disk, where nothing is hot.
-fn from_disk(bench: &Bench, table: &mut Table, case: &str, metadata: &Metadata) {
+fn from_disk(bench: &Bench, table: &mut Table, case: &str, metadata: &Metadata, nodes: u64) {
     let image = metadata.copied_to(bench.scratch.directory());
-    let blocks = format!("count={}", nodes(&image) * 4096);
+    let blocks = format!("count={}", nodes * 4096);
     let from = format!("if={}", image.display());
     let dd = || {
         run("dd", [&*from, "of=/dev/null", "bs=1M", "iflag=direct,count_bytes", &*blocks]);
