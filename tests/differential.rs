@@ -3,31 +3,26 @@
 mod common;
 
 use common::differential::{Base, Level, run_seed};
-use common::random::Random;
+use common::random::seeds;
 use common::requires_root;
-
-fn seeds(default: u64) -> std::ops::Range<u64> {
-    let seed = Random::seed_or(default);
-    if seed == default { default..default + 6 } else { seed..seed + 1 }
-}
 
 #[test]
 fn image_files() {
     if requires_root() {
-        seeds(100).for_each(|seed| run_seed(seed, Base::File, &[Level::Loop], 0, 20));
+        seeds(100, 6).for_each(|seed| run_seed(seed, Base::File, &[Level::Loop], 0, 20));
     }
 }
 
 #[test]
 fn loop_devices() {
     if requires_root() {
-        seeds(200).for_each(|seed| run_seed(seed, Base::Loop, &[Level::Loop], 2, 20));
+        seeds(200, 6).for_each(|seed| run_seed(seed, Base::Loop, &[Level::Loop], 2, 20));
     }
 }
 
 #[test]
 fn loop_devices_and_partitions() {
     if requires_root() {
-        seeds(300).for_each(|seed| run_seed(seed, Base::Loop, &[Level::Loop, Level::Partition], 3, 20));
+        seeds(300, 6).for_each(|seed| run_seed(seed, Base::Loop, &[Level::Loop, Level::Partition], 3, 20));
     }
 }

@@ -9,11 +9,11 @@ use std::thread;
 
 use super::check::{check, open, seek_data, seek_hole, sysfs};
 use super::image::discard;
-use super::random::Random;
+use super::random::{Length, Random};
 
 const PAGE: u64 = 4096;
 /// Writers of one device.
-pub const WRITERS: u64 = 3;
+const WRITERS: u64 = 3;
 
 /// For each page a number that is odd while the page is known to hold data, and changes with every change.
 struct Pages(Vec<AtomicU32>);
@@ -42,15 +42,25 @@ impl Pages {
     }
 }
 
-/// [`writers`], and in the end everything is right.
+/// What writers did.
+pub struct Raced {
+    /// Writes. The map was asked for each of them right after it.
+    pub writes: u64,
+    /// How often the whole map was read meanwhile.
+    pub walks: u64,
+}
+
+/// Runs [`writers`], and checks in the end that the file and its holes equal the device.
 pub fn race(file: &Path, device: &Path, size: u64, rounds: u64) {
-    writers(file, device, size, rounds);
+    let raced = writers(file, device, size, rounds);
+    println!("{}: {} writes, {} walks", device.display(), raced.writes, raced.walks);
     check(file, device);
 }
 
-/// Lets writers write and discard parts of `device`, `rounds` times each, and looks for what they wrote in `file`, in each
-/// of them right after the write, and all the while from outside. Returns how often the whole map was looked at.
-pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) -> u32 {
+/// Lets writers write and discard parts of `device`, `rounds` times each or as long as the environment says (see
+/// [`Length`]). Each of them looks for what it wrote in `file` right after the write. Meanwhile the whole map is read.
+pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) -> Raced {
+    let length = Length::rounds(rounds);
     let pages = Pages::new(size);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -59,25 +69,27 @@ pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) -> u32 {
                 let share = size / PAGE / WRITERS;
                 let own = writer * share..(writer + 1) * share;
                 let pages = &pages;
-                scope.spawn(move || write_and_look(file, device, own, rounds, pages))
+                scope.spawn(move || write_and_look(file, device, own, length, pages))
             })
             .collect();
         let walker = scope.spawn(|| walk(file, &pages, &done));
         let results: Vec<_> = writers.into_iter().map(thread::ScopedJoinHandle::join).collect();
         done.store(true, Ordering::SeqCst);
-        assert!(results.iter().all(Result::is_ok), "a writer failed");
+        let writes = results.into_iter().map(|writes| writes.expect("no write is inside a hole")).sum();
         let walks = walker.join().expect("no walk finds a wrong hole");
-        assert!(walks > 0, "nobody looked");
-        walks
+        assert!(walks > 0, "the map was never read");
+        Raced { writes, walks }
     })
 }
 
-fn write_and_look(file: &Path, device: &Path, own: Range<u64>, rounds: u64, pages: &Pages) {
+/// Returns the number of writes.
+fn write_and_look(file: &Path, device: &Path, own: Range<u64>, length: Length, pages: &Pages) -> u64 {
     let writer = OpenOptions::new().write(true).open(device).expect("the device opens for writing");
     let seeker = open(file);
     let mut random = Random::new(own.start + 1);
     let unit = discard_unit(device);
-    for _ in 0..rounds {
+    let mut writes = 0;
+    for _ in length.numbers() {
         let page = random.within(own.clone());
         let inside = random.within(0..8) * 512;
         writer.write_all_at(&random.bytes(512), page * PAGE + inside).expect("a write inside the device");
@@ -85,6 +97,7 @@ fn write_and_look(file: &Path, device: &Path, own: Range<u64>, rounds: u64, page
             writer.sync_data().expect("data reaches the device");
         }
         pages.written(page);
+        writes += 1;
         look(&seeker, page);
         if random.one_in(8) {
             // Less than that would be ignored; pages of others are not ours to discard.
@@ -96,6 +109,7 @@ fn write_and_look(file: &Path, device: &Path, own: Range<u64>, rounds: u64, page
             }
         }
     }
+    writes
 }
 
 /// The pages of the least that the device can discard.
@@ -112,8 +126,8 @@ fn look(file: &File, page: u64) {
     assert_ne!(seek_hole(file, offset), Some(offset), "page {page} was written");
 }
 
-/// Walks the map until the writers are done; returns how often.
-fn walk(file: &Path, pages: &Pages, done: &AtomicBool) -> u32 {
+/// Reads the whole map until the writers are done; returns how often.
+fn walk(file: &Path, pages: &Pages, done: &AtomicBool) -> u64 {
     let file = open(file);
     let mut walks = 0;
     loop {

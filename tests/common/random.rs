@@ -1,6 +1,41 @@
-//! Random numbers that a seed repeats.
+//! Random numbers that a seed repeats, and how long the tests that use them go on.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
+
+/// How long a test with random steps goes on: for a number of rounds, or for the seconds in `BLKHOLEFS_SECONDS`.
+#[derive(Clone, Copy)]
+pub struct Length {
+    rounds: u64,
+    end: Option<Instant>,
+}
+
+impl Length {
+    /// That many rounds, unless the environment has a time.
+    pub fn rounds(rounds: u64) -> Self {
+        let seconds = std::env::var("BLKHOLEFS_SECONDS").ok();
+        let seconds = seconds.map(|text| text.parse().expect("BLKHOLEFS_SECONDS is a number"));
+        Self { rounds, end: seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds)) }
+    }
+
+    /// The numbers of the rounds, from 0.
+    pub fn numbers(self) -> impl Iterator<Item = u64> {
+        (0..).take_while(move |number| self.end.map_or(*number < self.rounds, |end| Instant::now() < end))
+    }
+}
+
+/// The seed in `BLKHOLEFS_SEED`.
+fn chosen_seed() -> Option<u64> {
+    std::env::var("BLKHOLEFS_SEED").ok().map(|text| text.parse().expect("BLKHOLEFS_SEED is a number"))
+}
+
+/// The seed in `BLKHOLEFS_SEED` alone; else as many seeds from `first` on as [`Length`] says.
+pub fn seeds(first: u64, count: u64) -> Box<dyn Iterator<Item = u64>> {
+    match chosen_seed() {
+        Some(seed) => Box::new(std::iter::once(seed)),
+        None => Box::new(Length::rounds(count).numbers().map(move |number| first + number)),
+    }
+}
 
 /// A small generator (xorshift64*), so that a printed seed repeats a failure.
 pub struct Random(u64);
@@ -13,7 +48,7 @@ impl Random {
 
     /// The seed in `BLKHOLEFS_SEED`, or `default`.
     pub fn seed_or(default: u64) -> u64 {
-        std::env::var("BLKHOLEFS_SEED").map_or(default, |text| text.parse().expect("BLKHOLEFS_SEED is a number"))
+        chosen_seed().unwrap_or(default)
     }
 
     /// The next number.
