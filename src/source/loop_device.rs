@@ -2,6 +2,10 @@
 //!
 //! The kernel names the backing file twice: by device and inode (`LOOP_GET_STATUS64`) and by path (sysfs). Only a file
 //! that is opened by the path and is that inode is believed; no position of anybody else's descriptor is moved.
+//!
+//! Without direct I/O the driver reads through the page cache of what it is bound to (`do_req_filebacked` of
+//! `drivers/block/loop.c`). The page cache of a block device keeps pages that were discarded below it, by a mounted file
+//! system for example: there a hole below is no hole above.
 
 use std::fs::File;
 use std::hash::{Hash, Hasher};
@@ -19,7 +23,12 @@ use crate::sys::loopdev::LoopStatus;
 use crate::sys::sysfs;
 use crate::units::Bytes;
 
-/// The binding of a loop device. An offset can change without a new disk sequence number, so it is asked itself.
+/// What a loop device over a block device lacks.
+const BUFFERED: &str = "it reads through the page cache of the device below, which may be older than that device: \
+                        switch on direct I/O (losetup --direct-io=on)";
+
+/// The binding of a loop device. An offset and direct I/O can change without a new disk sequence number, so the status is
+/// asked itself.
 struct LoopGuard {
     file: Arc<File>,
     status: LoopStatus,
@@ -51,6 +60,7 @@ pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<
     resolver.guard(LoopGuard { file: device.file.clone(), status });
     let below = match status.block_device {
         _ if status.encrypted => Err("it is encrypted".to_owned()),
+        Some(_) if !status.direct_io => Err(BUFFERED.to_owned()),
         Some(id) => Ok(resolver.device(id, status.offset.saturating_add(device.len))),
         None => backing_file(device, &status, resolver).map(Arc::new),
     };
