@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
 use crate::source::device::BlockDevice;
+use crate::source::file::Reads;
 use crate::source::{Context, Stack};
 use crate::sys::acl::has_acl;
 use crate::sys::buffer::AlignedBuffer;
@@ -161,7 +162,11 @@ impl Backing {
         let metadata = file.metadata().map_err(|error| failed("cannot stat", error))?;
         if metadata.is_file() {
             let identity = Some(Identity::of(&metadata));
-            return Ok(Self::new(path, Image { file, path: path.to_owned(), identity }));
+            // Only where reads go to the server, too, are its holes theirs.
+            let direct = if file::reads_from_server(&file) { device::reopen_direct(&file).map(Some) } else { Ok(None) };
+            let direct = direct.or_else(|error| if is_refusal(&error) { Ok(None) } else { Err(error) });
+            let direct = direct.map_err(|error| failed("cannot open with O_DIRECT", error))?;
+            return Ok(Self::new(path, Image { file, direct, path: path.to_owned(), identity }));
         }
         if !metadata.file_type().is_block_device() {
             return Err(Error::failed("is neither a block device nor a regular file").on(path));
@@ -247,9 +252,17 @@ impl Backing {
     }
 }
 
+/// Whether an open failed because the file system has no direct reads (`do_dentry_open` of `fs/open.c`; FUSE servers answer
+/// EOPNOTSUPP, too).
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
+}
+
 /// A regular file, shown as it is.
 struct Image {
     file: File,
+    /// For reads, where they must pass the page cache by.
+    direct: Option<File>,
     path: PathBuf,
     identity: Option<Identity>,
 }
@@ -264,11 +277,15 @@ impl Medium for Image {
     }
 
     fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
-        file::read_buffered(&self.file, buffer, offset, size)
+        match &self.direct {
+            Some(direct) => file::read_direct(direct, buffer, offset, size, MIN_ALIGN),
+            None => file::read_buffered(&self.file, buffer, offset, size),
+        }
     }
 
     fn resolve(&self, context: &Context) -> Stack {
-        Stack::of_file(&self.file, &self.path, self.size().unwrap_or(Bytes::ZERO), context)
+        let reads = if self.direct.is_some() { Reads::Direct } else { Reads::Cached };
+        Stack::of_file(&self.file, &self.path, self.size().unwrap_or(Bytes::ZERO), reads, context)
     }
 
     fn node(&self) -> io::Result<Node> {
@@ -276,7 +293,8 @@ impl Medium for Image {
     }
 
     fn regular_file(&self) -> Option<&File> {
-        Some(&self.file)
+        // The kernel would read it through its page cache.
+        self.direct.is_none().then_some(&self.file)
     }
 
     fn identity(&self) -> Option<Identity> {

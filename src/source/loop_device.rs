@@ -17,6 +17,7 @@ use std::sync::Arc;
 use crate::error::plain;
 use crate::map::Clip;
 use crate::source::device::{BlockDevice, MediumGuard};
+use crate::source::file::Reads;
 use crate::source::{Guard, Layer, Resolver, dense, file};
 use crate::sys::device::{self, DeviceId};
 use crate::sys::loopdev::LoopStatus;
@@ -86,7 +87,8 @@ fn backing_file(device: &BlockDevice, status: &LoopStatus, resolver: &mut Resolv
     match open_if_same(Path::new(&path), status) {
         Ok(Some(file)) => {
             let len = file.metadata().map_err(|error| plain(&error))?.len();
-            Ok(file::backing(file, path, Bytes::new(len), resolver))
+            let reads = if status.direct_io { Reads::Direct } else { Reads::Cached };
+            Ok(file::backing(file, path, Bytes::new(len), reads, resolver))
         }
         Ok(None) => Err(format!("{path} is another file than the one bound: moved, or of another mount namespace")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

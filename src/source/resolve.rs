@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::map::HoleMap;
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
+use crate::source::file::Reads;
 use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
 use crate::sys::device::DeviceId;
 use crate::sys::file::write_through;
@@ -67,9 +68,9 @@ impl Stack {
         Self::build(context, |resolver| resolver.opened(device))
     }
 
-    /// Resolves an open regular file.
-    pub fn of_file(file: &File, path: &Path, len: Bytes, context: &Context) -> Self {
-        Self::build(context, |resolver| Arc::new(file::layer(file, path, len, resolver)))
+    /// Resolves an open regular file that is read so.
+    pub fn of_file(file: &File, path: &Path, len: Bytes, reads: Reads, context: &Context) -> Self {
+        Self::build(context, |resolver| Arc::new(file::layer(file, path, len, reads, resolver)))
     }
 
     /// Resolves anything: `top` asks the resolver for what it stands on, and adds a guard for its own length if that
