@@ -173,6 +173,8 @@ impl FileSystem {
                     Arc::new(Handle::glance(backing, self.context.clone()))
                 }
                 Ok(_) => return Err(errno(libc::ESTALE)),
+                // What is short here says nothing of the device, and its length could not be read from sysfs either.
+                Err(error) if matches!(error.errno(), libc::EMFILE | libc::ENFILE | libc::ENOMEM) => return Err(error),
                 // One device that cannot be opened must not spoil the listing of the others.
                 Err(error) => {
                     debug!("{error}");

@@ -173,7 +173,9 @@ impl Backing {
         }
         let device = BlockDevice::from_file(file, path)?;
         let block = block::logical_block(&device.file).map_err(|error| failed("cannot read the block size", error))?;
-        let direct = device::reopen_direct(&device.file).ok();
+        // Every block device takes O_DIRECT. A failure has another cause, such as a limit, and must not lead to reads through
+        // the page cache.
+        let direct = device::reopen_direct(&device.file).map_err(|error| failed("cannot open with O_DIRECT", error))?;
         Ok(Self::new(path, Device { device, direct, align: block.max(MIN_ALIGN) }))
     }
 
@@ -305,9 +307,8 @@ impl Medium for Image {
 /// A block device.
 struct Device {
     device: BlockDevice,
-    /// For reads: past the device's page cache, which may be older than a table that was loaded since. `None` where
-    /// O_DIRECT is refused.
-    direct: Option<File>,
+    /// For reads: past the device's page cache, which may be older than a table that was loaded since.
+    direct: File,
     align: Bytes,
 }
 
@@ -326,10 +327,7 @@ impl Medium for Device {
     }
 
     fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
-        match &self.direct {
-            Some(direct) => file::read_direct(direct, buffer, offset, size, self.align),
-            None => file::read_buffered(&self.device.file, buffer, offset, size),
-        }
+        file::read_direct(&self.direct, buffer, offset, size, self.align)
     }
 
     fn resolve(&self, context: &Context) -> Stack {
