@@ -3,8 +3,10 @@
 //! A message is one line, `PATH: cannot DO: REASON`, with an optional hint on a second line. The two decisions that
 //! depend on an error, the errno that a FUSE client sees and the exit code that mount(8) passes on, are one `match` each.
 
-use std::fmt;
+use std::ffi::OsStr;
+use std::fmt::{self, Write as _};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// What sort of failure it is; decides the exit code.
@@ -106,7 +108,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = &self.path {
-            write!(f, "{}: ", path.display())?;
+            write!(f, "{}: ", shown(path))?;
         }
         f.write_str(&self.message)?;
         match &self.source {
@@ -119,6 +121,30 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.source.as_ref().map(|source| source as _)
+    }
+}
+
+/// A path or name in a message: one line of text whatever bytes it has. Those that are not text, and control characters,
+/// are written as escapes.
+pub fn shown(name: &(impl AsRef<OsStr> + ?Sized)) -> Shown<'_> {
+    Shown(name.as_ref())
+}
+
+/// See [`shown`].
+pub struct Shown<'a>(&'a OsStr);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for chunk in self.0.as_bytes().utf8_chunks() {
+            for character in chunk.valid().chars() {
+                match character.is_control() {
+                    true => write!(f, "{}", character.escape_default())?,
+                    false => f.write_char(character)?,
+                }
+            }
+            chunk.invalid().iter().try_for_each(|byte| write!(f, "\\x{byte:02x}"))?;
+        }
+        Ok(())
     }
 }
 
@@ -141,6 +167,21 @@ mod tests {
         assert_eq!(error.to_string(), "/dev/vg/lv: cannot open: Permission denied");
         assert_eq!(error.exit_code(), 32);
         assert_eq!(error.errno(), libc::EACCES);
+    }
+
+    #[test]
+    fn a_name_of_any_bytes_is_one_line_of_text() {
+        for (name, text) in [
+            (&b"/dev/vg/lv"[..], "/dev/vg/lv"),
+            (b"a b\\c", "a b\\c"),
+            ("\u{fc}".as_bytes(), "\u{fc}"),
+            (b"\xfc!", "\\xfc!"),
+            (b"a\n\x1b[0m", "a\\n\\u{1b}[0m"),
+        ] {
+            assert_eq!(shown(OsStr::from_bytes(name)).to_string(), text);
+            let error = Error::failed("cannot open").on(OsStr::from_bytes(name));
+            assert_eq!(error.to_string(), format!("{text}: cannot open"));
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{debug, info};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
 use crate::source::backing::{Identity, Node};
@@ -330,7 +330,7 @@ impl FileSystem {
         let handles = self.lock_handles();
         info!("{opens} open files on {} devices, maps of {} bytes", handles.len(), self.maps.used());
         for shared in handles.values() {
-            info!("{}: {} opens", shared.handle.backing().name().display(), shared.opens);
+            info!("{}: {} opens", shown(shared.handle.backing().name()), shared.opens);
         }
     }
 }

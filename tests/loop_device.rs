@@ -4,8 +4,10 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
@@ -102,6 +104,30 @@ fn renamed_backing_file_still_tells() {
     let map = map_holes(source.file());
     fs::rename(&moved, source.image.path()).expect("and back");
     assert_eq!(map, map_of(MIB, &[0..4096]));
+}
+
+/// A path is bytes: not all are text, and a line end may be one of them.
+#[test]
+fn a_backing_file_of_any_name_tells() {
+    if !requires_root() {
+        return;
+    }
+    let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+    for name in [&b"\xff\xfe.img"[..], b"two\nlines\n", b"end\n\n", b"x (deleted)"] {
+        let path = directory.path().join(OsStr::from_bytes(name));
+        fs::rename(Image::with_data(MIB, &[0..4096]).path(), &path).expect("a rename in one directory");
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).expect("the directory is ours");
+        let device = Loop::new(&link);
+        fs::remove_file(&link).expect("the link is ours");
+        let mount = Mount::new(device.path());
+        assert_eq!(map_holes(mount.file()), map_of(MIB, &[0..4096]), "{name:?}: {}", mount.log());
+        // A message about it is one line.
+        fs::remove_file(&path).expect("the image is ours");
+        assert_becomes(&true, || is_dense(&map_holes(mount.file())));
+        let log = mount.log();
+        assert!(log.lines().all(|line| line.starts_with("blkholefs: ")), "{log}");
+    }
 }
 
 /// A buffered write sits in the device's page cache for as long as somebody holds the device open; the image does not

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::source::Guard;
 use crate::sys::block;
 use crate::sys::device::{self, DeviceId};
@@ -62,7 +62,7 @@ impl BlockDevice {
 
     /// The device's node, for people.
     pub fn name(&self) -> String {
-        self.path.display().to_string()
+        shown(&self.path).to_string()
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use log::warn;
 
-use crate::error::plain;
+use crate::error::{plain, shown};
 use crate::map::{self, HoleMap, Kind, Run};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
@@ -155,7 +155,7 @@ pub enum Reads {
 
 /// The layer of a regular file, exported as it is.
 pub fn layer(file: &File, path: &Path, len: Bytes, reads: Reads, resolver: &mut Resolver<'_>) -> Layer {
-    let name = path.display().to_string();
+    let name = shown(path).to_string();
     match (file.try_clone(), device::reopen(file)) {
         (Ok(same), Ok(private)) => {
             let seeks = Seeks::of(&same);

@@ -13,6 +13,7 @@
 
 mod array;
 
+use std::io;
 use std::sync::Arc;
 
 use self::array::{Array, Leg};
@@ -24,8 +25,11 @@ use crate::sys::sysfs;
 use crate::units::Bytes;
 
 /// Whether a device is an md array.
-pub fn is_array(id: DeviceId) -> bool {
-    sysfs::attribute(id, "md/level").is_some()
+///
+/// # Errors
+/// When that cannot be known, as read(2).
+pub fn is_array(id: DeviceId) -> io::Result<bool> {
+    Ok(sysfs::bytes(id, "md/level")?.is_some())
 }
 
 /// The layer of an array.

@@ -15,7 +15,7 @@ use crate::sys::device::DeviceId;
 use crate::sys::file::write_through;
 use crate::sys::sysfs::SuspendFile;
 use crate::sys::{block, sysfs};
-use crate::units::Bytes;
+use crate::units::{Bytes, Sectors};
 
 /// A stack deeper than this is a mistake; no kernel allows as much (`DM_MAX_...` and the loop driver stop far earlier).
 const MAX_DEPTH: usize = 32;
@@ -143,8 +143,12 @@ impl Resolver<'_> {
     }
 
     /// Names a device-mapper device whose suspension makes reads and writes of the stack wait.
-    pub fn waits_on(&mut self, id: DeviceId) {
-        self.waits_on.extend(SuspendFile::open(id));
+    ///
+    /// # Errors
+    /// When it cannot be known whether it is suspended.
+    pub fn waits_on(&mut self, id: DeviceId) -> io::Result<()> {
+        self.waits_on.extend(SuspendFile::open(id)?);
+        Ok(())
     }
 
     /// Names a file whose file system may not know of the writes that its page cache holds.
@@ -192,26 +196,62 @@ impl Resolver<'_> {
     }
 
     fn dispatch(&mut self, device: &BlockDevice, medium: MediumGuard) -> Layer {
-        let partition = sysfs::partition(device.id);
-        if partition.is_none() && device.id.major == LOOP_MAJOR {
-            return loop_device::layer(device, medium, self);
-        }
+        let kind = match Kind::of(device.id) {
+            Ok(Kind::Loop) => return loop_device::layer(device, medium, self),
+            kind => kind,
+        };
         self.guard(medium);
-        if let Some((disk, start)) = partition {
-            partition::layer(device, disk, start, self)
-        } else if device.id.major == NBD_MAJOR {
-            nbd::device_layer(device, self.context.nbd.as_ref())
-        } else if sysfs::dm_name(device.id).is_some() {
-            self.waits_on(device.id);
-            dm::layer(device, self)
-        } else if md::is_array(device.id) {
-            md::layer(device, self)
-        } else if scsi::is_disk(device.id) {
-            scsi::disk_layer(device)
-        } else if scsi::is_nvme(device.id) {
-            scsi::nvme_layer(&device.name(), device.len)
-        } else {
-            dense::layer(device.name(), "block device", device.len, "this kind of device does not tell its holes")
+        self.layer_of(kind, device).unwrap_or_else(|error| {
+            let reason = format!("cannot tell from sysfs what it is: {}", crate::error::plain(&error));
+            dense::layer(device.name(), "block device", device.len, reason)
+        })
+    }
+
+    fn layer_of(&mut self, kind: io::Result<Kind>, device: &BlockDevice) -> io::Result<Layer> {
+        Ok(match kind? {
+            Kind::Partition { disk, start } => partition::layer(device, disk, start, self),
+            Kind::Nbd => nbd::device_layer(device, self.context.nbd.as_ref()),
+            Kind::DeviceMapper => {
+                self.waits_on(device.id)?;
+                dm::layer(device, self)
+            }
+            Kind::Md => md::layer(device, self),
+            Kind::Scsi => scsi::disk_layer(device),
+            Kind::Nvme => scsi::nvme_layer(&device.name(), device.len),
+            Kind::Loop | Kind::Other => {
+                dense::layer(device.name(), "block device", device.len, "this kind of device does not tell its holes")
+            }
+        })
+    }
+}
+
+/// What a device is.
+enum Kind {
+    Partition { disk: DeviceId, start: Sectors },
+    Loop,
+    Nbd,
+    DeviceMapper,
+    Md,
+    Scsi,
+    Nvme,
+    Other,
+}
+
+impl Kind {
+    /// Looks into sysfs. An attribute that cannot be read is an error: a device that is taken for one of another kind has
+    /// the holes of other bytes.
+    fn of(id: DeviceId) -> io::Result<Self> {
+        if let Some((disk, start)) = sysfs::partition(id)? {
+            return Ok(Self::Partition { disk, start });
         }
+        Ok(match id.major {
+            LOOP_MAJOR => Self::Loop,
+            NBD_MAJOR => Self::Nbd,
+            _ if sysfs::bytes(id, "dm/name")?.is_some() => Self::DeviceMapper,
+            _ if md::is_array(id)? => Self::Md,
+            _ if scsi::is_disk(id) => Self::Scsi,
+            _ if scsi::is_nvme(id) => Self::Nvme,
+            _ => Self::Other,
+        })
     }
 }
