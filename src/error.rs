@@ -35,12 +35,13 @@ pub struct Error {
     message: String,
     source: Option<io::Error>,
     hint: Option<String>,
+    reply: Option<i32>,
 }
 
 impl Error {
     /// A failure described by `message`, such as `cannot open`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, path: None, message: message.into(), source: None, hint: None }
+        Self { kind, path: None, message: message.into(), source: None, hint: None, reply: None }
     }
 
     /// A failure of the thing asked for.
@@ -74,6 +75,13 @@ impl Error {
         self
     }
 
+    /// Has a FUSE client see this errno, and not the cause's own.
+    #[must_use]
+    pub fn seen_as(mut self, errno: i32) -> Self {
+        self.reply = Some(errno);
+        self
+    }
+
     /// The sort of failure.
     pub fn kind(&self) -> ErrorKind {
         self.kind
@@ -84,10 +92,10 @@ impl Error {
         self.hint.as_deref()
     }
 
-    /// The errno for a FUSE reply: the cause's own where the kernel gave one, else EIO. Never zero, and never ENXIO or
+    /// The errno for a FUSE reply: that of [`Error::seen_as`], else the cause's own where the kernel gave one, else EIO. Never zero, and never ENXIO or
     /// ENOSYS, which mean "no more data" and "no lseek at all" to a client (semantics: an error must not end a copy).
     pub fn errno(&self) -> i32 {
-        match self.source.as_ref().and_then(io::Error::raw_os_error) {
+        match self.reply.or_else(|| self.source.as_ref().and_then(io::Error::raw_os_error)) {
             Some(0 | libc::ENXIO | libc::ENOSYS) | None => libc::EIO,
             Some(errno) => errno,
         }

@@ -238,8 +238,18 @@ impl Backing {
     /// Reads up to `size` bytes at `offset` through `buffer`; shorter only at the end of the device.
     ///
     /// # Errors
-    /// As pread(2), and EIO when the device gives less than it has: what is missing is never made up.
+    /// When a byte cannot be read, or the device gives less than it has: what is missing is never made up. A FUSE client
+    /// sees ENODEV where the device is gone, and EIO for every other cause, whatever the kernel, a file system or a server
+    /// calls it.
     pub fn read<'a>(&self, buffer: &'a mut AlignedBuffer, offset: Bytes, size: usize) -> Result<&'a [u8]> {
+        match self.read_range(buffer, offset, size) {
+            Ok(range) => Ok(&buffer.bytes()[range]),
+            Err(error) => Err(error.seen_as(if self.is_gone() { libc::ENODEV } else { libc::EIO })),
+        }
+    }
+
+    /// Answers where in `buffer` the bytes are.
+    fn read_range(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> Result<Range<usize>> {
         let len = self.len()?;
         let left = usize::try_from(len.saturating_sub(offset).get()).unwrap_or(usize::MAX);
         let wanted = size.min(left);
@@ -250,7 +260,11 @@ impl Backing {
         if range.len() < wanted && end < self.len()? {
             return Err(failed(io::Error::from_raw_os_error(libc::EIO)));
         }
-        Ok(&buffer.bytes()[range])
+        Ok(range)
+    }
+
+    fn is_gone(&self) -> bool {
+        self.medium.size().is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
     }
 }
 
@@ -346,5 +360,58 @@ impl Medium for Device {
 
     fn identity(&self) -> Option<Identity> {
         Some(Identity::Device(self.device.id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::dense;
+
+    /// A medium that can be read nowhere.
+    struct Broken {
+        size: std::result::Result<Bytes, i32>,
+        read: i32,
+    }
+
+    impl Medium for Broken {
+        fn size(&self) -> io::Result<Bytes> {
+            self.size.map_err(io::Error::from_raw_os_error)
+        }
+
+        fn align(&self) -> Bytes {
+            MIN_ALIGN
+        }
+
+        fn read(&self, _buffer: &mut AlignedBuffer, _offset: Bytes, _size: usize) -> io::Result<Range<usize>> {
+            Err(io::Error::from_raw_os_error(self.read))
+        }
+
+        fn resolve(&self, context: &Context) -> Stack {
+            Stack::build(context, |_| std::sync::Arc::new(dense::layer("broken", "test", MIN_ALIGN, "broken")))
+        }
+
+        fn node(&self) -> io::Result<Node> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[test]
+    fn a_read_error_is_eio_whatever_its_cause_is_called() {
+        let read = |size, read| {
+            let backing = Backing::new(Path::new("/dev/broken"), Broken { size, read });
+            backing.read(&mut AlignedBuffer::new(), Bytes::ZERO, 512).expect_err("it is broken")
+        };
+        for cause in
+            [libc::ENODATA, libc::EREMOTEIO, libc::ETIMEDOUT, libc::EINVAL, libc::EMFILE, libc::EILSEQ, libc::EIO]
+        {
+            let error = read(Ok(MIN_ALIGN), cause);
+            assert_eq!(error.errno(), libc::EIO, "{error}");
+            let cause = crate::error::plain(&io::Error::from_raw_os_error(cause));
+            assert_eq!(error.to_string(), format!("/dev/broken: cannot read at 0: {cause}"));
+        }
+        for (size, seen) in [(libc::ENODEV, libc::ENODEV), (libc::ESTALE, libc::EIO), (libc::ENXIO, libc::EIO)] {
+            assert_eq!(read(Err(size), libc::EIO).errno(), seen);
+        }
     }
 }
