@@ -12,6 +12,7 @@ use crate::source::device::BlockDevice;
 use crate::source::file::Reads;
 use crate::source::{Context, Stack};
 use crate::sys::acl::has_acl;
+use crate::sys::block::Readable;
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device::DeviceId;
 use crate::sys::{block, device, file};
@@ -341,7 +342,8 @@ impl Medium for Device {
     }
 
     fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
-        file::read_direct(&self.direct, buffer, offset, size, self.align)
+        let device = Readable { direct: &self.direct, cached: &self.device.file, len: self.size()?, align: self.align };
+        block::read(device, buffer, offset, size)
     }
 
     fn resolve(&self, context: &Context) -> Stack {

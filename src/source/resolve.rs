@@ -7,7 +7,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::map::HoleMap;
+use crate::map::{Clip, HoleMap};
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
 use crate::source::file::Reads;
 use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
@@ -185,9 +185,14 @@ impl Resolver<'_> {
         }
         self.above.push(device.id);
         // The guards before anything is read: a change from here on is seen.
-        self.guard(SizeGuard::new(device));
+        let size = SizeGuard::new(device);
+        let whole = size.whole();
+        self.guard(size);
         let medium = MediumGuard::new(device);
-        let layer = Arc::new(self.dispatch(device, medium));
+        let layer = Arc::new(match whole {
+            Some(whole) => without_tail(self.dispatch(device, medium), whole),
+            None => dense::layer(device.name(), "block device", device.len, "its logical block size is not known"),
+        });
         self.above.pop();
         // After everything that it stands on: what is written back from here makes that dirty, by whatever way.
         self.dirty.push(Dirty::Device(device.file.clone()));
@@ -223,6 +228,17 @@ impl Resolver<'_> {
             }
         })
     }
+}
+
+/// The layer with data from `whole` on: a last sector that is not whole cannot be read on some kernels, and is no hole.
+fn without_tail(layer: Layer, whole: Bytes) -> Layer {
+    let len = layer.len();
+    if whole >= len {
+        return layer;
+    }
+    // Beyond the end of what it shows, a window is data.
+    let below = Arc::new(Clip { inner: layer.map.clone(), start: Bytes::ZERO, len: whole });
+    Layer { map: Arc::new(Clip { inner: below, start: Bytes::ZERO, len }), ..layer }
 }
 
 /// What a device is.

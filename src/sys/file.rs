@@ -151,9 +151,25 @@ pub fn read_direct(
     size: usize,
     align: Bytes,
 ) -> io::Result<Range<usize>> {
+    read_direct_below(file, buffer, offset, size, align, Bytes::MAX)
+}
+
+/// [`read_direct`] of what lies below `limit` only, which need not be a multiple of `align`.
+///
+/// # Errors
+/// As pread(2).
+pub fn read_direct_below(
+    file: &File,
+    buffer: &mut AlignedBuffer,
+    offset: Bytes,
+    size: usize,
+    align: Bytes,
+    limit: Bytes,
+) -> io::Result<Range<usize>> {
     let too_big = || io::Error::from(Errno::EOVERFLOW);
-    let start = offset.align_down(align);
+    let start = offset.align_down(align).min(limit);
     let end = offset.checked_add(Bytes::new(size as u64)).and_then(|end| end.align_up(align)).ok_or_else(too_big)?;
+    let end = end.min(limit);
     let whole = usize::try_from(end.saturating_sub(start).get()).map_err(|_| too_big())?;
     let head = usize::try_from(offset.saturating_sub(start).get()).map_err(|_| too_big())?;
     let count = read_full(file, buffer.resize(whole), start)?;
