@@ -21,6 +21,10 @@ use crate::units::Bytes;
 /// Holes never start or end inside a unit of this size: QEMU aborts on extents that its O_DIRECT cannot address.
 pub const MIN_ALIGN: Bytes = Bytes::new(4096);
 
+/// Files shorter than this have no holes. `st_blocks` is not 0, since tar takes that for "nothing to read", and cp looks for
+/// holes where it is below the size: one of 512 bytes cannot say both.
+const SHORTEST_WITH_HOLES: Bytes = Bytes::new(1024);
+
 /// What can be exported as a file.
 pub trait Medium: Send + Sync {
     /// The length now.
@@ -233,7 +237,11 @@ impl Backing {
 
     /// The stack below, down to the sources of holes.
     pub fn resolve(&self, context: &Context) -> Stack {
-        self.medium.resolve(context)
+        let stack = self.medium.resolve(context);
+        if stack.map().len() >= SHORTEST_WITH_HOLES {
+            return stack;
+        }
+        stack.shown_as_data("a file of less than 1024 bytes is shown without holes")
     }
 
     /// Reads up to `size` bytes at `offset` through `buffer`; shorter only at the end of the device.

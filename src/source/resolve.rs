@@ -88,6 +88,14 @@ impl Stack {
         Self { top, guards: resolver.guards, dirty: resolver.dirty, waits_on: resolver.waits_on }
     }
 
+    /// The same stack, all data for that reason.
+    #[must_use]
+    pub fn shown_as_data(self, reason: &str) -> Self {
+        let below = self.top;
+        let top = dense::layer(below.name.clone(), below.kind.clone(), below.len(), reason);
+        Self { top: Arc::new(Layer { below: vec![below], ..top }), ..self }
+    }
+
     /// The holes of the whole device.
     pub fn map(&self) -> &dyn HoleMap {
         &*self.top.map
