@@ -32,9 +32,14 @@ pub fn is_array(id: DeviceId) -> io::Result<bool> {
     Ok(sysfs::bytes(id, "md/level")?.is_some())
 }
 
+fn read(id: DeviceId) -> Result<Array, String> {
+    let text = |bytes| String::from_utf8(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidData));
+    Array::read(&|name| sysfs::bytes(id, &format!("md/{name}"))?.map(text).transpose())
+}
+
 /// The layer of an array.
 pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
-    let array = Array::read(&|name| sysfs::attribute(device.id, &format!("md/{name}")));
+    let array = read(device.id);
     resolver.guard(ArrayGuard { id: device.id, seen: array.clone() });
     let kind = match sysfs::attribute(device.id, "md/level") {
         Some(level) => format!("md {level}"),
@@ -59,7 +64,7 @@ struct ArrayGuard {
 
 impl Guard for ArrayGuard {
     fn unchanged(&self) -> bool {
-        Array::read(&|name| sysfs::attribute(self.id, &format!("md/{name}"))) == self.seen
+        read(self.id) == self.seen
     }
 }
 
