@@ -60,12 +60,15 @@ pub fn number(id: DeviceId, name: &str) -> Option<u64> {
 
 /// The kernel's name of a device, its node's path under `/dev`.
 pub fn kernel_name(id: DeviceId) -> Option<String> {
-    // The same file has the name of a partition, in whatever bytes its partition table has it.
-    let uevent = bytes(id, "uevent").ok().flatten()?;
+    name_in(&bytes(id, "uevent").ok().flatten()?).map(ToOwned::to_owned)
+}
+
+/// The name in a `uevent` attribute, which also has the name of a partition, in whatever bytes its partition table has it.
+pub fn name_in(uevent: &[u8]) -> Option<&str> {
     let name = uevent.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"DEVNAME="))?;
     let name = str::from_utf8(name).ok()?;
     // The name becomes a path: nothing in it may climb.
-    (!name.is_empty() && !name.split('/').any(|part| part.is_empty() || part == "..")).then(|| name.to_owned())
+    (!name.is_empty() && !name.split('/').any(|part| part.is_empty() || part == "..")).then_some(name)
 }
 
 /// The name that a device-mapper device was created with, where that is text.
@@ -276,6 +279,20 @@ mod tests {
         fs::create_dir(disk.path().join("part/partition")).unwrap();
         assert!(look(&disk).is_err());
         assert!(partition_in(&disk.path().join("other"), id(1)).is_err());
+    }
+
+    #[test]
+    fn the_name_of_a_device_is_found_beside_a_partition_name_of_any_bytes() {
+        for (uevent, name) in [
+            (&b"MAJOR=8\nDEVNAME=sda1\nDEVTYPE=partition\nPARTNAME=\xfc\n"[..], Some("sda1")),
+            (b"PARTNAME=x\nDEVNAME=cciss/c0d0p1\n", Some("cciss/c0d0p1")),
+            (b"DEVNAME=../sda\n", None),
+            (b"DEVNAME=\n", None),
+            (b"DEVNAME=\xff\n", None),
+            (b"MAJOR=8\n", None),
+        ] {
+            assert_eq!(name_in(uevent), name);
+        }
     }
 
     #[test]

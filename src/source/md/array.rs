@@ -10,32 +10,32 @@ use crate::units::{Bytes, Sectors};
 const MAX_LEGS: usize = 4096;
 
 /// Looks an attribute up by its name; `None` where the array has none. One that cannot be read is an error.
-pub(super) type Attribute<'a> = &'a dyn Fn(&str) -> io::Result<Option<String>>;
+pub type Attribute<'a> = &'a dyn Fn(&str) -> io::Result<Option<String>>;
 
 /// A running, idle and whole array.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Array {
+pub struct Array {
     /// The level, `raid1`.
-    pub(super) level: String,
+    pub level: String,
     /// The length of a chunk; zero where the level has none.
-    pub(super) chunk: Bytes,
+    pub chunk: Bytes,
     /// What is used of each leg; zero where legs may differ.
-    pub(super) component: Bytes,
+    pub component: Bytes,
     /// The legs, in order.
-    pub(super) legs: Vec<Leg>,
+    pub legs: Vec<Leg>,
     /// Means something for raid10 only; some levels print -1.
     layout: String,
 }
 
 /// A leg of an array.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Leg {
+pub struct Leg {
     /// Its device.
-    pub(super) device: DeviceId,
+    pub device: DeviceId,
     /// Where the array's data begins on it.
-    pub(super) offset: Sectors,
+    pub offset: Sectors,
     /// How much of the array's data it holds.
-    pub(super) len: Bytes,
+    pub len: Bytes,
 }
 
 impl Array {
@@ -44,7 +44,7 @@ impl Array {
     /// # Errors
     ///
     /// Why the array cannot be believed: it is not whole or not idle, or an attribute is missing or not understood.
-    pub(super) fn read(attribute: Attribute<'_>) -> Result<Self, String> {
+    pub fn read(attribute: Attribute<'_>) -> Result<Self, String> {
         let attribute =
             |name: &str| attribute(name).map_err(|error| format!("cannot read its {name}: {}", plain(&error)));
         let level = attribute("level")?.ok_or("it has no level")?;
@@ -77,7 +77,7 @@ impl Array {
     }
 
     /// The number of copies of a raid10 array whose copies are all near ones (`setup_geo` of `drivers/md/raid10.c`).
-    pub(super) fn near_copies(&self) -> Option<usize> {
+    pub fn near_copies(&self) -> Option<usize> {
         let layout = unsigned(&self.layout)?;
         let (near, far, rest) = (layout & 0xff, layout >> 8 & 0xff, layout >> 16);
         (near > 0 && far == 1 && rest == 0).then(|| usize::try_from(near).ok()).flatten()
