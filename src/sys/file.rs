@@ -65,9 +65,6 @@ pub enum Seeks {
     Elsewhere,
 }
 
-/// `F2FS_SUPER_MAGIC` of `include/uapi/linux/magic.h`.
-const F2FS_SUPER_MAGIC: FsType = FsType(0xF2F5_2010);
-
 impl Seeks {
     /// What the file system of an open file does.
     pub fn of(file: &File) -> Self {
@@ -79,9 +76,10 @@ impl Seeks {
                 let unit = u64::try_from(stat.block_size()).ok().filter(|unit| unit.is_power_of_two());
                 unit.map_or(Self::AfterWriteBack, |unit| Self::Exact { unit: Bytes::new(unit) })
             }
-            // f2fs_seek_block misses a page whose first write to the disk is under way. ovl_llseek asks the file below, which
-            // is also the one that is read, and which nobody else may change (Documentation/filesystems/overlayfs.rst).
-            F2FS_SUPER_MAGIC | OVERLAYFS_SUPER_MAGIC => Self::AfterWriteBack,
+            // ovl_llseek asks the file below, which is also the one that is read, and which nobody else may change
+            // (Documentation/filesystems/overlayfs.rst).
+            OVERLAYFS_SUPER_MAGIC => Self::AfterWriteBack,
+            // f2fs is one of these: older kernels find holes inside of compressed clusters.
             _ => Self::Elsewhere,
         }
     }
