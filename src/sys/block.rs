@@ -14,9 +14,6 @@ use crate::units::Bytes;
 /// How often the pages of a last, partial sector are dropped before its reading fails.
 const DROPS: usize = 8;
 
-/// The unit of the page cache. A larger page of the machine is a multiple of it, and is dropped with it.
-const PAGE: Bytes = Bytes::new(4096);
-
 mod raw {
     // include/uapi/linux/fs.h; BLKGETSIZE64 is declared with size_t, and is a u64 on every 64-bit kernel.
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
@@ -132,7 +129,7 @@ fn to_usize(bytes: Bytes) -> io::Result<usize> {
 /// As pread(2), and `EBUSY` when its pages stay in the page cache, where they may be older than the device.
 fn read_tail(device: &File, offset: Bytes, place: &mut [u8]) -> io::Result<usize> {
     write_back(device)?;
-    let first = offset.align_down(PAGE);
+    let first = offset.align_down(page_size());
     let len = to_usize(offset.saturating_sub(first))? + place.len();
     for _ in 0..DROPS {
         drop_pages(device, first)?;
@@ -142,6 +139,14 @@ fn read_tail(device: &File, offset: Bytes, place: &mut [u8]) -> io::Result<usize
         }
     }
     Err(io::Error::from_raw_os_error(libc::EBUSY))
+}
+
+/// The unit of the page cache.
+fn page_size() -> Bytes {
+    // SAFETY: the call takes no pointers.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    // Every machine has one; 4096 is the smallest.
+    Bytes::new(u64::try_from(size).unwrap_or(4096))
 }
 
 /// Drops the clean pages of a device from `first` on that nobody uses.
@@ -158,14 +163,14 @@ fn drop_pages(device: &File, first: Bytes) -> io::Result<()> {
 /// (`can_do_mincore` of `mm/mincore.c`).
 fn is_cached(device: &File, first: Bytes, len: usize) -> io::Result<bool> {
     let first = i64::try_from(first.get()).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
-    let mut pages = vec![0_u8; len.div_ceil(4096)];
+    let mut pages = vec![0_u8; len.div_ceil(to_usize(page_size())?.max(1))];
     // SAFETY: the kernel chooses an address that nothing else uses; the descriptor is open for the call.
     let map = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, device.as_raw_fd(), first) };
     if map == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the mapping begins on a page and has `len` bytes; there is a byte for each page of 4096 bytes, and a machine
-    // with larger pages writes fewer. No byte of the mapping is read.
+    // SAFETY: the mapping begins on a page and has `len` bytes, and there is a byte for each of its pages. No byte of the
+    // mapping is read.
     let code = unsafe { libc::mincore(map, len, pages.as_mut_ptr()) };
     let result = if code == 0 { Ok(pages.iter().any(|page| page & 1 != 0)) } else { Err(io::Error::last_os_error()) };
     // SAFETY: the mapping was made above, with this address and length, and nothing refers to it any more.
