@@ -3,8 +3,10 @@
 //! A message is one line, `PATH: cannot DO: REASON`, with an optional hint on a second line. The two decisions that
 //! depend on an error, the errno that a FUSE client sees and the exit code that mount(8) passes on, are one `match` each.
 
-use std::fmt;
+use std::ffi::OsStr;
+use std::fmt::{self, Write as _};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// What sort of failure it is; decides the exit code.
@@ -33,12 +35,13 @@ pub struct Error {
     message: String,
     source: Option<io::Error>,
     hint: Option<String>,
+    reply: Option<i32>,
 }
 
 impl Error {
     /// A failure described by `message`, such as `cannot open`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, path: None, message: message.into(), source: None, hint: None }
+        Self { kind, path: None, message: message.into(), source: None, hint: None, reply: None }
     }
 
     /// A failure of the thing asked for.
@@ -72,6 +75,13 @@ impl Error {
         self
     }
 
+    /// Has a FUSE client see this errno, and not the cause's own.
+    #[must_use]
+    pub fn seen_as(mut self, errno: i32) -> Self {
+        self.reply = Some(errno);
+        self
+    }
+
     /// The sort of failure.
     pub fn kind(&self) -> ErrorKind {
         self.kind
@@ -82,10 +92,10 @@ impl Error {
         self.hint.as_deref()
     }
 
-    /// The errno for a FUSE reply: the cause's own where the kernel gave one, else EIO. Never zero, and never ENXIO or
+    /// The errno for a FUSE reply: that of [`Error::seen_as`], else the cause's own where the kernel gave one, else EIO. Never zero, and never ENXIO or
     /// ENOSYS, which mean "no more data" and "no lseek at all" to a client (semantics: an error must not end a copy).
     pub fn errno(&self) -> i32 {
-        match self.source.as_ref().and_then(io::Error::raw_os_error) {
+        match self.reply.or_else(|| self.source.as_ref().and_then(io::Error::raw_os_error)) {
             Some(0 | libc::ENXIO | libc::ENOSYS) | None => libc::EIO,
             Some(errno) => errno,
         }
@@ -106,7 +116,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = &self.path {
-            write!(f, "{}: ", path.display())?;
+            write!(f, "{}: ", shown(path))?;
         }
         f.write_str(&self.message)?;
         match &self.source {
@@ -119,6 +129,30 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.source.as_ref().map(|source| source as _)
+    }
+}
+
+/// A path or name in a message: one line of text whatever bytes it has. Those that are not text, and control characters,
+/// are written as escapes.
+pub fn shown(name: &(impl AsRef<OsStr> + ?Sized)) -> Shown<'_> {
+    Shown(name.as_ref())
+}
+
+/// See [`shown`].
+pub struct Shown<'a>(&'a OsStr);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for chunk in self.0.as_bytes().utf8_chunks() {
+            for character in chunk.valid().chars() {
+                match character.is_control() {
+                    true => write!(f, "{}", character.escape_default())?,
+                    false => f.write_char(character)?,
+                }
+            }
+            chunk.invalid().iter().try_for_each(|byte| write!(f, "\\x{byte:02x}"))?;
+        }
+        Ok(())
     }
 }
 
@@ -141,6 +175,21 @@ mod tests {
         assert_eq!(error.to_string(), "/dev/vg/lv: cannot open: Permission denied");
         assert_eq!(error.exit_code(), 32);
         assert_eq!(error.errno(), libc::EACCES);
+    }
+
+    #[test]
+    fn a_name_of_any_bytes_is_one_line_of_text() {
+        for (name, text) in [
+            (&b"/dev/vg/lv"[..], "/dev/vg/lv"),
+            (b"a b\\c", "a b\\c"),
+            ("\u{fc}".as_bytes(), "\u{fc}"),
+            (b"\xfc!", "\\xfc!"),
+            (b"a\n\x1b[0m", "a\\n\\u{1b}[0m"),
+        ] {
+            assert_eq!(shown(OsStr::from_bytes(name)).to_string(), text);
+            let error = Error::failed("cannot open").on(OsStr::from_bytes(name));
+            assert_eq!(error.to_string(), format!("{text}: cannot open"));
+        }
     }
 
     #[test]

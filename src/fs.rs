@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{debug, info};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
 use crate::source::backing::{Identity, Node};
@@ -173,6 +173,8 @@ impl FileSystem {
                     Arc::new(Handle::glance(backing, self.context.clone()))
                 }
                 Ok(_) => return Err(errno(libc::ESTALE)),
+                // What is short here says nothing of the device, and its length could not be read from sysfs either.
+                Err(error) if matches!(error.errno(), libc::EMFILE | libc::ENFILE | libc::ENOMEM) => return Err(error),
                 // One device that cannot be opened must not spoil the listing of the others.
                 Err(error) => {
                     debug!("{error}");
@@ -328,7 +330,7 @@ impl FileSystem {
         let handles = self.lock_handles();
         info!("{opens} open files on {} devices, maps of {} bytes", handles.len(), self.maps.used());
         for shared in handles.values() {
-            info!("{}: {} opens", shared.handle.backing().name().display(), shared.opens);
+            info!("{}: {} opens", shown(shared.handle.backing().name()), shared.opens);
         }
     }
 }

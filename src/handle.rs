@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use log::{Level, log};
 
-use crate::error::Result;
+use crate::error::{Result, shown};
 use crate::map::view::{self, Whence};
 use crate::map::{HoleMap, Kind, Run};
 use crate::source::{Backing, Context, Stack};
@@ -275,7 +275,7 @@ impl Handle {
         if held.told.load(Ordering::Relaxed) || held.told.swap(true, Ordering::Relaxed) {
             return;
         }
-        let path = self.backing.name().display();
+        let path = shown(self.backing.name());
         let reason = held.stack.map().dense_because();
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         match &reason {
@@ -294,7 +294,7 @@ impl Handle {
     fn tell_busy(&self) {
         // A device that is gone is not busy.
         if self.backing.len().is_ok() && !self.told_busy.swap(true, Ordering::Relaxed) {
-            let path = self.backing.name().display();
+            let path = shown(self.backing.name());
             let why = "changes faster than its map can be read: all data in between; back up a snapshot instead";
             self.tell(Level::Warn, &format!("{path}: {why}"));
         }

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
-use common::check::{Kind, check_blocks, map_holes, open};
+use common::check::{Extent, Kind, check, check_blocks, map_holes, open};
 use common::image::{Image, write};
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
@@ -84,6 +84,33 @@ fn blocks() {
         let shown = stat(source.file()).blocks() * 512;
         assert!(shown <= allocated.max(4096) + 64 * KIB, "{shown} bytes for {allocated} of data in {size}");
     }
+}
+
+/// `st_blocks` of a file of one block cannot say that there is a hole and that there is something to read: it has no hole.
+/// The shortest file that can say both has one.
+#[test]
+fn a_file_too_short_to_tell_of_a_hole_has_none() {
+    if !requires_root() {
+        return;
+    }
+    for (size, has_hole) in
+        [(1, false), (511, false), (512, false), (1023, false), (1024, true), (1025, true), (1536, true)]
+    {
+        let image = Image::new(size);
+        let mount = Mount::new(image.path());
+        check(mount.file(), image.path());
+        assert_eq!(map_holes(mount.file()).iter().any(|extent| extent.0 == Kind::Hole), has_hole, "{size}");
+        // tar rounds the size up to blocks, and cp down.
+        let blocks = stat(mount.file()).blocks();
+        assert_eq!(
+            (blocks < size / 512, blocks < size.div_ceil(512), blocks > 0),
+            (has_hole, has_hole, true),
+            "{size}"
+        );
+    }
+    let source = LoopMount::new(512, &[]);
+    source.check();
+    assert_eq!(map_holes(source.file()), [Extent(Kind::Data, 0..512)]);
 }
 
 /// A part of an image counts its own blocks, not the image's.

@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::check::{check, open, seek_data};
+use std::fs;
+
+use common::check::{check, check_holes, check_same_bytes, map_holes, open, seek_data, seek_hole};
 use common::fuse_image::FuseImage;
 use common::image::{open_for_writing, write_at};
 use common::loop_device::Loop;
@@ -32,7 +34,7 @@ fn dirty_pages_of_an_image_under_a_loop_device() {
         return;
     }
     let image = FuseImage::new(4 * MIB);
-    let device = Loop::new(image.path());
+    let device = Loop::with_options(image.path(), &["--direct-io=on"]);
     let mount = Mount::new(device.path());
     let file = open(mount.file());
     assert_eq!(seek_data(&file, 0), None);
@@ -42,4 +44,32 @@ fn dirty_pages_of_an_image_under_a_loop_device() {
         assert_eq!(seek_data(&file, 0), Some(page));
     }
     check(mount.file(), device.path());
+}
+
+/// A server says what it has now, and the page cache here keeps what was read before. What is read and what is asked for
+/// holes must be the same.
+#[test]
+fn a_hole_of_a_server_is_one_only_if_reads_go_to_the_server() {
+    if !requires_root() {
+        return;
+    }
+    let image = FuseImage::new(4 * MIB);
+    let (buffered, direct) = (Loop::new(image.path()), Loop::with_options(image.path(), &["--direct-io=on"]));
+    let writer = open_for_writing(image.path());
+    write_at(&writer, MIB..2 * MIB);
+    writer.sync_all().expect("the server takes it");
+    let cached = fs::read(image.path()).expect("the image can be read");
+    image.punch_elsewhere();
+    assert!(fs::read(image.path()).expect("the image can be read") == cached, "the page cache is to be the older one");
+    for device in [&buffered, &direct] {
+        let mount = Mount::new(device.path());
+        let map = map_holes(mount.file());
+        check_holes(&map, device.path());
+        check_same_bytes(mount.file(), device.path());
+        let is_direct = std::ptr::eq(device, &raw const direct);
+        assert_eq!(seek_hole(&open(mount.file()), 0) == Some(0), is_direct, "{map:?}");
+    }
+    let mount = Mount::new(image.path());
+    assert_eq!(seek_data(&open(mount.file()), 0), None);
+    assert!(fs::read(mount.file()).expect("the file can be read").iter().all(|&byte| byte == 0), "all of it is a hole");
 }

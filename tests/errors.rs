@@ -74,6 +74,13 @@ fn unreadable_ranges_are_errors() {
     assert!(buffer.iter().all(|&byte| byte != 0));
 }
 
+#[test]
+fn a_last_sector_that_is_not_whole_is_data() {
+    if requires_root() {
+        common::tail::a_last_sector_that_is_not_whole_is_data();
+    }
+}
+
 /// One device of a directory goes away: its file fails, and the others do not notice.
 #[test]
 fn vanished_device() {

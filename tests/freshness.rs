@@ -28,7 +28,7 @@ fn loop_over_loop() {
     }
     let image = Image::new(SIZE);
     let lower = Loop::new(image.path());
-    let upper = Loop::new(lower.path());
+    let upper = Loop::with_options(lower.path(), &["--direct-io=on"]);
     let mount = Mount::new(upper.path());
     race(mount.file(), upper.path(), SIZE, 200);
     // Written below what is shown.

@@ -4,16 +4,19 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
-use common::check::{Extent, Kind, assert_map, check, map_holes, map_of, open, seek_data, seek_hole};
+use common::check::{Extent, Kind, assert_map, check, check_holes, map_holes, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing, write, write_at};
 use common::ioctl;
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
-use common::{KIB, MIB, assert_becomes, requires_root, run};
+use common::{KIB, MIB, assert_becomes, requires, requires_root, run, try_run};
 
 /// The data ranges of an image as a device sees it that begins at `start` and is `size` long: data grows outwards to
 /// 4 KiB, and ranges that meet become one.
@@ -101,6 +104,30 @@ fn renamed_backing_file_still_tells() {
     let map = map_holes(source.file());
     fs::rename(&moved, source.image.path()).expect("and back");
     assert_eq!(map, map_of(MIB, &[0..4096]));
+}
+
+/// A path is bytes: not all are text, and a line end may be one of them.
+#[test]
+fn a_backing_file_of_any_name_tells() {
+    if !requires_root() {
+        return;
+    }
+    let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+    for name in [&b"\xff\xfe.img"[..], b"two\nlines\n", b"end\n\n", b"x (deleted)"] {
+        let path = directory.path().join(OsStr::from_bytes(name));
+        fs::rename(Image::with_data(MIB, &[0..4096]).path(), &path).expect("a rename in one directory");
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).expect("the directory is ours");
+        let device = Loop::new(&link);
+        fs::remove_file(&link).expect("the link is ours");
+        let mount = Mount::new(device.path());
+        assert_eq!(map_holes(mount.file()), map_of(MIB, &[0..4096]), "{name:?}: {}", mount.log());
+        // A message about it is one line.
+        fs::remove_file(&path).expect("the image is ours");
+        assert_becomes(&true, || is_dense(&map_holes(mount.file())));
+        let log = mount.log();
+        assert!(log.lines().all(|line| line.starts_with("blkholefs: ")), "{log}");
+    }
 }
 
 /// A buffered write sits in the device's page cache for as long as somebody holds the device open; the image does not
@@ -234,7 +261,7 @@ fn loop_over_loop() {
     }
     let image = Image::with_data(8 * MIB, &[MIB..2 * MIB, 4 * MIB..4 * MIB + 4096]);
     let lower = Loop::with_options(image.path(), &["--offset=4096"]);
-    let upper = Loop::with_options(lower.path(), &["--offset=1024", "--sizelimit=6291456"]);
+    let upper = Loop::with_options(lower.path(), &["--offset=1024", "--sizelimit=6291456", "--direct-io=on"]);
     let mount = Mount::new(upper.path());
     let data = seen_from(&[MIB..2 * MIB, 4 * MIB..4 * MIB + 4096], 4096 + 1024, 6 * MIB);
     assert_eq!(map_holes(mount.file()), map_of(6 * MIB, &data));
@@ -245,6 +272,56 @@ fn loop_over_loop() {
     let page = (3 * MIB - 1024) / 4096 * 4096;
     assert_eq!(seek_data(&open(mount.file()), page), Some(page));
     check(mount.file(), upper.path());
+}
+
+/// A mounted ext4 file system, unmounted with this value.
+struct Ext4(tempfile::TempDir);
+
+impl Ext4 {
+    fn new(device: &Path) -> Self {
+        run("mkfs.ext4", ["-q".as_ref(), device.as_os_str()]);
+        let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
+        run("mount", [device, directory.path()]);
+        Self(directory)
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        let unmounted = try_run("umount", [self.0.path()], "");
+        assert!(unmounted.is_ok() || std::thread::panicking(), "{unmounted:?}");
+    }
+}
+
+/// A discard by a mounted file system leaves the pages of its device in the page cache. A loop device that reads through
+/// them still has the old bytes: a hole below is a hole above only if the reads above go below.
+#[test]
+fn a_hole_below_is_one_above_only_if_reads_go_below() {
+    if !requires_root() || !requires(&["mkfs.ext4", "fstrim"]) {
+        return;
+    }
+    let image = Image::new(64 * MIB);
+    let lower = Loop::new(image.path());
+    let upper = Loop::with_options(lower.path(), &["--read-only"]);
+    let mount = Mount::new(upper.path());
+    let (held, ext4) = (open(mount.file()), Ext4::new(lower.path()));
+    let file = ext4.0.path().join("file");
+    fs::write(&file, vec![1; 8 << 20]).expect("there is room");
+    run("sync", ["--file-system".as_ref(), file.as_os_str()]);
+    fs::read(upper.path()).expect("the device can be read");
+    fs::remove_file(&file).expect("the file is ours");
+    run("sync", ["--file-system".as_ref(), ext4.0.path().as_os_str()]);
+    run("fstrim", [ext4.0.path()]);
+    check_holes(&map_holes(mount.file()), upper.path());
+    assert!(is_dense(&map_holes(mount.file())));
+    assert!(mount.log().contains("losetup --direct-io=on"), "{}", mount.log());
+
+    // The switch is seen by a file that is open, both ways.
+    upper.losetup(&["--direct-io=on"]);
+    assert_becomes(&false, || seek_hole(&held, 0) == Some(64 * MIB));
+    check_holes(&map_holes(mount.file()), upper.path());
+    upper.losetup(&["--direct-io=off"]);
+    assert_becomes(&true, || seek_hole(&held, 0) == Some(64 * MIB));
 }
 
 #[test]

@@ -59,6 +59,10 @@ impl Service<'_> {
         R: FnOnce() -> io::Result<()> + Send + 'static,
     {
         let signals = block_signals()?;
+        // Each open file takes some. An open that finds none left fails with EMFILE.
+        if let Err(error) = process::raise_descriptor_limit() {
+            log::debug!("the limit of open files stays as it is: {error}");
+        }
         let (session, mounted) = mount(self.spec, point, self.options)?;
         let record = create_record(&mounted);
         let started = self.drop_privileges(&mounted).and_then(|()| ready.report());

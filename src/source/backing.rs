@@ -9,8 +9,10 @@ use std::time::{Duration, SystemTime};
 
 use crate::error::{Error, Result};
 use crate::source::device::BlockDevice;
+use crate::source::file::Reads;
 use crate::source::{Context, Stack};
 use crate::sys::acl::has_acl;
+use crate::sys::block::Readable;
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device::DeviceId;
 use crate::sys::{block, device, file};
@@ -18,6 +20,10 @@ use crate::units::Bytes;
 
 /// Holes never start or end inside a unit of this size: QEMU aborts on extents that its O_DIRECT cannot address.
 pub const MIN_ALIGN: Bytes = Bytes::new(4096);
+
+/// Files shorter than this have no holes. `st_blocks` is not 0, since tar takes that for "nothing to read", and cp looks for
+/// holes where it is below the size: one of 512 bytes cannot say both.
+const SHORTEST_WITH_HOLES: Bytes = Bytes::new(1024);
 
 /// What can be exported as a file.
 pub trait Medium: Send + Sync {
@@ -161,14 +167,20 @@ impl Backing {
         let metadata = file.metadata().map_err(|error| failed("cannot stat", error))?;
         if metadata.is_file() {
             let identity = Some(Identity::of(&metadata));
-            return Ok(Self::new(path, Image { file, path: path.to_owned(), identity }));
+            // Only where reads go to the server, too, are its holes theirs.
+            let direct = if file::reads_from_server(&file) { device::reopen_direct(&file).map(Some) } else { Ok(None) };
+            let direct = direct.or_else(|error| if is_refusal(&error) { Ok(None) } else { Err(error) });
+            let direct = direct.map_err(|error| failed("cannot open with O_DIRECT", error))?;
+            return Ok(Self::new(path, Image { file, direct, path: path.to_owned(), identity }));
         }
         if !metadata.file_type().is_block_device() {
             return Err(Error::failed("is neither a block device nor a regular file").on(path));
         }
         let device = BlockDevice::from_file(file, path)?;
         let block = block::logical_block(&device.file).map_err(|error| failed("cannot read the block size", error))?;
-        let direct = device::reopen_direct(&device.file).ok();
+        // Every block device takes O_DIRECT. A failure has another cause, such as a limit, and must not lead to reads through
+        // the page cache.
+        let direct = device::reopen_direct(&device.file).map_err(|error| failed("cannot open with O_DIRECT", error))?;
         Ok(Self::new(path, Device { device, direct, align: block.max(MIN_ALIGN) }))
     }
 
@@ -225,14 +237,28 @@ impl Backing {
 
     /// The stack below, down to the sources of holes.
     pub fn resolve(&self, context: &Context) -> Stack {
-        self.medium.resolve(context)
+        let stack = self.medium.resolve(context);
+        if stack.map().len() >= SHORTEST_WITH_HOLES {
+            return stack;
+        }
+        stack.shown_as_data("a file of less than 1024 bytes is shown without holes")
     }
 
     /// Reads up to `size` bytes at `offset` through `buffer`; shorter only at the end of the device.
     ///
     /// # Errors
-    /// As pread(2), and EIO when the device gives less than it has: what is missing is never made up.
+    /// When a byte cannot be read, or the device gives less than it has: what is missing is never made up. A FUSE client
+    /// sees ENODEV where the device is gone, and EIO for every other cause, whatever the kernel, a file system or a server
+    /// calls it.
     pub fn read<'a>(&self, buffer: &'a mut AlignedBuffer, offset: Bytes, size: usize) -> Result<&'a [u8]> {
+        match self.read_range(buffer, offset, size) {
+            Ok(range) => Ok(&buffer.bytes()[range]),
+            Err(error) => Err(error.seen_as(if self.is_gone() { libc::ENODEV } else { libc::EIO })),
+        }
+    }
+
+    /// Answers where in `buffer` the bytes are.
+    fn read_range(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> Result<Range<usize>> {
         let len = self.len()?;
         let left = usize::try_from(len.saturating_sub(offset).get()).unwrap_or(usize::MAX);
         let wanted = size.min(left);
@@ -243,13 +269,25 @@ impl Backing {
         if range.len() < wanted && end < self.len()? {
             return Err(failed(io::Error::from_raw_os_error(libc::EIO)));
         }
-        Ok(&buffer.bytes()[range])
+        Ok(range)
     }
+
+    fn is_gone(&self) -> bool {
+        self.medium.size().is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
+    }
+}
+
+/// Whether an open failed because the file system has no direct reads (`do_dentry_open` of `fs/open.c`; FUSE servers answer
+/// EOPNOTSUPP, too).
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
 
 /// A regular file, shown as it is.
 struct Image {
     file: File,
+    /// For reads, where they must pass the page cache by.
+    direct: Option<File>,
     path: PathBuf,
     identity: Option<Identity>,
 }
@@ -264,11 +302,15 @@ impl Medium for Image {
     }
 
     fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
-        file::read_buffered(&self.file, buffer, offset, size)
+        match &self.direct {
+            Some(direct) => file::read_direct(direct, buffer, offset, size, MIN_ALIGN),
+            None => file::read_buffered(&self.file, buffer, offset, size),
+        }
     }
 
     fn resolve(&self, context: &Context) -> Stack {
-        Stack::of_file(&self.file, &self.path, self.size().unwrap_or(Bytes::ZERO), context)
+        let reads = if self.direct.is_some() { Reads::Direct } else { Reads::Cached };
+        Stack::of_file(&self.file, &self.path, self.size().unwrap_or(Bytes::ZERO), reads, context)
     }
 
     fn node(&self) -> io::Result<Node> {
@@ -276,7 +318,8 @@ impl Medium for Image {
     }
 
     fn regular_file(&self) -> Option<&File> {
-        Some(&self.file)
+        // The kernel would read it through its page cache.
+        self.direct.is_none().then_some(&self.file)
     }
 
     fn identity(&self) -> Option<Identity> {
@@ -287,9 +330,8 @@ impl Medium for Image {
 /// A block device.
 struct Device {
     device: BlockDevice,
-    /// For reads: past the device's page cache, which may be older than a table that was loaded since. `None` where
-    /// O_DIRECT is refused.
-    direct: Option<File>,
+    /// For reads: past the device's page cache, which may be older than a table that was loaded since.
+    direct: File,
     align: Bytes,
 }
 
@@ -308,10 +350,8 @@ impl Medium for Device {
     }
 
     fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
-        match &self.direct {
-            Some(direct) => file::read_direct(direct, buffer, offset, size, self.align),
-            None => file::read_buffered(&self.device.file, buffer, offset, size),
-        }
+        let device = Readable { direct: &self.direct, cached: &self.device.file, len: self.size()?, align: self.align };
+        block::read(device, buffer, offset, size)
     }
 
     fn resolve(&self, context: &Context) -> Stack {
@@ -330,5 +370,58 @@ impl Medium for Device {
 
     fn identity(&self) -> Option<Identity> {
         Some(Identity::Device(self.device.id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::dense;
+
+    /// A medium that can be read nowhere.
+    struct Broken {
+        size: std::result::Result<Bytes, i32>,
+        read: i32,
+    }
+
+    impl Medium for Broken {
+        fn size(&self) -> io::Result<Bytes> {
+            self.size.map_err(io::Error::from_raw_os_error)
+        }
+
+        fn align(&self) -> Bytes {
+            MIN_ALIGN
+        }
+
+        fn read(&self, _buffer: &mut AlignedBuffer, _offset: Bytes, _size: usize) -> io::Result<Range<usize>> {
+            Err(io::Error::from_raw_os_error(self.read))
+        }
+
+        fn resolve(&self, context: &Context) -> Stack {
+            Stack::build(context, |_| std::sync::Arc::new(dense::layer("broken", "test", MIN_ALIGN, "broken")))
+        }
+
+        fn node(&self) -> io::Result<Node> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[test]
+    fn a_read_error_is_eio_whatever_its_cause_is_called() {
+        let read = |size, read| {
+            let backing = Backing::new(Path::new("/dev/broken"), Broken { size, read });
+            backing.read(&mut AlignedBuffer::new(), Bytes::ZERO, 512).expect_err("it is broken")
+        };
+        for cause in
+            [libc::ENODATA, libc::EREMOTEIO, libc::ETIMEDOUT, libc::EINVAL, libc::EMFILE, libc::EILSEQ, libc::EIO]
+        {
+            let error = read(Ok(MIN_ALIGN), cause);
+            assert_eq!(error.errno(), libc::EIO, "{error}");
+            let cause = crate::error::plain(&io::Error::from_raw_os_error(cause));
+            assert_eq!(error.to_string(), format!("/dev/broken: cannot read at 0: {cause}"));
+        }
+        for (size, seen) in [(libc::ENODEV, libc::ENODEV), (libc::ESTALE, libc::EIO), (libc::ENXIO, libc::EIO)] {
+            assert_eq!(read(Err(size), libc::EIO).errno(), seen);
+        }
     }
 }

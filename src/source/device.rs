@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::source::Guard;
 use crate::sys::block;
 use crate::sys::device::{self, DeviceId};
@@ -62,26 +62,33 @@ impl BlockDevice {
 
     /// The device's node, for people.
     pub fn name(&self) -> String {
-        self.path.display().to_string()
+        shown(&self.path).to_string()
     }
 }
 
-/// The size of a block device.
+/// The size of a block device, and where its whole logical blocks end.
 pub struct SizeGuard {
     file: Arc<File>,
     len: Bytes,
+    whole: Option<Bytes>,
 }
 
 impl SizeGuard {
     /// Holds a device to the length that it was opened with.
     pub fn new(device: &BlockDevice) -> Self {
-        Self { file: device.file.clone(), len: device.len }
+        Self { file: device.file.clone(), len: device.len, whole: block::whole_blocks(&device.file, device.len).ok() }
+    }
+
+    /// What can be read surely: the whole logical blocks. `None` where their size is not known.
+    pub fn whole(&self) -> Option<Bytes> {
+        self.whole
     }
 }
 
 impl Guard for SizeGuard {
     fn unchanged(&self) -> bool {
         block::len(&self.file).is_ok_and(|len| len == self.len)
+            && block::whole_blocks(&self.file, self.len).ok() == self.whole
     }
 
     fn trace(&self, mut trace: &mut dyn Hasher) {

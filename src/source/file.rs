@@ -1,6 +1,8 @@
 //! A regular file: its file system knows the holes.
 //!
-//! Not every file system knows of what is still in the page cache of the file: there it is written back first.
+//! The answer must be about what is read. Most local file systems answer from the page cache that reads go through, or
+//! do so once dirty pages are written back. A server, of NFS or FUSE for example, answers from what it has, and the page
+//! cache of this machine may hold older bytes: there is a hole only where reads are known to use direct I/O.
 
 use std::fs::{File, Metadata};
 use std::hash::{Hash, Hasher};
@@ -12,30 +14,38 @@ use std::sync::Arc;
 
 use log::warn;
 
-use crate::error::plain;
+use crate::error::{plain, shown};
 use crate::map::{self, HoleMap, Kind, Run};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
-use crate::sys::file::{end, hides_dirty_pages, hole_unit, next_data, next_hole};
+use crate::sys::file::{Seeks, end, len_now, next_data, next_hole};
 use crate::units::Bytes;
+
+/// Why a file on an unknown file system, or one with a server, is dense.
+const STALE: &str = "its file system is not known to find holes where reads through the page cache find zeros: a loop \
+                     device with direct I/O (losetup --direct-io=on) reads past the page cache";
 
 /// The runs of an open file, asked from its file system at every question: always the truth of now, delayed allocation
 /// included.
 pub struct FileMap {
     file: File,
     len: Bytes,
-    hole_unit: Option<Bytes>,
+    seeks: Seeks,
 }
 
 impl FileMap {
     /// The map of a file of `len` bytes. The descriptor must be private: lseek moves its position.
     pub fn new(file: File, len: Bytes) -> Self {
-        let hole_unit = hole_unit(&file);
-        Self { file, len, hole_unit }
+        let seeks = Seeks::of(&file);
+        Self { file, len, seeks }
+    }
+
+    fn size(&self) -> io::Result<Bytes> {
+        size(&self.file, self.seeks)
     }
 
     fn try_run(&self, offset: Bytes) -> io::Result<Run> {
-        let size = end(&self.file)?;
+        let size = self.size()?;
         if offset >= size {
             // Past the end of a file that was cut short: a loop device answers such reads with an error, not with zeros.
             return Ok(Run { end: self.len, kind: Kind::Data });
@@ -48,7 +58,7 @@ impl FileMap {
                 Ok(Run { end: data_end.min(end_of_map), kind: Kind::Data })
             }
             // "No more data" and "past the end" are one errno: only an unchanged size tells them apart.
-            None if end(&self.file)? == size => Ok(Run { end: end_of_map, kind: Kind::Hole }),
+            None if self.size()? == size => Ok(Run { end: end_of_map, kind: Kind::Hole }),
             None => Ok(Run { end: end_of_map, kind: Kind::Data }),
         }
     }
@@ -60,7 +70,7 @@ impl FileMap {
 
     /// The next hole, when two calls answer: one finds it, and one tells it from the end of a file that was cut short.
     fn quick_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
-        let unit = self.hole_unit?;
+        let Seeks::Exact { unit } = self.seeks else { return None };
         let hole = next_hole(&self.file, offset).ok()?.filter(|&hole| offset <= hole && hole < self.len)?;
         let unit_end = hole.align_down(unit).checked_add(unit)?;
         (end(&self.file).ok()? == self.len).then(|| hole..unit_end.min(self.len))
@@ -98,19 +108,24 @@ impl HoleMap for FileMap {
     }
 }
 
+/// The length of a file now. lseek costs half of fstat, but a file system with a server may answer it from memory.
+fn size(file: &File, seeks: Seeks) -> io::Result<Bytes> {
+    match seeks {
+        Seeks::Elsewhere => len_now(file),
+        Seeks::Exact { .. } | Seeks::AfterWriteBack => end(file),
+    }
+}
+
 /// The file's length: everything else about it is asked live.
 struct SizeGuard {
     file: File,
     len: Bytes,
-    /// Whether its file system is a local one. Others may know the length only once they asked for it.
-    is_local: bool,
+    seeks: Seeks,
 }
 
 impl Guard for SizeGuard {
     fn unchanged(&self) -> bool {
-        // lseek costs half of fstat.
-        let len = if self.is_local { end(&self.file) } else { self.file.metadata().map(|stat| Bytes::new(stat.len())) };
-        len.is_ok_and(|len| len == self.len)
+        size(&self.file, self.seeks).is_ok_and(|len| len == self.len)
     }
 }
 
@@ -129,14 +144,23 @@ impl Guard for Times {
     }
 }
 
+/// How those who read a file read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reads {
+    /// Through its page cache.
+    Cached,
+    /// With direct I/O, past its page cache.
+    Direct,
+}
+
 /// The layer of a regular file, exported as it is.
-pub fn layer(file: &File, path: &Path, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
-    let name = path.display().to_string();
+pub fn layer(file: &File, path: &Path, len: Bytes, reads: Reads, resolver: &mut Resolver<'_>) -> Layer {
+    let name = shown(path).to_string();
     match (file.try_clone(), device::reopen(file)) {
         (Ok(same), Ok(private)) => {
-            let is_local = hole_unit(&same).is_some();
-            resolver.guard(SizeGuard { file: same, len, is_local });
-            backing(private, name, len, resolver)
+            let seeks = Seeks::of(&same);
+            resolver.guard(SizeGuard { file: same, len, seeks });
+            backing(private, name, len, reads, resolver)
         }
         (Err(error), _) | (_, Err(error)) => {
             dense::layer(name, "file", len, format!("cannot open it once more: {}", plain(&error)))
@@ -145,7 +169,7 @@ pub fn layer(file: &File, path: &Path, len: Bytes, resolver: &mut Resolver<'_>) 
 }
 
 /// The layer of a file that a device stands on; the device has guards of its own.
-pub fn backing(file: File, name: String, len: Bytes, resolver: &mut Resolver<'_>) -> Layer {
+pub fn backing(file: File, name: String, len: Bytes, reads: Reads, resolver: &mut Resolver<'_>) -> Layer {
     let (times, pages) = match (file.try_clone(), file.try_clone()) {
         (Ok(times), Ok(pages)) => (times, pages),
         (Err(error), _) | (_, Err(error)) => {
@@ -153,14 +177,18 @@ pub fn backing(file: File, name: String, len: Bytes, resolver: &mut Resolver<'_>
         }
     };
     resolver.guard(Times(times));
-    if hides_dirty_pages(&file) {
+    let map = FileMap::new(file, len);
+    if map.seeks == Seeks::Elsewhere && reads == Reads::Cached {
+        return dense::layer(name, "file", len, STALE);
+    }
+    if !matches!(map.seeks, Seeks::Exact { .. }) {
         resolver.written_through(pages);
     }
     Layer {
         name,
         kind: "file".to_owned(),
         holes_from: "SEEK_HOLE of its file system".to_owned(),
-        map: Arc::new(FileMap::new(file, len)),
+        map: Arc::new(map),
         below: Vec::new(),
     }
 }

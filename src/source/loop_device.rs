@@ -2,24 +2,36 @@
 //!
 //! The kernel names the backing file twice: by device and inode (`LOOP_GET_STATUS64`) and by path (sysfs). Only a file
 //! that is opened by the path and is that inode is believed; no position of anybody else's descriptor is moved.
+//!
+//! Without direct I/O the driver reads through the page cache of what it is bound to (`do_req_filebacked` of
+//! `drivers/block/loop.c`). The page cache of a block device keeps pages that were discarded below it, by a mounted file
+//! system for example: there a hole below is no hole above.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::hash::{Hash, Hasher};
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::plain;
+use crate::error::{plain, shown};
 use crate::map::Clip;
 use crate::source::device::{BlockDevice, MediumGuard};
+use crate::source::file::Reads;
 use crate::source::{Guard, Layer, Resolver, dense, file};
 use crate::sys::device::{self, DeviceId};
 use crate::sys::loopdev::LoopStatus;
 use crate::sys::sysfs;
 use crate::units::Bytes;
 
-/// The binding of a loop device. An offset can change without a new disk sequence number, so it is asked itself.
+/// What a loop device over a block device lacks.
+const BUFFERED: &str = "it reads through the page cache of the device below, which may be older than that device: \
+                        switch on direct I/O (losetup --direct-io=on)";
+
+/// The binding of a loop device. An offset and direct I/O can change without a new disk sequence number, so the status is
+/// asked itself.
 struct LoopGuard {
     file: Arc<File>,
     status: LoopStatus,
@@ -51,6 +63,7 @@ pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<
     resolver.guard(LoopGuard { file: device.file.clone(), status });
     let below = match status.block_device {
         _ if status.encrypted => Err("it is encrypted".to_owned()),
+        Some(_) if !status.direct_io => Err(BUFFERED.to_owned()),
         Some(id) => Ok(resolver.device(id, status.offset.saturating_add(device.len))),
         None => backing_file(device, &status, resolver).map(Arc::new),
     };
@@ -72,17 +85,22 @@ pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<
 
 /// Opens the backing file of a loop device, or says why that cannot be done.
 fn backing_file(device: &BlockDevice, status: &LoopStatus, resolver: &mut Resolver<'_>) -> Result<Layer, String> {
-    let path = sysfs::attribute(device.id, "loop/backing_file").ok_or("its backing file is not known")?;
-    match open_if_same(Path::new(&path), status) {
+    let path = sysfs::bytes(device.id, "loop/backing_file")
+        .map_err(|error| format!("the path of its backing file cannot be read: {}", plain(&error)))?;
+    // `file_path` of `fs/d_path.c` escapes nothing.
+    let path = PathBuf::from(OsString::from_vec(path.ok_or("its backing file is not known")?));
+    let name = shown(&path).to_string();
+    match open_if_same(&path, status) {
         Ok(Some(file)) => {
             let len = file.metadata().map_err(|error| plain(&error))?.len();
-            Ok(file::backing(file, path, Bytes::new(len), resolver))
+            let reads = if status.direct_io { Reads::Direct } else { Reads::Cached };
+            Ok(file::backing(file, name, Bytes::new(len), reads, resolver))
         }
-        Ok(None) => Err(format!("{path} is another file than the one bound: moved, or of another mount namespace")),
+        Ok(None) => Err(format!("{name} is another file than the one bound: moved, or of another mount namespace")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(format!("its backing file is not reachable: {path}"))
+            Err(format!("its backing file is not reachable: {name}"))
         }
-        Err(error) => Err(format!("cannot open its backing file {path}: {}", plain(&error))),
+        Err(error) => Err(format!("cannot open its backing file {name}: {}", plain(&error))),
     }
 }
 

@@ -11,8 +11,9 @@
 //! An array that is degraded, that resyncs, reshapes or checks itself, or that is anything else than running and idle,
 //! is dense. All that is known of an array is read from sysfs (`Documentation/admin-guide/md.rst`).
 
-mod array;
+pub mod array;
 
+use std::io;
 use std::sync::Arc;
 
 use self::array::{Array, Leg};
@@ -24,13 +25,21 @@ use crate::sys::sysfs;
 use crate::units::Bytes;
 
 /// Whether a device is an md array.
-pub fn is_array(id: DeviceId) -> bool {
-    sysfs::attribute(id, "md/level").is_some()
+///
+/// # Errors
+/// When that cannot be known, as read(2).
+pub fn is_array(id: DeviceId) -> io::Result<bool> {
+    Ok(sysfs::bytes(id, "md/level")?.is_some())
+}
+
+fn read(id: DeviceId) -> Result<Array, String> {
+    let text = |bytes| String::from_utf8(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidData));
+    Array::read(&|name| sysfs::bytes(id, &format!("md/{name}"))?.map(text).transpose())
 }
 
 /// The layer of an array.
 pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
-    let array = Array::read(&|name| sysfs::attribute(device.id, &format!("md/{name}")));
+    let array = read(device.id);
     resolver.guard(ArrayGuard { id: device.id, seen: array.clone() });
     let kind = match sysfs::attribute(device.id, "md/level") {
         Some(level) => format!("md {level}"),
@@ -55,7 +64,7 @@ struct ArrayGuard {
 
 impl Guard for ArrayGuard {
     fn unchanged(&self) -> bool {
-        Array::read(&|name| sysfs::attribute(self.id, &format!("md/{name}"))) == self.seen
+        read(self.id) == self.seen
     }
 }
 

@@ -7,14 +7,15 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::map::HoleMap;
+use crate::map::{Clip, HoleMap};
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
+use crate::source::file::Reads;
 use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
 use crate::sys::device::DeviceId;
 use crate::sys::file::write_through;
 use crate::sys::sysfs::SuspendFile;
 use crate::sys::{block, sysfs};
-use crate::units::Bytes;
+use crate::units::{Bytes, Sectors};
 
 /// A stack deeper than this is a mistake; no kernel allows as much (`DM_MAX_...` and the loop driver stop far earlier).
 const MAX_DEPTH: usize = 32;
@@ -67,9 +68,9 @@ impl Stack {
         Self::build(context, |resolver| resolver.opened(device))
     }
 
-    /// Resolves an open regular file.
-    pub fn of_file(file: &File, path: &Path, len: Bytes, context: &Context) -> Self {
-        Self::build(context, |resolver| Arc::new(file::layer(file, path, len, resolver)))
+    /// Resolves an open regular file that is read so.
+    pub fn of_file(file: &File, path: &Path, len: Bytes, reads: Reads, context: &Context) -> Self {
+        Self::build(context, |resolver| Arc::new(file::layer(file, path, len, reads, resolver)))
     }
 
     /// Resolves anything: `top` asks the resolver for what it stands on, and adds a guard for its own length if that
@@ -85,6 +86,14 @@ impl Stack {
         };
         let top = top(&mut resolver);
         Self { top, guards: resolver.guards, dirty: resolver.dirty, waits_on: resolver.waits_on }
+    }
+
+    /// The same stack, all data for that reason.
+    #[must_use]
+    pub fn shown_as_data(self, reason: &str) -> Self {
+        let below = self.top;
+        let top = dense::layer(below.name.clone(), below.kind.clone(), below.len(), reason);
+        Self { top: Arc::new(Layer { below: vec![below], ..top }), ..self }
     }
 
     /// The holes of the whole device.
@@ -142,8 +151,12 @@ impl Resolver<'_> {
     }
 
     /// Names a device-mapper device whose suspension makes reads and writes of the stack wait.
-    pub fn waits_on(&mut self, id: DeviceId) {
-        self.waits_on.extend(SuspendFile::open(id));
+    ///
+    /// # Errors
+    /// When it cannot be known whether it is suspended.
+    pub fn waits_on(&mut self, id: DeviceId) -> io::Result<()> {
+        self.waits_on.extend(SuspendFile::open(id)?);
+        Ok(())
     }
 
     /// Names a file whose file system may not know of the writes that its page cache holds.
@@ -180,9 +193,14 @@ impl Resolver<'_> {
         }
         self.above.push(device.id);
         // The guards before anything is read: a change from here on is seen.
-        self.guard(SizeGuard::new(device));
+        let size = SizeGuard::new(device);
+        let whole = size.whole();
+        self.guard(size);
         let medium = MediumGuard::new(device);
-        let layer = Arc::new(self.dispatch(device, medium));
+        let layer = Arc::new(match whole {
+            Some(whole) => without_tail(self.dispatch(device, medium), whole),
+            None => dense::layer(device.name(), "block device", device.len, "its logical block size is not known"),
+        });
         self.above.pop();
         // After everything that it stands on: what is written back from here makes that dirty, by whatever way.
         self.dirty.push(Dirty::Device(device.file.clone()));
@@ -191,26 +209,73 @@ impl Resolver<'_> {
     }
 
     fn dispatch(&mut self, device: &BlockDevice, medium: MediumGuard) -> Layer {
-        let partition = sysfs::partition(device.id);
-        if partition.is_none() && device.id.major == LOOP_MAJOR {
-            return loop_device::layer(device, medium, self);
-        }
+        let kind = match Kind::of(device.id) {
+            Ok(Kind::Loop) => return loop_device::layer(device, medium, self),
+            kind => kind,
+        };
         self.guard(medium);
-        if let Some((disk, start)) = partition {
-            partition::layer(device, disk, start, self)
-        } else if device.id.major == NBD_MAJOR {
-            nbd::device_layer(device, self.context.nbd.as_ref())
-        } else if sysfs::dm_name(device.id).is_some() {
-            self.waits_on(device.id);
-            dm::layer(device, self)
-        } else if md::is_array(device.id) {
-            md::layer(device, self)
-        } else if scsi::is_disk(device.id) {
-            scsi::disk_layer(device)
-        } else if scsi::is_nvme(device.id) {
-            scsi::nvme_layer(&device.name(), device.len)
-        } else {
-            dense::layer(device.name(), "block device", device.len, "this kind of device does not tell its holes")
+        self.layer_of(kind, device).unwrap_or_else(|error| {
+            let reason = format!("cannot tell from sysfs what it is: {}", crate::error::plain(&error));
+            dense::layer(device.name(), "block device", device.len, reason)
+        })
+    }
+
+    fn layer_of(&mut self, kind: io::Result<Kind>, device: &BlockDevice) -> io::Result<Layer> {
+        Ok(match kind? {
+            Kind::Partition { disk, start } => partition::layer(device, disk, start, self),
+            Kind::Nbd => nbd::device_layer(device, self.context.nbd.as_ref()),
+            Kind::DeviceMapper => {
+                self.waits_on(device.id)?;
+                dm::layer(device, self)
+            }
+            Kind::Md => md::layer(device, self),
+            Kind::Scsi => scsi::disk_layer(device),
+            Kind::Nvme => scsi::nvme_layer(&device.name(), device.len),
+            Kind::Loop | Kind::Other => {
+                dense::layer(device.name(), "block device", device.len, "this kind of device does not tell its holes")
+            }
+        })
+    }
+}
+
+/// The layer with data from `whole` on: a last sector that is not whole cannot be read on some kernels, and is no hole.
+fn without_tail(layer: Layer, whole: Bytes) -> Layer {
+    let len = layer.len();
+    if whole >= len {
+        return layer;
+    }
+    // Beyond the end of what it shows, a window is data.
+    let below = Arc::new(Clip { inner: layer.map.clone(), start: Bytes::ZERO, len: whole });
+    Layer { map: Arc::new(Clip { inner: below, start: Bytes::ZERO, len }), ..layer }
+}
+
+/// What a device is.
+enum Kind {
+    Partition { disk: DeviceId, start: Sectors },
+    Loop,
+    Nbd,
+    DeviceMapper,
+    Md,
+    Scsi,
+    Nvme,
+    Other,
+}
+
+impl Kind {
+    /// Looks into sysfs. An attribute that cannot be read is an error: a device that is taken for one of another kind has
+    /// the holes of other bytes.
+    fn of(id: DeviceId) -> io::Result<Self> {
+        if let Some((disk, start)) = sysfs::partition(id)? {
+            return Ok(Self::Partition { disk, start });
         }
+        Ok(match id.major {
+            LOOP_MAJOR => Self::Loop,
+            NBD_MAJOR => Self::Nbd,
+            _ if sysfs::bytes(id, "dm/name")?.is_some() => Self::DeviceMapper,
+            _ if md::is_array(id)? => Self::Md,
+            _ if scsi::is_disk(id) => Self::Scsi,
+            _ if scsi::is_nvme(id) => Self::Nvme,
+            _ => Self::Other,
+        })
     }
 }

@@ -27,6 +27,16 @@ impl AlignedBuffer {
         &mut self.memory[self.start..self.start + len]
     }
 
+    /// Makes the buffer `len` bytes long, longer than it is, and hands it out with the bytes that it has.
+    pub fn grow(&mut self, len: usize) -> &mut [u8] {
+        if self.memory.len() < len + ALIGN {
+            let bytes = self.bytes().to_vec();
+            self.resize(len)[..bytes.len()].copy_from_slice(&bytes);
+        }
+        self.len = len;
+        &mut self.memory[self.start..self.start + len]
+    }
+
     /// The bytes, as long as the last [`AlignedBuffer::resize`] made them.
     pub fn bytes(&self) -> &[u8] {
         &self.memory[self.start..self.start + self.len]
@@ -44,6 +54,16 @@ mod tests {
         for len in [1, 4096, 1 << 20, 5] {
             assert_eq!(buffer.resize(len).len(), len);
             assert_eq!(buffer.bytes().as_ptr().align_offset(ALIGN), 0);
+        }
+    }
+
+    #[test]
+    fn a_buffer_that_grows_keeps_its_bytes() {
+        let mut buffer = AlignedBuffer::new();
+        buffer.resize(3).copy_from_slice(b"abc");
+        for len in [4, 5000, 1 << 20] {
+            assert_eq!(&buffer.grow(len)[..3], b"abc");
+            assert_eq!((buffer.bytes().len(), buffer.bytes().as_ptr().align_offset(ALIGN)), (len, 0));
         }
     }
 }

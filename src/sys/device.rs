@@ -108,7 +108,7 @@ pub fn open_id(id: DeviceId, direct: bool) -> io::Result<(File, PathBuf)> {
 /// Where the node of a device can be: the kernel's name for it, then device-mapper's.
 fn nodes(id: DeviceId) -> impl Iterator<Item = PathBuf> {
     let kernel = sysfs::kernel_name(id).map(|name| Path::new("/dev").join(name));
-    let mapper = sysfs::dm_name(id).map(|name| Path::new("/dev/mapper").join(name));
+    let mapper = sysfs::mapper_name(id).map(|name| Path::new("/dev/mapper").join(name));
     kernel.into_iter().chain(mapper)
 }
 

@@ -11,6 +11,9 @@ use crate::units::Bytes;
 /// `LOOP_GET_STATUS64` of `include/uapi/linux/loop.h`.
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
 
+/// `LO_FLAGS_DIRECT_IO` of the same header: set exactly while the driver reads its backing file or device with direct I/O.
+const LO_FLAGS_DIRECT_IO: u32 = 16;
+
 /// Bytes in `struct loop_info64`.
 const LOOP_INFO64: usize = 232;
 
@@ -27,6 +30,8 @@ pub struct LoopStatus {
     pub offset: Bytes,
     /// Its length limit, 0 for none.
     pub size_limit: Bytes,
+    /// Whether it reads its backing file or device with direct I/O, past the page cache of that.
+    pub direct_io: bool,
     /// Whether the obsolete in-kernel encryption (kernels before 5.16) stands between.
     pub encrypted: bool,
 }
@@ -52,6 +57,11 @@ impl LoopStatus {
             bytes.copy_from_slice(&info[at..at + 8]);
             u64::from_ne_bytes(bytes)
         };
+        let half = |at: usize| {
+            let mut bytes = [0; 4];
+            bytes.copy_from_slice(&info[at..at + 4]);
+            u32::from_ne_bytes(bytes)
+        };
         let block_device = word(16);
         Self {
             device: DeviceId::from_huge(word(0)),
@@ -59,7 +69,8 @@ impl LoopStatus {
             block_device: (block_device != 0).then(|| DeviceId::from_huge(block_device)),
             offset: Bytes::new(word(24)),
             size_limit: Bytes::new(word(32)),
-            encrypted: info[44..48] != [0; 4],
+            direct_io: half(52) & LO_FLAGS_DIRECT_IO != 0,
+            encrypted: half(44) != 0,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
 use nix::unistd::{ForkResult, Pid};
 
@@ -42,6 +43,18 @@ pub fn close_inherited_descriptors() {
     // SAFETY: close_range(2) takes three integers. By the contract above, no descriptor from 3 on has an owner in
     // this process.
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
+}
+
+/// Raises the number of descriptors that this process may have to the most that it is allowed.
+///
+/// # Errors
+/// As getrlimit(2) and setrlimit(2).
+pub fn raise_descriptor_limit() -> io::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(())
 }
 
 /// A descriptor that becomes readable when process `pid` has ended and everything it held is closed (Linux 5.3).

@@ -1,9 +1,11 @@
 //! Attributes of block devices in sysfs.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::device::DeviceId;
 use crate::units::{Bytes, Sectors};
@@ -13,27 +15,73 @@ pub fn directory(id: DeviceId) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{id}"))
 }
 
-/// An attribute of a block device without its line end; `None` when the device has no such attribute.
-pub fn attribute(id: DeviceId, name: &str) -> Option<String> {
-    fs::read_to_string(directory(id).join(name)).ok().map(|text| text.trim_end_matches('\n').to_owned())
+/// An attribute of a block device, as the bytes before its line end; `None` when the device has no such attribute.
+///
+/// That it has none is known only when sysfs shows the device: any failure is an error, and never the absence of something.
+///
+/// # Errors
+/// As read(2).
+pub fn bytes(id: DeviceId, name: &str) -> io::Result<Option<Vec<u8>>> {
+    bytes_in(&directory(id), id, name)
 }
 
-/// An attribute that is a number.
+fn bytes_in(directory: &Path, id: DeviceId, name: &str) -> io::Result<Option<Vec<u8>>> {
+    match fs::read(directory.join(name)) {
+        Ok(bytes) => Ok(Some(line(bytes))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match device_in(directory)? {
+            shown if shown == id => Ok(None),
+            shown => Err(io::Error::other(format!("sysfs shows {shown} in the place of {id}"))),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+/// What comes before the line end that the kernel adds. A name may itself end in one.
+fn line(mut bytes: Vec<u8>) -> Vec<u8> {
+    bytes.pop_if(|last| *last == b'\n');
+    bytes
+}
+
+/// The number of the device whose directory in sysfs this is.
+fn device_in(directory: &Path) -> io::Result<DeviceId> {
+    let number = fs::read_to_string(directory.join("dev"))?;
+    number.trim().parse().map_err(|()| io::ErrorKind::InvalidData.into())
+}
+
+/// An attribute that is text; `None` when the device has no such attribute, or it cannot be read.
+pub fn attribute(id: DeviceId, name: &str) -> Option<String> {
+    bytes(id, name).ok().flatten().and_then(|bytes| String::from_utf8(bytes).ok())
+}
+
+/// An attribute that is a number; `None` as for [`attribute`].
 pub fn number(id: DeviceId, name: &str) -> Option<u64> {
     attribute(id, name)?.trim().parse().ok()
 }
 
 /// The kernel's name of a device, its node's path under `/dev`.
 pub fn kernel_name(id: DeviceId) -> Option<String> {
-    let uevent = attribute(id, "uevent")?;
-    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
-    // The name becomes a path: nothing in it may climb.
-    (!name.is_empty() && !name.split('/').any(|part| part.is_empty() || part == "..")).then(|| name.to_owned())
+    name_in(&bytes(id, "uevent").ok().flatten()?).map(ToOwned::to_owned)
 }
 
-/// The name that a device-mapper device was created with.
+/// The name in a `uevent` attribute, which also has the name of a partition, in whatever bytes its partition table has it.
+pub fn name_in(uevent: &[u8]) -> Option<&str> {
+    let name = uevent.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"DEVNAME="))?;
+    let name = str::from_utf8(name).ok()?;
+    // The name becomes a path: nothing in it may climb.
+    (!name.is_empty() && !name.split('/').any(|part| part.is_empty() || part == "..")).then_some(name)
+}
+
+/// The name that a device-mapper device was created with, where that is text.
 pub fn dm_name(id: DeviceId) -> Option<String> {
-    attribute(id, "dm/name").filter(|name| !name.is_empty() && !name.contains('/') && name != "..")
+    mapper_name(id)?.into_string().ok()
+}
+
+/// The name of a device-mapper device in `/dev/mapper`.
+pub fn mapper_name(id: DeviceId) -> Option<OsString> {
+    let name = OsString::from_vec(bytes(id, "dm/name").ok().flatten()?);
+    // The name becomes a path: nothing in it may climb.
+    let is_name = !name.is_empty() && !name.as_bytes().contains(&b'/') && name != "..";
+    is_name.then_some(name)
 }
 
 /// The length of a block device, without opening it.
@@ -42,11 +90,27 @@ pub fn len(id: DeviceId) -> Option<Bytes> {
 }
 
 /// Where a partition begins on its disk, and which disk that is; `None` when the device is no partition.
-pub fn partition(id: DeviceId) -> Option<(DeviceId, Sectors)> {
-    number(id, "partition")?;
-    let start = Sectors::new(number(id, "start")?);
-    let disk = fs::read_to_string(directory(id).join("../dev")).ok()?;
-    Some((disk.trim().parse().ok()?, start))
+///
+/// # Errors
+/// When that cannot be known: as read(2), and `InvalidData` for a text that is not the kernel's. A partition that is taken
+/// for a whole device has the holes of other bytes.
+pub fn partition(id: DeviceId) -> io::Result<Option<(DeviceId, Sectors)>> {
+    partition_in(&directory(id), id)
+}
+
+fn partition_in(directory: &Path, id: DeviceId) -> io::Result<Option<(DeviceId, Sectors)>> {
+    let number = |name: &str| match bytes_in(directory, id, name)? {
+        None => Ok(None),
+        Some(bytes) => match str::from_utf8(&bytes).ok().and_then(|text| text.trim().parse::<u64>().ok()) {
+            None => Err(io::Error::from(io::ErrorKind::InvalidData)),
+            number => Ok(number),
+        },
+    };
+    if number("partition")?.is_none() {
+        return Ok(None);
+    }
+    let start = number("start")?.ok_or(io::ErrorKind::InvalidData)?;
+    Ok(Some((device_in(&directory.join(".."))?, Sectors::new(start))))
 }
 
 /// The devices that have this one in their table, from its load on (`Documentation/ABI/stable/sysfs-block`).
@@ -121,8 +185,18 @@ pub struct SuspendFile(File);
 
 impl SuspendFile {
     /// Opens the attribute; `None` for a device that is not device-mapper's.
-    pub fn open(id: DeviceId) -> Option<Self> {
-        File::open(directory(id).join("dm/suspended")).ok().map(Self)
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open(id: DeviceId) -> io::Result<Option<Self>> {
+        match File::open(directory(id).join("dm/suspended")) {
+            Ok(file) => Ok(Some(Self(file))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match bytes(id, "dm/name")? {
+                None => Ok(None),
+                Some(_) => Err(error),
+            },
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether the device is suspended now. One that is gone counts as suspended: nothing is to be asked of it.
@@ -170,6 +244,63 @@ fn parse_stat(text: &str) -> Option<(Sectors, Option<IoCounters>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A directory of sysfs, made of names and texts.
+    fn shown(attributes: &[(&str, &[u8])]) -> tempfile::TempDir {
+        let disk = tempfile::tempdir().unwrap();
+        fs::create_dir(disk.path().join("part")).unwrap();
+        for (name, text) in attributes {
+            fs::write(disk.path().join(name), text).unwrap();
+        }
+        disk
+    }
+
+    #[test]
+    fn a_device_is_no_partition_only_when_sysfs_shows_it_without_one() {
+        let id = |minor| DeviceId { major: 8, minor };
+        let whole: [(&str, &[u8]); 4] =
+            [("dev", b"8:0\n"), ("part/dev", b"8:1\n"), ("part/partition", b"1\n"), ("part/start", b"2048\n")];
+        let look = |disk: &tempfile::TempDir| partition_in(&disk.path().join("part"), id(1));
+        assert_eq!(look(&shown(&whole)).unwrap(), Some((id(0), Sectors::new(2048))));
+        assert_eq!(partition_in(shown(&whole).path(), id(0)).unwrap(), None);
+        for (name, text) in [("part/partition", &b"x\n"[..]), ("part/start", b"-1\n"), ("dev", b"8\n")] {
+            let mut wrong = whole;
+            wrong.iter_mut().filter(|(known, _)| *known == name).for_each(|(_, known)| *known = text);
+            assert!(look(&shown(&wrong)).is_err(), "{name} is {text:?}");
+        }
+        for missing in ["dev", "part/start"] {
+            let rest: Vec<_> = whole.into_iter().filter(|(name, _)| *name != missing).collect();
+            assert!(look(&shown(&rest)).is_err(), "without {missing}");
+        }
+        // Sysfs is not there, shows another device, or cannot be read.
+        assert!(look(&shown(&[("dev", b"8:0\n")])).is_err());
+        assert!(look(&shown(&[("part/dev", b"8:2\n")])).is_err());
+        let disk = shown(&whole[..2]);
+        fs::create_dir(disk.path().join("part/partition")).unwrap();
+        assert!(look(&disk).is_err());
+        assert!(partition_in(&disk.path().join("other"), id(1)).is_err());
+    }
+
+    #[test]
+    fn the_name_of_a_device_is_found_beside_a_partition_name_of_any_bytes() {
+        for (uevent, name) in [
+            (&b"MAJOR=8\nDEVNAME=sda1\nDEVTYPE=partition\nPARTNAME=\xfc\n"[..], Some("sda1")),
+            (b"PARTNAME=x\nDEVNAME=cciss/c0d0p1\n", Some("cciss/c0d0p1")),
+            (b"DEVNAME=../sda\n", None),
+            (b"DEVNAME=\n", None),
+            (b"DEVNAME=\xff\n", None),
+            (b"MAJOR=8\n", None),
+        ] {
+            assert_eq!(name_in(uevent), name);
+        }
+    }
+
+    #[test]
+    fn one_line_end_belongs_to_the_kernel() {
+        for (bytes, expected) in [(&b"a\n"[..], &b"a"[..]), (b"a\n\n", b"a\n"), (b"\xff", b"\xff"), (b"", b"")] {
+            assert_eq!(line(bytes.to_vec()), expected);
+        }
+    }
 
     #[test]
     fn the_stat_line_is_read_by_position() {

@@ -202,11 +202,19 @@ impl Rig {
             let limit = self.random.within(MIB / 512..below.size / 512) * 512;
             options.push(format!("--sizelimit={limit}"));
         }
+        self.direct_io(below, &mut options);
         self.note(format!("loop over {} {options:?}", below.path.display()));
         self.caches(below);
         let device = Loop::with_options(&below.path, &options.iter().map(String::as_str).collect::<Vec<_>>());
         let path = device.path().to_owned();
         self.keep(&path, device)
+    }
+
+    /// Without direct I/O a loop device over a block device tells no holes: mostly it gets it.
+    fn direct_io(&mut self, below: &Target, options: &mut Vec<String>) {
+        if !below.path.is_file() && !self.random.one_in(4) {
+            options.push("--direct-io=on".to_owned());
+        }
     }
 
     /// A loop device over `below` reads through the page cache of `below`. What is changed further down would be hidden by
@@ -223,7 +231,9 @@ impl Rig {
         let size = self.random.within(disk / 4..disk - start);
         self.note(format!("partition of {}: {size} sectors at {start}", below.path.display()));
         self.caches(below);
-        let mut device = Loop::with_options(&below.path, &["--partscan"]);
+        let mut options = vec!["--partscan".to_owned()];
+        self.direct_io(below, &mut options);
+        let mut device = Loop::with_options(&below.path, &options.iter().map(String::as_str).collect::<Vec<_>>());
         let path = device.add_partition(1, start, size);
         self.keep(&path, device)
     }

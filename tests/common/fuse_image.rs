@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -20,6 +20,7 @@ const IMAGE: INodeNo = INodeNo(2);
 /// A mounted file system with one image, unmounted with this value.
 pub struct FuseImage {
     path: PathBuf,
+    pages: Pages,
     _session: BackgroundSession,
     _directory: tempfile::TempDir,
 }
@@ -28,9 +29,15 @@ impl FuseImage {
     /// An image of `size` bytes that is one hole.
     pub fn new(size: u64) -> Self {
         let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
-        let server = Server { size, pages: Mutex::default() };
+        let pages = Pages::default();
+        let server = Server { size, pages: pages.clone() };
         let session = fuser::spawn_mount(server, directory.path(), &Config::default()).expect("root may mount");
-        Self { path: directory.path().join("image"), _session: session, _directory: directory }
+        Self { path: directory.path().join("image"), pages, _session: session, _directory: directory }
+    }
+
+    /// Makes all of the image a hole, as another client of the server may do it: the kernel here does not hear of it.
+    pub fn punch_elsewhere(&self) {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// The image.
@@ -39,9 +46,11 @@ impl FuseImage {
     }
 }
 
+type Pages = Arc<Mutex<BTreeMap<u64, Vec<u8>>>>;
+
 struct Server {
     size: u64,
-    pages: Mutex<BTreeMap<u64, Vec<u8>>>,
+    pages: Pages,
 }
 
 impl Server {

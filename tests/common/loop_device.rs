@@ -61,8 +61,8 @@ impl Loop {
 
     /// The backing file as the kernel names it, if the device is bound. Another test may use the number as soon as it is
     /// free, but not the same image.
-    fn backing(&self) -> Option<String> {
-        std::fs::read_to_string(format!("/sys/block/{}/loop/backing_file", self.name())).ok()
+    fn backing(&self) -> Option<Vec<u8>> {
+        std::fs::read(format!("/sys/block/{}/loop/backing_file", self.name())).ok()
     }
 
     /// The device, such as /dev/loop7.

@@ -18,6 +18,7 @@ pub mod mount;
 pub mod nbd;
 pub mod random;
 pub mod scsi;
+pub mod tail;
 
 use std::ffi::OsStr;
 use std::fmt;

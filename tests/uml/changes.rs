@@ -145,7 +145,7 @@ fn loop_device_below_changes() {
 fn dirty_pages_on_two_ways_down() {
     let image = Image::new(4 * MIB);
     let lower = Loop::new(image.path());
-    let upper = Loop::new(lower.path());
+    let upper = Loop::with_options(lower.path(), &["--direct-io=on"]);
     let device =
         Dm::new(&format!("0 8192 linear {} 0\n8192 8192 linear {} 0", lower.path().display(), upper.path().display()));
     let mount = Mount::new(device.path());

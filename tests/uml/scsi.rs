@@ -113,6 +113,23 @@ fn disk_torn_away() {
     assert!(file.metadata().is_err_and(gone), "stat of the open file");
 }
 
+/// The kernel calls a medium error ENODATA, which is no errno that a reader of a file knows.
+#[test]
+#[ignore = "needs scsi_debug: run tests/run"]
+fn a_medium_error_is_eio() {
+    // Blocks 0x1234 and up cannot be read (SDEBUG_OPT_MEDIUM_ERR).
+    let disk = ScsiDisk::new(8, &["lbprz=1", "opts=2"]);
+    let (bad, mut bytes) = (0x1234 * 512 / 4096 * 4096, vec![0; 4096]);
+    write(disk.path(), 0..MIB);
+    let mount = Mount::new(disk.path());
+    let file = open(mount.file());
+    let error = file.read_exact_at(&mut bytes, bad).expect_err("the medium is bad");
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    let cause = std::io::Error::from_raw_os_error(libc::ENODATA).to_string();
+    assert!(mount.log().contains(cause.split(" (").next().expect("a text")), "{}", mount.log());
+    file.read_exact_at(&mut bytes, 64 * KIB).expect("the rest can be read");
+}
+
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
 fn partitions_and_linear_devices_have_their_disks_holes() {

@@ -32,7 +32,7 @@ use std::sync::{Arc, OnceLock};
 
 use log::debug;
 
-use crate::error::plain;
+use crate::error::{plain, shown};
 use crate::map::Concat;
 use crate::source::device::BlockDevice;
 use crate::source::{Guard, Layer, Resolver, dense, thin};
@@ -76,7 +76,7 @@ impl Guard for TableGuard {
 
 /// The layer of a device-mapper device.
 pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
-    let name = sysfs::dm_name(device.id).unwrap_or_else(|| device.name());
+    let name = sysfs::mapper_name(device.id).map_or_else(|| device.name(), |name| shown(&name).to_string());
     let dense = |reason: String| dense::layer(&name, "device-mapper", device.len, reason);
     let Some(control) = resolver.context.dm.control() else {
         return dense("reading its table needs root and /dev/mapper/control".to_owned());

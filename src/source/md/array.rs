@@ -1,35 +1,41 @@
 //! What sysfs tells of an md array. Pure: takes the attributes by name, and is total.
 
+use std::io;
+
+use crate::error::plain;
 use crate::sys::device::DeviceId;
 use crate::units::{Bytes, Sectors};
 
 /// More legs than any array has (`MD_SB_DISKS` of `include/uapi/linux/raid/md_p.h` is 27, and 1.x allows 384 or more).
 const MAX_LEGS: usize = 4096;
 
+/// Looks an attribute up by its name; `None` where the array has none. One that cannot be read is an error.
+pub type Attribute<'a> = &'a dyn Fn(&str) -> io::Result<Option<String>>;
+
 /// A running, idle and whole array.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Array {
+pub struct Array {
     /// The level, `raid1`.
-    pub(super) level: String,
+    pub level: String,
     /// The length of a chunk; zero where the level has none.
-    pub(super) chunk: Bytes,
+    pub chunk: Bytes,
     /// What is used of each leg; zero where legs may differ.
-    pub(super) component: Bytes,
+    pub component: Bytes,
     /// The legs, in order.
-    pub(super) legs: Vec<Leg>,
+    pub legs: Vec<Leg>,
     /// Means something for raid10 only; some levels print -1.
     layout: String,
 }
 
 /// A leg of an array.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Leg {
+pub struct Leg {
     /// Its device.
-    pub(super) device: DeviceId,
+    pub device: DeviceId,
     /// Where the array's data begins on it.
-    pub(super) offset: Sectors,
+    pub offset: Sectors,
     /// How much of the array's data it holds.
-    pub(super) len: Bytes,
+    pub len: Bytes,
 }
 
 impl Array {
@@ -38,9 +44,11 @@ impl Array {
     /// # Errors
     ///
     /// Why the array cannot be believed: it is not whole or not idle, or an attribute is missing or not understood.
-    pub(super) fn read(attribute: &dyn Fn(&str) -> Option<String>) -> Result<Self, String> {
-        let level = attribute("level").ok_or("it has no level")?;
-        let is = |name: &str, allowed: &[&str]| match attribute(name) {
+    pub fn read(attribute: Attribute<'_>) -> Result<Self, String> {
+        let attribute =
+            |name: &str| attribute(name).map_err(|error| format!("cannot read its {name}: {}", plain(&error)));
+        let level = attribute("level")?.ok_or("it has no level")?;
+        let is = |name: &str, allowed: &[&str]| match attribute(name)? {
             Some(value) if allowed.contains(&value.as_str()) => Ok(()),
             value => Err(format!("its {name} is {}", value.as_deref().unwrap_or("not told"))),
         };
@@ -51,25 +59,25 @@ impl Array {
             is("degraded", &["0"])?;
             is("sync_action", &["idle"])?;
         }
-        if attribute("bitmap/metadata").as_deref() == Some("clustered") {
+        if attribute("bitmap/metadata")?.as_deref() == Some("clustered") {
             return Err("other hosts of a cluster write to it".to_owned());
         }
         let number = |name: &str| {
-            attribute(name).and_then(|value| unsigned(&value)).ok_or_else(|| format!("its {name} is not understood"))
+            attribute(name)?.and_then(|value| unsigned(&value)).ok_or_else(|| format!("its {name} is not understood"))
         };
         let count = usize::try_from(number("raid_disks")?).ok().filter(|count| (1..=MAX_LEGS).contains(count));
-        let legs = (0..count.ok_or("its number of legs is out of range")?).map(|slot| Leg::read(slot, attribute));
+        let legs = (0..count.ok_or("its number of legs is out of range")?).map(|slot| Leg::read(slot, &attribute));
         Ok(Self {
             chunk: Bytes::new(number("chunk_size")?),
             component: kib(number("component_size")?).ok_or("its component_size is out of range")?,
-            layout: attribute("layout").unwrap_or_default(),
+            layout: attribute("layout")?.unwrap_or_default(),
             legs: legs.collect::<Result<_, _>>()?,
             level,
         })
     }
 
     /// The number of copies of a raid10 array whose copies are all near ones (`setup_geo` of `drivers/md/raid10.c`).
-    pub(super) fn near_copies(&self) -> Option<usize> {
+    pub fn near_copies(&self) -> Option<usize> {
         let layout = unsigned(&self.layout)?;
         let (near, far, rest) = (layout & 0xff, layout >> 8 & 0xff, layout >> 16);
         (near > 0 && far == 1 && rest == 0).then(|| usize::try_from(near).ok()).flatten()
@@ -77,18 +85,19 @@ impl Array {
 }
 
 impl Leg {
-    fn read(slot: usize, attribute: &dyn Fn(&str) -> Option<String>) -> Result<Self, String> {
+    fn read(slot: usize, attribute: &dyn Fn(&str) -> Result<Option<String>, String>) -> Result<Self, String> {
         let of_leg = |name: &str| attribute(&format!("rd{slot}/{name}"));
-        let state = of_leg("state").ok_or_else(|| format!("leg {slot} is missing"))?;
+        let state = of_leg("state")?.ok_or_else(|| format!("leg {slot} is missing"))?;
         let whole = |word: &str| matches!(word, "in_sync" | "write_mostly" | "failfast");
         if !state.split(',').all(whole) || !state.split(',').any(|word| word == "in_sync") {
             return Err(format!("leg {slot} is {state}"));
         }
+        let [device, offset, len] = [of_leg("block/dev")?, of_leg("offset")?, of_leg("size")?];
         let read = || {
             Some(Self {
-                device: of_leg("block/dev")?.parse().ok()?,
-                offset: Sectors::new(unsigned(&of_leg("offset")?)?),
-                len: kib(unsigned(&of_leg("size")?)?)?,
+                device: device?.parse().ok()?,
+                offset: Sectors::new(unsigned(&offset?)?),
+                len: kib(unsigned(&len?)?)?,
             })
         };
         read().ok_or_else(|| format!("leg {slot} is not understood"))
@@ -110,7 +119,8 @@ mod tests {
     use super::*;
     use std::collections::HashMap;
 
-    /// A raid1 of two legs, as sysfs shows it, with some attributes replaced; an empty one is missing.
+    /// A raid1 of two legs, as sysfs shows it, with some attributes replaced; an empty one is missing, and `?` cannot be
+    /// read.
     fn read(replaced: &[(&str, &str)]) -> Result<Array, String> {
         let mut attributes = HashMap::from([
             ("level", "raid1"),
@@ -133,7 +143,20 @@ mod tests {
             ("rd1/size", "1024"),
         ]);
         attributes.extend(replaced.iter().copied());
-        Array::read(&|name| attributes.get(name).filter(|value| !value.is_empty()).map(|value| (*value).to_owned()))
+        Array::read(&|name| match attributes.get(name) {
+            Some(&"?") => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+            value => Ok(value.filter(|value| !value.is_empty()).map(|value| (*value).to_owned())),
+        })
+    }
+
+    #[test]
+    fn an_attribute_that_cannot_be_read_is_not_one_that_is_missing() {
+        assert!(read(&[("bitmap/metadata", "")]).is_ok());
+        assert!(read(&[("bitmap/metadata", "internal")]).is_ok());
+        for name in ["level", "bitmap/metadata", "layout", "rd1/offset"] {
+            let refused = read(&[(name, "?")]).unwrap_err();
+            assert_eq!(refused, format!("cannot read its {name}: Too many open files"));
+        }
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub fn is_disk(id: DeviceId) -> bool {
     // Peripheral device type 0 is a direct-access device (SPC-4).
     driver.is_ok_and(|driver| driver.file_name() == Some("sd".as_ref()))
         && sysfs::number(id, "device/type") == Some(0)
-        && sysfs::partition(id).is_none()
+        && sysfs::partition(id).is_ok_and(|partition| partition.is_none())
 }
 
 /// Whether a device is a whole NVMe disk.

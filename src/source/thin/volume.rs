@@ -38,7 +38,8 @@ pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let mapped = status().mapped()?;
     let block = pool_block(&control, &table)?;
     // A write to the device may wait for its pool, so no write-back is tried while that is suspended.
-    resolver.waits_on(table.pool);
+    let waits = resolver.waits_on(table.pool);
+    waits.map_err(|error| format!("cannot tell whether its pool is suspended: {}", plain(&error)))?;
     let pool = Pool::new(control, table.pool, &resolver.context.thin);
     let wanted = Wanted { id: table.id, len: asked.len, mapped: mapped.sectors };
     let volume = Volume { pool, wanted, len: asked.len, block, mapped, map: OnceLock::new(), told };

@@ -1,0 +1,7 @@
+//! The end of a device whose size is no multiple of its sectors, on a kernel that can read it.
+
+#[test]
+#[ignore = "needs another kernel: run tests/run"]
+fn a_last_sector_that_is_not_whole_is_data() {
+    crate::common::tail::a_last_sector_that_is_not_whole_is_data();
+}
