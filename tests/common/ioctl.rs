@@ -5,6 +5,8 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
+use nix::errno::Errno;
+
 /// Bytes of `struct loop_info64`.
 const INFO_SIZE: usize = 232;
 /// Where `lo_offset` is in it.
@@ -35,11 +37,15 @@ pub fn loop_set_offset(device: &Path, offset: u64) {
     unsafe { set_status64(device.as_raw_fd(), &raw const info) }.expect("an offset inside the file");
 }
 
-/// Makes the loop device of this number, unbound.
-pub fn loop_add(number: u32) {
+/// Makes the loop device of this number, unbound; false if there is one already.
+pub fn loop_add(number: u32) -> bool {
     let control = File::open("/dev/loop-control").expect("the loop driver is there");
     // SAFETY: LOOP_CTL_ADD takes a number.
-    unsafe { ctl_add(control.as_raw_fd(), number.cast_signed()) }.expect("nobody uses the number");
+    match unsafe { ctl_add(control.as_raw_fd(), number.cast_signed()) } {
+        Ok(_) => true,
+        Err(Errno::EEXIST) => false,
+        Err(error) => panic!("loop device {number}: {error}"),
+    }
 }
 
 /// Takes away an unbound loop device.

@@ -23,15 +23,12 @@ impl Loop {
     pub fn with_options(backing: &Path, options: &[&str]) -> Self {
         let backing = backing.to_str().expect("a temporary path is text");
         let arguments: Vec<_> = ["--find", "--show"].iter().chain(options).copied().chain([backing]).collect();
-        // Another process may take the device between losetup's search and its use of it.
+        // Another process may take the device between losetup's search and its use of it, each time.
         let mut found = Err(String::new());
-        for _ in 0..20 {
+        let _ = wait_until(|| {
             found = try_run("losetup", &arguments, "");
-            match &found {
-                Err(error) if error.contains("busy") => {}
-                _ => break,
-            }
-        }
+            !found.as_ref().is_err_and(|error| error.contains("busy"))
+        });
         let path = found.unwrap_or_else(|error| panic!("{error}")).trim_end().into();
         Self { path, reserved: None, partitions: Vec::new() }
     }
@@ -39,10 +36,12 @@ impl Loop {
     /// A loop device of a number that no search for a free one finds, so that it stays ours while it is not bound.
     pub fn reserved(backing: &Path) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = 1000 + std::process::id() % 100_000 * 8 + NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = format!("/dev/loop{number}").into();
-        let device = Self { path, reserved: Some(number), partitions: Vec::new() };
-        ioctl::loop_add(number);
+        // Where another process has some of these numbers, the next ones are tried.
+        let first = 1000 + std::process::id() % 100_000 * 8;
+        let number =
+            (0..1000).map(|_| first + NUMBER.fetch_add(1, Ordering::Relaxed)).find(|number| ioctl::loop_add(*number));
+        let number = number.expect("a number that nobody uses");
+        let device = Self { path: format!("/dev/loop{number}").into(), reserved: Some(number), partitions: Vec::new() };
         device.bind(backing);
         device
     }

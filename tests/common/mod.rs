@@ -80,16 +80,34 @@ pub fn requires_root() -> bool {
         && (Path::new("/dev/fuse").exists() || skip("/dev/fuse"))
 }
 
+/// Loads these modules of the kernel, where they are not part of it. False when this kernel was made without one: a failure,
+/// or a skip that is printed at once on the kernels of distributions, which leave some out (`tests/kernels`).
+#[must_use]
+pub fn requires_modules(modules: &[&str]) -> bool {
+    let absent = |module: &&&str| try_run("modprobe", ["--dry-run", **module], "").is_err();
+    if let Some(module) = modules.iter().find(absent) {
+        assert!(std::env::var_os("MODULES_MAY_LACK").is_some(), "this test needs the kernel's module {module}");
+        // Past the harness, which shows nothing of a test that does not fail.
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("main").to_owned();
+        writeln!(std::io::stderr(), "skipped: {name}: this kernel has no module {module}").expect("a place to write");
+        return false;
+    }
+    run("modprobe", ["-a"].iter().chain(modules));
+    true
+}
+
 fn skip(missing: &str) -> bool {
     assert!(std::env::var_os("CI").is_none_or(|value| value.is_empty()), "this test needs {missing}");
     eprintln!("skipped: this test needs {missing}");
     false
 }
 
-/// Waits until `condition` holds; false when it does not within 10 seconds.
+/// Waits until `condition` holds; false when it does not within a minute. The machine may be loaded or emulated, and only a
+/// test that fails waits for as long.
 #[must_use]
 pub fn wait_until(mut condition: impl FnMut() -> bool) -> bool {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !condition() {
         if Instant::now() > deadline {
             return false;

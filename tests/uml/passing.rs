@@ -3,7 +3,7 @@
 use crate::common::dm::Dm;
 use crate::common::image::Image;
 use crate::common::loop_device::Loop;
-use crate::common::{KIB, MIB, run};
+use crate::common::{KIB, MIB, requires_modules};
 use crate::targets::{Disk, assert_dense, assert_map};
 
 const SIZE: u64 = 4 * MIB;
@@ -12,6 +12,9 @@ const SECTORS: u64 = SIZE / 512;
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn delay_reads_from_its_first_device() {
+    if !requires_modules(&["dm-delay"]) {
+        return;
+    }
     let read = Disk::new(SIZE + MIB, &[MIB..2 * MIB]);
     let write = Disk::new(SIZE, &[0..SIZE]);
     assert_map(&Dm::new(&format!("0 {SECTORS} delay {} 0 0", read.path())), &[MIB..2 * MIB]);
@@ -22,6 +25,9 @@ fn delay_reads_from_its_first_device() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn flakey_counts_only_while_it_is_not() {
+    if !requires_modules(&["dm-flakey"]) {
+        return;
+    }
     let disk = Disk::new(SIZE + MIB, &[MIB..2 * MIB]);
     assert_map(&Dm::new(&format!("0 {SECTORS} flakey {} 2048 60 0", disk.path())), &[0..MIB]);
     for faults in ["60 1", "60 0 1 drop_writes", "60 0 1 error_writes", "60 0 5 corrupt_bio_byte 32 r 1 0"] {
@@ -32,12 +38,14 @@ fn flakey_counts_only_while_it_is_not() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn unstriped_shows_one_leg() {
+    if !requires_modules(&["dm-unstripe"]) {
+        return;
+    }
     for chunk in [4 * KIB, 64 * KIB] {
         let data = [[0..4 * KIB, MIB..2 * MIB], [512 * KIB..640 * KIB, SIZE - 4 * KIB..SIZE]];
         let legs = data.clone().map(|data| Disk::new(SIZE, &data));
         let [chunk, all] = [chunk / 512, 2 * SECTORS];
         let striped = Dm::new(&format!("0 {all} striped 2 {chunk} {} 0 {} 0", legs[0].path(), legs[1].path()));
-        run("modprobe", ["dm-unstripe"]);
         for (index, data) in data.iter().enumerate() {
             let path = striped.path().display();
             assert_map(&Dm::new(&format!("0 {SECTORS} unstriped 2 {chunk} {index} {path} 0")), data);
@@ -49,7 +57,6 @@ fn unstriped_shows_one_leg() {
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn origins_of_snapshots_are_their_devices() {
     let disk = Disk::new(SIZE, &[MIB..2 * MIB]);
-    run("modprobe", ["dm-snapshot"]);
     assert_map(&Dm::new(&format!("0 {SECTORS} snapshot-origin {}", disk.path())), &[MIB..2 * MIB]);
     // In the middle of a table it would show other bytes than its beginning.
     let table = format!("0 2048 zero\n2048 2048 snapshot-origin {}", disk.path());
@@ -59,6 +66,9 @@ fn origins_of_snapshots_are_their_devices() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn era_shows_its_origin() {
+    if !requires_modules(&["dm-era"]) {
+        return;
+    }
     let (metadata, disk) = (Disk::new(4 * MIB, &[]), Disk::new(SIZE, &[MIB..2 * MIB]));
     let device = Dm::new(&format!("0 {SECTORS} era {} {} 128", metadata.path(), disk.path()));
     assert_map(&device, &[MIB..2 * MIB]);
@@ -67,9 +77,11 @@ fn era_shows_its_origin() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn multipath_is_read_through_a_path_that_works() {
+    if !requires_modules(&["dm-multipath", "dm-round-robin"]) {
+        return;
+    }
     let image = Image::with_data(SIZE, &[MIB..2 * MIB]);
     let paths = [Loop::new(image.path()), Loop::new(image.path())];
-    run("modprobe", ["-a", "dm-multipath", "dm-round-robin"]);
     let [first, second] = paths.each_ref().map(|path| path.path().display().to_string());
     let number = |path: &Loop| {
         let text = std::fs::read_to_string(format!("/sys/block/{}/dev", path.name())).expect("a block device");

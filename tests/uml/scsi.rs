@@ -107,10 +107,12 @@ fn disk_torn_away() {
     let gone =
         |error: std::io::Error| error.raw_os_error().is_some_and(|errno| [libc::ENODEV, libc::EIO].contains(&errno));
     assert!(file.read_at(&mut bytes, 4 * MIB).is_err_and(gone), "a read");
+    // Linux 5.10 keeps the size of a disk that is gone: then there is no error but at a read, and all is data.
+    let all = lseek(&file, 0, Whence::SeekData) == Ok(0) && lseek(&file, 0, Whence::SeekHole) == Ok(8 << 20);
     for whence in [Whence::SeekData, Whence::SeekHole] {
-        assert!(lseek(&file, 0, whence).is_err_and(|errno| gone(errno.into())), "{whence:?}");
+        assert!(all || lseek(&file, 0, whence).is_err_and(|errno| gone(errno.into())), "{whence:?}");
     }
-    assert!(file.metadata().is_err_and(gone), "stat of the open file");
+    assert!(all || file.metadata().is_err_and(gone), "stat of the open file");
 }
 
 /// The kernel calls a medium error ENODATA, which is no errno that a reader of a file knows.
