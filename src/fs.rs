@@ -133,9 +133,16 @@ impl FileSystem {
         let target = self.spec.target(&path)?;
         let ino = {
             let handles = self.lock_handles();
-            self.nodes.find(&path, target.node(), |ino| handles.contains_key(&ino))
+            self.nodes.look_up(&path, target.node(), |ino| handles.contains_key(&ino))
         };
-        self.attributes(ino, &target)
+        // The kernel counts only what it got an answer to.
+        self.attributes(ino, &target).inspect_err(|_| self.forget(ino, 1))
+    }
+
+    /// Takes back `lookups` answers of [`FileSystem::lookup`], since the kernel dropped the inode.
+    pub fn forget(&self, ino: Ino, lookups: u64) {
+        let handles = self.lock_handles();
+        self.nodes.forget(ino, lookups, handles.contains_key(&ino));
     }
 
     /// The attributes of a file or directory. An open file stays with its device, wherever its name leads by now.
@@ -186,7 +193,7 @@ impl FileSystem {
     /// The attributes of an open device, whose node was found to be `node` now.
     fn of_open(&self, ino: Ino, handle: &Arc<Handle>, node: Option<Node>) -> Result<Attributes> {
         let has_hole = handle.has_hole()?;
-        let changed = self.changes.observe(ino, handle);
+        let changed = self.changes.observe(handle);
         let node = node.map_or_else(|| handle.backing().node(), Ok)?;
         Attributes::file(ino, handle, &node, has_hole, changed, &self.ownership)
     }
@@ -201,7 +208,7 @@ impl FileSystem {
         let mut entries = vec![dot(".", ino), dot("..", self.parent(ino))];
         for (name, kind) in self.spec.entries(&directory)? {
             if let Some(path) = self.spec.child(&directory, &name) {
-                entries.push(Entry { ino: self.nodes.ino(&path), kind, name });
+                entries.push(Entry { ino: self.nodes.number(&path), kind, name });
             }
         }
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
@@ -226,7 +233,7 @@ impl FileSystem {
     /// The directory that holds `ino`; the root holds itself.
     fn parent(&self, ino: Ino) -> Ino {
         let parent = self.nodes.path(ino).ok().and_then(|path| path.parent().map(ToOwned::to_owned));
-        parent.map_or(ROOT, |parent| self.nodes.ino(&parent))
+        parent.map_or(ROOT, |parent| self.nodes.number(&parent))
     }
 
     /// Opens a file for reading.
@@ -311,6 +318,8 @@ impl FileSystem {
         };
         if last {
             handles.remove(&open.ino);
+            // The kernel may have forgotten the inode before this close was handled.
+            self.nodes.forget(open.ino, 0, false);
         }
         last
     }
@@ -326,7 +335,8 @@ impl FileSystem {
     pub fn log_counters(&self) {
         let opens = self.open.len();
         let handles = self.lock_handles();
-        info!("{opens} open files on {} devices, maps of {} bytes", handles.len(), self.maps.used());
+        let (names, maps) = (self.nodes.len(), self.maps.used());
+        info!("{opens} open files on {} devices, maps of {maps} bytes, {names} names", handles.len());
         for shared in handles.values() {
             info!("{}: {} opens", shared.handle.backing().name().display(), shared.opens);
         }

@@ -1,11 +1,11 @@
 //! FUSE requests to calls of [`FileSystem`] and back: decode, call, reply, nothing else.
 //!
 //! A device may stand on a file of this very mount: a loop device over a file that is shown here, and shown here itself.
-//! So no request may keep the others from being answered. The module `crew` sees to that.
+//! So no request may keep the others from being answered. The module `threads` sees to that.
 
-mod crew;
 mod kernel;
 mod passthrough;
+mod threads;
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -26,9 +26,9 @@ use crate::handle::Handle;
 use crate::map::view::Whence;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
-use crew::{Crew, is_ours};
 use kernel::Kernel;
 use passthrough::Passthrough;
+use threads::{IfNoThread, Threads, is_ours, perform};
 
 /// How long the kernel may keep a name: an inode number belongs to its path for good, so only removal is seen late.
 const ENTRY_TTL: Duration = Duration::from_secs(1);
@@ -60,7 +60,7 @@ thread_local! {
 /// The FUSE side of a [`FileSystem`].
 pub struct BlkHoleFs {
     fs: Arc<FileSystem>,
-    crew: Crew,
+    threads: Threads,
     passthrough: Arc<Passthrough>,
     kernel: Arc<Kernel>,
     /// What the kernel is told at each open of a file that is read through the daemon.
@@ -72,7 +72,7 @@ impl BlkHoleFs {
     pub fn new(fs: Arc<FileSystem>, direct_io: bool) -> Self {
         // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
         let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
-        Self { fs, crew: Crew::new(SESSION_THREADS), passthrough: Arc::default(), kernel: Arc::default(), open_flags }
+        Self { fs, threads: Threads::new(SESSION_THREADS), passthrough: Arc::default(), kernel: Arc::default(), open_flags }
     }
 
     /// The way back to the kernel, which the session is to connect.
@@ -82,8 +82,12 @@ impl BlkHoleFs {
 
     /// Answers a request, so that another one can be answered meanwhile.
     fn answer(&self, work: impl FnOnce(&FileSystem) + Send + 'static) {
+        self.run(IfNoThread::Refuse, work);
+    }
+
+    fn run(&self, if_no_thread: IfNoThread, work: impl FnOnce(&FileSystem) + Send + 'static) {
         let fs = self.fs.clone();
-        self.crew.run(move || work(&fs));
+        self.threads.run(if_no_thread, move || work(&fs));
     }
 }
 
@@ -232,8 +236,8 @@ impl Filesystem for BlkHoleFs {
         reply: ReplyEmpty,
     ) {
         let (passthrough, kernel) = (self.passthrough.clone(), self.kernel.clone());
-        // The last close of a device writes back its dirty pages.
-        self.answer(move |fs| {
+        // The last close of a device writes back its dirty pages. One that is not done would leave the device open for good.
+        self.run(IfNoThread::Postpone, move |fs| {
             passthrough.release(Fh(fh.0));
             let was_last = fs.release(Fh(fh.0));
             reply.ok();
