@@ -7,11 +7,15 @@ mod attributes;
 mod change;
 mod nodes;
 mod open;
+mod root;
 mod spec;
+mod usage;
 
 pub use attributes::{Attributes, FileKind};
 pub use nodes::{Ino, ROOT};
+pub use root::Root;
 pub use spec::{Place, Spec, Target};
+pub use usage::Usage;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -31,6 +35,7 @@ use attributes::Ownership;
 use change::Changes;
 use nodes::Nodes;
 use open::{Open, OpenFiles};
+use usage::UsageCache;
 
 /// What the user chose for the whole mount.
 #[derive(Clone, Debug, Default)]
@@ -72,6 +77,7 @@ pub struct FileSystem {
     maps: Arc<MapCache>,
     nodes: Nodes,
     changes: Changes,
+    usage: UsageCache,
     open: OpenFiles,
     /// The handle of each device that is open, by inode: several opens share it.
     handles: Mutex<Handles>,
@@ -103,6 +109,7 @@ impl FileSystem {
             context: Arc::new(context),
             maps: Arc::new(MapCache::new(options.map_cache)),
             changes: Changes::default(),
+            usage: UsageCache::default(),
             open: OpenFiles::default(),
             handles: Mutex::default(),
             listings: Mutex::default(),
@@ -198,6 +205,11 @@ impl FileSystem {
         Attributes::file(ino, handle, &node, has_hole, changed, &self.ownership)
     }
 
+    /// What statfs(2) says: how much is shown. Opens no device.
+    pub fn usage(&self) -> Usage {
+        self.usage.of(&self.spec)
+    }
+
     /// Opens a directory: its entries as they are now, `.` and `..` first, so that a listing in parts is one listing.
     ///
     /// # Errors
@@ -265,8 +277,14 @@ impl FileSystem {
         if backing.identity() != identity {
             return Err(errno(libc::ESTALE));
         }
-        let new = Arc::new(Handle::new(backing, self.context.clone(), self.maps.clone()));
+        let mut new = Handle::new(backing, self.context.clone(), self.maps.clone());
         let mut handles = self.lock_handles();
+        // Another name of the device may be open.
+        let same = |shared: &&Shared| identity.is_some() && shared.handle.backing().identity() == identity;
+        if let Some(other) = handles.values().find(same) {
+            new.share_room(&other.handle);
+        }
+        let new = Arc::new(new);
         // Another open may have been faster.
         if let Some(handle) = self.join(&mut handles, ino, identity)? {
             return Ok(handle);
@@ -322,6 +340,16 @@ impl FileSystem {
             self.nodes.forget(open.ino, 0, false);
         }
         last
+    }
+
+    /// Puts another device behind all open files.
+    #[cfg(test)]
+    pub(crate) fn replace_handles(&self, handle: &Arc<Handle>) {
+        for fh in (0..self.next_fh.load(Ordering::Relaxed)).map(Fh) {
+            if let Some(open) = self.open.remove(fh) {
+                self.open.insert(fh, Open { handle: handle.clone(), ..open });
+            }
+        }
     }
 
     /// Drops the maps of all open files; each is made anew when it is asked.

@@ -10,6 +10,7 @@
 
 mod map_cache;
 mod order;
+mod room;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,8 +28,10 @@ use crate::sys::memory;
 use crate::units::Bytes;
 use map_cache::Slot;
 use order::Moment;
+use room::Room;
 
 pub use map_cache::MapCache;
+pub use room::RoomPart;
 
 /// How often one request may resolve the stack again before it answers "data".
 const MAX_TRIES: usize = 3;
@@ -59,6 +62,8 @@ pub struct Handle {
     told_busy: AtomicBool,
     /// A glance for the sake of stat(2) is not worth a line of the log; an open file is.
     quiet: bool,
+    /// For the reads of this device.
+    room: Arc<Room>,
 }
 
 /// A resolved stack, and what it cost.
@@ -133,7 +138,18 @@ impl Handle {
             told: Mutex::default(),
             told_busy: AtomicBool::new(false),
             quiet,
+            room: Arc::default(),
         }
+    }
+
+    /// Has the reads of this device share the room of `other`, which is the same one by another name.
+    pub fn share_room(&mut self, other: &Self) {
+        self.room = other.room.clone();
+    }
+
+    /// Waits until the reads of this device may use a buffer of `size` bytes more, as long as the answer is kept.
+    pub fn wait_for_room(&self, size: usize) -> RoomPart<'_> {
+        self.room.take(size)
     }
 
     /// The open device or image.

@@ -248,8 +248,7 @@ mod tests {
     #[test]
     fn the_table_shrinks() {
         let nodes = Nodes::new();
-        let inos: Vec<_> =
-            (0..20_000).map(|n| nodes.look_up(Path::new(&format!("{n}")), None, |_| false)).collect();
+        let inos: Vec<_> = (0..20_000).map(|n| nodes.look_up(Path::new(&format!("{n}")), None, |_| false)).collect();
         inos.into_iter().for_each(|ino| nodes.forget(ino, 1, false));
         let table = nodes.lock();
         assert_eq!((table.by_ino.len(), table.by_path.len()), (1, 1));
