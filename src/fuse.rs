@@ -59,6 +59,9 @@ const MAX_READ: u32 = 1 << 20;
 /// File systems below an image that is read by passthrough: one that is itself stacked, as overlayfs is, is read by us.
 const PASSTHROUGH_DEPTH: u32 = 1;
 
+/// The longest name of an entry, as on the file systems that device nodes are on.
+const NAME_MAX: u32 = 255;
+
 /// The block size of statfs(2): bsdtar aligns its buffers to it.
 const BLOCK_SIZE: u32 = 4096;
 
@@ -155,6 +158,9 @@ impl Filesystem for BlkHoleFs {
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         if is_ours(request.pid()) {
             return reply.error(OURSELVES);
+        }
+        if name.len() > NAME_MAX as usize {
+            return reply.error(Errno::ENAMETOOLONG);
         }
         let name = name.to_owned();
         self.answer(move |fs| match fs.lookup(Ino(parent.0), &name) {
@@ -304,7 +310,7 @@ impl Filesystem for BlkHoleFs {
         self.answer(move |fs| {
             let usage = fs.usage();
             let blocks = usage.bytes.get().div_ceil(u64::from(BLOCK_SIZE));
-            reply.statfs(blocks, 0, 0, usage.entries, 0, BLOCK_SIZE, 255, BLOCK_SIZE);
+            reply.statfs(blocks, 0, 0, usage.entries, 0, BLOCK_SIZE, NAME_MAX, BLOCK_SIZE);
         });
     }
 
