@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -20,6 +20,7 @@ const IMAGE: INodeNo = INodeNo(2);
 /// A mounted file system with one image, unmounted with this value.
 pub struct FuseImage {
     path: PathBuf,
+    gate: Arc<Mutex<()>>,
     _session: BackgroundSession,
     _directory: tempfile::TempDir,
 }
@@ -28,9 +29,15 @@ impl FuseImage {
     /// An image of `size` bytes that is one hole.
     pub fn new(size: u64) -> Self {
         let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
-        let server = Server { size, pages: Mutex::default() };
+        let gate = Arc::<Mutex<()>>::default();
+        let server = Server { size, pages: Mutex::default(), gate: gate.clone() };
         let session = fuser::spawn_mount(server, directory.path(), &Config::default()).expect("root may mount");
-        Self { path: directory.path().join("image"), _session: session, _directory: directory }
+        Self { path: directory.path().join("image"), gate, _session: session, _directory: directory }
+    }
+
+    /// Keeps all reads waiting, as long as the answer is kept.
+    pub fn block_reads(&self) -> MutexGuard<'_, ()> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The image.
@@ -41,11 +48,13 @@ impl FuseImage {
 
 struct Server {
     size: u64,
+    /// Held while reads are to wait.
+    gate: Arc<Mutex<()>>,
     pages: Mutex<BTreeMap<u64, Vec<u8>>>,
 }
 
 impl Server {
-    fn pages(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Vec<u8>>> {
+    fn pages(&self) -> MutexGuard<'_, BTreeMap<u64, Vec<u8>>> {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -136,6 +145,7 @@ impl Filesystem for Server {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        drop(self.gate.lock().unwrap_or_else(PoisonError::into_inner));
         let pages = self.pages();
         let mut bytes = Vec::new();
         for page in offset / PAGE..(offset + u64::from(size)).min(self.size).div_ceil(PAGE) {
