@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::{Spec, errno, not_found};
 use crate::error::{Error, Result};
 use crate::source::backing::Node;
+use crate::sys::memory;
 
 /// An inode number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,8 +26,8 @@ pub struct Ino(pub u64);
 /// The root of the mount (`FUSE_ROOT_ID`).
 pub const ROOT: Ino = Ino(1);
 
-/// A table with fewer entries than this is not made smaller.
-const FEW: usize = 1024;
+/// After so many entries were removed, and no fewer than are left, their memory is given back.
+const MANY: usize = 1024;
 
 /// The paths that the kernel knows, relative to the SPEC.
 pub struct Nodes(Mutex<Table>);
@@ -34,6 +35,8 @@ pub struct Nodes(Mutex<Table>);
 struct Table {
     by_ino: HashMap<Ino, Entry>,
     by_path: HashMap<Arc<Path>, Ino>,
+    /// Entries that were removed since memory was given back.
+    removed: usize,
 }
 
 struct Entry {
@@ -72,7 +75,8 @@ fn rights(node: &Node) -> (u32, u32, u32) {
 impl Table {
     fn new(root: &Path) -> Self {
         let root = Entry::new(root);
-        Self { by_path: HashMap::from([(root.path.clone(), ROOT)]), by_ino: HashMap::from([(ROOT, root)]) }
+        let by_path = HashMap::from([(root.path.clone(), ROOT)]);
+        Self { by_path, by_ino: HashMap::from([(ROOT, root)]), removed: 0 }
     }
 
     /// The number that a path has, or would get.
@@ -96,16 +100,21 @@ impl Table {
         ino
     }
 
-    fn remove(&mut self, ino: Ino) {
-        let Some(entry) = self.by_ino.remove(&ino) else { return };
+    /// Removes an entry. Returns whether it is time to give memory back.
+    fn remove(&mut self, ino: Ino) -> bool {
+        let Some(entry) = self.by_ino.remove(&ino) else { return false };
         // The path may have got another number since.
         if self.by_path.get(&entry.path) == Some(&ino) {
             self.by_path.remove(&entry.path);
         }
-        if self.by_ino.len().max(FEW) < self.by_ino.capacity() / 4 {
+        self.removed += 1;
+        let is_time = self.removed >= self.by_ino.len().max(MANY);
+        if is_time {
+            self.removed = 0;
             self.by_ino.shrink_to_fit();
             self.by_path.shrink_to_fit();
         }
+        is_time
     }
 }
 
@@ -154,8 +163,9 @@ impl Nodes {
         let mut table = self.lock();
         let Some(entry) = table.by_ino.get_mut(&ino) else { return };
         entry.lookups = entry.lookups.saturating_sub(count);
-        if entry.lookups == 0 && !in_use && ino != ROOT {
-            table.remove(ino);
+        if entry.lookups == 0 && !in_use && ino != ROOT && table.remove(ino) {
+            drop(table);
+            memory::give_back();
         }
     }
 
@@ -252,6 +262,6 @@ mod tests {
         inos.into_iter().for_each(|ino| nodes.forget(ino, 1, false));
         let table = nodes.lock();
         assert_eq!((table.by_ino.len(), table.by_path.len()), (1, 1));
-        assert!(table.by_ino.capacity() < 4 * FEW && table.by_path.capacity() < 4 * FEW);
+        assert!(table.by_ino.capacity() < 4 * MANY && table.by_path.capacity() < 4 * MANY);
     }
 }
