@@ -7,11 +7,15 @@ mod attributes;
 mod change;
 mod nodes;
 mod open;
+mod root;
 mod spec;
+mod usage;
 
 pub use attributes::{Attributes, FileKind};
 pub use nodes::{Ino, ROOT};
+pub use root::Root;
 pub use spec::{Place, Spec, Target};
+pub use usage::Usage;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -31,6 +35,7 @@ use attributes::Ownership;
 use change::Changes;
 use nodes::Nodes;
 use open::{Open, OpenFiles};
+use usage::UsageCache;
 
 /// What the user chose for the whole mount.
 #[derive(Clone, Debug, Default)]
@@ -72,6 +77,7 @@ pub struct FileSystem {
     maps: Arc<MapCache>,
     nodes: Nodes,
     changes: Changes,
+    usage: UsageCache,
     open: OpenFiles,
     /// The handle of each device that is open, by inode: several opens share it.
     handles: Mutex<Handles>,
@@ -103,6 +109,7 @@ impl FileSystem {
             context: Arc::new(context),
             maps: Arc::new(MapCache::new(options.map_cache)),
             changes: Changes::default(),
+            usage: UsageCache::default(),
             open: OpenFiles::default(),
             handles: Mutex::default(),
             listings: Mutex::default(),
@@ -133,9 +140,16 @@ impl FileSystem {
         let target = self.spec.target(&path)?;
         let ino = {
             let handles = self.lock_handles();
-            self.nodes.find(&path, target.node(), |ino| handles.contains_key(&ino))
+            self.nodes.look_up(&path, target.node(), |ino| handles.contains_key(&ino))
         };
-        self.attributes(ino, &target)
+        // The kernel counts only what it got an answer to.
+        self.attributes(ino, &target).inspect_err(|_| self.forget(ino, 1))
+    }
+
+    /// Takes back `lookups` answers of [`FileSystem::lookup`], since the kernel dropped the inode.
+    pub fn forget(&self, ino: Ino, lookups: u64) {
+        let handles = self.lock_handles();
+        self.nodes.forget(ino, lookups, handles.contains_key(&ino));
     }
 
     /// The attributes of a file or directory. An open file stays with its device, wherever its name leads by now.
@@ -188,9 +202,14 @@ impl FileSystem {
     /// The attributes of an open device, whose node was found to be `node` now.
     fn of_open(&self, ino: Ino, handle: &Arc<Handle>, node: Option<Node>) -> Result<Attributes> {
         let has_hole = handle.has_hole()?;
-        let changed = self.changes.observe(ino, handle);
+        let changed = self.changes.observe(handle);
         let node = node.map_or_else(|| handle.backing().node(), Ok)?;
         Attributes::file(ino, handle, &node, has_hole, changed, &self.ownership)
+    }
+
+    /// What statfs(2) says: how much is shown. Opens no device.
+    pub fn usage(&self) -> Usage {
+        self.usage.of(&self.spec)
     }
 
     /// Opens a directory: its entries as they are now, `.` and `..` first, so that a listing in parts is one listing.
@@ -203,7 +222,7 @@ impl FileSystem {
         let mut entries = vec![dot(".", ino), dot("..", self.parent(ino))];
         for (name, kind) in self.spec.entries(&directory)? {
             if let Some(path) = self.spec.child(&directory, &name) {
-                entries.push(Entry { ino: self.nodes.ino(&path), kind, name });
+                entries.push(Entry { ino: self.nodes.number(&path), kind, name });
             }
         }
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
@@ -228,7 +247,7 @@ impl FileSystem {
     /// The directory that holds `ino`; the root holds itself.
     fn parent(&self, ino: Ino) -> Ino {
         let parent = self.nodes.path(ino).ok().and_then(|path| path.parent().map(ToOwned::to_owned));
-        parent.map_or(ROOT, |parent| self.nodes.ino(&parent))
+        parent.map_or(ROOT, |parent| self.nodes.number(&parent))
     }
 
     /// Opens a file for reading.
@@ -260,8 +279,14 @@ impl FileSystem {
         if backing.identity() != identity {
             return Err(errno(libc::ESTALE));
         }
-        let new = Arc::new(Handle::new(backing, self.context.clone(), self.maps.clone()));
+        let mut new = Handle::new(backing, self.context.clone(), self.maps.clone());
         let mut handles = self.lock_handles();
+        // Another name of the device may be open.
+        let same = |shared: &&Shared| identity.is_some() && shared.handle.backing().identity() == identity;
+        if let Some(other) = handles.values().find(same) {
+            new.share_room(&other.handle);
+        }
+        let new = Arc::new(new);
         // Another open may have been faster.
         if let Some(handle) = self.join(&mut handles, ino, identity)? {
             return Ok(handle);
@@ -313,8 +338,20 @@ impl FileSystem {
         };
         if last {
             handles.remove(&open.ino);
+            // The kernel may have forgotten the inode before this close was handled.
+            self.nodes.forget(open.ino, 0, false);
         }
         last
+    }
+
+    /// Puts another device behind all open files.
+    #[cfg(test)]
+    pub(crate) fn replace_handles(&self, handle: &Arc<Handle>) {
+        for fh in (0..self.next_fh.load(Ordering::Relaxed)).map(Fh) {
+            if let Some(open) = self.open.remove(fh) {
+                self.open.insert(fh, Open { handle: handle.clone(), ..open });
+            }
+        }
     }
 
     /// Drops the maps of all open files; each is made anew when it is asked.
@@ -328,7 +365,8 @@ impl FileSystem {
     pub fn log_counters(&self) {
         let opens = self.open.len();
         let handles = self.lock_handles();
-        info!("{opens} open files on {} devices, maps of {} bytes", handles.len(), self.maps.used());
+        let (names, maps) = (self.nodes.len(), self.maps.used());
+        info!("{opens} open files on {} devices, maps of {maps} bytes, {names} names", handles.len());
         for shared in handles.values() {
             info!("{}: {} opens", shown(shared.handle.backing().name()), shared.opens);
         }

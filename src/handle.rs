@@ -5,15 +5,18 @@
 //! 2. the map was asked;
 //! 3. every guard of the stack still saw what it saw before the map was made.
 //!
-//! When a guard saw a change the stack is resolved again, which costs at most a tenth of the time: a device that is
-//! written faster than its map can be read is all data in between.
+//! When a guard saw a change the stack is resolved again, which costs at most a tenth of the time. A request that comes in
+//! between waits until it may be done again, as long as that is soon: an answer "all data" makes a client read everything
+//! up to the end of the device. A device whose map takes too long to read for that is all data in between.
 
 mod map_cache;
 mod order;
+mod room;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{Level, log};
@@ -27,8 +30,10 @@ use crate::sys::memory;
 use crate::units::Bytes;
 use map_cache::Slot;
 use order::Moment;
+use room::Room;
 
 pub use map_cache::MapCache;
+pub use room::RoomPart;
 
 /// How often one request may resolve the stack again before it answers "data".
 const MAX_TRIES: usize = 3;
@@ -45,6 +50,13 @@ const TIMED_ONE_IN: u64 = 16;
 /// After a rebuild that took T, the next one waits for this many times T: a tenth of the time at most.
 const REST_FACTOR: u32 = 9;
 
+/// How long one request waits at most until its stack may be resolved again.
+const LONGEST_WAIT: Duration = Duration::from_secs(3);
+
+/// How long all requests of an open device may wait together, besides a tenth of the time since it was opened: a client that
+/// asks for each of many extents is not to take longer than one that reads everything.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// An open device, shared by all opens of its file.
 pub struct Handle {
     backing: Backing,
@@ -52,13 +64,32 @@ pub struct Handle {
     maps: Arc<MapCache>,
     held: Arc<Slot>,
     /// Held while a stack is resolved, so that it is done once.
-    renewing: Mutex<()>,
+    renewing: Mutex<Waits>,
     /// What the last stack was dense for, so that it is said once.
     told: Mutex<Option<String>>,
     /// Whether the user was already told that this device changes too fast.
     told_busy: AtomicBool,
     /// A glance for the sake of stat(2) is not worth a line of the log; an open file is.
     quiet: bool,
+    /// For the reads of this device.
+    room: Arc<Room>,
+}
+
+/// How long requests waited until a stack could be resolved again.
+struct Waits {
+    since: Instant,
+    waited: Duration,
+}
+
+impl Waits {
+    fn new() -> Self {
+        Self { since: Instant::now(), waited: Duration::ZERO }
+    }
+
+    /// Whether a request may wait for `rest` more.
+    fn allow(&self, rest: Duration) -> bool {
+        rest <= LONGEST_WAIT && self.waited + rest <= PATIENCE + self.since.elapsed() / 10
+    }
 }
 
 /// A resolved stack, and what it cost.
@@ -106,9 +137,10 @@ impl Held {
         self.fits && if self.born > request { self.stack.same_shape() } else { self.stack.unchanged() }
     }
 
-    /// Whether enough time went by since it was made to make another one. One that was not asked yet cost nothing.
-    fn may_be_replaced(&self) -> bool {
-        self.slowest().is_none_or(|read| self.made.elapsed() >= (self.resolved_in + read) * (REST_FACTOR + 1))
+    /// How long it is until another one may be made. One that was not asked yet cost nothing.
+    fn rest(&self) -> Duration {
+        let cost = self.slowest().map_or(Duration::ZERO, |read| (self.resolved_in + read) * (REST_FACTOR + 1));
+        cost.saturating_sub(self.made.elapsed())
     }
 }
 
@@ -129,11 +161,22 @@ impl Handle {
             context,
             maps,
             held: Arc::default(),
-            renewing: Mutex::default(),
+            renewing: Mutex::new(Waits::new()),
             told: Mutex::default(),
             told_busy: AtomicBool::new(false),
             quiet,
+            room: Arc::default(),
         }
+    }
+
+    /// Has the reads of this device share the room of `other`, which is the same one by another name.
+    pub fn share_room(&mut self, other: &Self) {
+        self.room = other.room.clone();
+    }
+
+    /// Waits until the reads of this device may use a buffer of `size` bytes more, as long as the answer is kept.
+    pub fn wait_for_room(&self, size: usize) -> RoomPart<'_> {
+        self.room.take(size)
     }
 
     /// The open device or image.
@@ -242,18 +285,22 @@ impl Handle {
         None
     }
 
-    /// Resolves the stack again; `None` while the last time is too recent. Of several requests one does the work, and
-    /// those that were there before it began share it.
+    /// Resolves the stack again; `None` while the last time is too recent to wait for the next. Of several requests one does
+    /// the work, and those that were there before it began share it.
     fn renew(&self, newer_than: Moment) -> Option<Arc<Held>> {
-        let _one_at_a_time = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waits = self.renewing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(held) = self.current() {
             if held.born > newer_than {
                 return Some(held);
             }
-            if !held.may_be_replaced() {
+            let rest = held.rest();
+            if !waits.allow(rest) {
                 self.tell_busy();
                 return None;
             }
+            waits.waited += rest;
+            // With the lock: the others would wait as long.
+            thread::sleep(rest);
         }
         let (born, made) = (Moment::now(), Instant::now());
         let stack = self.backing.resolve(&self.context);

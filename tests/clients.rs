@@ -6,12 +6,15 @@ mod common;
 
 use std::fs;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use common::check::{Extent, Kind, check_same_bytes, map_holes};
-use common::mount::LoopMount;
-use common::{KIB, MIB, requires, requires_root, run};
+use common::check::{Extent, Kind, check_same_bytes, map_holes, open};
+use common::fuse_image::FuseImage;
+use common::loop_device::Loop;
+use common::mount::{LoopMount, Mount};
+use common::{KIB, MIB, requires, requires_root, run, wait_until};
 
 const SIZE: u64 = 1024 * MIB;
 const DATA: [Range<u64>; 5] = [
@@ -184,6 +187,97 @@ fn nbdcopy() {
     let copy = source.scratch("copy");
     run("nbdcopy", [source.file(), text(&copy)]);
     source.check_copy(&copy);
+}
+
+/// Reads each extent of a file as bmaptool does, which mixes reads through Python's buffer with seeks on the descriptor, and
+/// prints what it read.
+const PYTHON_READER: &str = r#"
+import hashlib, os, sys
+digest, file = hashlib.sha256(), open(sys.argv[1], "rb")
+end = os.fstat(file.fileno()).st_size
+hole = 0
+while hole < end:
+    try:
+        data = os.lseek(file.fileno(), hole, os.SEEK_DATA)
+    except OSError:
+        break
+    hole = os.lseek(file.fileno(), data, os.SEEK_HOLE)
+    file.seek(data)
+    left = hole - data
+    while left:
+        chunk = file.read(min(left, 1 << 20))
+        digest.update(chunk)
+        left -= len(chunk)
+print(digest.hexdigest())
+"#;
+
+/// Python takes `st_blksize` for the size of its buffer: one that is larger than an extent hides where the descriptor is.
+#[test]
+fn python_that_seeks_on_the_descriptor() {
+    if !requires_root() || !requires(&["python3"]) {
+        return;
+    }
+    let data: Vec<_> = (0..64).map(|n| n * 128 * KIB..n * 128 * KIB + (n % 7 + 1) * 4 * KIB).collect();
+    let source = LoopMount::new(64 * 128 * KIB, &data);
+    let read = |path: &Path| run("python3", ["-c", PYTHON_READER, text(path)]);
+    assert_eq!(read(source.file()), read(source.image.path()));
+}
+
+/// There are no extended attributes, which is no reason for a complaint.
+#[test]
+fn programs_that_ask_for_extended_attributes() {
+    if !requires_root() || !requires(&["python3"]) {
+        return;
+    }
+    let source = Source::new();
+    let archive = source.scratch("archive.tar");
+    let (directory, name) = (source.source.mount.directory(), source.source.device.name());
+    let words = ["--xattrs", "--acls", "--selinux", "-cSf", text(&archive), "-C", text(directory), name];
+    let output = Command::new("tar").args(words).output().expect("tar starts");
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && complaint.is_empty(), "{complaint}");
+    source.check_skipped_holes();
+    let copy = source.scratch("copy");
+    run("cp", ["--archive", "--preserve=xattr", source.file(), text(&copy)]);
+    source.check_copied(&copy);
+    let listed = run("python3", ["-c", "import os, sys; print(os.listxattr(sys.argv[1]))", source.file()]);
+    assert_eq!(listed, "[]\n");
+}
+
+/// However many reads wait for one device, they hold little memory, and those of another device do not wait with them.
+#[test]
+fn reads_that_wait_hold_bounded_memory() {
+    const READERS: u64 = 192;
+    if !requires_root() {
+        return;
+    }
+    let image = FuseImage::new(READERS * MIB);
+    let device = Loop::new(image.path());
+    // Each read of a client is one request then, and no more than sixteen would wait else.
+    let mount = Mount::with_options(device.path(), &["-o", "direct_io"]);
+    let file = open(mount.file());
+    let other = LoopMount::new(4 * MIB, &[0..4 * MIB]);
+    let status = |key: &str| {
+        let text = fs::read_to_string(format!("/proc/{}/status", mount.pid())).expect("the daemon runs");
+        let line = text.lines().find_map(|line| line.strip_prefix(key)).expect("proc(5) has it");
+        line.split_whitespace().next().and_then(|word| word.parse::<u64>().ok()).expect("a number")
+    };
+    let blocked = image.block_reads();
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..READERS)
+            .map(|n| {
+                let file = &file;
+                scope.spawn(move || file.read_exact_at(&mut vec![1; 1 << 20], n * MIB).expect("the device answers"))
+            })
+            .collect();
+        let all_wait = wait_until(|| status("Threads:") >= READERS);
+        let others = fs::read(other.file());
+        drop(blocked);
+        assert!(all_wait && others.expect("it can be read").len() as u64 == 4 * MIB);
+        readers.into_iter().for_each(|reader| reader.join().expect("it read"));
+    });
+    // In KiB, at its peak. The reads of one device have 16 MiB.
+    assert!(status("VmHWM:") < 64 << 10, "{} KiB for {READERS} reads of 1 MiB", status("VmHWM:"));
 }
 
 #[test]

@@ -80,6 +80,46 @@ fn mount_inside_its_spec() {
     drop(mount);
 }
 
+/// Two mounts, each in the directory that the other one shows. Their paths would have no end, and each step would double the
+/// questions that they ask each other.
+#[test]
+fn mounts_inside_the_specs_of_each_other() {
+    if !requires_root() {
+        return;
+    }
+    let image = Image::with_data(MIB, &[0..4096]);
+    let device = Loop::new(image.path());
+    let nodes =
+        [(); 2].map(|()| tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory"));
+    for nodes in &nodes {
+        fs::create_dir(nodes.path().join("below")).expect("the directory is ours");
+        run("cp", ["--archive".as_ref(), device.path().as_os_str(), nodes.path().join("below/disk").as_os_str()]);
+    }
+    let first = Mount::of_inside(nodes[0].path(), nodes[1].path());
+    let second = Mount::of_inside(nodes[1].path(), &nodes[0].path().join("below"));
+    let name = |mount: &Mount| mount.directory().file_name().expect("a name").to_owned();
+    // Through the second one, to the first, and so on: what was looked up before the second one was there does not help.
+    let mut path = first.directory().join("below").join(name(&second));
+    for _ in 0..8 {
+        path = path.join(name(&first)).join("below").join(name(&second));
+    }
+    let find = move |directory: &Path| {
+        let directory = directory.to_owned();
+        Box::new(move || {
+            let found = run("find", [directory.as_os_str()]);
+            let expected = ["", "/below", "/below/disk"].map(|path| format!("{}{path}", directory.display()));
+            assert_eq!(found.lines().collect::<Vec<_>>(), expected);
+        }) as Box<dyn FnOnce() + Send>
+    };
+    let look = Box::new(move || {
+        let error = fs::metadata(path).expect_err("a mount in the SPEC is not shown");
+        assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
+    });
+    all_at_once(vec![look, find(first.directory()), find(second.directory())]);
+    drop(second);
+    drop(first);
+}
+
 /// A mount over what it shows could only ask itself for it.
 #[test]
 fn mount_over_its_spec() {

@@ -14,8 +14,10 @@ use crate::units::Bytes;
 const MAX_FILE_MODE: u32 = 0o444;
 const MAX_DIRECTORY_MODE: u32 = 0o555;
 
-/// The size of reads that suits the daemon: cp and others read in this unit.
-const PREFERRED_READ: u32 = 1 << 20;
+/// `st_blksize`, as ext4 reports it. Python takes it for the size of its buffer, and a program that mixes buffered reads
+/// with `lseek` on the descriptor goes wrong when that is larger than an extent. Readers that want more choose it
+/// themselves: cp takes 128 KiB or 256 KiB at least.
+const BLOCK_SIZE: u32 = 4096;
 
 /// Directory or file: there is nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,7 +39,7 @@ pub struct Attributes {
     pub size: Bytes,
     /// Units of 512 bytes that are stored: never 0, and fewer than the size has exactly when there is a hole.
     pub blocks: u64,
-    /// The size of reads that suits.
+    /// The size of reads that suits, in bytes.
     pub block_size: u32,
     /// When the contents changed last, as far as is known.
     pub mtime: SystemTime,
@@ -74,7 +76,7 @@ impl Attributes {
             kind: FileKind::Directory,
             size: Bytes::ZERO,
             blocks: 0,
-            block_size: 4096,
+            block_size: BLOCK_SIZE,
             mtime: shown.mtime,
             ctime: shown.ctime,
             mode: shown.mode & MAX_DIRECTORY_MODE,
@@ -117,7 +119,7 @@ impl Attributes {
             kind: FileKind::File,
             size,
             blocks,
-            block_size: PREFERRED_READ,
+            block_size: BLOCK_SIZE,
             mtime: changed.mtime,
             ctime: changed.ctime,
             mode: shown.mode & MAX_FILE_MODE & ownership.mode,

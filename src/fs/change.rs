@@ -4,12 +4,14 @@
 //! move when what can be seen of the device without reading it did: its I/O counters, how it and the devices below it are
 //! built (lengths, media, tables, bindings), and the times of the files at the bottom. A device whose counters are
 //! switched off may have changed at any time. An image has times of its own.
+//!
+//! The times belong to the device, not to a name that leads to it: they outlive the name, and there are no more of them
+//! than there were devices.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use super::Ino;
 use crate::handle::Handle;
 use crate::source::BlockDevice;
 use crate::source::thin::guard::counts;
@@ -27,7 +29,25 @@ pub struct Changed {
 
 /// What was seen of each device at the last look.
 #[derive(Default)]
-pub struct Changes(Mutex<HashMap<Ino, Seen>>);
+pub struct Changes(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    seen: HashMap<DeviceId, Seen>,
+    /// The last time that was given to a device.
+    last: Option<SystemTime>,
+}
+
+impl Table {
+    /// Now, and later than every time before: a name that leads to another device shows another time, although the clock of
+    /// the kernel may stand still between two looks.
+    fn now(&mut self) -> SystemTime {
+        let next = self.last.map(|last| last + Duration::from_nanos(1));
+        let now = next.map_or_else(SystemTime::now, |next| next.max(SystemTime::now()));
+        self.last = Some(now);
+        now
+    }
+}
 
 struct Seen {
     trace: Trace,
@@ -37,7 +57,6 @@ struct Seen {
 /// What moves when a device is written.
 #[derive(Clone, PartialEq, Eq)]
 struct Trace {
-    id: DeviceId,
     counters: IoCounters,
     stack: u64,
 }
@@ -47,31 +66,42 @@ impl Trace {
     fn of(device: &BlockDevice, handle: &Handle) -> Option<Self> {
         let id = device.id;
         let counters = counts(device).then(|| sysfs::io_counters(id).ok()).flatten()?;
-        Some(Self { id, counters, stack: handle.trace()? })
+        Some(Self { counters, stack: handle.trace()? })
     }
 }
 
 impl Changes {
     /// Looks at an open device and tells when it changed last. It must have been asked for holes right before, which
     /// writes back its dirty pages and looks at how it is built.
-    pub fn observe(&self, ino: Ino, handle: &Handle) -> Changed {
-        let now = SystemTime::now();
-        let unknown = Changed { mtime: now, ctime: now };
+    pub fn observe(&self, handle: &Handle) -> Changed {
         let backing = handle.backing();
         let Some(device) = backing.device() else {
+            let now = SystemTime::now();
+            let unknown = Changed { mtime: now, ctime: now };
             return backing.node().map_or(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
         };
         let trace = Trace::of(device, handle);
-        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(trace) = trace else {
-            seen.remove(&ino);
-            return unknown;
+        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = match (table.seen.get(&device.id), &trace) {
+            (Some(seen), Some(trace)) if seen.trace == *trace => seen.since,
+            _ => table.now(),
         };
-        let since = match seen.get(&ino) {
-            Some(seen) if seen.trace == trace => seen.since,
-            _ => now,
-        };
-        seen.insert(ino, Seen { trace, since });
+        match trace {
+            Some(trace) => drop(table.seen.insert(device.id, Seen { trace, since })),
+            None => drop(table.seen.remove(&device.id)),
+        }
         Changed { mtime: since, ctime: since }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_devices_get_one_time() {
+        let mut table = Table::default();
+        let times: Vec<_> = (0..1000).map(|_| table.now()).collect();
+        assert!(times.is_sorted_by(|a, b| a < b));
     }
 }

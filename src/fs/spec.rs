@@ -3,10 +3,11 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::root::Root;
 use super::{FileKind, Options, not_found};
 use crate::error::{Error, Result};
 use crate::source::Backing;
@@ -14,7 +15,8 @@ use crate::source::backing::Node;
 use crate::source::nbd::{Beside, Export, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{OfflinePools, VolumeMedium};
-use crate::sys::device;
+use crate::sys::device::{self, DeviceId};
+use crate::units::Bytes;
 
 /// What is mounted.
 pub enum Spec {
@@ -24,9 +26,11 @@ pub enum Spec {
         place: Place,
         /// Its name.
         name: OsString,
+        /// The length of an export when it was mounted: nothing else says it without a connection.
+        export_len: Bytes,
     },
     /// A directory of devices.
-    Directory(PathBuf),
+    Directory(Root),
     /// The volumes of a pool that is not active, each named by its id.
     Pool(OfflinePools),
 }
@@ -71,8 +75,8 @@ impl Spec {
             let name = OsString::from(uri.file_name());
             let export = Export::new(uri);
             // The connection is made again after the daemon was forked.
-            export.client()?;
-            return Ok(Self::File { place: Place::Export(Arc::new(export)), name });
+            let export_len = export.client()?.size();
+            return Ok(Self::File { place: Place::Export(Arc::new(export)), name, export_len });
         }
         // Absolute from here on: the daemon leaves the directory that it was started in.
         let path =
@@ -83,17 +87,19 @@ impl Spec {
             return Ok(Self::Pool(pools));
         }
         let failed = |what: &str, error: io::Error| Error::failed(what).on(spec).because(error);
-        let kind = fs::metadata(&path).map_err(|error| failed("cannot open", error))?.file_type();
+        let found = fs::metadata(&path).map_err(|error| failed("cannot open", error))?;
+        let kind = found.file_type();
         if kind.is_dir() {
             fs::read_dir(&path).map_err(|error| failed("cannot read the directory", error))?;
-            return Ok(Self::Directory(path));
+            return Ok(Self::Directory(Root { path, file_system: DeviceId::from_dev(found.dev()) }));
         }
         if !kind.is_block_device() && !kind.is_file() {
             return Err(Error::failed("is neither a block device, nor a regular file, nor a directory").on(spec));
         }
         device::open(&path, false).map_err(|error| failed("cannot open", error))?;
         let name = path.file_name().map(ToOwned::to_owned);
-        Ok(Self::File { name: name.ok_or_else(|| Error::failed("has no name").on(spec))?, place: Place::Path(path) })
+        let name = name.ok_or_else(|| Error::failed("has no name").on(spec))?;
+        Ok(Self::File { name, place: Place::Path(path), export_len: Bytes::ZERO })
     }
 
     /// The path of the one file, if there is only one.
@@ -128,16 +134,13 @@ impl Spec {
     /// ENOENT when nothing is there that is shown.
     pub fn target(&self, path: &Path) -> Result<Target> {
         match self {
-            Self::File { place, name } if path == Path::new(name) => place.clone().file(),
+            Self::File { place, name, .. } if path == Path::new(name) => place.clone().file(),
             Self::File { place, .. } if path.as_os_str().is_empty() => place.directory(),
             Self::File { .. } => Err(not_found()),
-            Self::Directory(root) => {
-                let path = root.join(path);
-                match shown(&path).ok_or_else(not_found)? {
-                    FileKind::File => Place::Path(path).file(),
-                    FileKind::Directory => directory(&path),
-                }
-            }
+            Self::Directory(root) => match root.shown(path).ok_or_else(not_found)? {
+                FileKind::File => Place::Path(root.path.join(path)).file(),
+                FileKind::Directory => directory(&root.path.join(path)),
+            },
             Self::Pool(pools) if path.as_os_str().is_empty() => parent(pools.metadata()),
             Self::Pool(pools) => {
                 let id = path.to_str().and_then(|name| name.parse().ok()).and_then(ThinId::new);
@@ -162,15 +165,7 @@ impl Spec {
             }
             Self::Directory(root) => root,
         };
-        let path = root.join(directory);
-        let failed = |error: io::Error| Error::failed("cannot read the directory").on(&path).because(error);
-        let mut entries = Vec::new();
-        for entry in fs::read_dir(&path).map_err(failed)? {
-            let name = entry.map_err(failed)?.file_name();
-            if let Some(kind) = shown(&path.join(&name)) {
-                entries.push((name, kind));
-            }
-        }
+        let mut entries = root.entries(directory)?;
         entries.sort();
         Ok(entries)
     }
@@ -218,15 +213,4 @@ fn directory(path: &Path) -> Result<Target> {
 
 fn parent(path: &Path) -> Result<Target> {
     directory(path.parent().unwrap_or(Path::new("/")))
-}
-
-/// How a path of the host is shown: block devices as files, also through links, and real directories as directories.
-/// Links to directories are not followed, so no path is endless.
-fn shown(path: &Path) -> Option<FileKind> {
-    let own = fs::symlink_metadata(path).ok()?.file_type();
-    if own.is_dir() {
-        return Some(FileKind::Directory);
-    }
-    let kind = if own.is_symlink() { fs::metadata(path).ok()?.file_type() } else { own };
-    kind.is_block_device().then_some(FileKind::File)
 }

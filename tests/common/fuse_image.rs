@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
@@ -21,6 +21,7 @@ const IMAGE: INodeNo = INodeNo(2);
 pub struct FuseImage {
     path: PathBuf,
     pages: Pages,
+    gate: Arc<Mutex<()>>,
     _session: BackgroundSession,
     _directory: tempfile::TempDir,
 }
@@ -29,15 +30,20 @@ impl FuseImage {
     /// An image of `size` bytes that is one hole.
     pub fn new(size: u64) -> Self {
         let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
-        let pages = Pages::default();
-        let server = Server { size, pages: pages.clone() };
+        let (pages, gate) = (Pages::default(), Arc::<Mutex<()>>::default());
+        let server = Server { size, pages: pages.clone(), gate: gate.clone() };
         let session = fuser::spawn_mount(server, directory.path(), &Config::default()).expect("root may mount");
-        Self { path: directory.path().join("image"), pages, _session: session, _directory: directory }
+        Self { path: directory.path().join("image"), pages, gate, _session: session, _directory: directory }
     }
 
     /// Makes all of the image a hole, as another client of the server may do it: the kernel here does not hear of it.
     pub fn punch_elsewhere(&self) {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Keeps all reads waiting, as long as the answer is kept.
+    pub fn block_reads(&self) -> MutexGuard<'_, ()> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The image.
@@ -51,10 +57,12 @@ type Pages = Arc<Mutex<BTreeMap<u64, Vec<u8>>>>;
 struct Server {
     size: u64,
     pages: Pages,
+    /// Held while reads are to wait.
+    gate: Arc<Mutex<()>>,
 }
 
 impl Server {
-    fn pages(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, Vec<u8>>> {
+    fn pages(&self) -> MutexGuard<'_, BTreeMap<u64, Vec<u8>>> {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -145,6 +153,7 @@ impl Filesystem for Server {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        drop(self.gate.lock().unwrap_or_else(PoisonError::into_inner));
         let pages = self.pages();
         let mut bytes = Vec::new();
         for page in offset / PAGE..(offset + u64::from(size)).min(self.size).div_ceil(PAGE) {

@@ -36,6 +36,11 @@ impl Mount {
         Self::below(spec, spec, &[])
     }
 
+    /// Mounts a directory of devices on a directory inside of `place`.
+    pub fn of_inside(spec: &Path, place: &Path) -> Self {
+        Self::below(place, spec, &[])
+    }
+
     fn below(parent: &Path, spec: &Path, options: &[&str]) -> Self {
         let directory =
             tempfile::Builder::new().prefix("blkholefs-").tempdir_in(parent).expect("a temporary directory");

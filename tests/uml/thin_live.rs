@@ -1,9 +1,11 @@
 //! How a live pool's metadata is read: as seldom as can be, and with nothing left behind.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::common::check::{assert_map, bytes_read, check, map_of, open, seek_data, seek_hole};
 use crate::common::dm::Pool;
@@ -148,4 +150,44 @@ fn questions_at_the_same_time_share_a_reading() {
     for (id, thin) in (0..VOLUMES).zip(&thins) {
         check(&file(id), thin.path());
     }
+}
+
+/// A device that is written all the time has a map for clients that walk it: they wait until it may be read again.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_device_that_is_written_all_the_time_has_holes() {
+    const BLOCK: u64 = 64 << 10;
+    const WALKS: u32 = 20;
+    let pool = Pool::new(256 * MIB, BLOCK);
+    let thin = pool.thin(0, 64 * MIB);
+    for n in 0..8 {
+        write(thin.path(), n * 4 * MIB..n * 4 * MIB + BLOCK);
+    }
+    let mount = Mount::new(thin.path());
+    let file = open(mount.file());
+    let done = AtomicBool::new(false);
+    let (dense, writes) = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let device = fs::OpenOptions::new().write(true).open(thin.path()).expect("the device opens");
+            let mut writes = 0_u64;
+            while !done.load(Ordering::Relaxed) {
+                device.write_all_at(&[1; 4096], writes % 8 * 4 * MIB).expect("a write inside the device");
+                device.sync_data().expect("data reaches the device");
+                writes += 1;
+                // The rate of the writes is what is tested.
+                std::thread::sleep(Duration::from_millis(3));
+            }
+            writes
+        });
+        let is_dense = |_: &u32| {
+            let hole = seek_hole(&file, 0).expect("a hole, or the end");
+            hole == 64 * MIB
+        };
+        let dense = (0..WALKS).filter(is_dense).count();
+        done.store(true, Ordering::Relaxed);
+        (dense, writer.join().expect("the writer writes"))
+    });
+    assert!(writes >= u64::from(WALKS) / 2, "{writes} writes are no load");
+    assert_eq!(dense, 0, "of {WALKS} walks, during {writes} writes");
+    check(mount.file(), thin.path());
 }

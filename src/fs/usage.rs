@@ -1,0 +1,105 @@
+//! What statfs(2) says: the sum of what is shown, and nothing of it free.
+
+use std::collections::HashSet;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{FileKind, Place, Root, Spec};
+use crate::sys::device::DeviceId;
+use crate::sys::sysfs;
+use crate::units::Bytes;
+
+/// Entries of a directory SPEC, those of its subdirectories included, that are counted; the rest is left out.
+const MAX_ENTRIES: u64 = 10_000;
+
+/// How long a sum is good for: bsdtar asks for each file.
+const LIFE: Duration = Duration::from_secs(1);
+
+/// How much a mount shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// The lengths of all files together. A device that has several names counts once.
+    pub bytes: Bytes,
+    /// Files and directories, the root included.
+    pub entries: u64,
+}
+
+/// The last sum, and when it was made.
+#[derive(Default)]
+pub struct UsageCache(Mutex<Option<(Instant, Usage)>>);
+
+impl UsageCache {
+    /// The sum for a SPEC.
+    pub fn of(&self, spec: &Spec) -> Usage {
+        let last = *self.lock();
+        if let Some((_, usage)) = last.filter(|(made, _)| made.elapsed() < LIFE) {
+            return usage;
+        }
+        // Without the lock: a directory of another machine may take long.
+        let usage = Usage::of(spec);
+        *self.lock() = Some((Instant::now(), usage));
+        usage
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(Instant, Usage)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Usage {
+    /// Opens no device: sysfs knows the lengths. What cannot be found out counts nothing.
+    fn of(spec: &Spec) -> Self {
+        match spec {
+            Spec::File { place, export_len, .. } => {
+                let len = match place {
+                    Place::Path(path) => len_at(path).map_or(Bytes::ZERO, |(_, len)| len),
+                    Place::Export(_) | Place::Volume(_) => *export_len,
+                };
+                Self { bytes: len, entries: 2 }
+            }
+            Spec::Directory(root) => Self::of_directory(root),
+            Spec::Pool(pools) => {
+                let found = pools.open().and_then(|pool| pool.volumes()).unwrap_or_default();
+                let lens = found.iter().filter_map(|found| found.volume.as_ref().ok()).map(|volume| volume.len());
+                Self { bytes: lens.fold(Bytes::ZERO, Bytes::saturating_add), entries: 1 + found.len() as u64 }
+            }
+        }
+    }
+
+    fn of_directory(root: &Root) -> Self {
+        let mut sum = Self { bytes: Bytes::ZERO, entries: 1 };
+        let mut devices = HashSet::new();
+        let mut left = vec![PathBuf::new()];
+        while let Some(directory) = left.pop() {
+            for (name, kind) in root.entries(&directory).unwrap_or_default() {
+                if sum.entries >= MAX_ENTRIES {
+                    return sum;
+                }
+                sum.entries += 1;
+                let path = directory.join(name);
+                match kind {
+                    FileKind::Directory => left.push(path),
+                    FileKind::File => {
+                        let found = len_at(&root.path.join(path));
+                        if let Some((_, len)) = found.filter(|(id, _)| devices.insert(*id)) {
+                            sum.bytes = sum.bytes.saturating_add(len);
+                        }
+                    }
+                }
+            }
+        }
+        sum
+    }
+}
+
+/// The length of the device or image at `path`, and which one it is (an image: on which file system).
+fn len_at(path: &Path) -> Option<(DeviceId, Bytes)> {
+    let metadata = path.metadata().ok()?;
+    if metadata.file_type().is_block_device() {
+        let id = DeviceId::from_dev(metadata.rdev());
+        return Some((id, sysfs::len(id)?));
+    }
+    Some((DeviceId::from_dev(metadata.dev()), Bytes::new(metadata.len())))
+}

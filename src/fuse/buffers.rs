@@ -1,0 +1,26 @@
+//! The buffers that reads go through: kept for the next read, since fresh memory is dear.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::sys::buffer::AlignedBuffer;
+
+/// Buffers that are kept: one for each session thread. A buffer grows to the largest read.
+const KEPT: usize = super::SESSION_THREADS;
+
+/// Buffers that no read uses now.
+#[derive(Debug, Default)]
+pub(super) struct Buffers(Mutex<Vec<AlignedBuffer>>);
+
+impl Buffers {
+    /// Lends a buffer: the one that was used last, or a new one.
+    pub(super) fn lend<T>(&self, work: impl FnOnce(&mut AlignedBuffer) -> T) -> T {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut buffer = kept.unwrap_or_default();
+        let done = work(&mut buffer);
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.len() < KEPT {
+            free.push(buffer);
+        }
+        done
+    }
+}

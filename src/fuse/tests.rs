@@ -1,0 +1,71 @@
+//! Faults that only a test can make, over a real mount.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+
+use nix::errno::Errno as SystemErrno;
+use nix::unistd::{Whence, geteuid, lseek};
+
+use super::*;
+use crate::fs::Options;
+use crate::handle::MapCache;
+use crate::source::backing::{Backing, MIN_ALIGN, Medium, Node};
+use crate::source::{Context, Stack};
+use crate::sys::buffer::AlignedBuffer;
+
+/// A source with a fault: whatever is asked of its bytes or its holes panics.
+struct Faulty;
+
+impl Medium for Faulty {
+    fn size(&self) -> io::Result<Bytes> {
+        Ok(Bytes::new(1 << 20))
+    }
+
+    fn align(&self) -> Bytes {
+        MIN_ALIGN
+    }
+
+    fn read(&self, _buffer: &mut AlignedBuffer, _offset: Bytes, _size: usize) -> io::Result<Range<usize>> {
+        panic!("a fault of a test, in a read");
+    }
+
+    fn resolve(&self, _context: &Context) -> Stack {
+        panic!("a fault of a test, in a source");
+    }
+
+    fn node(&self) -> io::Result<Node> {
+        panic!("a fault of a test, in a node");
+    }
+}
+
+/// More panics than there are session threads: each is EIO for one request, and the mount serves as before.
+#[test]
+fn a_panic_in_a_source_is_eio_and_the_mount_goes_on() {
+    if !geteuid().is_root() || !Path::new("/dev/fuse").exists() {
+        assert!(std::env::var_os("CI").is_none_or(|value| value.is_empty()), "this test needs root and /dev/fuse");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("image");
+    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let point = directory.path().join("mount");
+    std::fs::create_dir(&point).unwrap();
+    let fs = Arc::new(FileSystem::new(image.as_os_str(), &Options::default()).unwrap());
+    let mut config = fuser::Config::default();
+    config.n_threads = Some(SESSION_THREADS);
+    let session = fuser::spawn_mount(BlkHoleFs::new(fs.clone(), false), &point, &config).unwrap();
+
+    let shown = point.join("image");
+    let file = File::open(&shown).unwrap();
+    let backing = Backing::new(Path::new("faulty"), Faulty);
+    fs.replace_handles(&Arc::new(Handle::new(backing, Arc::default(), Arc::new(MapCache::default()))));
+    for round in 0..2 * SESSION_THREADS as i64 {
+        assert_eq!(lseek(&file, round, Whence::SeekData), Err(SystemErrno::EIO), "round {round}");
+    }
+    let other = File::open(&shown).unwrap();
+    assert_eq!(lseek(&other, 0, Whence::SeekData), Err(SystemErrno::ENXIO), "the image is one hole");
+    drop((file, other));
+    session.umount_and_join().unwrap();
+}
