@@ -132,12 +132,40 @@ impl SuspendFile {
     }
 }
 
-/// The counters of a device now.
+/// What was written to a device up to some moment.
 ///
-/// # Errors
-/// As [`StatFile::read`].
-pub fn io_counters(id: DeviceId) -> io::Result<IoCounters> {
-    StatFile::open(id)?.read()
+/// As long as it stays the same no write completes: a write is counted when it ends, or (on kernels before 6.4) when it
+/// begins, and is in flight until it ends. The counters only grow. The number in flight can come back, but then another
+/// write has begun and was counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Activity {
+    counters: IoCounters,
+    in_flight: u64,
+}
+
+impl Activity {
+    /// The activity now of the device `id`, whose accounting is `stat`.
+    ///
+    /// # Errors
+    /// As [`StatFile::read`] and [`writes_in_flight`].
+    pub fn now(id: DeviceId, stat: &StatFile) -> io::Result<Self> {
+        // In this order: a write that was counted and has not ended is in flight afterwards.
+        let counters = stat.read()?;
+        Ok(Self { counters, in_flight: writes_in_flight(id)? })
+    }
+
+    /// Whether it is still the same. Where no write was in flight the counters alone tell.
+    ///
+    /// # Errors
+    /// As [`Activity::now`].
+    pub fn lasts(&self, id: DeviceId, stat: &StatFile) -> io::Result<bool> {
+        Ok((self.in_flight == 0 || writes_in_flight(id)? == self.in_flight) && stat.read()? == self.counters)
+    }
+
+    /// Whether no write was under way.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight == 0
+    }
 }
 
 /// Writes that are under way on a device now, discards included.

@@ -9,6 +9,7 @@ mod common;
 
 mod changes;
 mod copies;
+mod counters;
 mod differential;
 mod freshness;
 mod lvm;
