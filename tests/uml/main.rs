@@ -18,6 +18,7 @@ mod nbd;
 mod passing;
 mod scsi;
 mod suspended;
+mod tables;
 mod targets;
 mod thin;
 mod thin_live;

@@ -27,7 +27,7 @@ pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let again = Arc::new(AtomicBool::new(false));
     let guard = WriteGuard::new(asked.device, again.clone());
     resolver.guard(guard.map_err(|error| format!("cannot use its I/O counters: {}", plain(&error)))?);
-    let guard = AloneGuard::new(control.clone(), asked.device.id, table);
+    let guard = AloneGuard::new(control.clone(), asked.events, asked.device.id, table);
     let guard = guard.map_err(|error| format!("cannot look for its other devices: {}", plain(&error)))?;
     let alone = guard.alone();
     resolver.guard(guard);
