@@ -1,6 +1,7 @@
 //! The one factory: a device to its stack of layers.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hasher};
 use std::io;
@@ -79,12 +80,13 @@ impl Stack {
             context,
             guards: Vec::new(),
             dirty: Vec::new(),
-            waits_on: Vec::new(),
+            waits_on: HashMap::new(),
             above: Vec::new(),
             known: HashMap::new(),
         };
         let top = top(&mut resolver);
-        Self { top, guards: resolver.guards, dirty: resolver.dirty, waits_on: resolver.waits_on }
+        let waits_on = resolver.waits_on.into_values().flatten().collect();
+        Self { top, guards: resolver.guards, dirty: resolver.dirty, waits_on }
     }
 
     /// The holes of the whole device.
@@ -130,7 +132,8 @@ pub struct Resolver<'a> {
     pub context: &'a Context,
     guards: Vec<Box<dyn Guard>>,
     dirty: Vec<Dirty>,
-    waits_on: Vec<SuspendFile>,
+    /// Every device that was named, with the attribute of those that can be suspended.
+    waits_on: HashMap<DeviceId, Option<SuspendFile>>,
     above: Vec<DeviceId>,
     known: HashMap<DeviceId, Arc<Layer>>,
 }
@@ -141,9 +144,15 @@ impl Resolver<'_> {
         self.guards.push(Box::new(guard));
     }
 
-    /// Names a device-mapper device whose suspension makes reads and writes of the stack wait.
+    /// Names a device that reads and writes of the stack wait for, while it or a device that it stands on is suspended.
     pub fn waits_on(&mut self, id: DeviceId) {
-        self.waits_on.extend(SuspendFile::open(id));
+        let mut next = vec![id];
+        while let Some(id) = next.pop() {
+            if let Entry::Vacant(entry) = self.waits_on.entry(id) {
+                entry.insert(SuspendFile::open(id));
+                next.extend(sysfs::slaves(id));
+            }
+        }
     }
 
     /// Names a file whose file system may not know of the writes that its page cache holds.
@@ -179,6 +188,8 @@ impl Resolver<'_> {
             return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
         }
         self.above.push(device.id);
+        // Also what stands below a layer that is dense: writing back its dirty pages waits for all of it.
+        self.waits_on(device.id);
         // The guards before anything is read: a change from here on is seen.
         self.guard(SizeGuard::new(device));
         let medium = MediumGuard::new(device);
@@ -201,7 +212,6 @@ impl Resolver<'_> {
         } else if device.id.major == NBD_MAJOR {
             nbd::device_layer(device, self.context.nbd.as_ref())
         } else if sysfs::dm_name(device.id).is_some() {
-            self.waits_on(device.id);
             dm::layer(device, self)
         } else if md::is_array(device.id) {
             md::layer(device, self)

@@ -54,15 +54,25 @@ pub fn partition(id: DeviceId) -> Option<(DeviceId, Sectors)> {
 /// # Errors
 /// As readdir(3) and read(2); `InvalidData` for a text that is not the kernel's.
 pub fn holders(id: DeviceId) -> io::Result<Vec<DeviceId>> {
-    let mut holders = Vec::new();
-    for entry in fs::read_dir(directory(id).join("holders"))? {
+    linked(id, "holders")
+}
+
+/// The devices that this one has in its table or array; none where the kernel names none.
+pub fn slaves(id: DeviceId) -> Vec<DeviceId> {
+    linked(id, "slaves").unwrap_or_default()
+}
+
+/// The devices that a directory of a device's sysfs directory has links to.
+fn linked(id: DeviceId, directory_name: &str) -> io::Result<Vec<DeviceId>> {
+    let mut devices = Vec::new();
+    for entry in fs::read_dir(directory(id).join(directory_name))? {
         match fs::read_to_string(entry?.path().join("dev")) {
-            Ok(number) => holders.push(number.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?),
+            Ok(number) => devices.push(number.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(holders)
+    Ok(devices)
 }
 
 /// A block device's I/O accounting (`Documentation/block/stat.rst`): only what writing changes.

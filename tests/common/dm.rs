@@ -90,7 +90,7 @@ impl Make {
 /// A thin pool, on two loop devices where nothing else is said.
 pub struct Pool {
     pool: Dm,
-    _slow: Vec<Dm>,
+    slow: Vec<Dm>,
     _data: Option<Loop>,
     metadata: Loop,
     _images: [Image; 2],
@@ -164,12 +164,17 @@ impl Pool {
             make.features.len(),
             make.features.join(" ")
         ));
-        Self { pool, _slow: slow, _data: data, metadata, _images: images }
+        Self { pool, slow, _data: data, metadata, _images: images }
     }
 
     /// The pool's own device.
     pub fn dm(&self) -> &Dm {
         &self.pool
+    }
+
+    /// The device that makes the metadata or the data slow.
+    pub fn slow(&self) -> &Dm {
+        &self.slow[0]
     }
 
     /// The device with the metadata.
@@ -207,7 +212,7 @@ impl Pool {
 
     /// Takes the pool away and checks its metadata.
     pub fn thin_check(self) {
-        let Self { pool, _slow: slow, metadata, .. } = self;
+        let Self { pool, slow, metadata, .. } = self;
         drop(pool);
         drop(slow);
         run("thin_check", ["--quiet".as_ref(), metadata.path().as_os_str()]);

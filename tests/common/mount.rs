@@ -100,7 +100,7 @@ impl Mount {
 
     /// The number of the file system, if it is mounted.
     fn device(&self) -> Option<String> {
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("proc is mounted");
+        let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").expect("proc is mounted");
         let directory = self.directory.path().to_str().expect("a temporary path is text");
         let line = mounts.lines().find(|line| line.split(' ').nth(4) == Some(directory))?;
         line.split(' ').nth(2).map(ToOwned::to_owned)

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
-use crate::common::check::{Extent, Kind, assert_map, map_holes, map_of, open, seek_data};
-use crate::common::dm::Dm;
+use crate::common::check::{Extent, Kind, assert_map, map_holes, map_of, open, seek_data, seek_hole};
+use crate::common::dm::{Dm, Pool};
 use crate::common::image::{Image, open_for_writing, write_at};
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
@@ -89,4 +89,36 @@ fn device_that_was_suspended_has_its_holes_again() {
     device.resume();
     assert_eq!(suspended, Some(0), "all data");
     assert_becomes(&Some(MIB), || seek_data(&file, 0));
+}
+
+/// What a layer stands on that is dense is waited for by nobody: a crypt device, or the metadata of a pool.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn devices_below_that_are_not_asked_may_be_suspended_too() {
+    run("modprobe", ["dm-crypt"]);
+    let image = Image::new(4 * MIB);
+    let disk = Loop::new(image.path());
+    let below = Dm::linear(disk.path());
+    let key = "00".repeat(32);
+    let device = Dm::new(&format!("0 8192 crypt aes-xts-plain64 {key} 0 {} 0", below.path().display()));
+    let mount = Mount::new(device.path());
+    let writer = open_for_writing(device.path());
+    let (at_once, map) = looks(&below, &writer, mount.directory(), mount.file());
+    assert!(at_once, "a look waited for the resume of {}", below.name());
+    assert_eq!(map, [Extent(Kind::Data, 0..4 * MIB)]);
+}
+
+/// The metadata of a pool, or the store of a snapshot, is not read while its device is suspended.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn metadata_that_is_suspended_is_not_read() {
+    let pool = Pool::with_slow_metadata(64 * MIB, 64 << 10);
+    let thin = pool.thin(0, 64 * MIB);
+    let mount = Mount::new(thin.path());
+    let writer = open_for_writing(thin.path());
+    let (at_once, map) = looks(pool.slow(), &writer, mount.directory(), mount.file());
+    assert!(at_once, "a look waited for the resume of the metadata device");
+    assert_eq!(map, [Extent(Kind::Data, 0..64 * MIB)], "all data");
+    drop(writer);
+    assert_becomes(&Some(MIB + (64 << 10)), || seek_hole(&open(mount.file()), MIB));
 }

@@ -3,7 +3,9 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use crate::common::check::{check, open, seek_data, seek_hole};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::common::check::{check, open, seek_data, seek_hole, sysfs};
 use crate::common::dm::{Dm, Pool};
 use crate::common::image::{discard, write};
 use crate::common::mount::Mount;
@@ -141,13 +143,19 @@ fn tables_of_other_devices_change_nothing() {
 fn the_control_device_may_come_later() {
     let disk = Disk::new(SIZE, &[MIB..2 * MIB]);
     let device = Dm::linear(disk.device.path());
-    let (control, away) = (Path::new("/dev/mapper/control"), Path::new("/dev/mapper/control.away"));
-    std::fs::rename(control, away).expect("/dev is ours");
-    let mount = Mount::new(device.path());
-    let file = open(mount.file());
-    let dense = (seek_data(&file, 0), seek_hole(&file, 0));
-    std::fs::rename(away, control).expect("/dev is ours");
-    assert_eq!(dense, (Some(0), Some(SIZE)), "all data");
-    crate::common::assert_becomes(&Some(MIB), || seek_data(&file, 0));
-    check(mount.file(), device.path());
+    let node = std::fs::canonicalize(sysfs(device.path())).expect("sysfs");
+    let node = Path::new("/dev").join(node.file_name().expect("a name"));
+    // In a mount namespace of its own, so that other tests keep their /dev/mapper.
+    let shown = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNS).expect("root may");
+        run("mount", ["--make-rprivate", "/"]);
+        run("mount", ["-t", "tmpfs", "none", "/dev/mapper"]);
+        let mount = Mount::new(&node);
+        let file = open(mount.file());
+        assert_eq!((seek_data(&file, 0), seek_hole(&file, 0)), (Some(0), Some(SIZE)), "all data");
+        run("umount", ["/dev/mapper"]);
+        crate::common::assert_becomes(&Some(MIB), || seek_data(&file, 0));
+        check(mount.file(), &node);
+    });
+    shown.join().expect("the device is shown with its holes");
 }

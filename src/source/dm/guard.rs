@@ -73,11 +73,19 @@ impl Guard for ReplacedGuard {
     }
 }
 
-/// A device whose table cannot be read because the control device cannot be opened, or does not answer.
-pub struct NoControl;
+/// A device whose table cannot be read: the control device cannot be opened, or refuses.
+pub struct NoTable {
+    /// The control device, if it could be opened.
+    pub control: Option<Arc<Control>>,
+    /// The device.
+    pub id: DeviceId,
+}
 
-impl Guard for NoControl {
+impl Guard for NoTable {
     fn unchanged(&self) -> bool {
-        Control::open().is_err()
+        match &self.control {
+            None => Control::open().is_err(),
+            Some(control) => control.events().and_then(|_| control.table(self.id)).is_err(),
+        }
     }
 }

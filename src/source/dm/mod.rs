@@ -32,7 +32,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use log::debug;
 
-use self::guard::{NoControl, TableGuard};
+use self::guard::{NoTable, TableGuard};
 use crate::error::plain;
 use crate::map::Concat;
 use crate::source::device::BlockDevice;
@@ -66,14 +66,14 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
     let name = sysfs::dm_name(device.id).unwrap_or_else(|| device.name());
     let dense = |reason: String| dense::layer(&name, "device-mapper", device.len, reason);
     let Some(control) = resolver.context.dm.control() else {
-        resolver.guard(NoControl);
+        resolver.guard(NoTable { control: None, id: device.id });
         return dense("reading its table needs root and /dev/mapper/control".to_owned());
     };
     // The events before the table: a table that replaces it from here on is seen.
     let (events, table) = match control.events().and_then(|events| Ok((events, control.table(device.id)?))) {
         Ok(both) => both,
         Err(error) => {
-            resolver.guard(NoControl);
+            resolver.guard(NoTable { control: Some(control), id: device.id });
             return dense(format!("cannot read its table: {}", plain(&error)));
         }
     };

@@ -38,6 +38,7 @@ pub fn layer(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     // The kernel writes the store past the page cache.
     let (cow, _) = device::open_id(snapshot.cow, true)
         .map_err(|error| format!("cannot open its store {}: {}", snapshot.cow, plain(&error)))?;
+    resolver.waits_on(snapshot.cow);
     let suspended = SuspendFile::open(snapshot.cow);
     let store = Arc::new(StoreMap { cow, suspended, layout, count, len: asked.len, read: OnceLock::new() });
     resolver.guard(Incomplete(store.clone()));

@@ -36,7 +36,8 @@ pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     }
     let mapped = mapped(&control, asked)?;
     let block = pool_block(&control, &table)?;
-    // A write to the device may wait for its pool, so no write-back is tried while that is suspended.
+    // A write to the device may wait for its pool, and reading its map for the pool's metadata device: neither is tried
+    // while one of them is suspended.
     resolver.waits_on(table.pool);
     let pool = Pool::new(control, table.pool, &resolver.context.thin);
     let wanted = Wanted { id: table.id, len: asked.len, mapped: mapped.sectors };
