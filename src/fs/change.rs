@@ -3,7 +3,7 @@
 //! A block device keeps no such time. The first look at a device gives it the time of that look; after that the times
 //! move when what can be seen of the device without reading it did: its I/O counters, how it and the devices below it are
 //! built (lengths, media, tables, bindings), and the times of the files at the bottom. A device whose counters are
-//! switched off may have changed at any time. An image has times of its own.
+//! switched off, or were since the first look, may have changed at any time. An image has times of its own.
 //!
 //! The times belong to the device, not to a name that leads to it: they outlive the name, and there are no more of them
 //! than there were devices.
@@ -14,9 +14,9 @@ use std::time::{Duration, SystemTime};
 
 use crate::handle::Handle;
 use crate::source::BlockDevice;
-use crate::source::thin::guard::counts;
 use crate::sys::device::DeviceId;
-use crate::sys::sysfs::{self, IoCounters};
+use crate::sys::iostats::Counting;
+use crate::sys::sysfs::{Activity, StatFile};
 
 /// The times of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,7 @@ struct Seen {
 /// What moves when a device is written.
 #[derive(Clone, PartialEq, Eq)]
 struct Trace {
-    counters: IoCounters,
+    activity: Activity,
     stack: u64,
 }
 
@@ -65,8 +65,9 @@ impl Trace {
     /// `None` when something is not known.
     fn of(device: &BlockDevice, handle: &Handle) -> Option<Self> {
         let id = device.id;
-        let counters = counts(device).then(|| sysfs::io_counters(id).ok()).flatten()?;
-        Some(Self { counters, stack: handle.trace()? })
+        let counting = Counting::of(id).ok()?;
+        let activity = Activity::now(id, &StatFile::open(id).ok()?).ok()?;
+        Some(Self { activity, stack: handle.trace()? }).filter(|_| counting.goes_on())
     }
 }
 

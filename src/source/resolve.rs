@@ -1,6 +1,7 @@
 //! The one factory: a device to its stack of layers.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::hash::{DefaultHasher, Hasher};
 use std::io;
@@ -80,12 +81,13 @@ impl Stack {
             context,
             guards: Vec::new(),
             dirty: Vec::new(),
-            waits_on: Vec::new(),
+            waits_on: HashMap::new(),
             above: Vec::new(),
             known: HashMap::new(),
         };
         let top = top(&mut resolver);
-        Self { top, guards: resolver.guards, dirty: resolver.dirty, waits_on: resolver.waits_on }
+        let waits_on = resolver.waits_on.into_values().flatten().collect();
+        Self { top, guards: resolver.guards, dirty: resolver.dirty, waits_on }
     }
 
     /// The same stack, all data for that reason.
@@ -139,7 +141,8 @@ pub struct Resolver<'a> {
     pub context: &'a Context,
     guards: Vec<Box<dyn Guard>>,
     dirty: Vec<Dirty>,
-    waits_on: Vec<SuspendFile>,
+    /// Every device that was named, with the attribute of those that can be suspended.
+    waits_on: HashMap<DeviceId, Option<SuspendFile>>,
     above: Vec<DeviceId>,
     known: HashMap<DeviceId, Arc<Layer>>,
 }
@@ -150,12 +153,18 @@ impl Resolver<'_> {
         self.guards.push(Box::new(guard));
     }
 
-    /// Names a device-mapper device whose suspension makes reads and writes of the stack wait.
+    /// Names a device that reads and writes of the stack wait for, while it or a device that it stands on is suspended.
     ///
     /// # Errors
-    /// When it cannot be known whether it is suspended.
+    /// When it cannot be known whether one of them is suspended.
     pub fn waits_on(&mut self, id: DeviceId) -> io::Result<()> {
-        self.waits_on.extend(SuspendFile::open(id)?);
+        let mut next = vec![id];
+        while let Some(id) = next.pop() {
+            if let Entry::Vacant(entry) = self.waits_on.entry(id) {
+                entry.insert(SuspendFile::open(id)?);
+                next.extend(sysfs::slaves(id)?);
+            }
+        }
         Ok(())
     }
 
@@ -191,6 +200,12 @@ impl Resolver<'_> {
         if let Some(reason) = refused {
             return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
         }
+        // Also what stands below a layer that is dense: writing back its dirty pages waits for all of it. Where it is not
+        // known whether that would wait, they are not written back, and the layer is dense.
+        if let Err(error) = self.waits_on(device.id) {
+            let reason = format!("cannot tell whether it is suspended: {}", crate::error::plain(&error));
+            return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
+        }
         self.above.push(device.id);
         // The guards before anything is read: a change from here on is seen.
         let size = SizeGuard::new(device);
@@ -224,10 +239,7 @@ impl Resolver<'_> {
         Ok(match kind? {
             Kind::Partition { disk, start } => partition::layer(device, disk, start, self),
             Kind::Nbd => nbd::device_layer(device, self.context.nbd.as_ref()),
-            Kind::DeviceMapper => {
-                self.waits_on(device.id)?;
-                dm::layer(device, self)
-            }
+            Kind::DeviceMapper => dm::layer(device, self),
             Kind::Md => md::layer(device, self),
             Kind::Scsi => scsi::disk_layer(device),
             Kind::Nvme => scsi::nvme_layer(&device.name(), device.len),

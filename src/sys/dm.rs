@@ -6,8 +6,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::device::{self, DeviceId};
 use crate::units::Sectors;
@@ -22,19 +25,18 @@ mod field {
     pub const DATA_SIZE: usize = 12;
     pub const DATA_START: usize = 16;
     pub const TARGET_COUNT: usize = 20;
-    pub const OPEN_COUNT: usize = 24;
     pub const FLAGS: usize = 28;
     pub const DEV: usize = 40;
     pub const NAME: usize = 48;
     pub const NAME_END: usize = 176;
 }
-/// The first interface version with everything that is used here (`DM_NOFLUSH_FLAG` for status is of 4.22, kernel 3.1).
+/// The interface version that is asked for: the kernel refuses another major number and a higher minor one. `DM_NOFLUSH_FLAG`
+/// for status is of 4.22 (kernel 3.1), `DM_DEV_ARM_POLL` of 4.37 (kernel 4.14).
 const VERSION: [u32; 3] = [4, 0, 0];
 const DM_READONLY_FLAG: u32 = 1 << 0;
 const DM_SUSPEND_FLAG: u32 = 1 << 1;
 const DM_STATUS_TABLE_FLAG: u32 = 1 << 4;
 const DM_ACTIVE_PRESENT_FLAG: u32 = 1 << 5;
-const DM_INACTIVE_PRESENT_FLAG: u32 = 1 << 6;
 const DM_BUFFER_FULL_FLAG: u32 = 1 << 8;
 const DM_NOFLUSH_FLAG: u32 = 1 << 11;
 /// A table of more text than this is not one that anybody made on purpose.
@@ -42,9 +44,9 @@ const MAX_BUFFER: usize = 64 << 20;
 
 mod raw {
     const DM_IOCTL: u8 = 0xfd;
-    pub const DEV_STATUS: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 7, super::HEADER);
     pub const TABLE_STATUS: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 12, super::HEADER);
     pub const TARGET_MSG: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 14, super::HEADER);
+    pub const DEV_ARM_POLL: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 16, super::HEADER);
 }
 
 /// One target of a device's table, or its status line.
@@ -114,18 +116,20 @@ pub enum Commit {
     No,
 }
 
-/// How a device is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Usage {
-    /// How often it is open, by other devices and by programs.
-    pub opens: u32,
-    /// Whether a table was loaded that will be the live one when the device is resumed.
-    pub table_waits: bool,
-}
+/// How often device-mapper's global event was seen to happen. No value comes back.
+///
+/// The kernel raises the event at each replacement of a live table, while the device is still suspended
+/// (`drivers/md/dm.c: dm_swap_table`), and also when a device is created, renamed or removed, and when a target reports
+/// something. So as long as the number is the same, the live table of every device is the one that it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Events(u64);
 
 /// `/dev/mapper/control`. Every request on it needs CAP_SYS_ADMIN.
 #[derive(Debug)]
-pub struct Control(File);
+pub struct Control {
+    file: File,
+    events: Mutex<u64>,
+}
 
 impl Control {
     /// Opens the control device.
@@ -133,7 +137,25 @@ impl Control {
     /// # Errors
     /// As open(2).
     pub fn open() -> io::Result<Self> {
-        device::open(Path::new("/dev/mapper/control"), false).map(Self)
+        let file = device::open(Path::new("/dev/mapper/control"), false)?;
+        Ok(Self { file, events: Mutex::new(0) })
+    }
+
+    /// The events up to now.
+    ///
+    /// # Errors
+    /// As poll(2) and ioctl(2).
+    pub fn events(&self) -> io::Result<Events> {
+        // Held over both calls: of two threads that see one event, the second one must not miss that it was counted.
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut polled = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
+        // The file is readable as long as an event happened since it was opened or armed (`dm_poll`).
+        if poll(&mut polled, PollTimeout::ZERO)? > 0 {
+            self.call(raw::DEV_ARM_POLL, &mut header(0, HEADER))?;
+            // More than one event may have happened up to here. One step stands for all of them.
+            *events += 1;
+        }
+        Ok(Events(*events))
     }
 
     /// The live table of a device. Answers for a suspended device too, and changes nothing.
@@ -150,20 +172,6 @@ impl Control {
     /// As [`Control::table`].
     pub fn status(&self, id: DeviceId, commit: Commit) -> io::Result<Table> {
         self.read(id, if commit == Commit::Yes { 0 } else { DM_NOFLUSH_FLAG })
-    }
-
-    /// How a device is used.
-    ///
-    /// # Errors
-    /// As [`Control::table`].
-    pub fn usage(&self, id: DeviceId) -> io::Result<Usage> {
-        let mut reply = request(id, DM_NOFLUSH_FLAG, HEADER);
-        self.call(raw::DEV_STATUS, &mut reply)?;
-        let number = |at| u32_at(&reply, at).ok_or(io::ErrorKind::InvalidData);
-        Ok(Usage {
-            opens: number(field::OPEN_COUNT)?,
-            table_waits: number(field::FLAGS)? & DM_INACTIVE_PRESENT_FLAG != 0,
-        })
     }
 
     /// Sends a message to the target at the start of a device.
@@ -196,7 +204,7 @@ impl Control {
     fn call(&self, code: libc::c_ulong, buffer: &mut [u8]) -> io::Result<()> {
         // SAFETY: the buffer is longer than a dm_ioctl and carries its own length in data_size, which bounds what the
         // kernel reads and writes.
-        match unsafe { libc::ioctl(self.0.as_raw_fd(), code, buffer.as_mut_ptr()) } {
+        match unsafe { libc::ioctl(self.file.as_raw_fd(), code, buffer.as_mut_ptr()) } {
             0.. => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
@@ -205,6 +213,13 @@ impl Control {
 
 /// A request about one device, by its number.
 fn request(id: DeviceId, flags: u32, size: usize) -> Vec<u8> {
+    let mut buffer = header(flags, size);
+    buffer[field::DEV..field::DEV + 8].copy_from_slice(&id.to_huge().to_ne_bytes());
+    buffer
+}
+
+/// A request about no device.
+fn header(flags: u32, size: usize) -> Vec<u8> {
     let mut buffer = vec![0; size];
     let mut put = |at: usize, bytes: &[u8]| buffer[at..at + bytes.len()].copy_from_slice(bytes);
     for (index, number) in VERSION.iter().enumerate() {
@@ -213,7 +228,6 @@ fn request(id: DeviceId, flags: u32, size: usize) -> Vec<u8> {
     put(field::DATA_SIZE, &u32::try_from(size).unwrap_or(u32::MAX).to_ne_bytes());
     put(field::DATA_START, &u32::try_from(HEADER).unwrap_or(u32::MAX).to_ne_bytes());
     put(field::FLAGS, &flags.to_ne_bytes());
-    put(field::DEV, &id.to_huge().to_ne_bytes());
     buffer
 }
 

@@ -118,15 +118,31 @@ fn partition_in(directory: &Path, id: DeviceId) -> io::Result<Option<(DeviceId, 
 /// # Errors
 /// As readdir(3) and read(2); `InvalidData` for a text that is not the kernel's.
 pub fn holders(id: DeviceId) -> io::Result<Vec<DeviceId>> {
-    let mut holders = Vec::new();
-    for entry in fs::read_dir(directory(id).join("holders"))? {
+    linked(id, "holders")
+}
+
+/// The devices that this one has in its table or array; none where the kernel names none, as for a partition.
+///
+/// # Errors
+/// As [`holders`].
+pub fn slaves(id: DeviceId) -> io::Result<Vec<DeviceId>> {
+    match linked(id, "slaves") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        slaves => slaves,
+    }
+}
+
+/// The devices that a directory of a device's sysfs directory has links to.
+fn linked(id: DeviceId, directory_name: &str) -> io::Result<Vec<DeviceId>> {
+    let mut devices = Vec::new();
+    for entry in fs::read_dir(directory(id).join(directory_name))? {
         match fs::read_to_string(entry?.path().join("dev")) {
-            Ok(number) => holders.push(number.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?),
+            Ok(number) => devices.push(number.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(holders)
+    Ok(devices)
 }
 
 /// A block device's I/O accounting (`Documentation/block/stat.rst`): only what writing changes.
@@ -206,12 +222,40 @@ impl SuspendFile {
     }
 }
 
-/// The counters of a device now.
+/// What was written to a device up to some moment.
 ///
-/// # Errors
-/// As [`StatFile::read`].
-pub fn io_counters(id: DeviceId) -> io::Result<IoCounters> {
-    StatFile::open(id)?.read()
+/// As long as it stays the same no write completes: a write is counted when it ends, or (on kernels before 6.4) when it
+/// begins, and is in flight until it ends. The counters only grow. The number in flight can come back, but then another
+/// write has begun and was counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Activity {
+    counters: IoCounters,
+    in_flight: u64,
+}
+
+impl Activity {
+    /// The activity now of the device `id`, whose accounting is `stat`.
+    ///
+    /// # Errors
+    /// As [`StatFile::read`] and [`writes_in_flight`].
+    pub fn now(id: DeviceId, stat: &StatFile) -> io::Result<Self> {
+        // In this order: a write that was counted and has not ended is in flight afterwards.
+        let counters = stat.read()?;
+        Ok(Self { counters, in_flight: writes_in_flight(id)? })
+    }
+
+    /// Whether it is still the same. Where no write was in flight the counters alone tell.
+    ///
+    /// # Errors
+    /// As [`Activity::now`].
+    pub fn lasts(&self, id: DeviceId, stat: &StatFile) -> io::Result<bool> {
+        Ok((self.in_flight == 0 || writes_in_flight(id)? == self.in_flight) && stat.read()? == self.counters)
+    }
+
+    /// Whether no write was under way.
+    pub fn is_idle(&self) -> bool {
+        self.in_flight == 0
+    }
 }
 
 /// Writes that are under way on a device now, discards included.

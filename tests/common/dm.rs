@@ -82,15 +82,16 @@ impl Make {
             slow_metadata: false,
             slow_data: 0,
             features: &["skip_block_zeroing", "error_if_no_space"],
+            data: None,
         }
     }
 }
 
-/// A thin pool on two loop devices.
+/// A thin pool, on two loop devices where nothing else is said.
 pub struct Pool {
     pool: Dm,
-    _slow: Vec<Dm>,
-    _data: Loop,
+    slow: Vec<Dm>,
+    _data: Option<Loop>,
     metadata: Loop,
     _images: [Image; 2],
 }
@@ -105,6 +106,8 @@ struct Make {
     /// As many bytes at the start of the data take their time to be written and discarded.
     slow_data: u64,
     features: &'static [&'static str],
+    /// The data device, if it is not a loop device.
+    data: Option<PathBuf>,
 }
 
 impl Pool {
@@ -123,9 +126,9 @@ impl Pool {
         Self::make(&Make { slow_data: slow, ..Make::new(size, block) })
     }
 
-    /// A pool whose volumes take no discards.
-    pub fn without_discards(size: u64, block: u64) -> Self {
-        Self::make(&Make { features: &["skip_block_zeroing", "ignore_discard"], ..Make::new(size, block) })
+    /// A pool whose data is on `data`.
+    pub fn over(data: &Path, block: u64) -> Self {
+        Self::make(&Make { data: Some(data.to_owned()), ..Make::new(sectors(data) * 512, block) })
     }
 
     /// [`Pool::new`] with so many bytes for metadata.
@@ -135,8 +138,10 @@ impl Pool {
 
     fn make(make: &Make) -> Self {
         let images = [Image::new(make.size), Image::new(make.metadata)];
-        let (data, metadata) = (Loop::new(images[0].path()), Loop::new(images[1].path()));
-        let (mut data_path, mut metadata_path) = (data.path(), metadata.path());
+        let data = make.data.is_none().then(|| Loop::new(images[0].path()));
+        let metadata = Loop::new(images[1].path());
+        let data_device = data.as_ref().map(Loop::path).or(make.data.as_deref());
+        let (mut data_path, mut metadata_path) = (data_device.expect("one of both"), metadata.path());
         let mut slow = Vec::new();
         if make.slow_metadata {
             let path = metadata_path.display();
@@ -159,12 +164,17 @@ impl Pool {
             make.features.len(),
             make.features.join(" ")
         ));
-        Self { pool, _slow: slow, _data: data, metadata, _images: images }
+        Self { pool, slow, _data: data, metadata, _images: images }
     }
 
     /// The pool's own device.
     pub fn dm(&self) -> &Dm {
         &self.pool
+    }
+
+    /// The device that makes the metadata or the data slow.
+    pub fn slow(&self) -> &Dm {
+        &self.slow[0]
     }
 
     /// The device with the metadata.
@@ -202,7 +212,7 @@ impl Pool {
 
     /// Takes the pool away and checks its metadata.
     pub fn thin_check(self) {
-        let Self { pool, _slow: slow, metadata, .. } = self;
+        let Self { pool, slow, metadata, .. } = self;
         drop(pool);
         drop(slow);
         run("thin_check", ["--quiet".as_ref(), metadata.path().as_os_str()]);

@@ -18,6 +18,7 @@ pub struct Mount {
     log: tempfile::TempPath,
     file: PathBuf,
     killed: bool,
+    ended: bool,
 }
 
 impl Mount {
@@ -50,7 +51,7 @@ impl Mount {
         let daemon =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("the program starts");
         let file = directory.path().join(spec.file_name().unwrap_or_default());
-        let mut mount = Self { daemon, directory, log: log_path, file, killed: false };
+        let mut mount = Self { daemon, directory, log: log_path, file, killed: false, ended: false };
         let up = wait_until(|| mount.is_mounted() || !mount.is_running()) && mount.is_mounted();
         assert!(up, "{command:?} mounts nothing: {}", mount.log());
         mount
@@ -104,7 +105,7 @@ impl Mount {
 
     /// The number of the file system, if it is mounted.
     fn device(&self) -> Option<String> {
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("proc is mounted");
+        let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").expect("proc is mounted");
         let directory = self.directory.path().to_str().expect("a temporary path is text");
         let line = mounts.lines().find(|line| line.split(' ').nth(4) == Some(directory))?;
         line.split(' ').nth(2).map(ToOwned::to_owned)
@@ -118,7 +119,14 @@ impl Mount {
         let _ = self.daemon.wait();
     }
 
-    fn is_running(&mut self) -> bool {
+    /// Says that the daemon has ended by itself, and has taken its mount away.
+    pub fn ended(mut self) {
+        assert!(!self.is_running() && !self.is_mounted(), "{}", self.log());
+        self.ended = true;
+    }
+
+    /// Whether the daemon has not ended.
+    pub fn is_running(&mut self) -> bool {
         matches!(self.daemon.try_wait(), Ok(None))
     }
 }
@@ -131,6 +139,9 @@ impl Drop for Mount {
             lines.dedup();
             eprintln!("the daemon said at last:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
             return self.clear_away();
+        }
+        if self.ended {
+            return;
         }
         // Another test's child has this process's descriptors between its fork and its exec, and so the mount is busy.
         let mut unmounted = Err(String::new());

@@ -9,6 +9,7 @@ mod common;
 
 mod changes;
 mod copies;
+mod counters;
 mod differential;
 mod freshness;
 mod lvm;
@@ -17,6 +18,7 @@ mod nbd;
 mod passing;
 mod scsi;
 mod suspended;
+mod tables;
 mod tail;
 mod targets;
 mod thin;

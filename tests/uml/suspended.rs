@@ -5,12 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
-use crate::common::check::{Extent, Kind, assert_map, map_holes, map_of};
-use crate::common::dm::Dm;
+use crate::common::check::{Extent, Kind, assert_map, map_holes, map_of, open, seek_data, seek_hole};
+use crate::common::dm::{Dm, Pool};
 use crate::common::image::{Image, open_for_writing, write_at};
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
-use crate::common::{MIB, wait_until};
+use crate::common::{MIB, assert_becomes, run, wait_until};
 
 /// Looks at the file in every way that reads nothing, while `suspended` is and has dirty pages above it that cannot be
 /// written back (those from before, the suspension itself writes); whether all of that ended at once.
@@ -45,4 +45,80 @@ fn suspended_device_is_dense_and_blocks_nothing() {
         assert!(covered, "what was written is data: {map:?}");
     }
     assert_map(mount.file(), &map_of(4 * MIB, &[MIB..MIB + 4096]));
+}
+
+/// The first look at a device finds it suspended. It waits for nothing, and the daemon can be ended meanwhile.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn device_that_is_suspended_at_the_first_look() {
+    let image = Image::with_data(4 * MIB, &[MIB..2 * MIB]);
+    let disk = Loop::new(image.path());
+    let below = Dm::linear(disk.path());
+    let above = Dm::linear(below.path());
+    for suspended in [&above, &below] {
+        let mut mount = Mount::new(above.path());
+        suspended.suspend();
+        let file = mount.file().to_owned();
+        let looking = thread::spawn(move || {
+            std::fs::metadata(&file).expect("stat");
+            map_holes(&file)
+        });
+        let at_once = wait_until(|| looking.is_finished());
+        run("kill", ["-TERM".to_owned(), mount.pid().to_string()]);
+        let ended = wait_until(|| !mount.is_running());
+        suspended.resume();
+        assert_eq!(looking.join().expect("the looks succeed"), [Extent(Kind::Data, 0..4 * MIB)], "all data");
+        assert!(at_once, "a look waited for the resume of {}", suspended.name());
+        assert!(ended, "the daemon waited for the resume of {}", suspended.name());
+        mount.ended();
+    }
+    assert_map(Mount::new(above.path()).file(), &map_of(4 * MIB, &[MIB..2 * MIB]));
+}
+
+/// A file that was first seen while its device was suspended is looked at again after the resume.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn device_that_was_suspended_has_its_holes_again() {
+    let image = Image::with_data(4 * MIB, &[MIB..2 * MIB]);
+    let disk = Loop::new(image.path());
+    let device = Dm::linear(disk.path());
+    let mount = Mount::new(device.path());
+    device.suspend();
+    let file = open(mount.file());
+    let suspended = seek_data(&file, 0);
+    device.resume();
+    assert_eq!(suspended, Some(0), "all data");
+    assert_becomes(&Some(MIB), || seek_data(&file, 0));
+}
+
+/// What a layer stands on that is dense is waited for by nobody: a crypt device, or the metadata of a pool.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn devices_below_that_are_not_asked_may_be_suspended_too() {
+    run("modprobe", ["dm-crypt"]);
+    let image = Image::new(4 * MIB);
+    let disk = Loop::new(image.path());
+    let below = Dm::linear(disk.path());
+    let key = "00".repeat(32);
+    let device = Dm::new(&format!("0 8192 crypt aes-xts-plain64 {key} 0 {} 0", below.path().display()));
+    let mount = Mount::new(device.path());
+    let writer = open_for_writing(device.path());
+    let (at_once, map) = looks(&below, &writer, mount.directory(), mount.file());
+    assert!(at_once, "a look waited for the resume of {}", below.name());
+    assert_eq!(map, [Extent(Kind::Data, 0..4 * MIB)]);
+}
+
+/// The metadata of a pool, or the store of a snapshot, is not read while its device is suspended.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn metadata_that_is_suspended_is_not_read() {
+    let pool = Pool::with_slow_metadata(64 * MIB, 64 << 10);
+    let thin = pool.thin(0, 64 * MIB);
+    let mount = Mount::new(thin.path());
+    let writer = open_for_writing(thin.path());
+    let (at_once, map) = looks(pool.slow(), &writer, mount.directory(), mount.file());
+    assert!(at_once, "a look waited for the resume of the metadata device");
+    assert_eq!(map, [Extent(Kind::Data, 0..64 * MIB)], "all data");
+    drop(writer);
+    assert_becomes(&Some(MIB + (64 << 10)), || seek_hole(&open(mount.file()), MIB));
 }

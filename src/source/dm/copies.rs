@@ -53,7 +53,10 @@ pub fn raid(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
 /// zeros.
 pub fn clone(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let devices = asked.params(params::cloning)?;
-    // What is copied only ever grows, so nothing of the status has to stay; but a device that failed reads nothing.
+    // Another table with the same text may find other metadata.
+    asked.guard_metadata(resolver)?;
+    // In one life of the target what is copied only grows, so nothing of the status has to stay; but a device that failed
+    // reads nothing.
     let matters = |status: &str| Some(format!("{:?}", params::clone_status(status) == Some(CloneStatus::Failed)));
     let status = asked.guarded_status(matters, resolver)?;
     let whole = |device| Place { device, start: Sectors::new(0) };

@@ -21,56 +21,43 @@
 
 mod copies;
 pub mod exceptions;
+mod guard;
 pub mod params;
 mod passing;
 pub(super) mod segment;
 mod snapshot;
 mod targets;
 
-use std::hash::{Hash, Hasher};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use log::debug;
 
+use self::guard::{NoTable, TableGuard};
 use crate::error::{plain, shown};
 use crate::map::Concat;
 use crate::source::device::BlockDevice;
-use crate::source::{Guard, Layer, Resolver, dense, thin};
-use crate::sys::device::DeviceId;
-use crate::sys::dm::{Control, Table, TableTarget};
+use crate::source::{Layer, Resolver, dense, thin};
+use crate::sys::dm::{Control, Events, TableTarget};
 use crate::sys::sysfs;
 use crate::units::Sectors;
 
 /// What all device-mapper sources share: the control device, opened at the first need.
 #[derive(Default)]
 pub struct Shared {
-    control: OnceLock<Option<Arc<Control>>>,
+    control: Mutex<Option<Arc<Control>>>,
 }
 
 impl Shared {
-    /// The control device, or `None` where it cannot be opened.
+    /// The control device, or `None` where it cannot be opened now: the next call tries again.
     pub fn control(&self) -> Option<Arc<Control>> {
-        let open = || Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok();
-        // The first chance to release what an earlier process left held.
-        let open = || open().inspect(thin::held::recover).map(Arc::new);
-        self.control.get_or_init(open).clone()
-    }
-}
-
-/// The live table of a device, and whether it is suspended: a change of either makes another stack.
-struct TableGuard {
-    control: Arc<Control>,
-    id: DeviceId,
-    seen: Table,
-}
-
-impl Guard for TableGuard {
-    fn unchanged(&self) -> bool {
-        self.control.table(self.id).is_ok_and(|table| table == self.seen)
-    }
-
-    fn trace(&self, mut trace: &mut dyn Hasher) {
-        self.seen.hash(&mut trace);
+        let mut shared = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared.is_none() {
+            let control = Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok()?;
+            // The first chance to release what an earlier process left held.
+            thin::held::recover(&control);
+            *shared = Some(Arc::new(control));
+        }
+        shared.clone()
     }
 }
 
@@ -79,20 +66,25 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
     let name = sysfs::mapper_name(device.id).map_or_else(|| device.name(), |name| shown(&name).to_string());
     let dense = |reason: String| dense::layer(&name, "device-mapper", device.len, reason);
     let Some(control) = resolver.context.dm.control() else {
+        resolver.guard(NoTable { control: None, id: device.id });
         return dense("reading its table needs root and /dev/mapper/control".to_owned());
     };
-    let table = match control.table(device.id) {
-        Ok(table) => table,
-        Err(error) => return dense(format!("cannot read its table: {}", plain(&error))),
+    // The events before the table: a table that replaces it from here on is seen.
+    let (events, table) = match control.events().and_then(|events| Ok((events, control.table(device.id)?))) {
+        Ok(both) => both,
+        Err(error) => {
+            resolver.guard(NoTable { control: Some(control), id: device.id });
+            return dense(format!("cannot read its table: {}", plain(&error)));
+        }
     };
-    resolver.guard(TableGuard { control, id: device.id, seen: table.clone() });
+    resolver.guard(TableGuard::new(control, device.id, events, table.clone()));
     if table.suspended {
         return dense("it is suspended".to_owned());
     }
     if !covers(&table.targets, device) {
         return dense("its table does not cover it without gaps".to_owned());
     }
-    segments(&name, device, &table.targets, resolver)
+    segments(&name, device, events, &table.targets, resolver)
 }
 
 /// Whether the targets follow each other from the start of the device to its end.
@@ -105,8 +97,14 @@ fn covers(targets: &[TableTarget], device: &BlockDevice) -> bool {
 }
 
 /// The layer of a table: of its one target, or of several in a row.
-fn segments(name: &str, device: &BlockDevice, targets: &[TableTarget], resolver: &mut Resolver<'_>) -> Layer {
-    let layer = |target, resolver: &mut Resolver<'_>| targets::layer(name, device, target, resolver);
+fn segments(
+    name: &str,
+    device: &BlockDevice,
+    events: Events,
+    targets: &[TableTarget],
+    resolver: &mut Resolver<'_>,
+) -> Layer {
+    let layer = |target, resolver: &mut Resolver<'_>| targets::layer(name, device, events, target, resolver);
     if let [target] = targets {
         return layer(target, resolver);
     }

@@ -6,15 +6,18 @@ use crate::map::{Clip, HoleMap};
 use crate::source::device::BlockDevice;
 use crate::source::{Guard, Layer, Resolver};
 use crate::sys::device::DeviceId;
-use crate::sys::dm::{Commit, Control, TableTarget};
+use crate::sys::dm::{Commit, Control, Events, TableTarget};
 use crate::units::{Bytes, Sectors};
 
+use super::guard::ReplacedGuard;
 use super::params::Place;
 
 /// A target of a device's table.
 pub struct Asked<'a> {
     /// The device.
     pub device: &'a BlockDevice,
+    /// Device-mapper's events before the device's table was read.
+    pub events: Events,
     /// The target.
     pub target: &'a TableTarget,
     /// Its length.
@@ -62,6 +65,14 @@ impl Asked<'_> {
     pub fn passed_to(&self, place: Place, holes_from: &str, resolver: &mut Resolver<'_>) -> Known {
         let (below, clip) = self.window(place, resolver)?;
         Ok(Segment::new(holes_from, clip, vec![below]))
+    }
+
+    /// Has the map forgotten when the device's table was replaced, also by one with the same text: for a target that
+    /// keeps metadata of its own.
+    pub fn guard_metadata(&self, resolver: &mut Resolver<'_>) -> Result<(), String> {
+        let control = resolver.context.dm.control().ok_or("device-mapper does not answer")?;
+        resolver.guard(ReplacedGuard::new(control, self.events));
+        Ok(())
     }
 
     /// The target's status now, and a guard on that which `matters` picks out of it.

@@ -3,7 +3,8 @@
 //! The store of a live snapshot is read while the kernel may write it. What makes the answer certain is the status: it
 //! tells how much of the store is allocated, and an exception is allocated before anything of it is done. If as many
 //! exceptions are listed as are allocated, the list is complete; and as long as what is allocated stays the same, every
-//! other chunk is read from the origin.
+//! other chunk is read from the origin. That holds for one life of the target: a table that is loaded anew may find
+//! another store, with as many exceptions.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -27,6 +28,7 @@ pub fn layer(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     if snapshot.store == Store::Transient {
         return Err("its exceptions are in the kernel's memory only (store N)".to_owned());
     }
+    asked.guard_metadata(resolver)?;
     let status = asked.guarded_status(all_of_it, resolver)?;
     let allocated = params::allocated(&status).ok_or_else(|| format!("the snapshot is not valid: {status}"))?;
     let layout = Layout::new(snapshot.chunk).ok_or("the size of its chunks is out of range")?;
@@ -36,8 +38,9 @@ pub fn layer(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     // The kernel writes the store past the page cache.
     let (cow, _) = device::open_id(snapshot.cow, true)
         .map_err(|error| format!("cannot open its store {}: {}", snapshot.cow, plain(&error)))?;
-    let suspended = SuspendFile::open(snapshot.cow)
-        .map_err(|error| format!("cannot tell whether its store is suspended: {}", plain(&error)))?;
+    let unknown = |error| format!("cannot tell whether its store is suspended: {}", plain(&error));
+    resolver.waits_on(snapshot.cow).map_err(unknown)?;
+    let suspended = SuspendFile::open(snapshot.cow).map_err(unknown)?;
     let store = Arc::new(StoreMap { cow, suspended, layout, count, len: asked.len, read: OnceLock::new() });
     resolver.guard(Incomplete(store.clone()));
     let origin = Place { device: snapshot.origin, start: Sectors::new(0) };

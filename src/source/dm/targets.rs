@@ -8,16 +8,22 @@ use super::{copies, passing, snapshot};
 use crate::map::{HoleMap, Kind, Stripe, Uniform};
 use crate::source::device::BlockDevice;
 use crate::source::{Layer, Resolver, dense, thin::volume};
-use crate::sys::dm::TableTarget;
+use crate::sys::dm::{Events, TableTarget};
 use crate::units::{Bytes, Sectors};
 
 /// The layer of one target of the device `name`.
-pub fn layer(name: &str, device: &BlockDevice, target: &TableTarget, resolver: &mut Resolver<'_>) -> Layer {
+pub fn layer(
+    name: &str,
+    device: &BlockDevice,
+    events: Events,
+    target: &TableTarget,
+    resolver: &mut Resolver<'_>,
+) -> Layer {
     let kind = format!("dm-{}", target.kind);
     let Some(len) = target.len.bytes() else {
         return dense::layer(name, kind, device.len, "its length is out of range");
     };
-    match segment(&Asked { device, target, len }, resolver) {
+    match segment(&Asked { device, events, target, len }, resolver) {
         Ok(segment) => Layer {
             name: name.to_owned(),
             kind,

@@ -4,7 +4,8 @@
 //! that state whole. A tree is therefore read whole when no commit happened meanwhile. The proof is made of the metadata
 //! device itself: no write is in flight at either end of the reading, its counters of writes stand still in between, and
 //! the superblock is the same. (Equal superblocks alone would not do: after two commits the roots can be back in the
-//! same blocks, with other leaves.) Counters can be switched off, so reading the superblock must move the one of reads.
+//! same blocks, with other leaves.) Counters can be switched off: they are used only while it is certain that they are on,
+//! and where reading the superblock moves the one of reads.
 //!
 //! A pool that commits faster than its tree can be read is read from a metadata snapshot, which is taken for that long.
 //! There is one for each pool and everybody shares it; when somebody else holds it, the quiet way is tried some more.
@@ -25,7 +26,8 @@ use crate::error::{Error, Result, plain};
 use crate::map::FillMap;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::dm::{Commit, Control, Table};
-use crate::sys::sysfs::{self, IoCounters, StatFile};
+use crate::sys::iostats::Counting;
+use crate::sys::sysfs::{self, Activity, StatFile};
 use crate::units::{Bytes, Sectors};
 
 /// Readings that are tried before the metadata snapshot is taken.
@@ -40,13 +42,13 @@ const THREADS: usize = 2;
 const SUPERBLOCK_SECTORS: u64 = 8;
 
 /// What readers of live pools share.
-pub type Readers = turns::Pools<Wanted, ThinResult<DeviceMap>>;
+pub type Readers = turns::Pools<Wanted, ThinResult<FillMap>>;
 
 /// A live pool.
 pub struct Pool {
     control: Arc<Control>,
     id: DeviceId,
-    turns: Arc<Turns<Wanted, ThinResult<DeviceMap>>>,
+    turns: Arc<Turns<Wanted, ThinResult<FillMap>>>,
 }
 
 /// The device whose map is wanted.
@@ -60,11 +62,8 @@ pub struct Wanted {
     pub mapped: Sectors,
 }
 
-/// The mapped blocks of a device, and how many sectors they have: those past its end too, which are not in the map.
-pub type DeviceMap = (FillMap, Sectors);
-
 /// What one reading gave for each device that it came to.
-type Maps = Vec<ThinResult<DeviceMap>>;
+type Maps = Vec<ThinResult<FillMap>>;
 
 /// Why there is no map.
 #[derive(Debug)]
@@ -121,7 +120,7 @@ impl Pool {
     /// # Errors
     /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
     /// too fast.
-    pub fn map(&self, wanted: &Wanted) -> std::result::Result<DeviceMap, NoMap> {
+    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, NoMap> {
         let map = self.turns.take(*wanted, |wanted| self.maps(wanted))?;
         Ok(map.ok_or(NoMap::NotNow("its pool commits faster than its metadata can be read"))??)
     }
@@ -153,29 +152,28 @@ impl Pool {
 
     fn read_quietly(&self, live: &Live, wanted: &[Wanted]) -> Result<Reading> {
         let unreadable = |error| Error::failed("cannot read the I/O counters of the metadata device").because(error);
-        let stat = StatFile::open(live.table.metadata).map_err(unreadable)?;
         let reader = live.open_metadata()?;
-        let Some(before) = Still::begin(&stat, live.table.metadata).map_err(unreadable)? else {
+        let Some(before) = Still::begin(live.table.metadata).map_err(unreadable)? else {
             return Ok(Reading::Torn);
         };
-        let reads_before = stat.sectors_read().map_err(unreadable)?;
+        let reads_before = before.stat.sectors_read().map_err(unreadable)?;
         let metadata = match Metadata::open(reader, MetaBlock::SUPERBLOCK) {
             Ok(metadata) => metadata,
             // A superblock that is read while it is written is no sign of damage.
             Err(error) => {
-                let still = before.lasts(&stat).map_err(unreadable)?;
+                let still = before.lasts().map_err(unreadable)?;
                 return Ok(if still { Reading::Whole(vec![Err(error)]) } else { Reading::Torn });
             }
         };
-        if stat.sectors_read().map_err(unreadable)?.get() < reads_before.get() + SUPERBLOCK_SECTORS {
-            debug!("{}: the I/O counters of its metadata device are off", live.name);
+        if before.stat.sectors_read().map_err(unreadable)?.get() < reads_before.get() + SUPERBLOCK_SECTORS {
+            debug!("{}: its metadata device counts nothing", live.name);
             return Ok(Reading::Torn);
         }
         let maps = wanted.iter().map(|wanted| live.read(&metadata, wanted)).collect();
         let same = read_superblock(metadata.reader(), MetaBlock::SUPERBLOCK)
             .is_ok_and(|(_, raw)| *raw == *metadata.raw_superblock());
         // A pool that was suspended in the very moment of its status did not commit for it.
-        let whole = same && before.lasts(&stat).map_err(unreadable)? && self.is_still(live);
+        let whole = same && before.lasts().map_err(unreadable)? && self.is_still(live);
         Ok(if whole { Reading::Whole(maps) } else { Reading::Torn })
     }
 
@@ -251,7 +249,7 @@ impl Live {
         MetadataReader::new(file).map_err(failed)
     }
 
-    fn read(&self, metadata: &Metadata, wanted: &Wanted) -> ThinResult<DeviceMap> {
+    fn read(&self, metadata: &Metadata, wanted: &Wanted) -> ThinResult<FillMap> {
         let superblock = metadata.superblock();
         if superblock.data_block_size != self.table.block {
             return Err(ThinError::OtherBlockSize);
@@ -265,27 +263,37 @@ impl Live {
         if self.mode == Mode::ReadOnly && mapped != Some(wanted.mapped) {
             return Err(ThinError::Behind);
         }
-        let map = metadata.map(wanted.id, wanted.len, THREADS)?;
-        Ok((map, mapped.ok_or(ThinError::TooLarge)?))
+        metadata.map(wanted.id, wanted.len, THREADS)
     }
 }
 
-/// A device that nobody was writing to, at a moment.
+/// A device that nobody was writing to, at a moment, and that counts everything since then.
 struct Still {
     id: DeviceId,
-    counters: IoCounters,
+    stat: StatFile,
+    seen: Activity,
+    counting: Counting,
 }
 
 impl Still {
-    /// Kernels count a write when it begins, or when it ends (since 6.4 or so). So the counters come first: a write that
-    /// was counted and has not ended is in flight afterwards.
-    fn begin(stat: &StatFile, id: DeviceId) -> std::io::Result<Option<Self>> {
-        let counters = stat.read()?;
-        Ok((sysfs::writes_in_flight(id)? == 0).then_some(Self { id, counters }))
+    /// `None` when a write is under way, or not everything may be counted.
+    fn begin(id: DeviceId) -> std::io::Result<Option<Self>> {
+        let stat = StatFile::open(id)?;
+        let counting = match Counting::of(id) {
+            Ok(counting) => counting,
+            Err(error) => {
+                debug!("cannot use the I/O counters of the metadata device {id}: {}", plain(&error));
+                return Ok(None);
+            }
+        };
+        let seen = Activity::now(id, &stat)?;
+        Ok(seen.is_idle().then_some(Self { id, stat, seen, counting }))
     }
 
-    /// Whether nobody wrote since. In the opposite order: a write that is not in flight any more is counted.
-    fn lasts(&self, stat: &StatFile) -> std::io::Result<bool> {
-        Ok(sysfs::writes_in_flight(self.id)? == 0 && stat.read()? == self.counters)
+    /// Whether nobody wrote since, and nobody does now. The writes in flight before the counters, in the opposite order: a
+    /// write that is not in flight any more is counted.
+    fn lasts(&self) -> std::io::Result<bool> {
+        let idle = sysfs::writes_in_flight(self.id)? == 0;
+        Ok(idle && self.seen.lasts(self.id, &self.stat)? && self.counting.goes_on())
     }
 }

@@ -1,19 +1,19 @@
 //! The layer of a thin device: its map is read at the first question, and stands as long as nobody writes to the device.
 
 use std::ops::Range;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use super::DataBlockSize;
 use super::alone::AloneGuard;
-use super::guard::{Status, Told, WriteGuard};
+use super::guard::WriteGuard;
 use super::params::{self, Mapped, ThinTable};
 use super::pool::{NoMap, Pool, Wanted};
 use crate::error::plain;
 use crate::map::{Clip, Concat, FillMap, HoleMap, Kind, Overlay, Run, Uniform};
 use crate::source::dm::segment::{Asked, Known, Segment};
 use crate::source::{Layer, Resolver};
-use crate::sys::dm::Control;
+use crate::sys::dm::{Commit, Control};
 use crate::units::Bytes;
 
 /// The segment of a device that is the target `thin`.
@@ -24,29 +24,38 @@ pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let table = asked.params(params::thin_table)?;
     let control = resolver.context.dm.control().ok_or("device-mapper does not answer")?;
     // Before anything is read of the device: a write from here on makes the map void.
-    let told = Arc::new(Told::default());
-    let status = || Status { control: control.clone(), id: asked.device.id, start: asked.target.start };
-    let guard = WriteGuard::new(asked.device, status(), told.clone());
+    let again = Arc::new(AtomicBool::new(false));
+    let guard = WriteGuard::new(asked.device, again.clone());
     resolver.guard(guard.map_err(|error| format!("cannot use its I/O counters: {}", plain(&error)))?);
-    let guard = AloneGuard::new(control.clone(), asked.device.id, table);
+    let guard = AloneGuard::new(control.clone(), asked.events, asked.device.id, table);
     let guard = guard.map_err(|error| format!("cannot look for its other devices: {}", plain(&error)))?;
     let alone = guard.alone();
     resolver.guard(guard);
     if !alone {
         return Err("the volume is active as another device too, or about to be".to_owned());
     }
-    let mapped = status().mapped()?;
+    let mapped = mapped(&control, asked)?;
     let block = pool_block(&control, &table)?;
-    // A write to the device may wait for its pool, so no write-back is tried while that is suspended.
+    // A write to the device may wait for its pool, and reading its map for the pool's metadata device: neither is tried
+    // while one of them is suspended.
     let waits = resolver.waits_on(table.pool);
     waits.map_err(|error| format!("cannot tell whether its pool is suspended: {}", plain(&error)))?;
     let pool = Pool::new(control, table.pool, &resolver.context.thin);
     let wanted = Wanted { id: table.id, len: asked.len, mapped: mapped.sectors };
-    let volume = Volume { pool, wanted, len: asked.len, block, mapped, map: OnceLock::new(), told };
+    let volume = Volume { pool, wanted, len: asked.len, block, mapped, map: OnceLock::new(), again };
     match table.origin.map(|origin| resolver.device(origin, asked.len)) {
         Some(origin) => over_origin(volume, origin),
         None => Ok(Segment::new("the mapping tree of its pool", volume, Vec::new())),
     }
+}
+
+/// How much of the device is mapped now, committed or not.
+fn mapped(control: &Control, asked: &Asked<'_>) -> Result<Mapped, String> {
+    let table = control.status(asked.device.id, Commit::No);
+    let table = table.map_err(|error| format!("cannot read its status: {}", plain(&error)))?;
+    let line = table.targets.iter().find(|line| line.start == asked.target.start);
+    let line = line.map(|line| line.params.as_str()).unwrap_or_default();
+    params::thin_status(line).ok_or_else(|| format!("its status is: {line}"))
 }
 
 fn pool_block(control: &Control, table: &ThinTable) -> Result<DataBlockSize, String> {
@@ -76,20 +85,17 @@ struct Volume {
     block: DataBlockSize,
     mapped: Mapped,
     map: OnceLock<Result<FillMap, String>>,
-    told: Arc<Told>,
+    /// Set when the map could not be read now: the next question is to read it again.
+    again: Arc<AtomicBool>,
 }
 
 impl Volume {
     fn read(&self) -> &Result<FillMap, String> {
         let read = || match self.pool.map(&self.wanted) {
-            Ok((map, mapped)) => {
-                // Set once: a map is read once.
-                let _ = self.told.mapped.set(mapped);
-                Ok(map)
-            }
+            Ok(map) => Ok(map),
             Err(NoMap::Failed(error)) => Err(error.to_string()),
             Err(NoMap::NotNow(reason)) => {
-                self.told.again.store(true, Relaxed);
+                self.again.store(true, Relaxed);
                 Err(reason.to_owned())
             }
         };
