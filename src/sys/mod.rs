@@ -6,6 +6,7 @@ pub mod buffer;
 pub mod device;
 pub mod dm;
 pub mod file;
+pub mod kmsg;
 pub mod loopdev;
 pub mod memory;
 pub mod process;
