@@ -20,6 +20,7 @@ use fuser::{
 };
 use log::{debug, warn};
 
+use crate::deadline;
 use crate::error::Error;
 use crate::fs::{Attributes, Fh, FileKind, FileSystem, Ino};
 use crate::handle::Handle;
@@ -83,7 +84,7 @@ impl BlkHoleFs {
     /// Answers a request, so that another one can be answered meanwhile.
     fn answer(&self, work: impl FnOnce(&FileSystem) + Send + 'static) {
         let fs = self.fs.clone();
-        self.crew.run(move || work(&fs));
+        self.crew.run(move || deadline::within(deadline::REQUEST, || work(&fs)));
     }
 }
 
@@ -137,6 +138,7 @@ fn read(handle: &Handle, offset: Bytes, size: usize, reply: ReplyData) {
 
 impl Filesystem for BlkHoleFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        self.fs.begin();
         // A kernel without one of these serves all the same, only slower.
         for wanted in [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO, InitFlags::FUSE_PASSTHROUGH] {
             let _ = config.add_capabilities(wanted);

@@ -199,7 +199,7 @@ impl Resolver<'_> {
         if let Some((disk, start)) = partition {
             partition::layer(device, disk, start, self)
         } else if device.id.major == NBD_MAJOR {
-            nbd::device_layer(device, self.context.nbd.as_ref())
+            nbd::device_layer(device, self)
         } else if sysfs::dm_name(device.id).is_some() {
             self.waits_on(device.id);
             dm::layer(device, self)
