@@ -117,6 +117,13 @@ impl FileSystem {
         })
     }
 
+    /// Starts what needs threads of its own. To be called in the process that serves.
+    pub fn begin(&self) {
+        if let Some(beside) = &self.context.nbd {
+            beside.watch();
+        }
+    }
+
     /// What is mounted.
     pub fn spec(&self) -> &Spec {
         &self.spec

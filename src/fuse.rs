@@ -26,6 +26,7 @@ use fuser::{
 };
 use log::{debug, warn};
 
+use crate::deadline;
 use crate::error::Error;
 use crate::fs::{Fh, FileSystem, Ino};
 use crate::handle::Handle;
@@ -97,7 +98,7 @@ impl BlkHoleFs {
 
     fn run(&self, if_no_thread: IfNoThread, work: impl FnOnce(&FileSystem) + Send + 'static) {
         let fs = self.fs.clone();
-        self.threads.run(if_no_thread, move || work(&fs));
+        self.threads.run(if_no_thread, move || deadline::within(deadline::REQUEST, || work(&fs)));
     }
 }
 
@@ -138,6 +139,7 @@ fn no_attribute(name: &OsStr) -> Errno {
 
 impl Filesystem for BlkHoleFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        self.fs.begin();
         // A kernel without one of these serves all the same, only slower.
         for wanted in [
             InitFlags::FUSE_PARALLEL_DIROPS,

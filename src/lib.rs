@@ -27,6 +27,7 @@
 //! | [`mount`] | mount(8)'s words, the mount itself, the daemon, umount |
 //! | [`cli`], [`report`] | the other commands, and what they print |
 //! | [`error`], [`units`] | one error with one errno and one exit code; bytes and sectors as types |
+//! | [`deadline`] | how long a request may wait for servers |
 //!
 //! Arrows point one way: nothing in `map` knows of devices, nothing in `source` of FUSE, and only `fuse` and the mount's
 //! session name the FUSE library.
@@ -40,6 +41,7 @@
 #![deny(unsafe_code)]
 
 pub mod cli;
+pub mod deadline;
 pub mod error;
 pub mod fs;
 pub mod fuse;

@@ -238,7 +238,7 @@ impl Resolver<'_> {
     fn layer_of(&mut self, kind: io::Result<Kind>, device: &BlockDevice) -> io::Result<Layer> {
         Ok(match kind? {
             Kind::Partition { disk, start } => partition::layer(device, disk, start, self),
-            Kind::Nbd => nbd::device_layer(device, self.context.nbd.as_ref()),
+            Kind::Nbd => nbd::device_layer(device, self),
             Kind::DeviceMapper => dm::layer(device, self),
             Kind::Md => md::layer(device, self),
             Kind::Scsi => scsi::disk_layer(device),

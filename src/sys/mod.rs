@@ -7,6 +7,7 @@ pub mod device;
 pub mod dm;
 pub mod file;
 pub mod iostats;
+pub mod kmsg;
 pub mod loopdev;
 pub mod memory;
 pub mod process;

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
@@ -24,8 +25,14 @@ pub enum Fork {
 /// When the process has more than one thread (the others would not exist in the child, and what they had locked would
 /// stay locked), or when the kernel refuses.
 pub fn fork() -> io::Result<Fork> {
-    if fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(io::Error::other("more than one thread runs"));
+    // A thread that was joined may be listed for a moment longer.
+    let mut looks = 100;
+    while fs::read_dir("/proc/self/task")?.count() != 1 {
+        looks -= 1;
+        if looks == 0 {
+            return Err(io::Error::other("more than one thread runs"));
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
     // SAFETY: there is one thread, so no lock of the allocator or of this program can be held by a thread that the
     // child lacks; the child may do all that the parent may.

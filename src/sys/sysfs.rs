@@ -222,6 +222,29 @@ impl SuspendFile {
     }
 }
 
+/// The open `pid` attribute of a device of the kernel's NBD client: the proof of one connection.
+///
+/// `nbd_start_device` of `drivers/block/nbd.c` adds the attribute, and `nbd_config_put` removes it; only after that can the
+/// device be connected anew. The attribute of the next connection is another one, whatever number it tells, and a
+/// descriptor of the removed one gives ENODEV from then on.
+#[derive(Debug)]
+pub struct ConnectionFile(File);
+
+impl ConnectionFile {
+    /// Opens the attribute of the connection that a device has now.
+    ///
+    /// # Errors
+    /// `NotFound` when the device is not connected.
+    pub fn open(id: DeviceId) -> io::Result<Self> {
+        File::open(directory(id).join("pid")).map(Self)
+    }
+
+    /// Whether that connection still exists. It may be dead, and a socket of it may have been replaced.
+    pub fn exists(&self) -> bool {
+        self.0.read_at(&mut [0; 16], 0).is_ok_and(|count| count > 0)
+    }
+}
+
 /// What was written to a device up to some moment.
 ///
 /// As long as it stays the same no write completes: a write is counted when it ends, or (on kernels before 6.4) when it

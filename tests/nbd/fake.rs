@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 /// How the server frames its replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,8 @@ pub enum Step {
     Read,
     /// A block status request.
     Status,
+    /// A flush.
+    Flush,
     /// Either, beyond the end of the export.
     Outside,
 }
@@ -69,6 +72,10 @@ pub enum Then {
     Close,
     /// Says nothing more, and waits for the client to leave.
     Stall,
+    /// Sends this message byte by byte, with that pause before each.
+    Dribble(Duration),
+    /// Answers all reads of the first block that may come, in their order, and reads nothing more.
+    AnswerAhead,
 }
 
 /// Changes a message.
@@ -147,9 +154,24 @@ impl Talk {
         let mut message = Message { connection: self.connection, sent: self.sent, step, request, bytes };
         let then = (self.spoil)(&mut message);
         self.sent += message.bytes.len();
+        if let Then::Dribble(pause) = then {
+            for byte in message.bytes {
+                std::thread::sleep(pause);
+                self.stream.write_all(&[byte])?;
+            }
+            return Ok(());
+        }
         self.stream.write_all(&message.bytes)?;
         match then {
-            Then::Go => Ok(()),
+            Then::Go | Then::Dribble(_) => Ok(()),
+            Then::AnswerAhead => {
+                let len = u32::try_from(BLOCK).expect("small");
+                let zeros = [[0; 8].as_slice(), &len.to_be_bytes()].concat();
+                for cookie in 1.. {
+                    self.stream.write_all(&chunk(self.agreed, 1, 2, cookie, &zeros))?;
+                }
+                Ok(())
+            }
             Then::Close => Err(io::ErrorKind::ConnectionAborted.into()),
             Then::Stall => {
                 io::copy(&mut self.stream, &mut io::sink())?;
@@ -205,6 +227,7 @@ impl Talk {
         // A test may have made the export seem larger than it is.
         let known = offset.checked_add(len).is_some_and(|end| end <= self.disk.len() as u64);
         let (step, bytes) = match command {
+            3 => (Step::Flush, success(self.agreed, cookie)),
             0 | 7 if !known => (Step::Outside, refusal(self.agreed, cookie)),
             0 => (Step::Read, read_reply(self.agreed, request, &self.disk)),
             7 => (Step::Status, status_reply(self.agreed, request, CONTEXT, &extents(&self.disk, request))),
@@ -222,6 +245,15 @@ pub fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
     [words, data.to_vec()].concat()
 }
 
+/// Puts size and transmission flags into the answer to NBD_OPT_GO. `NBD_FLAG_HAS_FLAGS` is 1, `READ_ONLY` 2, `SEND_FLUSH` 4
+/// and `CAN_MULTI_CONN` 256.
+pub fn set_export(message: &mut Message, size: u64, flags: u16) {
+    if message.step == Step::Option(7) {
+        message.bytes[22..30].copy_from_slice(&size.to_be_bytes());
+        message.bytes[30..32].copy_from_slice(&flags.to_be_bytes());
+    }
+}
+
 /// One chunk.
 pub fn chunk(dialect: Dialect, flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
     let kind = [flags.to_be_bytes(), kind.to_be_bytes()].concat();
@@ -234,8 +266,16 @@ pub fn chunk(dialect: Dialect, flags: u16, kind: u16, cookie: u64, payload: &[u8
     [magic.to_be_bytes().as_slice(), &kind, &cookie.to_be_bytes(), &len, payload].concat()
 }
 
+/// Success without data.
+fn success(dialect: Dialect, cookie: u64) -> Vec<u8> {
+    match dialect {
+        Dialect::Simple => [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], cookie.to_be_bytes()].concat(),
+        _ => chunk(dialect, 1, 0, cookie, &[]),
+    }
+}
+
 /// NBD_EINVAL.
-fn refusal(dialect: Dialect, cookie: u64) -> Vec<u8> {
+pub fn refusal(dialect: Dialect, cookie: u64) -> Vec<u8> {
     match dialect {
         Dialect::Simple => [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 22], cookie.to_be_bytes()].concat(),
         _ => chunk(dialect, 1, 0x8001, cookie, &[0, 0, 0, 22, 0, 0]),

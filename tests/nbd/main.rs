@@ -12,6 +12,8 @@ mod maps;
 mod mounted;
 mod outage;
 mod reads;
+mod slow;
+mod states;
 
 mod tls;
 

@@ -5,14 +5,12 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use blkholefs::map::Kind;
-use blkholefs::source::BlockDevice;
-use blkholefs::source::nbd::{Beside, Client, Uri, device_layer, layer};
+use blkholefs::source::nbd::{Client, layer};
 use blkholefs::units::Bytes;
 
-use crate::common::loop_device::Loop;
 use crate::common::nbd::{Server, directory, image, nbdinfo_map};
-use crate::common::{GIB, KIB, MIB, requires, requires_root, run};
-use crate::{patient, read, runs, runs_of};
+use crate::common::{GIB, KIB, MIB, requires, run};
+use crate::{patient, read, runs_of};
 
 const BLOCKS: [std::ops::Range<u64>; 5] = [0..1, 16..17, 1024..1500, 1501..1502, 16383..16384];
 
@@ -70,7 +68,7 @@ fn nbdkit() {
 }
 
 #[test]
-fn qemu_nbd_with_extended_headers() {
+fn qemu_nbd() {
     if !requires(&["qemu-nbd", "qemu-img", "qemu-io", "nbdinfo"]) {
         return;
     }
@@ -87,7 +85,8 @@ fn qemu_nbd_with_extended_headers() {
         let words = [format!("--format={format}"), "--export-name=a disk".to_owned(), path(file)];
         let _server = Server::qemu(&socket, &words.each_ref().map(String::as_str));
         let client = check(&format!("nbd+unix:///a%20disk?socket={}", socket.display()));
-        assert_eq!(client.holes_from(), "NBD block status (base:allocation, 64 bits)");
+        // 64 bits where it is qemu 8.2 or later.
+        assert!(client.holes_from().starts_with("NBD block status (base:allocation"), "{}", client.holes_from());
     }
 }
 
@@ -130,39 +129,5 @@ fn no_holes_without_block_status() {
         assert_eq!(layer(Arc::clone(&client)).map.dense_because().is_some(), dense, "{name}");
         assert_eq!(layer(Arc::clone(&client)).holes_from == "none", dense, "{name}");
         assert_eq!(read(&client, 5, 10), Ok(vec![0; 10]));
-    }
-}
-
-#[test]
-fn beside_a_kernel_device() {
-    if !requires(&["nbdkit"]) || !requires_root() {
-        return;
-    }
-    let directory = directory();
-    let disk = directory.path().join("disk");
-    image(&disk, MIB, &[1..2]);
-    // Any device will do for the kernel's: its layer only looks at the size.
-    let kernel = Loop::new(&disk);
-    let device = BlockDevice::open(kernel.path()).unwrap();
-    let ask = |socket: &str| {
-        let uri = Uri::parse(&format!("nbd+unix:///?socket={}", directory.path().join(socket).display())).unwrap();
-        let layer = device_layer(&device, Some(&Beside::of(device.id, uri)));
-        assert_eq!(layer.len(), Bytes::new(MIB));
-        (layer.map.dense_because().unwrap_or_default(), runs(&*layer.map))
-    };
-    let all_data = [(MIB, Kind::Data)];
-    let serve = |name: &str, words: &[&str]| Server::nbdkit(&directory.path().join(name), words);
-
-    let layer = device_layer(&device, None);
-    assert!(layer.map.dense_because().unwrap().contains("-o nbd=URI"));
-    assert_eq!(runs(&*layer.map), all_data);
-    let _good = serve("good", &["file", disk.to_str().unwrap()]);
-    assert_eq!(ask("good"), (String::new(), vec![(4 * KIB, Kind::Hole), (8 * KIB, Kind::Data), (MIB, Kind::Hole)]));
-    let _other = serve("other", &["memory", "2M"]);
-    let _single = serve("single", &["--filter=multi-conn", "memory", "1M", "multi-conn-mode=disable"]);
-    for (socket, why) in [("nobody", "cannot connect"), ("other", "not the same"), ("single", "CAN_MULTI_CONN")] {
-        let (reason, map) = ask(socket);
-        assert!(reason.contains(why), "{socket}: {reason}");
-        assert_eq!(map, all_data, "{socket}");
     }
 }

@@ -4,13 +4,18 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use blkholefs::deadline;
 use blkholefs::map::Kind;
 
 use crate::common::check::{self, check_same_bytes, map_holes};
 use crate::common::mount::Mount;
 use crate::common::nbd::{Server, directory, image, nbdinfo_map};
 use crate::common::{GIB, MIB, requires, requires_root, run, wait_until};
+use crate::fake::{BLOCK, Dialect, Fake, Message, Step, Then};
 
 /// The map of a mounted file, as [`nbdinfo_map`] says it.
 fn map(file: &Path) -> Vec<(u64, Kind)> {
@@ -38,6 +43,30 @@ fn an_export_is_a_sparse_file() {
     let copy = directory.path().join("copy");
     run("cp", ["--sparse=auto".as_ref(), file.as_os_str(), copy.as_os_str()]);
     assert!(fs::metadata(&copy).unwrap().blocks() * 512 < 8 * MIB);
+}
+
+/// A program that opens a file makes several requests of the kernel, and each of them several of the server.
+#[test]
+fn a_server_that_became_slow_holds_nobody_longer_than_a_request_may_last() {
+    if !requires_root() {
+        return;
+    }
+    let slow = Arc::new(AtomicBool::new(false));
+    let is_slow = Arc::clone(&slow);
+    let spoil = move |message: &mut Message| match message.step == Step::Status && is_slow.load(Ordering::Relaxed) {
+        true => Then::Dribble(Duration::from_secs(1)),
+        false => Then::Go,
+    };
+    let fake = Fake::new(Dialect::Structured, &[0; 4 * BLOCK], Arc::new(spoil));
+    let mount = Mount::new(fake.uri.as_ref());
+    let path = mount.directory().join("nbd");
+    assert_eq!(map(&path), [(4 * BLOCK as u64, Kind::Hole)]);
+    slow.store(true, Ordering::Relaxed);
+    let begin = Instant::now();
+    let file = fs::File::open(&path).unwrap();
+    assert_eq!(check::seek_data(&file, 0), Some(0), "what is not told in time is data");
+    let took = begin.elapsed();
+    assert!(took < deadline::REQUEST + Duration::from_secs(10), "{took:?}");
 }
 
 #[test]

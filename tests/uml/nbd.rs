@@ -1,8 +1,15 @@
 //! The kernel's NBD device: its bytes come through the kernel, its holes on a connection beside it.
 
 use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
+};
 
 use crate::common::check::{Extent, Kind, assert_map, check, map_holes, map_of, seek_data};
 use crate::common::dm::Dm;
@@ -19,7 +26,7 @@ static ONE: Mutex<()> = Mutex::new(());
 
 /// `/dev/nbd0` connected to a server, disconnected with this value.
 struct Kernel {
-    _server: Server,
+    server: Server,
     image: Image,
     directory: tempfile::TempDir,
     _one: MutexGuard<'static, ()>,
@@ -27,13 +34,31 @@ struct Kernel {
 
 impl Kernel {
     fn new(data: &[std::ops::Range<u64>]) -> Self {
+        Self::with_filter(data, |_| None)
+    }
+
+    /// With a filter of nbdkit and its setting, which may need a directory.
+    fn with_filter(data: &[std::ops::Range<u64>], filter: impl FnOnce(&Path) -> Option<(String, String)>) -> Self {
         let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         run("modprobe", ["nbd", "nbds_max=2"]);
         let (image, directory) = (Image::with_data(SIZE, data), directory());
         let socket = directory.path().join("s");
-        let server = Server::nbdkit(&socket, &["file", image.path().to_str().expect("text")]);
-        run("nbd-client", ["-unix".as_ref(), socket.as_os_str(), Self::path().as_os_str()]);
-        Self { _server: server, image, directory, _one: one }
+        let mut words = vec!["file", image.path().to_str().expect("text")];
+        let filter = filter(directory.path());
+        if let Some((filter, setting)) = &filter {
+            words.insert(0, filter);
+            words.push(setting);
+        }
+        let server = Server::nbdkit(&socket, &words);
+        connect(Self::path(), &socket);
+        Self { server, image, directory, _one: one }
+    }
+
+    /// A server of the same size that is full of data.
+    fn full(&self, socket: &str) -> (Server, Image, PathBuf) {
+        let image = Image::with_data(SIZE, &[0..SIZE]);
+        let socket = self.directory.path().join(socket);
+        (Server::nbdkit(&socket, &["file", image.path().to_str().expect("text")]), image, socket)
     }
 
     fn path() -> &'static Path {
@@ -51,11 +76,75 @@ impl Kernel {
 
 impl Drop for Kernel {
     fn drop(&mut self) {
-        run("nbd-client", ["-d", "/dev/nbd0"]);
-        let size = PathBuf::from("/sys/block/nbd0/size");
-        let gone = wait_until(|| std::fs::read_to_string(&size).is_ok_and(|size| size.trim() == "0"));
-        assert!(gone || std::thread::panicking(), "nbd0 stays connected");
+        disconnect(Self::path());
+        assert!(is_free(Self::path()) || std::thread::panicking(), "nbd0 stays connected");
     }
+}
+
+fn connect(device: &Path, socket: &Path) {
+    run("nbd-client", ["-unix".as_ref(), socket.as_os_str(), device.as_os_str()]);
+}
+
+fn disconnect(device: &Path) {
+    run("nbd-client", ["-d".as_ref(), device.as_os_str()]);
+}
+
+/// Whether a device can be connected again, at last.
+fn is_free(device: &Path) -> bool {
+    let name = device.file_name().expect("a node");
+    let directory = Path::new("/sys/block").join(name);
+    let size = || std::fs::read_to_string(directory.join("size")).unwrap_or_default();
+    wait_until(|| size().trim() == "0" && !directory.join("pid").exists())
+}
+
+/// Opens the default export of a server on a Unix socket, up to the first request (`doc/proto.md` of the NBD project).
+fn negotiate(path: &Path) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.read_exact(&mut [0; 18])?;
+    // NBD_FLAG_C_FIXED_NEWSTYLE and NBD_FLAG_C_NO_ZEROES, then NBD_OPT_EXPORT_NAME with no name.
+    stream.write_all(&3_u32.to_be_bytes())?;
+    stream.write_all(&[b"IHAVEOPT".as_slice(), &[0, 0, 0, 1, 0, 0, 0, 0]].concat())?;
+    stream.read_exact(&mut [0; 10])?;
+    Ok(stream)
+}
+
+/// An attribute of a netlink message.
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(value.len() + 4).expect("short");
+    let mut bytes = [len.to_ne_bytes().as_slice(), &kind.to_ne_bytes(), value].concat();
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+/// Sends a message of generic netlink and reads the reply.
+fn netlink(socket: &OwnedFd, family: u16, command: u8, attributes: &[Vec<u8>]) -> Vec<u8> {
+    // NLM_F_REQUEST and NLM_F_ACK.
+    let (flags, body) = (5_u16, attributes.concat());
+    let len = u32::try_from(20 + body.len()).expect("short").to_ne_bytes();
+    let head = [len.as_slice(), &family.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 8]].concat();
+    let message = [head, vec![command, 1, 0, 0], body].concat();
+    send(socket.as_raw_fd(), &message, MsgFlags::empty()).expect("the kernel takes it");
+    let mut reply = vec![0; 8192];
+    let count = recv(socket.as_raw_fd(), &mut reply, MsgFlags::empty()).expect("the kernel answers");
+    reply.truncate(count);
+    reply
+}
+
+/// NBD_CMD_RECONFIGURE: gives nbd0 another socket for one that is dead, as `nbd-client -persist` does.
+fn reconfigure(stream: &UnixStream) {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkGeneric).expect("a socket");
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0)).expect("an address");
+    // CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_NAME; the reply has CTRL_ATTR_FAMILY_ID (1) among its attributes.
+    let family = netlink(&socket, 16, 3, &[attribute(2, b"nbd\0")]);
+    let id = family[20..].windows(6).find(|bytes| bytes[..4] == attribute(1, &[0; 2])[..4]).expect("the family nbd");
+    let id = u16::from_ne_bytes([id[4], id[5]]);
+    recv(socket.as_raw_fd(), &mut [0; 8192], MsgFlags::empty()).expect("the acknowledgement");
+    // NBD_ATTR_INDEX, and NBD_ATTR_SOCKETS of one NBD_SOCK_ITEM with one NBD_SOCK_FD.
+    let fd = attribute(1, &u32::try_from(stream.as_raw_fd()).expect("a descriptor").to_ne_bytes());
+    let sockets = attribute(7 | 1 << 15, &attribute(1 | 1 << 15, &fd));
+    let reply = netlink(&socket, id, 3, &[attribute(1, &0_u32.to_ne_bytes()), sockets]);
+    assert_eq!(reply[16..20], [0; 4], "NBD_CMD_RECONFIGURE is refused");
 }
 
 #[test]
@@ -76,7 +165,10 @@ fn a_device_with_and_without_its_export() {
     // Another export, or none.
     let other = kernel.directory.path().join("other");
     let _other = Server::nbdkit(&other, &["memory", "16M"]);
-    for (socket, why) in [("other", "not the same"), ("nobody", "cannot connect")] {
+    let single = kernel.directory.path().join("single");
+    let image = kernel.image.path().to_str().expect("text");
+    let _single = Server::nbdkit(&single, &["--filter=multi-conn", "file", image, "multi-conn-mode=disable"]);
+    for (socket, why) in [("other", "not the same"), ("nobody", "cannot connect"), ("single", "CAN_MULTI_CONN")] {
         let mount = Mount::with_options(Kernel::path(), &["-o", &kernel.option(socket)]);
         assert_eq!(map_holes(mount.file()), [Extent(Kind::Data, 0..SIZE)]);
         assert!(mount.log().contains(why), "{}", mount.log());
@@ -96,7 +188,7 @@ fn the_export_of_one_device_is_not_that_of_another() {
     let image = Image::with_data(SIZE, &[0..SIZE]);
     let socket = kernel.directory.path().join("second");
     let _server = Server::nbdkit(&socket, &["file", image.path().to_str().expect("text")]);
-    run("nbd-client", ["-unix".as_ref(), socket.as_os_str(), "/dev/nbd1".as_ref()]);
+    connect(Path::new("/dev/nbd1"), &socket);
     let refused = |spec: &Path| {
         let point = kernel.directory.path().join("point");
         std::fs::create_dir_all(&point).expect("the directory is ours");
@@ -119,7 +211,117 @@ fn the_export_of_one_device_is_not_that_of_another() {
     assert_map(mount.file(), &map_of(SIZE, &[0..SIZE]));
     check(mount.file(), device.path());
     drop((mount, device));
-    run("nbd-client", ["-d", "/dev/nbd1"]);
+    disconnect(Path::new("/dev/nbd1"));
+    assert!(is_free(Path::new("/dev/nbd1")));
+}
+
+/// The user named the export of the connection that the device had then. The next connection may be to any other one.
+#[test]
+#[ignore = "needs a kernel with nbd: run tests/run"]
+fn a_device_that_is_connected_anew_is_all_data() {
+    let kernel = Kernel::new(&[]);
+    let (_full, _image, socket) = kernel.full("full");
+    let mount = kernel.mount(Kernel::path());
+    assert_map(mount.file(), &map_of(SIZE, &[]));
+    // What happens to other devices, and messages of the kernel about them, are of no account.
+    let other = Path::new("/dev/nbd1");
+    connect(other, &socket);
+    disconnect(other);
+    assert!(is_free(other));
+    std::fs::write("/sys/block/nbd0/uevent", "change").expect("the kernel sends an event");
+    assert_map(mount.file(), &map_of(SIZE, &[]));
+    disconnect(Kernel::path());
+    assert!(is_free(Kernel::path()));
+    connect(Kernel::path(), &socket);
+    assert_map(mount.file(), &map_of(SIZE, &[0..SIZE]));
+    check(mount.file(), Kernel::path());
+    assert!(mount.log().contains("disconnected"), "{}", mount.log());
+    // Also when it has the old export again: nobody could tell.
+    disconnect(Kernel::path());
+    assert!(is_free(Kernel::path()));
+    connect(Kernel::path(), &kernel.directory.path().join("s"));
+    assert_map(mount.file(), &map_of(SIZE, &[0..SIZE]));
+    drop(mount);
+    let mount = kernel.mount(Kernel::path());
+    assert_map(mount.file(), &map_of(SIZE, &[]));
+}
+
+#[test]
+#[ignore = "needs a kernel with nbd: run tests/run"]
+fn a_device_that_is_disconnected_while_its_file_is_open_is_all_data() {
+    let kernel = Kernel::new(&[]);
+    let mount = kernel.mount(Kernel::path());
+    let file = File::open(mount.file()).expect("the file opens");
+    assert_eq!(seek_data(&file, 0), None);
+    disconnect(Kernel::path());
+    assert_eq!(seek_data(&file, 0), Some(0), "{}", mount.log());
+    assert!((&file).read(&mut [0; 4096]).is_err(), "what cannot be read is no hole");
+}
+
+/// A socket that died is replaced without an event, and the device keeps its size, its number and its `pid`.
+#[test]
+#[ignore = "needs a kernel with nbd: run tests/run"]
+fn a_device_whose_dead_socket_was_replaced_is_all_data() {
+    let mut kernel = Kernel::new(&[]);
+    let (_full, _image, socket) = kernel.full("full");
+    let mount = kernel.mount(Kernel::path());
+    let file = File::open(mount.file()).expect("the file opens");
+    assert_eq!(seek_data(&file, 0), None);
+    let pid = || std::fs::read_to_string("/sys/block/nbd0/pid").expect("it is connected");
+    let before = pid();
+    // The export that the user named is there again at once; the device has the other one.
+    kernel.server.kill();
+    kernel.server.restart();
+    reconfigure(&negotiate(&socket).expect("the server answers"));
+    assert_eq!(pid(), before);
+    let mut bytes = [0; 4096];
+    (&file).read_exact(&mut bytes).expect("the device is read over its new socket");
+    assert_ne!(bytes, [0; 4096], "the bytes of the other export");
+    assert_eq!(seek_data(&file, 0), Some(0), "{}", mount.log());
+    assert_map(mount.file(), &map_of(SIZE, &[0..SIZE]));
+}
+
+/// An export that has other bytes than the device is a mistake of the user, which is found as far as bytes are compared.
+#[test]
+#[ignore = "needs a kernel with nbd: run tests/run"]
+fn another_export_of_the_same_size_is_refused() {
+    let kernel = Kernel::new(&[SIZE - 8 * KIB..SIZE]);
+    let mut empty = kernel.directory.path().join("empty");
+    let _empty = Server::nbdkit(&empty, &["memory", "32M"]);
+    let point = kernel.directory.path().join("point");
+    std::fs::create_dir_all(&point).expect("the directory is ours");
+    empty = PathBuf::from(kernel.option("empty"));
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_blkholefs"));
+    let words = ["mount".as_ref(), "-o".as_ref(), empty.as_os_str(), Kernel::path().as_os_str(), point.as_os_str()];
+    let output = command.args(words).output().expect("it starts");
+    let text = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(32), "{text}");
+    assert!(text.contains("they differ at byte"), "{text}");
+}
+
+/// A write over the kernel's connection is visible on ours only after a flush (`NBD_FLAG_CAN_MULTI_CONN`).
+#[test]
+#[ignore = "needs a kernel with nbd: run tests/run"]
+fn writes_over_the_kernels_connection_are_flushed_before_holes_are_asked_for() {
+    let log = |directory: &Path| directory.join("log");
+    let kernel = Kernel::with_filter(&[], |directory| {
+        Some(("--filter=log".to_owned(), format!("logfile={}", log(directory).display())))
+    });
+    let mount = kernel.mount(Kernel::path());
+    assert_map(mount.file(), &map_of(SIZE, &[]));
+    let text = std::fs::read_to_string(log(kernel.directory.path())).expect("the filter writes it");
+    let mut flushed = false;
+    let mut asked = 0;
+    for line in text.lines() {
+        // "... Flush id=N" when it comes, "...Flush id=N return=0" when it is done.
+        if line.contains("Extents id=") && !line.contains("...Extents") {
+            assert!(flushed, "holes were asked for before a flush was done:\n{text}");
+            flushed = false;
+            asked += 1;
+        }
+        flushed |= line.contains("...Flush");
+    }
+    assert!(asked > 0, "{text}");
 }
 
 #[test]

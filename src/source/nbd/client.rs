@@ -2,15 +2,17 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::OnceLock;
-use std::time::Instant;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::connection::{Ask, Connection};
 use super::frame::Dialect;
+use super::map::Settling;
 use super::pool::{Patience, Pool};
 use super::proto::BASE_ALLOCATION;
 use super::reply::{Content, Failure};
 use super::uri::Uri;
+use crate::deadline;
 use crate::error::Result;
 use crate::map::Run;
 use crate::units::Bytes;
@@ -20,17 +22,37 @@ use crate::units::Bytes;
 const TRIES: usize = 3;
 /// Requests of one call that are under way together.
 const BATCH: usize = 16;
+/// A block status that fails after so long was waited for.
+const SLOW: Duration = Duration::from_secs(1);
 /// `NBD_ESHUTDOWN`: the server is about to leave, and wants us to.
 const ESHUTDOWN: u32 = 108;
 
 /// A read-only client of one export.
 ///
 /// Requests of several threads share the connections. A connection that breaks is replaced, and its requests are sent
-/// again, within the bounds of [`Patience`].
+/// again, within the bounds of [`Patience`] and of the request that the thread works on.
 #[derive(Debug)]
 pub struct Client {
     pool: Pool,
     no_status: OnceLock<String>,
+    rest: Arc<Rest>,
+}
+
+/// Until when a server is not asked for its block status, because it did not answer in time.
+///
+/// Otherwise each step of an open, a look at the attributes and an lseek would wait as long as a request may, one after
+/// the other, for an answer that is data in the end.
+#[derive(Debug, Default)]
+pub struct Rest(Mutex<Option<Instant>>);
+
+impl Rest {
+    fn is_over(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_none_or(|until| Instant::now() >= until)
+    }
+
+    fn begin(&self, long: Duration) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + long);
+    }
 }
 
 impl Client {
@@ -41,6 +63,15 @@ impl Client {
     /// The server cannot be reached or trusted, has no such export, or does not speak the protocol.
     pub fn open(uri: &Uri) -> Result<Self> {
         Self::open_patiently(uri, Patience::default())
+    }
+
+    /// As [`Client::open`], with the rest of earlier clients of the same export.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::open`].
+    pub fn open_again(uri: &Uri, rest: Arc<Rest>) -> Result<Self> {
+        Ok(Self { rest, ..Self::open(uri)? })
     }
 
     /// As [`Client::open`], with other limits of time.
@@ -54,7 +85,7 @@ impl Client {
         if pool.first().context.is_none() {
             no_status.get_or_init(|| Failure::NoContext.to_string());
         }
-        Ok(Self { pool, no_status })
+        Ok(Self { pool, no_status, rest: Arc::default() })
     }
 
     /// The export's URI.
@@ -67,9 +98,42 @@ impl Client {
         self.pool.first().export.size
     }
 
-    /// Whether the server says that all connections see the same state of the export at any time.
-    pub fn is_multi_conn(&self) -> bool {
-        self.pool.first().export.multi_conn
+    /// Whether what was written over another connection is visible on ours, at the latest after [`Client::flush`].
+    ///
+    /// A server with `NBD_FLAG_CAN_MULTI_CONN` promises that what a flush covers is visible on all connections when it
+    /// replies to the flush. An export that takes no writes needs no flush.
+    pub fn is_visible_elsewhere(&self) -> bool {
+        let export = self.pool.first().export;
+        export.multi_conn && (export.flush || export.read_only)
+    }
+
+    /// Makes all writes that the server answered before this call, on any connection, visible on all of them.
+    ///
+    /// # Errors
+    ///
+    /// EIO when the server cannot do it.
+    pub fn flush(&self) -> io::Result<()> {
+        let eio = |failure: Failure| {
+            log::debug!("{}: cannot flush: {failure}", self.uri());
+            io::Error::from_raw_os_error(libc::EIO)
+        };
+        self.settle(self.deadline()).map_err(eio)
+    }
+
+    fn settle(&self, until: Instant) -> std::result::Result<(), Failure> {
+        if !self.pool.first().export.flush {
+            return Ok(());
+        }
+        match self.ask(&[Ask::Flush], until).pop() {
+            Some(Ok(_)) => Ok(()),
+            Some(Err(failure)) => Err(failure),
+            None => Err(Failure::Broken("not asked".to_owned())),
+        }
+    }
+
+    /// When a call that begins now has to end.
+    fn deadline(&self) -> Instant {
+        deadline::no_later_than(Instant::now() + self.pool.patience().request)
     }
 
     /// Why the server's block status is not used, if it is not.
@@ -106,7 +170,7 @@ impl Client {
         let len = buf.len().min(left);
         let end = offset.saturating_add(Bytes::new(len as u64));
         let asks = self.cut(offset..end);
-        let answers = self.ask(&asks);
+        let answers = self.ask(&asks, self.deadline());
         for (ask, answer) in asks.iter().zip(answers) {
             match (ask, answer) {
                 (Ask::Read(range), Ok(Content::Bytes(bytes))) => place(&bytes, range.start, buf, offset..end),
@@ -121,32 +185,61 @@ impl Client {
     }
 
     /// The block status of several ranges, each answered on its own: the runs from its start on, which may end before or
-    /// after the range does, or the reason why there are none.
+    /// after the range does, or the reason why there are none. With [`Settling::EachTime`], writes over other connections
+    /// are made visible first.
     ///
     /// Each answer was given after the call began. A range starts and ends on [`Client::minimum_block`] or at the end
     /// of the export.
-    pub fn block_status(&self, ranges: &[Range<Bytes>]) -> Vec<std::result::Result<Vec<Run>, Failure>> {
+    pub fn block_status(
+        &self,
+        ranges: &[Range<Bytes>],
+        settling: Settling,
+    ) -> Vec<std::result::Result<Vec<Run>, Failure>> {
+        let fail = |failure: Failure| ranges.iter().map(|_| Err(failure.clone())).collect();
         if self.no_status().is_some() {
-            return ranges.iter().map(|_| Err(Failure::NoContext)).collect();
+            return fail(Failure::NoContext);
+        }
+        if !self.rest.is_over() {
+            return fail(Failure::Broken("the server did not tell its holes in time before".to_owned()));
+        }
+        let (begin, until) = (Instant::now(), self.deadline());
+        if settling == Settling::EachTime
+            && let Err(failure) = self.settle(until)
+        {
+            self.rest_after(begin, &failure);
+            return fail(failure);
         }
         let asks: Vec<Ask> = ranges.iter().cloned().map(Ask::Status).collect();
-        let answers = self.ask(&asks).into_iter();
-        answers
-            .map(|answer| match answer {
-                Ok(Content::Runs(runs)) => Ok(runs),
-                Ok(Content::Bytes(_)) => Err(Failure::NoContext),
-                Err(failure) => {
-                    // Who broke the protocol once, or has no answers, is not asked again.
-                    if matches!(failure, Failure::Violation(_) | Failure::NoContext) {
-                        self.no_status.get_or_init(|| {
-                            log::warn!("{}: no holes from now on: {failure}", self.uri());
-                            failure.to_string()
-                        });
-                    }
-                    Err(failure)
-                }
-            })
-            .collect()
+        let answers = self.ask(&asks, until).into_iter();
+        answers.map(|answer| self.status_answer(answer, begin)).collect()
+    }
+
+    /// The runs of an answer that was asked for at `begin`. A server that broke the protocol, or has no answers, is not
+    /// asked again; one that was too slow is not for a while.
+    fn status_answer(
+        &self,
+        answer: std::result::Result<Content, Failure>,
+        begin: Instant,
+    ) -> std::result::Result<Vec<Run>, Failure> {
+        let failure = match answer {
+            Ok(Content::Runs(runs)) => return Ok(runs),
+            Ok(Content::Bytes(_) | Content::Flushed) => Failure::NoContext,
+            Err(failure) => failure,
+        };
+        if matches!(failure, Failure::Violation(_) | Failure::NoContext) {
+            self.no_status.get_or_init(|| {
+                log::warn!("{}: no holes from now on: {failure}", self.uri());
+                failure.to_string()
+            });
+        }
+        self.rest_after(begin, &failure);
+        Err(failure)
+    }
+
+    fn rest_after(&self, begin: Instant, failure: &Failure) {
+        if matches!(failure, Failure::Broken(_)) && begin.elapsed() >= SLOW {
+            self.rest.begin(self.pool.patience().request);
+        }
     }
 
     /// Cuts a range into reads that keep to the block sizes; the first and the last may be longer than asked.
@@ -163,11 +256,9 @@ impl Client {
         asks
     }
 
-    /// Gets every ask an answer, over as many connections as it takes.
-    fn ask(&self, asks: &[Ask]) -> Vec<std::result::Result<Content, Failure>> {
-        let patience = self.pool.patience();
+    /// Gets every ask an answer before `until`, over as many connections as it takes.
+    fn ask(&self, asks: &[Ask], until: Instant) -> Vec<std::result::Result<Content, Failure>> {
         let begin = Instant::now();
-        let until = begin + patience.outage + patience.request;
         let mut answers: Vec<_> = asks.iter().map(|_| Err(Failure::Broken("not asked".to_owned()))).collect();
         let mut tries = 0;
         while tries < TRIES {
@@ -203,10 +294,9 @@ impl Client {
         answers: &mut [std::result::Result<Content, Failure>],
         until: Instant,
     ) {
-        let deadline = until.min(Instant::now() + self.pool.patience().request);
-        let tickets: Vec<_> = batch.iter().map(|&index| (index, connection.submit(&asks[index], deadline))).collect();
+        let tickets: Vec<_> = batch.iter().map(|&index| (index, connection.submit(&asks[index], until))).collect();
         for (index, ticket) in tickets {
-            let answer = ticket.and_then(|ticket| connection.wait(ticket, deadline));
+            let answer = ticket.and_then(|ticket| connection.wait(ticket, until));
             answers[index] = match answer {
                 Err(Failure::Server(ESHUTDOWN)) => {
                     connection.end("the server is shutting down".to_owned());

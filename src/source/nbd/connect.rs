@@ -1,11 +1,13 @@
 //! From a URI to a connection that takes requests: socket, TLS, options, export.
 
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Instant;
 
 use nix::sys::socket::{
@@ -43,8 +45,7 @@ pub struct Agreement {
 
 /// Connects to the server of `uri` and opens its export.
 ///
-/// Looking a host name up takes as long as the system's resolver takes; all the rest ends by `deadline`, give or take a
-/// second.
+/// All of it ends by `deadline`: looking the host name up, the connection, TLS and the negotiation.
 ///
 /// # Errors
 ///
@@ -71,7 +72,7 @@ fn open_socket(transport: &Transport, deadline: Instant) -> io::Result<Socket> {
 
 fn open_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-    let addresses: Vec<_> = (host, port).to_socket_addrs()?.take(MAX_ADDRESSES).collect();
+    let addresses = look_up(host, port, deadline)?;
     for (index, address) in addresses.iter().enumerate() {
         // One that does not answer leaves the others their share of the time.
         let to_try = u32::try_from(addresses.len() - index).expect("a few addresses");
@@ -85,6 +86,28 @@ fn open_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
         }
     }
     Err(last)
+}
+
+/// The addresses of a host. The system's resolver knows no deadline, so it is asked in a thread, which is left alone when it
+/// takes too long.
+fn look_up(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAddr>> {
+    let resolve = move |host: &str| (host, port).to_socket_addrs().map(|all| all.take(MAX_ADDRESSES).collect());
+    if host.parse::<IpAddr>().is_ok() {
+        return resolve(host);
+    }
+    let (sender, answer) = mpsc::channel();
+    let name = host.to_owned();
+    // Nobody waits any more for an answer that comes too late.
+    let resolver = thread::Builder::new().name("resolver".to_owned());
+    let resolver = resolver.spawn(move || drop(sender.send(resolve(&name))))?;
+    match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        Ok(addresses) => {
+            // It has nothing left to do. A daemon is forked only when no other thread runs.
+            let _ = resolver.join();
+            addresses
+        }
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the host name is not resolved in time")),
+    }
 }
 
 /// Connects with the send timeout set first: a server that does not accept, with a full queue, would hold us for ever
@@ -204,7 +227,7 @@ impl Talk {
 
     fn negotiate(&self, greeting: Greeting, export: &str) -> std::result::Result<Agreement, Problem> {
         let mut agreement = Agreement {
-            export: ExportInfo { size: crate::units::Bytes::ZERO, read_only: true, multi_conn: false },
+            export: ExportInfo { size: crate::units::Bytes::ZERO, read_only: true, multi_conn: false, flush: false },
             blocks: BlockSizes::default(),
             dialect: Dialect::Simple,
             context: None,

@@ -9,7 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::connect::Agreement;
 use super::frame::{Command, Dialect, HEAD, Head, request};
@@ -17,8 +17,6 @@ use super::reply::{Answer, Content, Failure};
 use super::stream::Stream;
 use crate::units::Bytes;
 
-/// How long a farewell may take.
-const FAREWELL: Duration = Duration::from_secs(1);
 /// Bytes that are read ahead. Larger payloads go straight into their place.
 const READ_AHEAD: usize = 64 << 10;
 
@@ -29,6 +27,8 @@ pub enum Ask {
     Read(Range<Bytes>),
     /// The block status of a range that starts and ends on a minimum block or at the end of the export.
     Status(Range<Bytes>),
+    /// That what was written before becomes visible on all connections. Only for a server that can flush.
+    Flush,
 }
 
 /// A request under way.
@@ -185,6 +185,7 @@ impl Connection {
 
     fn prepare(&self, ask: &Ask) -> Result<(Command, Range<Bytes>, Answer), Failure> {
         match ask {
+            Ask::Flush => Ok((Command::Flush, Bytes::ZERO..Bytes::ZERO, Answer::flush())),
             Ask::Read(range) => {
                 let answer = Answer::read(range.clone()).expect("a read is a piece of a buffer in memory");
                 Ok((Command::Read, range.clone(), answer))
@@ -304,12 +305,12 @@ impl Connection {
 }
 
 impl Drop for Connection {
-    /// Says goodbye, so that the server does not log a lost client.
+    /// Tells the server that the client leaves, so that it does not log a lost one. That waits for nothing: a connection
+    /// may be dropped where others wait for a lock.
     fn drop(&mut self) {
         if !self.is_broken() {
             let goodbye = request(self.agreement.dialect, Command::Disconnect, 0, &(Bytes::ZERO..Bytes::ZERO));
-            // A server that is gone needs no goodbye.
-            let _ = self.stream.write_all(&goodbye, Instant::now() + FAREWELL);
+            self.stream.write_at_once(&goodbye);
         }
         self.stream.shutdown();
     }

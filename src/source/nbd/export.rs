@@ -2,12 +2,14 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Instant, SystemTime};
 
 use nix::unistd::{getegid, geteuid};
 
+use super::client::Rest;
 use super::{Client, Uri};
+use crate::deadline;
 use crate::error::{Error, Result};
 use crate::source::backing::{MIN_ALIGN, Medium, Node};
 use crate::source::{Context, Stack};
@@ -19,19 +21,37 @@ use crate::units::Bytes;
 pub struct Export {
     uri: Uri,
     state: Mutex<State>,
+    changed: Condvar,
+    /// It outlives the clients.
+    rest: Arc<Rest>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     client: Weak<Client>,
-    /// When the last attempt failed, and why.
-    failed: Option<(Instant, String)>,
+    /// Some thread connects.
+    connecting: bool,
+    /// Attempts to connect that have ended, and why the last of them failed if it did.
+    ended: u64,
+    failed: Option<String>,
+}
+
+/// A thread that connects; however that ends, others may connect afterwards.
+struct Attempt<'a>(&'a Export);
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.connecting = false;
+        state.ended += 1;
+        self.0.changed.notify_all();
+    }
 }
 
 impl Export {
     /// The export with that URI.
     pub fn new(uri: Uri) -> Self {
-        Self { uri, state: Mutex::default() }
+        Self { uri, state: Mutex::default(), changed: Condvar::new(), rest: Arc::default() }
     }
 
     /// The URI.
@@ -39,30 +59,47 @@ impl Export {
         &self.uri
     }
 
-    /// A client that is connected. Those that ask while one connects share what becomes of it.
+    /// A client that is connected. Those that ask while one connects share what becomes of it, and wait for it no longer
+    /// than their own request lasts.
     ///
     /// # Errors
     /// As [`Client::open`].
     pub fn client(&self) -> Result<Arc<Client>> {
-        let asked = Instant::now();
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(client) = state.client.upgrade() {
-            return Ok(client);
-        }
-        if let Some((_, why)) = state.failed.as_ref().filter(|(when, _)| *when >= asked) {
-            return Err(Error::failed(why.clone()));
-        }
-        match Client::open(&self.uri) {
-            Ok(client) => {
-                let client = Arc::new(client);
-                state.client = Arc::downgrade(&client);
-                Ok(client)
+        let until = deadline::no_later_than(Instant::now() + deadline::REQUEST);
+        let mut state = self.lock();
+        let before = state.ended;
+        loop {
+            if let Some(client) = state.client.upgrade() {
+                return Ok(client);
             }
-            Err(error) => {
-                state.failed = Some((Instant::now(), error.to_string()));
-                Err(error)
+            if let Some(why) = state.failed.as_ref().filter(|_| state.ended > before) {
+                return Err(Error::failed(why.clone()));
             }
+            if !state.connecting {
+                break;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::failed("no connection in time").on(self.uri.to_string()));
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+        state.connecting = true;
+        drop(state);
+        // Without the lock: a connection takes as long as the network, and who has a client needs no other.
+        let _attempt = Attempt(self);
+        let opened = Client::open_again(&self.uri, self.rest.clone()).map(Arc::new);
+        let mut state = self.lock();
+        state.failed = opened.as_ref().err().map(ToString::to_string);
+        if let Ok(client) = &opened {
+            state.client = Arc::downgrade(client);
+        }
+        drop(state);
+        opened
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The export as a file.

@@ -43,6 +43,8 @@ pub enum Command {
     Read = 0,
     /// `NBD_CMD_DISC`: the client leaves; there is no reply.
     Disconnect = 2,
+    /// `NBD_CMD_FLUSH`: all writes that were answered before, on any connection, become visible and permanent.
+    Flush = 3,
     /// `NBD_CMD_BLOCK_STATUS`.
     BlockStatus = 7,
 }

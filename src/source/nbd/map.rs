@@ -29,9 +29,19 @@ const ENOUGH_RUNS: u64 = 32;
 /// Windows of the longest length that are asked about together, where a run goes on and on.
 const WINDOWS: usize = 16;
 
+/// Whether writes over other connections are made visible before the server is asked for holes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settling {
+    /// The bytes are read over the connection that tells the holes, or nobody can write over another one.
+    Needless,
+    /// The bytes are read over another connection, as those of a device of the kernel's NBD client.
+    EachTime,
+}
+
 /// The holes of an export.
 pub struct NbdMap {
     client: Arc<Client>,
+    settling: Settling,
     window: AtomicU64,
     known: Mutex<KnownData>,
     walks: Mutex<Walks>,
@@ -40,9 +50,10 @@ pub struct NbdMap {
 
 impl NbdMap {
     /// The map of a client's export. Nothing is asked yet.
-    pub fn new(client: Arc<Client>) -> Self {
+    pub fn new(client: Arc<Client>, settling: Settling) -> Self {
         Self {
             client,
+            settling,
             window: AtomicU64::new(FIRST_WINDOW),
             // Nothing counts the writes of others. Data is only kept for its time.
             known: Mutex::new(KnownData::new(Box::new(|| Some(IoCounters::default())))),
@@ -56,21 +67,23 @@ impl NbdMap {
         let block = self.client.minimum_block();
         let start = offset.align_down(block);
         let windows = self.windows(start, goes_on);
-        let runs = match join(&windows, self.client.block_status(&windows)) {
+        let runs = match join(&windows, self.client.block_status(&windows, self.settling)) {
             Ok(runs) => {
                 self.failing.store(false, Ordering::Relaxed);
+                self.adapt(start, &windows, &runs);
                 runs
             }
             Err(failure) => {
                 if !self.failing.swap(true, Ordering::Relaxed) {
                     log::warn!("{}: taken for data: {failure}", self.client.uri());
                 }
+                // Nothing was learnt about the lengths of runs, but maybe the range was too long.
+                self.window.fetch_min(FIRST_WINDOW, Ordering::Relaxed);
                 // What the server cannot tell of one place it may know of others; what is away knows nothing.
                 let told = matches!(failure, Failure::Server(_)).then(|| windows.last().map(|window| window.end));
                 vec![Run { end: told.flatten().unwrap_or(self.len()), kind: Kind::Data }]
             }
         };
-        self.adapt(start, &windows, &runs);
         let few = runs.len().min(usize::try_from(ENOUGH_RUNS).unwrap_or(usize::MAX));
         self.known().add(start, &runs[..few]);
         let block_end = start.saturating_add(block).min(self.len());

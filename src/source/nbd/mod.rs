@@ -13,6 +13,7 @@ mod connect;
 mod connection;
 mod export;
 pub mod frame;
+mod link;
 mod map;
 mod pool;
 pub mod proto;
@@ -26,22 +27,28 @@ use std::sync::Arc;
 pub use beside::Beside;
 pub use client::Client;
 pub use export::Export;
-pub use map::NbdMap;
+pub use map::{NbdMap, Settling};
 pub use pool::Patience;
 pub use uri::{Tls, Transport, Uri};
 
-use crate::source::{BlockDevice, Layer, dense};
+use crate::source::{BlockDevice, Layer, Resolver, dense};
+use link::LinkGuard;
 
 /// What an export is called in a layer.
 const KIND: &str = "NBD export";
 
 /// The layer of an export that is read through the same client.
 pub fn layer(client: Arc<Client>) -> Layer {
+    // Where there are several connections the export is read-only; one connection sees its own state.
+    layer_with(client, Settling::Needless)
+}
+
+fn layer_with(client: Arc<Client>, settling: Settling) -> Layer {
     Layer {
         name: client.uri().to_string(),
         kind: KIND.to_owned(),
         holes_from: client.holes_from(),
-        map: Arc::new(NbdMap::new(client)),
+        map: Arc::new(NbdMap::new(client, settling)),
         below: Vec::new(),
     }
 }
@@ -50,37 +57,43 @@ pub fn layer(client: Arc<Client>) -> Layer {
 const DEVICE_KIND: &str = "nbd";
 
 /// The layer of the kernel's NBD device: its bytes are the kernel's, its holes those of the export that the user says it is
-/// connected to. Dense, with the reason, where that may be another one, or where one connection need not see what another
-/// has written.
-pub fn device_layer(device: &BlockDevice, beside: Option<&Beside>) -> Layer {
-    let dense = |reason: String| dense::layer(device.name(), DEVICE_KIND, device.len, reason);
-    let export = match beside {
-        None => {
-            return dense("the kernel does not ask its server for holes: name the export with -o nbd=URI".to_owned());
-        }
-        Some(beside) => match beside.export_of(device.id) {
-            None => return dense("it is not the NBD device whose export was named".to_owned()),
-            Some(export) => export,
+/// connected to. Dense, with the reason, where it may be connected to another one, or where one connection need not see
+/// what another one has written.
+pub fn device_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
+    match export_layer(device, resolver) {
+        Ok(below) => Layer {
+            name: device.name(),
+            kind: DEVICE_KIND.to_owned(),
+            holes_from: "its export, asked on a side connection".to_owned(),
+            map: below.map.clone(),
+            below: vec![below],
         },
+        Err(reason) => dense::layer(device.name(), DEVICE_KIND, device.len, reason),
+    }
+}
+
+/// The export of a device of the kernel, or why its holes are not the device's.
+fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc<Layer>, String> {
+    let Some(beside) = &resolver.context.nbd else {
+        return Err("the kernel does not ask its server for holes: name the export with -o nbd=URI".to_owned());
     };
-    let client = match export.client() {
-        Ok(client) => client,
-        Err(error) => return dense(error.to_string()),
+    let Some((export, link)) = beside.of(device.id) else {
+        return Err("it is not the NBD device whose export was named".to_owned());
     };
+    let link = link.map_err(ToOwned::to_owned)?.clone();
+    resolver.guard(LinkGuard(link.clone()));
+    if let Some(why) = link.lost() {
+        return Err(why.to_owned());
+    }
+    let client = export.client().map_err(|error| error.to_string())?;
     let size = client.size();
     if size != device.len {
-        return dense(format!("the export has {size} bytes and the device {}: not the same", device.len));
+        return Err(format!("the export has {size} bytes and the device {}: not the same", device.len));
     }
-    if !client.is_multi_conn() {
-        let reason = "the server does not promise that one connection sees what another one wrote (CAN_MULTI_CONN)";
-        return dense(reason.to_owned());
+    if !client.is_visible_elsewhere() {
+        return Err("the server does not promise that one connection sees what another one wrote \
+                    (CAN_MULTI_CONN, with FLUSH or read-only)"
+            .to_owned());
     }
-    let below = Arc::new(layer(client));
-    Layer {
-        name: device.name(),
-        kind: DEVICE_KIND.to_owned(),
-        holes_from: "its export, asked on a side connection".to_owned(),
-        map: below.map.clone(),
-        below: vec![below],
-    }
+    Ok(Arc::new(layer_with(client, Settling::EachTime)))
 }

@@ -7,9 +7,13 @@ use super::connect::{Agreement, connect};
 use super::connection::Connection;
 use super::tls::Identity;
 use super::uri::Uri;
+use crate::deadline;
 use crate::error::{Error, Result};
 
-/// The most connections to one export, where the server allows several (`NBD_FLAG_CAN_MULTI_CONN`).
+/// The most connections to one export that is read-only, where the server allows several (`NBD_FLAG_CAN_MULTI_CONN`).
+///
+/// An export that can be written has one connection: what another client has written may be visible on one connection
+/// before it is on the next one, unless it is flushed. Holes that one connection told could be data on another.
 const MAX_CONNECTIONS: usize = 4;
 /// How long an additional connection may take. A server at the limit of its clients may accept and then say nothing.
 const EXTRA: Duration = Duration::from_secs(1);
@@ -19,16 +23,16 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long a server is waited for.
 ///
-/// One call of [`super::Client`] takes at most `outage + request`, and two seconds for the steps in which time is
-/// measured, and, after a connection was lost, what the system's resolver needs for a host name.
+/// One call of [`super::Client`] takes at most `request`, whatever happens in it: lost connections, attempts to connect and
+/// their host names, answers in small pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patience {
     /// For a new connection, from the socket to the end of the negotiation.
     pub connect: Duration,
-    /// For the reply to a request.
+    /// For a call, from its begin to its answer.
     pub request: Duration,
     /// For a server that is away to come back. Counted from when it was missed first: after that, calls fail at once,
-    /// but for one attempt each second.
+    /// but for one attempt each second. Also the pause after an additional connection failed.
     pub outage: Duration,
 }
 
@@ -53,6 +57,8 @@ pub struct Pool {
 struct State {
     live: Vec<Arc<Connection>>,
     limit: usize,
+    /// When an additional connection may be tried, after one failed.
+    more_after: Option<Instant>,
     /// A thread is connecting.
     opening: bool,
     outage: Option<Outage>,
@@ -67,6 +73,13 @@ struct Outage {
     reason: String,
 }
 
+impl State {
+    /// Whether one more connection may be tried now.
+    fn may_grow(&self) -> bool {
+        self.live.len() < self.limit && self.more_after.is_none_or(|after| Instant::now() >= after)
+    }
+}
+
 impl Pool {
     /// Makes the first connection.
     ///
@@ -75,10 +88,12 @@ impl Pool {
     /// Whatever keeps the export from being opened. Nothing is tried twice.
     pub fn open(uri: Uri, patience: Patience) -> Result<Self> {
         let identity = Identity::of(&uri)?;
-        let (stream, first) = connect(&uri, identity.as_ref(), Instant::now() + patience.connect)?;
-        let limit = if first.export.multi_conn { MAX_CONNECTIONS } else { 1 };
+        let (stream, first) =
+            connect(&uri, identity.as_ref(), deadline::no_later_than(Instant::now() + patience.connect))?;
+        let several = first.export.multi_conn && first.export.read_only;
+        let limit = if several { MAX_CONNECTIONS } else { 1 };
         let live = vec![Arc::new(Connection::new(stream, first))];
-        let state = Mutex::new(State { live, limit, opening: false, outage: None });
+        let state = Mutex::new(State { live, limit, more_after: None, opening: false, outage: None });
         Ok(Self { uri, identity, first, patience, state, changed: Condvar::new() })
     }
 
@@ -108,7 +123,7 @@ impl Pool {
             state.live.retain(|connection| !connection.is_broken());
             let best = state.live.iter().min_by_key(|connection| connection.load()).cloned();
             if let Some(best) = &best
-                && (best.load() == 0 || state.opening || state.live.len() >= state.limit)
+                && (best.load() == 0 || state.opening || !state.may_grow())
             {
                 return Ok(Arc::clone(best));
             }
@@ -146,7 +161,7 @@ impl Pool {
                 }
                 Err(error) if best.is_some() => {
                     log::info!("{error}; going on with {} connections", state.live.len());
-                    state.limit = state.live.len().max(1);
+                    state.more_after = Some(Instant::now() + self.patience.outage);
                 }
                 Err(error) => self.away(&mut state, &error)?,
             }
@@ -158,6 +173,11 @@ impl Pool {
         let (now, before) = (agreement.export.size, self.first.export.size);
         if now != before {
             return Err(Error::failed(format!("the export has {now} bytes now, not {before} as before"))
+                .on(self.uri.to_string()));
+        }
+        if agreement.export != self.first.export {
+            // What was concluded from its abilities no longer holds.
+            return Err(Error::failed("the server has other abilities than before (transmission flags)")
                 .on(self.uri.to_string()));
         }
         if agreement.blocks != self.first.blocks {

@@ -22,6 +22,7 @@ const NO_ZEROES: u16 = 1 << 1;
 /// Transmission flags that this client heeds.
 const FLAG_HAS_FLAGS: u16 = 1;
 const FLAG_READ_ONLY: u16 = 1 << 1;
+const FLAG_SEND_FLUSH: u16 = 1 << 2;
 const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 
 /// Bit of an option reply's type that makes it an error.
@@ -260,10 +261,13 @@ pub fn option_reply(bytes: &[u8; OPTION_HEADER], option: Opt) -> Result<(Reply, 
 pub struct ExportInfo {
     /// The export's length.
     pub size: Bytes,
-    /// The server takes no writes over this connection.
+    /// The export takes no writes (`NBD_FLAG_READ_ONLY`).
     pub read_only: bool,
-    /// All connections to the export see one and the same state (`NBD_FLAG_CAN_MULTI_CONN`).
+    /// The server has no cache, or one for all connections, and what it flushed is visible on all of them
+    /// (`NBD_FLAG_CAN_MULTI_CONN`).
     pub multi_conn: bool,
+    /// The server takes [`super::frame::Command::Flush`] (`NBD_FLAG_SEND_FLUSH`).
+    pub flush: bool,
 }
 
 impl ExportInfo {
@@ -285,6 +289,7 @@ impl ExportInfo {
             size: Bytes::new(size),
             read_only: flags & FLAG_READ_ONLY != 0,
             multi_conn: flags & FLAG_CAN_MULTI_CONN != 0,
+            flush: flags & FLAG_SEND_FLUSH != 0,
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Transmission: the two sorts of answers, put together from replies. Pure and total.
+//! Transmission: the three sorts of answers, put together from replies. Pure and total.
 //!
 //! An answer is put together from chunks that may come in any order. It is complete only when the chunks cover what was
 //! asked exactly once; anything else is a [`Violation`], never silently zeros.
@@ -86,6 +86,7 @@ pub struct Answer {
 enum Sort {
     Read { bytes: Vec<u8>, covered: Covered },
     Status { context: u32, dialect: Dialect, limit: Bytes, runs: Option<Vec<Run>> },
+    Flush,
 }
 
 /// A finished answer.
@@ -96,6 +97,8 @@ pub enum Content {
     /// The runs from the start of the range on, neighbours of different kinds. They may end before the range does, or
     /// after it.
     Runs(Vec<Run>),
+    /// A flush is done.
+    Flushed,
 }
 
 impl Answer {
@@ -109,6 +112,11 @@ impl Answer {
     /// The empty answer to a block status request about `range` of an export of `limit` bytes.
     pub fn status(range: Range<Bytes>, context: u32, dialect: Dialect, limit: Bytes) -> Self {
         Self { asked: range, sort: Sort::Status { context, dialect, limit, runs: None }, error: None, done: false }
+    }
+
+    /// The empty answer to a flush.
+    pub fn flush() -> Self {
+        Self { asked: Bytes::ZERO..Bytes::ZERO, sort: Sort::Flush, error: None, done: false }
     }
 
     /// Whether the last chunk was seen.
@@ -132,6 +140,8 @@ impl Answer {
                 covered.claim(0..bytes.len())?;
                 Ok(Some(bytes))
             }
+            // A reply without data may be simple in the structured dialect too.
+            Sort::Flush if dialect != Dialect::Extended => Ok(None),
             _ => Err(Violation::new("sent a simple reply where a structured one is due")),
         }
     }
@@ -219,6 +229,7 @@ impl Answer {
             Sort::Read { bytes, covered } if covered.all(bytes.len()) => Ok(Content::Bytes(bytes)),
             Sort::Read { .. } => missing("left out a part of a read"),
             Sort::Status { runs: Some(runs), .. } => Ok(Content::Runs(runs)),
+            Sort::Flush => Ok(Content::Flushed),
             Sort::Status { runs: None, .. } => missing("answered a block status request without extents"),
         }
     }

@@ -1,20 +1,21 @@
 //! One socket, with or without TLS, where every wait has an end.
 //!
 //! Reading and writing are both `&self`: one thread may wait for the server while another sends. Waits are cut into
-//! ticks by the socket's own timeouts, so that a normal request costs no extra system call; a deadline is kept to
-//! within one [`TICK`].
+//! ticks by the socket's own timeouts, so that a normal request costs no extra system call. When less than a [`TICK`] is
+//! left, the socket is waited for that long and no longer.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, send as send_to_socket};
 use rustls::ClientConnection;
 
-/// How late a deadline may be noticed.
+/// The longest wait in one system call.
 pub const TICK: Duration = Duration::from_secs(1);
 
 /// A connected socket.
@@ -93,14 +94,50 @@ struct Until<'a> {
 impl Until<'_> {
     /// Repeats what the tick or a signal interrupted, until the deadline. Progress does not extend it: a server that
     /// moves one byte now and then must not hold anybody longer.
-    fn retry<T>(&self, mut io: impl FnMut(&Socket) -> io::Result<T>) -> io::Result<T> {
-        while Instant::now() < self.deadline {
+    fn retry<T>(&self, ready: PollFlags, mut io: impl FnMut(&Socket) -> io::Result<T>) -> io::Result<T> {
+        loop {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left < TICK {
+                wait(self.socket, ready, self.deadline)?;
+            }
             match io(self.socket) {
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
                 result => return result,
             }
         }
-        Err(late())
+    }
+}
+
+/// Waits until the socket is ready.
+fn wait(socket: &Socket, ready: PollFlags, deadline: Instant) -> io::Result<()> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(late());
+        }
+        // At least one millisecond, the unit of poll(2).
+        let timeout = left.clamp(Duration::from_millis(1), TICK);
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO);
+        let mut sockets = [PollFd::new(socket.as_fd(), ready)];
+        match poll(&mut sockets, timeout) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// A socket that is written without waiting.
+struct AtOnce<'a>(&'a Socket);
+
+impl Write for AtOnce<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        Ok(send_to_socket(self.0.as_fd().as_raw_fd(), buf, flags)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -110,13 +147,13 @@ fn late() -> io::Error {
 
 impl Read for Until<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.retry(|mut socket| socket.read(buf))
+        self.retry(PollFlags::POLLIN, |mut socket| socket.read(buf))
     }
 }
 
 impl Write for Until<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.retry(|mut socket| socket.write(buf))
+        self.retry(PollFlags::POLLOUT, |mut socket| socket.write(buf))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -157,7 +194,7 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// The connection failed, or nothing came before `deadline` (and one [`TICK`]).
+    /// The connection failed, or nothing came before `deadline`.
     pub fn read(&self, buf: &mut [u8], deadline: Instant) -> io::Result<usize> {
         match &self.tls {
             None => Until { socket: &self.socket, deadline }.read(buf),
@@ -184,13 +221,31 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// The connection failed, or the server took nothing before `deadline` (and one [`TICK`]).
+    /// The connection failed, or the server took nothing before `deadline`.
     pub fn write_all(&self, bytes: &[u8], deadline: Instant) -> io::Result<()> {
         let mut until = Until { socket: &self.socket, deadline };
         let Some(tls) = &self.tls else { return until.write_all(bytes) };
         let mut tls = lock(tls);
         tls.writer().write_all(bytes)?;
         send(&mut tls, &mut until)
+    }
+
+    /// Writes what the socket takes without waiting, and forgets the rest. For the last words of a connection.
+    pub fn write_at_once(&self, bytes: &[u8]) {
+        let mut now = AtOnce(&self.socket);
+        let _ = match &self.tls {
+            None => now.write_all(bytes),
+            Some(tls) => {
+                let mut tls = lock(tls);
+                tls.writer().write_all(bytes).and_then(|()| {
+                    tls.send_close_notify();
+                    while tls.wants_write() {
+                        tls.write_tls(&mut now)?;
+                    }
+                    Ok(())
+                })
+            }
+        };
     }
 
     /// Ends the connection; a thread that waits for it wakes up.
@@ -209,28 +264,12 @@ impl Stream {
                     result => return result,
                 }
             }
-            self.wait_readable(deadline)?;
+            wait(&self.socket, PollFlags::POLLIN, deadline)?;
             let mut tls = lock(tls);
             // The end of the stream is seen by the reader above.
             tls.read_tls(&mut until)?;
             tls.process_new_packets().map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
             send(&mut tls, &mut until)?;
-        }
-    }
-
-    fn wait_readable(&self, deadline: Instant) -> io::Result<()> {
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(late());
-            }
-            let timeout = PollTimeout::try_from(left.min(TICK)).unwrap_or(PollTimeout::ZERO);
-            let mut sockets = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut sockets, timeout) {
-                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
-                Ok(_) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            }
         }
     }
 }

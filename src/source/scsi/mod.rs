@@ -3,7 +3,9 @@
 //! A hole needs two promises. The disk promises in READ CAPACITY(16), and in VPD page B2h where it has one, that a
 //! block without storage reads as zeros; and it says of this block, now, that it is deallocated or anchored. The second
 //! is asked each time a hole is claimed, because a disk in a storage network has other writers than this host, which
-//! move no counter here. Only data is remembered, for a short while: that is allowed whatever they do.
+//! move no counter here. READ CAPACITY(16) is asked each time too: a disk reports that its promises changed to the first
+//! command that comes, which may be that of another program. Only data is remembered, for a short while: that is allowed
+//! whatever they do.
 //!
 //! A disk that cannot keep a promise, or fails a command, is not asked again as long as the map lives.
 
@@ -118,6 +120,9 @@ impl ScsiMap {
                         log::debug!("GET LBA STATUS at byte {start}: {fault}: data from there on");
                     }
                     self.known().add(start, &status.runs);
+                    if status.runs.first().is_some_and(|run| run.kind == Kind::Hole) {
+                        self.target.zeros(self.len, self.block)?;
+                    }
                     return Ok(status.runs.first().copied().unwrap_or_else(|| self.data_to(self.len)));
                 }
                 Err(Failure::Failed(error)) => return Err(error),

@@ -76,6 +76,22 @@ impl Target {
                 "an ATA disk cannot be asked which blocks are trimmed (ATA has no command like GET LBA STATUS)",
             ));
         }
+        self.zeros(len, block)?;
+        let supported = self.inquiry(Some(pages::SUPPORTED_PAGES))?;
+        if pages::lists_page(&supported, pages::PROVISIONING_PAGE)?
+            && !pages::provisioning_zeros(&self.inquiry(Some(pages::PROVISIONING_PAGE))?)?
+        {
+            return Err(Error::failed("the disk does not promise zeros in unmapped blocks (LBPRZ of VPD page B2h)"));
+        }
+        Ok(())
+    }
+
+    /// Whether READ CAPACITY(16) promises so, and has the length and blocks that the kernel has.
+    ///
+    /// # Errors
+    ///
+    /// The reason why its holes cannot be believed.
+    pub(super) fn zeros(&self, len: Bytes, block: Bytes) -> Result<()> {
         let capacity = pages::capacity(&self.again("READ CAPACITY(16)", &read_capacity_cdb(), CAPACITY_LEN)?)?;
         if capacity.len != len || capacity.block != block {
             return Err(Error::failed(format!(
@@ -90,12 +106,6 @@ impl Target {
             return Err(Error::failed(
                 "the disk does not promise zeros in unmapped blocks (LBPRZ is 0 in READ CAPACITY(16))",
             ));
-        }
-        let supported = self.inquiry(Some(pages::SUPPORTED_PAGES))?;
-        if pages::lists_page(&supported, pages::PROVISIONING_PAGE)?
-            && !pages::provisioning_zeros(&self.inquiry(Some(pages::PROVISIONING_PAGE))?)?
-        {
-            return Err(Error::failed("the disk does not promise zeros in unmapped blocks (LBPRZ of VPD page B2h)"));
         }
         Ok(())
     }

@@ -220,6 +220,17 @@ fn after_an_event_the_promise_is_asked_again() {
     assert!(map.dense_because().unwrap().contains("LBPRZ"));
 }
 
+/// The event went to another program's command.
+#[test]
+fn a_promise_that_is_withdrawn_without_an_event_is_seen() {
+    let disk = Arc::new(Disk::default());
+    let map = disk.map().unwrap();
+    assert_eq!(map.run_at(Bytes::ZERO), Run { end: LEN, kind: Kind::Hole });
+    disk.flags.store(0x80, Ordering::Relaxed);
+    assert_eq!(map.run_at(Bytes::ZERO), Run { end: LEN, kind: Kind::Data });
+    assert!(map.dense_because().unwrap().contains("LBPRZ"));
+}
+
 #[test]
 fn a_walk_that_takes_too_long_is_data_for_a_while() {
     let disk = Arc::new(Disk::default());

@@ -96,5 +96,6 @@ fn reply(dialect: Dialect, status: bool, mut input: &[u8]) {
             assert!(status && runs.iter().all(|run| START < run.end.get() && run.end.get() <= EXPORT));
             assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].end && pair[0].kind != pair[1].kind));
         }
+        Ok(Content::Flushed) => panic!("no flush was asked for"),
     }
 }

@@ -63,10 +63,12 @@ fn export_information() {
     let info = |size: u64, flags: u16| {
         Info::decode(&[&[0, 0], size.to_be_bytes().as_slice(), flags.to_be_bytes().as_slice()].concat())
     };
-    let export =
-        |size, read_only, multi_conn| Ok(Info::Export(ExportInfo { size: Bytes::new(size), read_only, multi_conn }));
-    assert_eq!(info(5, 1), export(5, false, false));
-    assert_eq!(info(0, 0x103), export(0, true, true));
+    let export = |size, read_only, multi_conn, flush| {
+        Ok(Info::Export(ExportInfo { size: Bytes::new(size), read_only, multi_conn, flush }))
+    };
+    assert_eq!(info(5, 1), export(5, false, false, false));
+    assert_eq!(info(0, 0x103), export(0, true, true, false));
+    assert_eq!(info(0, 0x105), export(0, false, true, true));
     assert!(info(5, 2).is_err(), "flags without HAS_FLAGS");
     assert!(info(1 << 63, 1).is_err());
     assert!(Info::decode(&[0, 0, 1]).is_err());

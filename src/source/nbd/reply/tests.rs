@@ -40,7 +40,7 @@ fn status(flags: u16, context: u32, extents: &[(u32, u32)]) -> Sent<'static> {
 fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> Result<Vec<u8>, Failure> {
     feed(Answer::read(bytes(start, end)).unwrap(), chunks).map(|content| match content {
         Content::Bytes(bytes) => bytes,
-        Content::Runs(_) => panic!("a read has bytes"),
+        Content::Runs(_) | Content::Flushed => panic!("a read has bytes"),
     })
 }
 
@@ -48,7 +48,7 @@ fn ask_status(chunks: &[Sent<'_>]) -> Result<Vec<(u64, Kind)>, Failure> {
     let answer = Answer::status(bytes(4096, 16384), 9, Dialect::Structured, Bytes::new(20000));
     feed(answer, chunks).map(|content| match content {
         Content::Runs(runs) => runs.iter().map(|run| (run.end.get(), run.kind)).collect(),
-        Content::Bytes(_) => panic!("a status has runs"),
+        Content::Bytes(_) | Content::Flushed => panic!("a status has runs"),
     })
 }
 
@@ -229,4 +229,28 @@ proptest::proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_flush_is_answered_without_data() {
+    for (dialect, kind, len, answered) in [
+        (Dialect::Structured, 0, 0_u32, true),
+        (Dialect::Extended, 0, 0, true),
+        (Dialect::Structured, 1, 20, false),
+        (Dialect::Structured, 5, 12, false),
+        (Dialect::Extended, 6, 24, false),
+    ] {
+        let rest = match dialect {
+            Dialect::Extended => [[0; 8], u64::from(len).to_be_bytes()].concat(),
+            _ => len.to_be_bytes().to_vec(),
+        };
+        let mut answer = Answer::flush();
+        assert_eq!(answer.chunk(1, kind, &rest).is_ok(), answered, "{dialect:?} {kind}");
+    }
+    let mut simple = Answer::flush();
+    assert_eq!(simple.simple(0, Dialect::Structured), Ok(None));
+    assert_eq!(simple.finish(), Ok(Content::Flushed));
+    let mut failed = Answer::flush();
+    assert_eq!(failed.simple(5, Dialect::Structured), Ok(None));
+    assert_eq!(failed.finish(), Err(Failure::Server(5)));
 }

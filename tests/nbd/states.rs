@@ -1,0 +1,113 @@
+//! What one connection sees of writes over others, and what the flags of an export promise of that.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use blkholefs::map::Kind;
+use blkholefs::source::nbd::{NbdMap, Settling};
+
+use crate::fake::{BLOCK, Dialect, Fake, Message, Step, Then, refusal, set_export};
+use crate::{client, patience, read, runs};
+
+const SIZE: u64 = 4 * BLOCK as u64;
+const HAS_FLAGS: u16 = 1;
+const READ_ONLY: u16 = 2;
+const FLUSH: u16 = 4;
+const MULTI_CONN: u16 = 256;
+
+fn disk() -> Vec<u8> {
+    vec![0; 4 * BLOCK]
+}
+
+/// The server tells the truth only after a flush, as `NBD_FLAG_CAN_MULTI_CONN` allows: before, it does not know what another
+/// connection has written.
+#[test]
+fn writes_over_another_connection_are_flushed_before_holes_are_asked_for() {
+    for dialect in [Dialect::Structured, Dialect::Extended] {
+        let (flushed, fails) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (seen, failing) = (Arc::clone(&flushed), Arc::clone(&fails));
+        let spoil = move |message: &mut Message| {
+            set_export(message, SIZE, HAS_FLAGS | FLUSH | MULTI_CONN);
+            match message.step {
+                Step::Flush if failing.load(Ordering::Relaxed) => {
+                    message.bytes = refusal(dialect, message.request.cookie);
+                }
+                Step::Flush => seen.store(true, Ordering::Relaxed),
+                Step::Status => assert!(seen.swap(false, Ordering::Relaxed), "asked before a flush"),
+                _ => {}
+            }
+            Then::Go
+        };
+        let fake = Fake::new(dialect, &disk(), Arc::new(spoil));
+        let client = client(&fake.uri, patience(Duration::from_secs(5)));
+        assert!(client.is_visible_elsewhere());
+        let map = NbdMap::new(client, Settling::EachTime);
+        for _ in 0..3 {
+            assert_eq!(runs(&map), [(SIZE, Kind::Hole)]);
+        }
+        fails.store(true, Ordering::Relaxed);
+        assert_eq!(runs(&map), [(SIZE, Kind::Data)], "what may be invisible is no hole");
+    }
+}
+
+#[test]
+fn the_flags_of_an_export_say_whether_other_connections_see_the_same() {
+    for (flags, visible) in [
+        (HAS_FLAGS, false),
+        (HAS_FLAGS | READ_ONLY, false),
+        (HAS_FLAGS | FLUSH, false),
+        (HAS_FLAGS | MULTI_CONN, false),
+        (HAS_FLAGS | MULTI_CONN | FLUSH, true),
+        (HAS_FLAGS | MULTI_CONN | READ_ONLY, true),
+    ] {
+        let spoil = move |message: &mut Message| {
+            set_export(message, SIZE, flags);
+            Then::Go
+        };
+        let fake = Fake::new(Dialect::Structured, &disk(), Arc::new(spoil));
+        let client = client(&fake.uri, patience(Duration::from_secs(5)));
+        assert_eq!(client.is_visible_elsewhere(), visible, "{flags:#x}");
+    }
+}
+
+/// Reads and holes of an export that others may write come over one connection.
+#[test]
+fn an_export_that_can_be_written_has_one_connection() {
+    for (flags, several) in [(HAS_FLAGS | MULTI_CONN | FLUSH, false), (HAS_FLAGS | MULTI_CONN | READ_ONLY, true)] {
+        let spoil = move |message: &mut Message| {
+            set_export(message, SIZE, flags);
+            if message.step == Step::Read {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Then::Go
+        };
+        let fake = Fake::new(Dialect::Structured, &disk(), Arc::new(spoil));
+        let client = client(&fake.uri, patience(Duration::from_secs(20)));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..20).for_each(|_| assert_eq!(read(&client, 0, BLOCK), Ok(vec![0; BLOCK]))));
+            }
+        });
+        assert_eq!(fake.connections.load(Ordering::Relaxed) > 1, several, "{flags:#x}");
+    }
+}
+
+/// What was concluded from the flags of the first connection holds for the next ones only if they have the same.
+#[test]
+fn a_server_that_comes_back_with_other_flags_is_refused() {
+    let spoil = |message: &mut Message| {
+        let flags = if message.connection == 0 { HAS_FLAGS | MULTI_CONN | READ_ONLY } else { HAS_FLAGS };
+        set_export(message, SIZE, flags);
+        match message.step {
+            Step::Read if message.connection == 0 => {
+                message.bytes.clear();
+                Then::Close
+            }
+            _ => Then::Go,
+        }
+    };
+    let fake = Fake::new(Dialect::Structured, &disk(), Arc::new(spoil));
+    let client = client(&fake.uri, patience(Duration::from_millis(500)));
+    assert_eq!(read(&client, 0, 2 * BLOCK).map(drop), Err(libc::EIO));
+}
