@@ -11,7 +11,7 @@
 //! An array that is degraded, that resyncs, reshapes or checks itself, or that is anything else than running and idle,
 //! is dense. All that is known of an array is read from sysfs (`Documentation/admin-guide/md.rst`).
 
-mod array;
+pub mod array;
 
 use std::sync::Arc;
 

@@ -25,10 +25,14 @@ pub fn number(id: DeviceId, name: &str) -> Option<u64> {
 
 /// The kernel's name of a device, its node's path under `/dev`.
 pub fn kernel_name(id: DeviceId) -> Option<String> {
-    let uevent = attribute(id, "uevent")?;
+    name_in(&attribute(id, "uevent")?).map(ToOwned::to_owned)
+}
+
+/// The name in the text of a `uevent` attribute.
+pub fn name_in(uevent: &str) -> Option<&str> {
     let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
     // The name becomes a path: nothing in it may climb.
-    (!name.is_empty() && !name.split('/').any(|part| part.is_empty() || part == "..")).then(|| name.to_owned())
+    (!name.is_empty() && !name.split('/').any(|part| part.is_empty() || part == "..")).then_some(name)
 }
 
 /// The name that a device-mapper device was created with.
@@ -151,7 +155,7 @@ pub fn writes_in_flight(id: DeviceId) -> io::Result<u64> {
 }
 
 /// Reads the `stat` line: sectors read, and the counters of writes and discards (the latter since 4.18).
-fn parse_stat(text: &str) -> Option<(Sectors, Option<IoCounters>)> {
+pub fn parse_stat(text: &str) -> Option<(Sectors, Option<IoCounters>)> {
     let mut fields = [0; 17];
     let mut count = 0;
     for (field, word) in fields.iter_mut().zip(text.split_ascii_whitespace()) {

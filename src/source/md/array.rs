@@ -8,28 +8,28 @@ const MAX_LEGS: usize = 4096;
 
 /// A running, idle and whole array.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Array {
+pub struct Array {
     /// The level, `raid1`.
-    pub(super) level: String,
+    pub level: String,
     /// The length of a chunk; zero where the level has none.
-    pub(super) chunk: Bytes,
+    pub chunk: Bytes,
     /// What is used of each leg; zero where legs may differ.
-    pub(super) component: Bytes,
+    pub component: Bytes,
     /// The legs, in order.
-    pub(super) legs: Vec<Leg>,
+    pub legs: Vec<Leg>,
     /// Means something for raid10 only; some levels print -1.
     layout: String,
 }
 
 /// A leg of an array.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Leg {
+pub struct Leg {
     /// Its device.
-    pub(super) device: DeviceId,
+    pub device: DeviceId,
     /// Where the array's data begins on it.
-    pub(super) offset: Sectors,
+    pub offset: Sectors,
     /// How much of the array's data it holds.
-    pub(super) len: Bytes,
+    pub len: Bytes,
 }
 
 impl Array {
@@ -38,7 +38,7 @@ impl Array {
     /// # Errors
     ///
     /// Why the array cannot be believed: it is not whole or not idle, or an attribute is missing or not understood.
-    pub(super) fn read(attribute: &dyn Fn(&str) -> Option<String>) -> Result<Self, String> {
+    pub fn read(attribute: &dyn Fn(&str) -> Option<String>) -> Result<Self, String> {
         let level = attribute("level").ok_or("it has no level")?;
         let is = |name: &str, allowed: &[&str]| match attribute(name) {
             Some(value) if allowed.contains(&value.as_str()) => Ok(()),
@@ -69,7 +69,7 @@ impl Array {
     }
 
     /// The number of copies of a raid10 array whose copies are all near ones (`setup_geo` of `drivers/md/raid10.c`).
-    pub(super) fn near_copies(&self) -> Option<usize> {
+    pub fn near_copies(&self) -> Option<usize> {
         let layout = unsigned(&self.layout)?;
         let (near, far, rest) = (layout & 0xff, layout >> 8 & 0xff, layout >> 16);
         (near > 0 && far == 1 && rest == 0).then(|| usize::try_from(near).ok()).flatten()
