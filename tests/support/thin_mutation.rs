@@ -1,9 +1,9 @@
 //! Damages images of thin metadata where it hurts, makes their checksums right, and reads all of them.
 //!
-//! Invariant: whatever the image, reading it ends, without a panic, in an error or in a map; and where a device has a
-//! map, look-ups of single blocks in its tree agree with it.
+//! Invariant: whatever the image, reading it ends, without a panic, in an error or in a map. Where a device has a map, it
+//! maps what a reader without any checks finds in the bytes, and look-ups of single blocks agree with it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
@@ -65,7 +65,7 @@ impl Image {
         if let Some(len) = len.filter(|len| *len < self.whole.len()) {
             self.file.set_len(len as u64).expect("a file becomes shorter");
         }
-        let maps = read_everything(self.file.try_clone().expect("a free descriptor"));
+        let maps = read_everything(self.file.try_clone().expect("a free descriptor"), &self.bytes);
         for number in &self.changed {
             let block = number * BLOCK..(number + 1) * BLOCK;
             self.bytes[block.clone()].copy_from_slice(&self.whole[block]);
@@ -120,7 +120,8 @@ impl Image {
 }
 
 /// Reads all devices that the metadata in `file` has, and some that it may not have; returns how many maps it gave.
-fn read_everything(file: File) -> usize {
+/// `bytes` are what is in the file, which may end earlier.
+fn read_everything(file: File, bytes: &[u8]) -> usize {
     let other = file.try_clone().expect("a free descriptor");
     let open = |file, location| Metadata::open(MetadataReader::new(file).expect("a file has a length"), location);
     let Ok(metadata) = open(file, MetaBlock::SUPERBLOCK) else { return 0 };
@@ -134,10 +135,10 @@ fn read_everything(file: File) -> usize {
             let _ = (held.mapping_tree(*id), held.details(*id));
         }
     }
-    ids.iter().filter(|id| read_device(&metadata, **id)).count()
+    ids.iter().filter(|id| read_device(&metadata, **id, bytes)).count()
 }
 
-fn read_device(metadata: &Metadata, id: ThinId) -> bool {
+fn read_device(metadata: &Metadata, id: ThinId, bytes: &[u8]) -> bool {
     let size = metadata.superblock().data_block_size.bytes();
     let len = Bytes::new(size.get() * KEYS - 512);
     let details = metadata.details(id);
@@ -160,9 +161,34 @@ fn read_device(metadata: &Metadata, id: ThinId) -> bool {
         }
     }
     if let Ok(map) = &map {
+        let next = |from| map.next_mapped(Block::new(from)).map(Block::get).filter(|key| *key < KEYS);
+        let mapped: BTreeSet<u64> = std::iter::successors(next(0), |key| next(key + 1)).collect();
+        let mut found = entries(bytes, tree.root.get());
+        found.retain(|key, _| *key < KEYS);
+        assert!(mapped.iter().eq(found.keys()), "{mapped:?} is not what the tree has: {found:?}");
         assert!(map.mapped_blocks() <= details.expect("a map has details").mapped_blocks);
         assert!(map.allocated().is_some_and(|allocated| allocated <= len));
         assert!(map.memory() < Bytes::new(64 << 10));
     }
     map.is_ok()
+}
+
+/// The entries of a tree, read without checks. A map was made of it, so all of it lies in the image.
+fn entries(bytes: &[u8], root: u64) -> BTreeMap<u64, u64> {
+    let (mut entries, mut nodes) = (BTreeMap::new(), vec![root]);
+    while let Some(node) = nodes.pop() {
+        let node = &bytes[usize::try_from(node).expect("a block of the image") * BLOCK..][..BLOCK];
+        let field = |at, size| usize::try_from(get(node, at, size)).expect("a field of 32 bits");
+        let values = 32 + 8 * field(20, 4);
+        for index in 0..field(16, 4) {
+            let (key, value) = (get(node, 32 + 8 * index, 8), get(node, values + 8 * index, 8));
+            if field(4, 4) == 1 {
+                nodes.push(value);
+            } else {
+                entries.insert(key, value);
+            }
+        }
+        assert!(nodes.len() < bytes.len(), "a tree without an end");
+    }
+    entries
 }

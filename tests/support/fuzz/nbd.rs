@@ -1,9 +1,13 @@
 //! Everything that an NBD server sends, and NBD URIs.
 //!
 //! Invariant: no input makes a parser panic, loop or allocate more than the protocol's limits allow. A read is complete
-//! only when each of its bytes was sent, as data or as a hole. The runs of a block status begin where it was asked,
-//! advance, differ from their neighbours, and end within the export.
+//! only when each of its bytes was sent, as data or as a hole, and it is what was sent. The runs of a block status begin
+//! where it was asked, advance, differ from their neighbours, end within the export, and a hole is where all extents have
+//! the bit ZERO.
 
+use std::ops::Range;
+
+use blkholefs::map::Kind;
 use blkholefs::source::nbd::Uri;
 use blkholefs::source::nbd::frame::{Dialect, HEAD, Head};
 use blkholefs::source::nbd::proto::{Greeting, Info, MAX_OPTION_REPLY, Opt, meta_context, option_reply};
@@ -57,11 +61,12 @@ fn reply(dialect: Dialect, status: bool, mut input: &[u8]) {
     } else {
         Answer::read(range).expect("a small read")
     };
-    let mut sent = 0;
+    let (mut sent, mut expected, mut extents) = (0, vec![0; (END - START) as usize], Vec::new());
     while !answer.is_done() {
         let Some((head, after)) = input.split_first_chunk::<HEAD>() else { return };
         let Ok(head) = Head::decode(head, dialect) else { return };
         input = after;
+        let mut at = START as usize;
         let place = match head {
             Head::Simple { error, .. } => answer.simple(error, dialect),
             Head::Chunk { flags, kind, .. } => {
@@ -70,8 +75,11 @@ fn reply(dialect: Dialect, status: bool, mut input: &[u8]) {
                 assert!(chunk.to_parse() <= (16 << 20) + 64);
                 let Some((payload, after)) = after.split_at_checked(chunk.to_parse()) else { return };
                 input = after;
-                if kind == 2 {
-                    sent += payload[8..12].iter().fold(0, |len, byte| len << 8 | usize::from(*byte));
+                match kind {
+                    1 => at = number(&payload[..8]) as usize,
+                    2 => sent += number(&payload[8..12]) as usize,
+                    5 | 6 => extents = payload.to_vec(),
+                    _ => {}
                 }
                 answer.payload(chunk, payload)
             }
@@ -83,16 +91,45 @@ fn reply(dialect: Dialect, status: bool, mut input: &[u8]) {
                 let Some((data, after)) = input.split_at_checked(place.len()) else { return };
                 place.copy_from_slice(data);
                 sent += data.len();
+                expected[at - START as usize..][..data.len()].copy_from_slice(data);
                 input = after;
             }
         }
     }
     match answer.finish() {
         Err(_) => {}
-        Ok(Content::Bytes(bytes)) => assert!(!status && bytes.len() == sent),
+        Ok(Content::Bytes(bytes)) => assert!(!status && bytes.len() == sent && bytes == expected),
         Ok(Content::Runs(runs)) => {
             assert!(status && runs.iter().all(|run| START < run.end.get() && run.end.get() <= EXPORT));
             assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].end && pair[0].kind != pair[1].kind));
+            let mut start = START;
+            for run in runs {
+                assert!(
+                    run.kind == Kind::Data || is_zero(dialect, &extents, start..run.end.get()),
+                    "a hole from {start}"
+                );
+                start = run.end.get();
+            }
         }
     }
+}
+
+/// Whether a range has only extents with the bit ZERO.
+fn is_zero(dialect: Dialect, extents: &[u8], range: Range<u64>) -> bool {
+    let (head, width) = if dialect == Dialect::Extended { (8, 16) } else { (4, 8) };
+    let mut at = u128::from(START);
+    for extent in extents[head..].chunks_exact(width) {
+        let (len, flags) = extent.split_at(width / 2);
+        let end = at + u128::from(number(len));
+        let outside = end <= range.start.into() || at >= range.end.into();
+        if !outside && number(flags) & 2 == 0 {
+            return false;
+        }
+        at = end;
+    }
+    at >= range.end.into()
+}
+
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
 }
