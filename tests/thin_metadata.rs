@@ -21,6 +21,7 @@ mod thin_image;
 #[path = "support/thin_mutation.rs"]
 mod thin_mutation;
 use thin_image::{BLOCK, Device, NODE, SUPERBLOCK, put, stamp};
+use thin_mutation::Image;
 
 const BLOCK_SIZE: u64 = thin_image::DATA_BLOCK_SECTORS as u64 * 512;
 
@@ -299,18 +300,18 @@ fn mutated_metadata_is_an_error_or_a_map() {
     let (mut state, mut maps, mut total) = (1, 0, 0);
     for fill in [3, 4, 9, 100] {
         let whole = thin_image::build(&some_devices(), fill);
-        let of_whole = thin_mutation::read_everything(&whole);
-        assert_eq!(of_whole, 8, "four devices, each asked for twice");
+        let len = whole.len();
+        let mut image = Image::new(whole);
+        let of_whole = image.read_edited(&[], None);
+        assert_eq!(of_whole, 4);
         for round in 0..150 {
-            let mut image = whole.clone();
-            for _ in 0..1 + round % 4 {
-                thin_mutation::edit(&mut image, random(&mut state).to_le_bytes());
-            }
-            maps += thin_mutation::read_everything(&image);
+            let edits: Vec<_> = (0..1 + round % 4).map(|_| random(&mut state).to_le_bytes()).collect();
+            maps += image.read_edited(&edits, None);
             total += of_whole;
         }
-        thin_mutation::read_everything(&whole[..whole.len() / 2]);
-        thin_mutation::read_everything(&whole[..100]);
+        assert_eq!(image.read_edited(&[], Some(100)), 0);
+        image.read_edited(&[], Some(len / 2));
+        assert_eq!(image.read_edited(&[], None), of_whole, "all changes were taken back");
     }
     // Most changes hurt one tree and not the others.
     assert!(total / 10 < maps && maps < total, "{maps} of {total}");

@@ -80,11 +80,16 @@ pub fn daemon_of(directory: &Path, device: DeviceNumber) -> Option<Pid> {
     let file = open(&path(directory, device)).ok()?;
     let mut text = String::new();
     (&file).take(LONGEST).read_to_string(&mut text).ok()?;
-    let pid = text.trim_end().parse().ok().filter(|pid| *pid > 0)?;
+    let daemon = process_in(&text)?;
     match Flock::lock(file, FlockArg::LockSharedNonblock) {
-        Err((_, Errno::EWOULDBLOCK)) => Some(Pid::from_raw(pid)),
+        Err((_, Errno::EWOULDBLOCK)) => Some(daemon),
         _ => None,
     }
+}
+
+/// The process that the text of a record names.
+pub fn process_in(text: &str) -> Option<Pid> {
+    text.trim_end().parse().ok().filter(|pid| *pid > 0).map(Pid::from_raw)
 }
 
 fn path(directory: &Path, device: DeviceNumber) -> PathBuf {

@@ -292,7 +292,7 @@ pub fn writes_in_flight(id: DeviceId) -> io::Result<u64> {
 }
 
 /// Reads the `stat` line: sectors read, and the counters of writes and discards (the latter since 4.18).
-fn parse_stat(text: &str) -> Option<(Sectors, Option<IoCounters>)> {
+pub fn parse_stat(text: &str) -> Option<(Sectors, Option<IoCounters>)> {
     let mut fields = [0; 17];
     let mut count = 0;
     for (field, word) in fields.iter_mut().zip(text.split_ascii_whitespace()) {

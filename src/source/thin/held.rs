@@ -183,9 +183,9 @@ impl Identity {
     }
 }
 
-/// How far a process came.
+/// How far a process came with the metadata snapshot of a pool, as its record says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
+pub enum Step {
     /// It was about to take the snapshot.
     Wanted,
     /// It has it.
@@ -262,8 +262,9 @@ impl Record {
     }
 }
 
-/// The last whole line of a record of the pool with `uuid`.
-fn parse(text: &str, uuid: &str) -> Option<Step> {
+/// The last whole line of a record of the pool with `uuid`; `None` for another pool's record and for a line of no known
+/// form.
+pub fn parse(text: &str, uuid: &str) -> Option<Step> {
     let whole = &text[..text.rfind('\n')?];
     let (recorded, steps) = whole.split_once('\n')?;
     let last = steps.lines().last().filter(|_| recorded == uuid)?;

@@ -1,0 +1,53 @@
+//! Texts of sysfs: md arrays, the I/O counters and the name of a device, device numbers; and the records of daemons.
+//!
+//! Invariant: no text makes a parser panic. An md array has as many legs as it says, and none without a device, an offset
+//! and a size of its own. A device's name stays a path below `/dev`. A number that was read and written is the same.
+
+use std::collections::HashMap;
+
+use blkholefs::mount::record;
+use blkholefs::source::md::array::Array;
+use blkholefs::sys::device::DeviceId;
+use blkholefs::sys::sysfs;
+use blkholefs::units::Sectors;
+
+pub fn run(input: &[u8]) {
+    let text = String::from_utf8_lossy(input);
+    array(&text);
+    if let Some((read, Some(counters))) = sysfs::parse_stat(&text) {
+        let words: Vec<u64> = text.split_ascii_whitespace().map_while(|word| word.parse().ok()).collect();
+        assert_eq!((read, counters.writes, counters.write_sectors), (Sectors::new(words[2]), words[4], words[6]));
+        assert_eq!(counters.discards, words.get(11).copied().unwrap_or(0));
+        assert_eq!(counters.discard_sectors, words.get(13).copied().unwrap_or(0));
+    }
+    if let Some(name) = sysfs::name_in(input) {
+        assert!(!name.starts_with('/') && name.split('/').all(|part| !part.is_empty() && part != ".."));
+        assert!(text.contains(&format!("DEVNAME={name}")));
+    }
+    if let Ok(id) = text.parse::<DeviceId>() {
+        assert_eq!(id.to_string().parse(), Ok(id));
+        let is_kernels = id.major < 1 << 12 && id.minor < 1 << 20;
+        assert!(!is_kernels || DeviceId::from_huge(id.to_huge()) == id);
+    }
+    assert!(record::process_in(&text).is_none_or(|process| process.as_raw() > 0));
+}
+
+/// The text is taken for the attributes of an array, a line `NAME=VALUE` for each; the first of a name counts.
+fn array(text: &str) {
+    let mut attributes = HashMap::new();
+    for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {
+        attributes.entry(name).or_insert(value);
+    }
+    let attribute = |name: &str| attributes.get(name).map(|value| (*value).to_owned());
+    let Ok(array) = Array::read(&|name| Ok(attribute(name))) else { return };
+    assert!(!array.legs.is_empty());
+    assert_eq!(attribute("raid_disks").and_then(|count| count.parse().ok()), Some(array.legs.len()));
+    assert!(array.legs.len() <= text.lines().count() / 4);
+    assert!(array.component.get().is_multiple_of(1024));
+    assert!(array.legs.iter().all(|leg| leg.len.get().is_multiple_of(1024)));
+    assert!(array.near_copies().is_none_or(|copies| (1..256).contains(&copies)));
+    assert_eq!(attribute("reshape_position").as_deref(), Some("none"));
+    assert!(
+        attribute("degraded").is_none_or(|degraded| degraded == "0" || matches!(&*array.level, "raid0" | "linear"))
+    );
+}

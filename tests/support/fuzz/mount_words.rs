@@ -1,0 +1,29 @@
+//! The words of mount(8): arguments, `-o` lists, and the kernel's list of mounts.
+//!
+//! Invariant: no input makes a parser panic. Numbers of options are within their limits. A list has no more mounts than
+//! lines, and the top mount of a place is at this place.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use blkholefs::mount::options::{self, Unknown};
+use blkholefs::mount::{argv, mountinfo};
+
+pub fn run(input: &[u8]) {
+    let list = OsStr::from_bytes(input);
+    for unknown in [Unknown::Refused, Unknown::Tolerated] {
+        if let Ok(options) = options::parse(list, unknown) {
+            assert!([options.uid, options.gid].into_iter().flatten().all(|id| id < u32::MAX));
+            assert!([options.mode, options.umask].into_iter().flatten().all(|mode| mode <= 0o777));
+            assert!(options.max_read.is_none_or(|size| u32::try_from(size.get()).is_ok()));
+        }
+    }
+    let words: Vec<OsString> = input.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned()).collect();
+    let _ = (argv::mount_helper(&words), argv::mount_command(&words), argv::umount(&words));
+    let mounts = mountinfo::parse(input);
+    assert!(mounts.len() <= input.split(|byte| *byte == b'\n').count());
+    for point in mounts.iter().take(8).map(|mount| &*mount.point).chain([Path::new("/mnt")]) {
+        assert!(mountinfo::top(&mounts, point).is_none_or(|top| top.point == point));
+    }
+}

@@ -1,0 +1,69 @@
+//! A whole session with an NBD server: greeting, options, and the replies to reads and block status requests.
+//!
+//! Invariant: whatever the server sends, each call of the client ends, without a panic and in bounded memory, in an error
+//! or an answer. A server that ends the connection after its bytes is not waited for. A read gives the bytes that were asked
+//! for, as far as the export reaches; the runs of the map advance and end within the export.
+//!
+//! An input is what the server sends on each connection, whatever the client asks.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use blkholefs::source::nbd::{Client, Patience, Uri, layer};
+use blkholefs::units::Bytes;
+
+/// Far more than a session without waiting takes.
+const LONGEST: Duration = Duration::from_secs(10);
+
+/// What the server sends next.
+static SENT: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+/// The server, which runs as long as the program.
+static SERVER: LazyLock<Uri> = LazyLock::new(|| {
+    let name = format!("blkholefs-fuzz-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(&name).expect("a short name");
+    let listener = UnixListener::bind_addr(&address).expect("an unused name");
+    std::thread::spawn(move || {
+        for mut socket in listener.incoming().map_while(Result::ok) {
+            let bytes = SENT.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            // A client that hangs up before the end is one of those that are looked for.
+            let _ = socket.write_all(&bytes).and_then(|()| socket.shutdown(Shutdown::Write));
+            let _ = socket.read_to_end(&mut Vec::new());
+        }
+    });
+    Uri::parse(&format!("nbd+unix:///export?socket=%00{name}")).expect("a URI")
+});
+
+pub fn run(input: &[u8]) {
+    *SENT.lock().unwrap_or_else(PoisonError::into_inner) = input.to_vec();
+    let begin = Instant::now();
+    session();
+    assert!(begin.elapsed() < LONGEST, "the session took {:?}", begin.elapsed());
+}
+
+fn session() {
+    let patience = Patience { connect: LONGEST, request: LONGEST, outage: Duration::ZERO };
+    let Ok(client) = Client::open_patiently(&SERVER, patience) else { return };
+    let client = Arc::new(client);
+    let (size, block) = (client.size(), client.minimum_block());
+    assert!(block.get().is_power_of_two() && i64::try_from(size.get()).is_ok());
+    let map = layer(client.clone()).map;
+    assert_eq!(map.len(), size);
+    let mut at = Bytes::ZERO;
+    for _ in 0..3 {
+        if at < size {
+            let run = map.run_at(at);
+            assert!(at < run.end && run.end <= size);
+            at = run.end;
+        }
+    }
+    for offset in [Bytes::ZERO, Bytes::new(1000), size.saturating_sub(Bytes::new(100))] {
+        let mut buffer = [0; 600];
+        if let Ok(count) = client.read_at(&mut buffer, offset) {
+            assert_eq!(count as u64, size.saturating_sub(offset).get().min(600));
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! The answers of SCSI disks.
+//!
+//! Invariant: no input makes a parser panic. The runs of an LBA status list advance, alternate in kind and end within
+//! the disk, and there are no more of them than descriptors. Each byte of a hole is in a descriptor that says so.
+//!
+//! An input is a shift for the block size (one byte), the block that was asked about (four bytes), and an answer.
+
+use std::ops::Range;
+
+use blkholefs::map::Kind;
+use blkholefs::source::scsi::pages;
+use blkholefs::units::Bytes;
+
+pub fn run(input: &[u8]) {
+    let Some(([shift, lba @ ..], data)) = input.split_first_chunk::<5>() else { return };
+    let _ = (pages::capacity(data), pages::identity(data), pages::sense(data));
+    let _ = (pages::lists_page(data, pages::PROVISIONING_PAGE), pages::provisioning_zeros(data));
+    let block = Bytes::new(512 << (shift % 8));
+    let asked = Bytes::new(u64::from(u32::from_le_bytes(*lba)) * block.get());
+    for len in [asked.saturating_add(block), asked.saturating_add(Bytes::new(block.get() << 20)), Bytes::MAX] {
+        let status = pages::lba_status(data, asked, block, len);
+        assert!(status.runs.len() <= data.len() / 16);
+        assert!(status.runs.windows(2).all(|pair| pair[0].kind != pair[1].kind && pair[0].end < pair[1].end));
+        assert!(status.runs.iter().all(|run| asked < run.end && run.end <= len));
+        let mut start = asked;
+        for run in status.runs {
+            assert!(run.kind == Kind::Data || is_deallocated(data, start..run.end, block), "a hole from {start}");
+            start = run.end;
+        }
+    }
+}
+
+/// Whether descriptors of deallocated or anchored blocks, anywhere in an answer, cover a range.
+fn is_deallocated(data: &[u8], range: Range<Bytes>, block: Bytes) -> bool {
+    let (descriptors, _) = data[8..].as_chunks::<16>();
+    let block = u128::from(block.get());
+    let mut at = u128::from(range.start.get());
+    while at < range.end.get().into() {
+        let found = descriptors.iter().find_map(|descriptor| {
+            let number =
+                |from: usize, to: usize| descriptor[from..to].iter().fold(0, |sum, byte| sum << 8 | u128::from(*byte));
+            let (start, end) = (number(0, 8) * block, (number(0, 8) + number(8, 12)) * block);
+            (start <= at && at < end && matches!(descriptor[12..14], [1 | 2, 0])).then_some(end)
+        });
+        let Some(end) = found else { return false };
+        at = end;
+    }
+    true
+}

@@ -1,0 +1,55 @@
+//! Whole images of thin metadata, damaged with right checksums.
+//!
+//! Invariant: reading an image ends, without a panic and in bounded memory, in an error or in a map; where a device has
+//! a map, look-ups of single blocks agree with it.
+//!
+//! An input is the number of an image, a length that cuts it off (two bytes, mostly unused), and edits of eight bytes.
+// A device is a list of ranges, and a list of one is one too.
+#![allow(clippy::single_range_in_vec_init)]
+
+use std::cell::RefCell;
+
+#[path = "../thin_image.rs"]
+#[allow(dead_code)]
+mod thin_image;
+#[path = "../thin_mutation.rs"]
+mod thin_mutation;
+use thin_image::Device;
+use thin_mutation::Image;
+
+/// The most edits of one input: with more of them hardly a tree is left.
+const MAX_EDITS: usize = 64;
+
+thread_local! {
+    static IMAGES: RefCell<Vec<Image>> = RefCell::new(images());
+}
+
+/// Trees that are deep, each with few blocks, and trees that are flat.
+fn images() -> Vec<Image> {
+    let small = [
+        Device::new(1, (0..20).map(|at| at * 7..at * 7 + 2), 0),
+        Device::new(2, [5..6], 1000),
+        Device::new(3, [], 0),
+        Device::new(4, (0..10).map(|at| 100 * at..100 * at + 4), 2000),
+    ];
+    let large = [
+        Device::new(1, (0..60).map(|at| at * 7..at * 7 + 3), 0),
+        Device::new(2, [5..6], 1000),
+        Device::new(3, [], 0),
+        Device::new(4, (0..10).map(|at| 100 * at..100 * at + 20), 2000),
+    ];
+    [(3, &small), (4, &small), (9, &large), (100, &large)]
+        .map(|(fill, devices)| Image::new(thin_image::build(devices, fill)))
+        .into()
+}
+
+pub fn run(input: &[u8]) {
+    let Some(([which, low, high], edits)) = input.split_first_chunk() else { return };
+    let (edits, _) = edits.as_chunks();
+    let cut = usize::from(u16::from_le_bytes([*low, *high]));
+    IMAGES.with_borrow_mut(|images| {
+        let count = images.len();
+        let image = &mut images[usize::from(*which) % count];
+        image.read_edited(&edits[..edits.len().min(MAX_EDITS)], (cut % 16 == 1).then_some(cut * 16));
+    });
+}
