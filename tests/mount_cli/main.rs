@@ -3,10 +3,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod automount;
 mod bench;
 mod daemon;
 mod files;
 mod lines;
+mod start;
 mod system;
 mod umount;
 mod users;
