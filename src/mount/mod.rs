@@ -15,6 +15,7 @@ pub mod namespace;
 pub mod options;
 pub mod point;
 pub mod record;
+mod release;
 mod resources;
 pub mod serve;
 pub mod session;
