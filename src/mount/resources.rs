@@ -12,15 +12,15 @@ use crate::units::Bytes;
 /// Descriptors that must be free: one for each session thread, and those for opening one device that stands on others.
 const DESCRIPTORS: usize = SESSION_THREADS + 24;
 
-/// Memory that must be free: each thread takes a request buffer (16 MiB and a page, fixed by the FUSE library) and a stack
-/// (2 MiB), few pages of which are ever touched; the rest is for maps and reads.
-const MEMORY: Bytes = Bytes::new(THREADS * (16 + 2) * MIB + 32 * MIB);
+/// Memory that each thread may write: a request buffer (16 MiB and a page, fixed by the FUSE library), a stack (2 MiB), and
+/// what maps and reads take. Few pages of it are ever touched.
+const MEMORY: Bytes = Bytes::new(20 * MIB);
 
-/// Address space that must be free: the C library reserves a heap of 64 MiB for each thread besides.
-const ADDRESS_SPACE: Bytes = Bytes::new(MEMORY.get() + THREADS * 64 * MIB + 64 * MIB);
+/// Address space that must be free: the C library reserves a heap of 64 MiB for each thread besides, one at a time 128.
+const ADDRESS_SPACE: Bytes = Bytes::new(THREADS as u64 * (MEMORY.get() + 64 * MIB) + 64 * MIB);
 
 /// The session's threads, the one that waits for them, and the one that waits for signals.
-const THREADS: u64 = SESSION_THREADS as u64 + 2;
+const THREADS: usize = SESSION_THREADS + 2;
 
 const MIB: u64 = 1 << 20;
 
@@ -33,17 +33,13 @@ pub fn check() -> Result<()> {
     free_descriptors().map_err(|e| {
         system(format!("cannot open {DESCRIPTORS} more files")).because(e).hint("raise the limit (ulimit -n)")
     })?;
-    for (check, size, what) in [
-        (memory::can_reserve as fn(Bytes) -> io::Result<()>, ADDRESS_SPACE, "address space"),
-        (memory::can_commit, MEMORY, "memory"),
-    ] {
-        check(size).map_err(|e| {
-            system(format!("cannot use {} MiB more of {what}", size.get() / MIB))
-                .because(e)
-                .hint("raise the limit (ulimit -v)")
-        })?;
-    }
-    Ok(())
+    memory::can_reserve(ADDRESS_SPACE).map_err(|e| {
+        let needed = ADDRESS_SPACE.get() / MIB;
+        system(format!("cannot use {needed} MiB more of address space")).because(e).hint("raise the limit (ulimit -v)")
+    })?;
+    memory::can_commit(THREADS, MEMORY).map_err(|e| {
+        system(format!("cannot use {} MiB more of memory", THREADS as u64 * MEMORY.get() / MIB)).because(e)
+    })
 }
 
 /// Takes all the descriptors at once, and gives them back.
