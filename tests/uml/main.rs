@@ -17,6 +17,7 @@ mod nbd;
 mod passing;
 mod scsi;
 mod suspended;
+mod systemd;
 mod targets;
 mod thin;
 mod thin_live;
