@@ -27,35 +27,53 @@ impl Ready {
         Self { pipe: None }
     }
 
+    /// Whether nobody waits in another process.
+    pub fn is_foreground(&self) -> bool {
+        self.pipe.is_none()
+    }
+
     /// Says that the mount is there: the command that waits for it returns, the service manager goes on. From here on a
-    /// daemon has no terminal.
+    /// daemon has no terminal and a session of its own.
     ///
     /// # Errors
     /// Interrupted, when the command that waited is gone: nobody knows of the mount.
     pub fn report(&mut self) -> Result<()> {
-        let Some(mut pipe) = self.pipe.take() else { return notify_manager() };
+        let Some(pipe) = &mut self.pipe else { return notify_manager() };
         leave_terminal()?;
-        pipe.write_all(&[0]).map_err(|e| Error::new(ErrorKind::Interrupted, "the mount command was ended").because(e))
+        let written = pipe.write_all(&[0]);
+        written.map_err(|e| Error::new(ErrorKind::Interrupted, "the mount command was ended").because(e))?;
+        setsid().map_err(|e| Error::new(ErrorKind::System, "cannot leave the session").because(e))?;
+        // The command returns when the pipe ends.
+        self.pipe = None;
+        Ok(())
     }
 }
 
 /// Runs `work` in a daemon and waits until it reports; returns the exit code, 0 when it serves. `complain` makes the
-/// text of an error that the user sees.
+/// text of an error that the user sees. `clear_away` runs when the daemon died without a report.
+///
+/// Until the report the daemon stays in the process group of the caller. autofs knows the mount command by that group
+/// (`fs/autofs/autofs_i.h: autofs_oz_mode`): any other process that looks up the mountpoint, and the daemon's mount(2)
+/// does, waits until the automount daemon was told that the mount command ended.
 ///
 /// # Errors
-/// When no daemon can be started.
-pub fn background(complain: impl Fn(&Error) -> String, work: impl FnOnce(&mut Ready) -> Result<()>) -> Result<u8> {
+/// When no daemon can be started, or it died.
+pub fn background(
+    complain: impl Fn(&Error) -> String,
+    work: impl FnOnce(&mut Ready) -> Result<()>,
+    clear_away: impl FnOnce() -> Result<()>,
+) -> Result<u8> {
     let cannot = |e: io::Error| Error::new(ErrorKind::System, "cannot start a daemon").because(e);
     let (reader, writer) = io::pipe().map_err(cannot)?;
     match process::fork().map_err(cannot)? {
         Fork::Parent(child) => {
             drop(writer);
-            wait_for_report(reader, child)
+            wait_for_report(reader, child, clear_away)
         }
         Fork::Child => {
             drop(reader);
             let mut ready = Ready { pipe: Some(writer) };
-            let code = match detach().and_then(|()| work(&mut ready)) {
+            let code = match leave_directory().and_then(|()| work(&mut ready)) {
                 Ok(()) => 0,
                 Err(error) => {
                     give_up(&mut ready, &complain(&error), error.exit_code());
@@ -67,11 +85,8 @@ pub fn background(complain: impl Fn(&Error) -> String, work: impl FnOnce(&mut Re
     }
 }
 
-/// Leaves the caller's session, directory and umask. Its terminal stays until the report: fusermount3 may complain.
-fn detach() -> Result<()> {
-    let cannot = |e: nix::Error| Error::new(ErrorKind::System, "cannot leave the session").because(e);
-    setsid().map_err(cannot)?;
-    chdir("/").map_err(cannot)?;
+fn leave_directory() -> Result<()> {
+    chdir("/").map_err(|e| Error::new(ErrorKind::System, "cannot enter the root directory").because(e))?;
     umask(Mode::empty());
     Ok(())
 }
@@ -90,35 +105,40 @@ fn leave_terminal() -> Result<()> {
     Ok(())
 }
 
-/// Hands an error to the command, or to the log when the command returned long ago.
+/// Hands an error to the command, or to the log when the command is gone.
 fn give_up(ready: &mut Ready, text: &str, code: u8) {
-    let Some(mut pipe) = ready.pipe.take() else {
-        return log::error!("{text}");
-    };
-    // If it fails, nobody waits any more.
-    let _ = pipe.write_all(&[&[code], text.as_bytes()].concat());
+    let record = [&[code], text.as_bytes()].concat();
+    if ready.pipe.take().is_none_or(|mut pipe| pipe.write_all(&record).is_err()) {
+        log::error!("{text}");
+    }
 }
 
 /// Reads the record `CODE TEXT`; a pipe that ends without one is a daemon that died.
-fn wait_for_report(reader: PipeReader, child: Pid) -> Result<u8> {
+fn wait_for_report(reader: PipeReader, child: Pid, clear_away: impl FnOnce() -> Result<()>) -> Result<u8> {
     const LONGEST: u64 = 16 << 10;
     let mut record = Vec::new();
     let read = reader.take(LONGEST).read_to_end(&mut record);
     read.map_err(|e| Error::failed("cannot hear from the daemon").because(e))?;
-    if let Some(0) = record.first() {
+    if record == [0] {
         return Ok(0);
     }
     // It failed, and is on its way out: what it held is free when this command returns.
     let status = waitpid(child, None);
-    match record.split_first() {
+    match record.strip_prefix(&[0]).unwrap_or(&record).split_first() {
         Some((code, text)) => {
             eprintln!("{}", String::from_utf8_lossy(text));
             Ok(*code)
         }
-        None => Err(Error::failed(match status {
-            Ok(WaitStatus::Signaled(_, signal, _)) => format!("the daemon was killed by {signal}"),
-            _ => "the daemon died before it served".to_owned(),
-        })),
+        None => {
+            let error = Error::failed(match status {
+                Ok(WaitStatus::Signaled(_, signal, _)) => format!("the daemon was killed by {signal}"),
+                _ => "the daemon died before it served".to_owned(),
+            });
+            Err(match clear_away() {
+                Ok(()) => error,
+                Err(left) => error.hint(format!("its mount is still there: {left}")),
+            })
+        }
     }
 }
 
@@ -144,7 +164,7 @@ mod tests {
         let (reader, mut writer) = io::pipe().unwrap();
         writer.write_all(record).unwrap();
         drop(writer);
-        wait_for_report(reader, Pid::from_raw(i32::MAX))
+        wait_for_report(reader, Pid::from_raw(i32::MAX), || Ok(()))
     }
 
     #[test]
@@ -152,6 +172,7 @@ mod tests {
         assert_eq!(parent_hears(&[0]).unwrap(), 0);
         assert_eq!(parent_hears(b"\x20text").unwrap(), 32);
         assert_eq!(parent_hears(b"\x01").unwrap(), 1);
+        assert_eq!(parent_hears(b"\x00\x02text").unwrap(), 2, "the last word counts");
         assert_eq!(parent_hears(b"").unwrap_err().exit_code(), 32);
     }
 

@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -85,7 +86,8 @@ fn command() -> Result<Command> {
         .find(|place| Path::new(place).exists())
         .ok_or_else(|| Error::usage("only root can mount without fusermount3").hint("install the package fuse3"))?;
     let mut command = Command::new(program);
-    command.env_clear().stdin(Stdio::null()).stdout(Stdio::null());
+    // Of its own group: Ctrl-C between its mount(2) and the hand-over of the device would leave a dead mount.
+    command.env_clear().process_group(0).stdin(Stdio::null()).stdout(Stdio::null());
     Ok(command)
 }
 

@@ -115,11 +115,12 @@ fn run(name: &str, request: MountRequest) -> Result<u8> {
     if request.fake {
         return Ok(0);
     }
+    let place = point.clone();
     let service = Service { spec: &request.spec, options: &options, hooks: opened.hooks };
     let serve = |ready: &mut Ready| {
         logging::serve();
-        service.run(point, ready, |spec, point, options| {
-            let (session, mounted) = session::mount(opened.filesystem, spec, point, options)?;
+        service.run(point, ready, |spec, claim, options| {
+            let (session, mounted) = session::mount(opened.filesystem, spec, claim, options)?;
             Ok((move || session.run(), mounted))
         })
     };
@@ -127,7 +128,7 @@ fn run(name: &str, request: MountRequest) -> Result<u8> {
         serve(&mut Ready::foreground())?;
         return Ok(0);
     }
-    daemon::background(|error| complaint(name, error), serve)
+    daemon::background(|error| complaint(name, error), serve, || place.remove_dead_mount())
 }
 
 fn parse_options(request: &MountRequest) -> Result<MountOptions> {

@@ -35,26 +35,40 @@ enum Output {
 
 static OUTPUT: Mutex<Output> = Mutex::new(Output::Nowhere);
 
-/// Starts logging to standard error, under the name of the program. `RUST_LOG` chooses otherwise than `level`.
+/// Starts logging to standard error, under the name of the program: lines of this program up to `level`, none of the FUSE
+/// library. Where `RUST_LOG` is set, it alone chooses the level; the library's lines are logged when it names `fuser`.
 ///
 /// To be called once; later calls change nothing but the name and the level.
 pub fn start(name: &str, level: LevelFilter) {
     set(if stderr_is_journal() { Output::Journal } else { Output::Person { name: name.to_owned() } });
+    let logger = logger(std::env::var(LEVELS).ok().as_deref());
+    let chosen = logger.filter();
+    // A logger that is set already is this one.
+    let _ = log::set_boxed_logger(Box::new(logger));
+    log::set_max_level(if is_chosen() { chosen } else { level });
+}
+
+/// The variable by which the user chooses what is logged.
+const LEVELS: &str = "RUST_LOG";
+
+fn is_chosen() -> bool {
+    std::env::var_os(LEVELS).is_some()
+}
+
+fn logger(levels: Option<&str>) -> env_logger::Logger {
     let mut builder = env_logger::Builder::new();
-    builder.filter_level(LevelFilter::Debug).filter_module("fuser", LevelFilter::Warn).parse_default_env();
+    builder.filter_level(LevelFilter::Debug).filter_module("fuser", LevelFilter::Off);
+    builder.parse_filters(levels.unwrap_or_default());
     builder.target(env_logger::Target::Pipe(Box::new(Sink)));
     builder.format(|line, record| {
         writeln!(line, "<{}>{}", priority(record.level()), one_line(&record.args().to_string()))
     });
-    // A logger that is set already is this one.
-    if builder.try_init().is_ok() || std::env::var_os("RUST_LOG").is_none() {
-        log::set_max_level(level);
-    }
+    builder.build()
 }
 
 /// Raises the level to what a service tells: mount, unmount, new maps. `RUST_LOG` and `-v` keep theirs.
 pub fn serve() {
-    if std::env::var_os("RUST_LOG").is_none() && log::max_level() < LevelFilter::Info {
+    if !is_chosen() && log::max_level() < LevelFilter::Info {
         log::set_max_level(LevelFilter::Info);
     }
 }
@@ -162,6 +176,27 @@ mod tests {
     use std::io::Read as _;
 
     use super::*;
+
+    #[test]
+    fn the_users_levels_are_what_they_say() {
+        use log::{Level::*, Log as _, Metadata};
+        let lets = |levels, target: &str, level| {
+            logger(levels).enabled(&Metadata::builder().target(target).level(level).build())
+        };
+        for (levels, shown, hidden) in [
+            (None, Debug, Trace),
+            (Some("debug"), Debug, Trace),
+            (Some("warn"), Warn, Info),
+            (Some("trace"), Trace, Trace),
+            (Some("blkholefs=info"), Info, Debug),
+        ] {
+            assert!(lets(levels, "blkholefs::fs", shown), "{levels:?}");
+            assert!(hidden == Trace && levels == Some("trace") || !lets(levels, "blkholefs::fs", hidden), "{levels:?}");
+            assert!(!lets(levels, "fuser::request", Error), "{levels:?}");
+        }
+        assert!(lets(Some("warn,fuser=debug"), "fuser::request", Debug));
+        assert_eq!(logger(Some("debug")).filter(), LevelFilter::Debug);
+    }
 
     #[test]
     fn control_characters_cannot_forge_a_line() {

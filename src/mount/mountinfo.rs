@@ -36,8 +36,10 @@ pub struct MountEntry {
     pub point: PathBuf,
     /// Its type, such as `fuse.blkholefs`.
     pub fs_type: OsString,
-    /// What it was mounted from.
+    /// What it was mounted from. Who mounts chooses it freely: it proves nothing about a mount of somebody else.
     pub source: OsString,
+    /// The user who mounted it, for FUSE; the kernel wrote it down.
+    pub owner: Option<u32>,
 }
 
 /// Parses the whole list. Lines that are not of the kernel's form are left out.
@@ -65,7 +67,10 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let point = unescape(fields.next()?).into();
     let _options = fields.next()?;
     fields.by_ref().find(|field| *field == b"-")?;
-    Some(MountEntry { id, parent, device, point, fs_type: unescape(fields.next()?), source: unescape(fields.next()?) })
+    let (fs_type, source) = (unescape(fields.next()?), unescape(fields.next()?));
+    let mut super_options = fields.next().unwrap_or_default().split(|byte| *byte == b',');
+    let owner = super_options.find_map(|option| number(option.strip_prefix(b"user_id=")?));
+    Some(MountEntry { id, parent, device, point, fs_type, source, owner })
 }
 
 fn number<T: std::str::FromStr>(digits: &[u8]) -> Option<T> {
@@ -118,6 +123,7 @@ garbage\n\
         assert_eq!(list[1].point, Path::new("/mnt/a b"));
         assert_eq!(list[1].source, "/dev/x\\y,z");
         assert_eq!(list[1].device.to_string(), "0:45");
+        assert_eq!((list[1].owner, list[3].owner), (Some(0), None));
         assert_eq!(list[2].fs_type, "tmpfs");
         assert_eq!(list[4].source, "", "an empty source is an empty field");
         assert!(list[1].is_ours() && !list[0].is_ours());

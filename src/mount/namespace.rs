@@ -2,16 +2,17 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::error::{Error, ErrorKind, Result};
 
 /// The mount namespace that a mount belongs to.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Namespace {
     /// `None` is the one that this process lives in.
-    other: Option<File>,
+    other: Option<Arc<File>>,
 }
 
 impl Namespace {
@@ -21,7 +22,8 @@ impl Namespace {
     /// When `path` cannot be opened.
     pub fn open(path: Option<&Path>) -> Result<Self> {
         let open = |path: &Path| {
-            File::open(path).map_err(|e| Error::usage("cannot enter this mount namespace").on(path).because(e))
+            let file = File::open(path).map(Arc::new);
+            file.map_err(|e| Error::usage("cannot enter this mount namespace").on(path).because(e))
         };
         Ok(Self { other: path.map(open).transpose()? })
     }

@@ -1,8 +1,9 @@
 //! The place of a mount: before, when it must be fit for one, and after, when it must be found again to unmount it.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -13,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mount::fusermount;
 use crate::mount::mountinfo::{self, DeviceNumber, MountEntry};
 use crate::mount::namespace::Namespace;
+use crate::mount::record::{self, PlaceLock};
 
 /// What the mount's root looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,9 +26,11 @@ pub enum Shape {
 }
 
 /// A place that is fit for a mount.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct MountPoint {
     dir: PathBuf,
+    /// `st_dev` and `st_ino` of what is mounted on.
+    inode: (u64, u64),
     shape: Shape,
     namespace: Namespace,
 }
@@ -38,25 +42,52 @@ impl MountPoint {
     /// When it is missing, neither directory nor regular file, or already a mount of ours.
     pub fn find(dir: &Path, namespace: Namespace) -> Result<Self> {
         let cannot = |e: io::Error| Error::failed("cannot mount here").on(dir).because(e);
-        let (found, shape) = namespace.within(|| {
+        let (found, inode, shape) = namespace.within(|| {
             let found = fs::canonicalize(dir).map_err(cannot)?;
             // Asked before stat(2), which would wait for the daemon of that mount.
-            if let Some(mount) = mountinfo::top(&list()?, &found)
-                && mount.is_ours()
-            {
-                let source = mount.source.display();
-                return Err(Error::failed(format!("{source} is already mounted here"))
-                    .on(dir)
-                    .hint("unmount it first"));
-            }
-            let kind = fs::metadata(&found).map_err(cannot)?.file_type();
-            match (kind.is_dir(), kind.is_file()) {
-                (true, _) => Ok((found, Shape::Directory)),
-                (_, true) => Ok((found, Shape::File)),
+            refuse_second(&list()?, &found)?;
+            let metadata = fs::metadata(&found).map_err(cannot)?;
+            let inode = (metadata.dev(), metadata.ino());
+            match (metadata.is_dir(), metadata.is_file()) {
+                (true, _) => Ok((found, inode, Shape::Directory)),
+                (_, true) => Ok((found, inode, Shape::File)),
                 _ => Err(Error::failed("cannot mount here: neither a directory nor a regular file").on(dir)),
             }
         })?;
-        Ok(Self { dir: found, shape, namespace })
+        Ok(Self { dir: found, inode, shape, namespace })
+    }
+
+    /// Reserves the place for one mount: whoever else wants to mount here waits, and then finds the mount.
+    ///
+    /// # Errors
+    /// When there is a mount of ours by now.
+    pub fn claim(self) -> Result<Claim> {
+        let lock = self.lock();
+        let before = self.namespace.within(list)?;
+        refuse_second(&before, &self.dir)?;
+        let below = before.into_iter().filter(|mount| mount.point == self.dir).map(|mount| mount.device).collect();
+        Ok(Claim { point: self, below, _lock: lock })
+    }
+
+    fn lock(&self) -> Option<PlaceLock> {
+        let directory = record::directory()?;
+        PlaceLock::wait(&directory, self.inode)
+            .inspect_err(|error| log::debug!("{}: no lock of the place: {error}", directory.display()))
+            .ok()
+    }
+
+    /// Unmounts what a daemon left here that died before it served; a mount whose daemon lives stays.
+    ///
+    /// # Errors
+    /// When it cannot be unmounted.
+    pub fn remove_dead_mount(&self) -> Result<()> {
+        let _lock = self.lock();
+        self.namespace.within(|| {
+            let list = list()?;
+            let Some(mount) = mountinfo::top(&list, &self.dir).filter(|mount| mount.is_ours()) else { return Ok(()) };
+            let is_dead = fs::metadata(&self.dir).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
+            if is_dead { unmount_lazily(&mount.point) } else { Ok(()) }
+        })
     }
 
     /// The place, without symbolic links.
@@ -87,63 +118,106 @@ impl MountPoint {
         Err(Error::failed(format!("cannot mount on {}: the mount would cover what it shows", self.dir.display()))
             .on(path))
     }
+}
 
-    /// The mount that was made here just now.
+fn refuse_second(list: &[MountEntry], dir: &Path) -> Result<()> {
+    match mountinfo::top(list, dir) {
+        Some(mount) if mount.is_ours() => {
+            let source = mount.source.display();
+            Err(Error::failed(format!("{source} is already mounted here")).on(dir).hint("unmount it first"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A place that is reserved for one mount, until this is dropped.
+pub struct Claim {
+    point: MountPoint,
+    /// The file systems that were mounted here before. Each has its number as long as it is mounted; the number of a mount
+    /// is given to the next one at once.
+    below: Vec<DeviceNumber>,
+    _lock: Option<PlaceLock>,
+}
+
+impl Claim {
+    /// The place.
+    pub fn point(&self) -> &MountPoint {
+        &self.point
+    }
+
+    /// The mount that was made here from `spec` just now. When it cannot be told which one it is, it is unmounted.
     ///
     /// # Errors
-    /// When it is not in the kernel's list.
-    pub fn mounted(self, spec: &OsStr) -> Result<Mounted> {
-        let device = self.namespace.within(|| match mountinfo::top(&list()?, &self.dir) {
-            Some(mount) if mount.is_ours() => Ok(mount.device),
-            _ => Err(Error::failed("the mount vanished at once").on(&self.dir)),
+    /// When it is not in the kernel's list, or the list cannot be read.
+    pub fn mounted(&self, spec: &OsStr) -> Result<Mounted> {
+        let MountPoint { dir, namespace, .. } = &self.point;
+        let owner = geteuid().as_raw();
+        let device = namespace.within(|| {
+            let list = list().inspect_err(|_| {
+                // The place was free before, and nobody else of us mounts here now.
+                let _ = unmount_lazily(dir);
+            })?;
+            let made_now = |mount: &&MountEntry| {
+                let ours = mount.is_ours() && mount.owner == Some(owner) && mount.source == spec;
+                ours && mount.point == *dir && !self.below.contains(&mount.device)
+            };
+            let mount = list.iter().rfind(made_now);
+            mount.map(|mount| mount.device).ok_or_else(|| Error::failed("the mount vanished at once").on(dir))
         })?;
-        Ok(Mounted { point: self, device, spec: spec.to_owned() })
+        Ok(Mounted { dir: dir.clone(), namespace: namespace.clone(), device })
     }
 }
 
 /// A mount that this process made.
 #[derive(Debug)]
 pub struct Mounted {
-    point: MountPoint,
+    dir: PathBuf,
+    namespace: Namespace,
     device: DeviceNumber,
-    spec: OsString,
+}
+
+/// What an unmount led to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unmounted {
+    /// The mount is gone from this namespace, with its copies at other places.
+    Everywhere,
+    /// Something else is mounted over it at this place. The kernel unmounts only what a path leads to.
+    Covered(PathBuf),
 }
 
 impl Mounted {
     /// Where it was made.
     pub fn dir(&self) -> &Path {
-        &self.point.dir
+        &self.dir
     }
 
-    /// Its `st_dev`.
+    /// Its `st_dev`. No other mount has it while this one is served.
     pub fn device(&self) -> DeviceNumber {
         self.device
     }
 
     /// Whether it is in another mount namespace than this process.
     pub fn is_elsewhere(&self) -> bool {
-        self.point.namespace.is_other()
+        self.namespace.is_other()
     }
 
     /// Unmounts it wherever it is now; where it is in use, it goes out of sight and ends with its last user.
     ///
     /// # Errors
-    /// When the kernel refuses, or something else is mounted over it.
-    pub fn unmount(&self) -> Result<()> {
-        self.point.namespace.within(|| {
+    /// When the kernel refuses.
+    pub fn unmount(&self) -> Result<Unmounted> {
+        self.namespace.within(|| {
             let list = list()?;
-            for mount in list.iter().filter(|mount| self.is_this(mount)) {
-                if mountinfo::top(&list, &mount.point) != Some(mount) {
-                    return Err(Error::failed("cannot unmount: something else is mounted over it").on(&mount.point));
+            let mut result = Unmounted::Everywhere;
+            for mount in list.iter().filter(|mount| mount.is_ours() && mount.device == self.device) {
+                if mountinfo::top(&list, &mount.point) == Some(mount) {
+                    unmount_lazily(&mount.point)?;
+                } else {
+                    result = Unmounted::Covered(mount.point.clone());
                 }
-                unmount_lazily(&mount.point)?;
             }
-            Ok(())
+            Ok(result)
         })
-    }
-
-    fn is_this(&self, mount: &MountEntry) -> bool {
-        mount.is_ours() && mount.device == self.device && mount.source == self.spec
     }
 }
 

@@ -1,7 +1,9 @@
-//! The record of a running daemon: a file that names its process, locked as long as it lives.
+//! The record of a running daemon: a file that names its process, locked as long as it lives. And the lock of a place,
+//! held while one daemon mounts there.
 //!
-//! umount(8) returns when the mount is gone, which is a moment before the daemon closed the device. Who must be sure
-//! (see [`crate::mount::umount`]) finds the daemon by the `st_dev` of its mount and waits for its end.
+//! umount(8) returns when the mount is gone, which is a moment before the daemon closed the device. A program that must be
+//! sure (see [`crate::mount::release`]) finds the daemon by the `st_dev` of its mount. Only the directory's owner can
+//! open these files: a lock that others could take would let them stop every mount.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -21,6 +23,41 @@ pub struct Record {
     file: Flock<File>,
 }
 
+/// How often a file is made anew that another process removed before it was locked.
+const ATTEMPTS: u32 = 16;
+
+/// The lock of a place where something is mounted: as long as this value lives, no other process has it.
+#[derive(Debug)]
+pub struct PlaceLock {
+    path: PathBuf,
+    file: Flock<File>,
+}
+
+impl PlaceLock {
+    /// Waits for the lock of the place with these `st_dev` and `st_ino`.
+    ///
+    /// # Errors
+    /// When `directory` cannot be written.
+    pub fn wait(directory: &Path, (device, inode): (u64, u64)) -> io::Result<Self> {
+        make(directory)?;
+        let path = directory.join(format!("place-{device}-{inode}"));
+        loop {
+            let file = Flock::lock(open_own(&path)?, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e))?;
+            // The one who had it before removed the file.
+            if is_same(&file, &path) {
+                return Ok(Self { path, file });
+            }
+        }
+    }
+}
+
+impl Drop for PlaceLock {
+    fn drop(&mut self) {
+        // Before the lock is given up: nobody can have it by this name any more.
+        remove_own(&self.file, &self.path);
+    }
+}
+
 /// The directory of the records that the calling user may write: root's in /run, a user's in the session's directory.
 /// `None` for a user without a session.
 pub fn directory() -> Option<PathBuf> {
@@ -29,49 +66,62 @@ pub fn directory() -> Option<PathBuf> {
 }
 
 impl Record {
-    /// Creates the record of the mount with `device` in `directory`, and removes those of daemons that were killed.
+    /// Creates the record of the mount with `device` in `directory`, and removes those of daemons that were killed. It
+    /// appears under its name complete and locked. A record that another daemon has under this name is replaced: the
+    /// number belongs to our mount now, and who waits for that daemon has found it already.
     ///
     /// # Errors
-    /// When the directory cannot be written, or another process took the name again and again.
+    /// When the directory cannot be written.
     pub fn create(directory: &Path, device: DeviceNumber) -> io::Result<Self> {
-        const ATTEMPTS: u32 = 16;
-        DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+        make(directory)?;
         remove_stale(directory)?;
         let path = path(directory, device);
+        let temporary = directory.join(format!(".new-{}", Pid::this()));
         for _ in 0..ATTEMPTS {
-            let file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o644)
-                .custom_flags(libc::O_NOFOLLOW)
-                .open(&path)?;
-            let Ok(mut file) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
-                // The number belongs to our mount now: an older daemon of the same number is at its end, and whoever
-                // waits for it has its file open.
-                fs::remove_file(&path).or_else(if_missing)?;
-                continue;
-            };
-            // Between open and lock, somebody may have taken it for a stale one.
-            if is_same(&file, &path) {
-                file.set_len(0)?;
-                writeln!(file, "{}", Pid::this())?;
-                return Ok(Self { path, file });
+            fs::remove_file(&temporary).or_else(if_missing)?;
+            match Self::create_as(&temporary, &path) {
+                // It was taken for a record that a killed daemon left, before it was locked.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                result => return result,
             }
         }
         Err(io::ErrorKind::ResourceBusy.into())
+    }
+
+    fn create_as(temporary: &Path, path: &Path) -> io::Result<Self> {
+        let file = open_own(temporary)?;
+        let mut file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e))?;
+        if let Err(error) = writeln!(file, "{}", Pid::this()).and_then(|()| fs::rename(temporary, path)) {
+            fs::remove_file(temporary).or_else(if_missing)?;
+            return Err(error);
+        }
+        Ok(Self { path: path.to_owned(), file })
     }
 }
 
 impl Drop for Record {
     fn drop(&mut self) {
         // Another daemon may have replaced it, see `create`.
-        if is_same(&self.file, &self.path)
-            && let Err(error) = fs::remove_file(&self.path)
-        {
-            log::debug!("{}: cannot remove: {error}", self.path.display());
-        }
+        remove_own(&self.file, &self.path);
     }
+}
+
+fn remove_own(file: &File, path: &Path) {
+    if is_same(file, path)
+        && let Err(error) = fs::remove_file(path)
+    {
+        log::debug!("{}: cannot remove: {error}", path.display());
+    }
+}
+
+fn make(directory: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o755).create(directory)
+}
+
+fn open_own(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    options.open(path)
 }
 
 /// The daemon that serves the mount with `device`, if it lives and left a record in `directory`.
@@ -100,7 +150,7 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
 }
 
-/// Removes the records of daemons that were killed.
+/// Removes the records and locks of processes that were killed.
 ///
 /// # Errors
 /// When the directory cannot be read or written.
@@ -166,6 +216,50 @@ mod tests {
         drop(old);
         assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()), "the old one left the new one alone");
         drop(new);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    /// Complete and locked, or not there: nobody sees a record that is only half made.
+    #[test]
+    fn a_record_appears_complete_among_others_that_remove_what_is_stale() {
+        let dir = tempfile::tempdir().unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        remove_stale(dir.path()).unwrap();
+                    }
+                });
+            }
+            for _ in 0..500 {
+                let record = Record::create(dir.path(), DEVICE).unwrap();
+                assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()));
+                drop(record);
+                assert_eq!(daemon_of(dir.path(), DEVICE), None);
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn one_at_a_time_has_the_lock_of_a_place() {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        let dir = tempfile::tempdir().unwrap();
+        let inside = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        let lock = PlaceLock::wait(dir.path(), (1, 2)).unwrap();
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        drop(lock);
+                    }
+                });
+            }
+        });
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 

@@ -1,25 +1,31 @@
-//! The life of a daemon: from the mount, through signals, to the unmount.
+//! The life of a daemon: everything that can fail, the report, then requests and signals until the unmount.
 
 use std::ffi::OsStr;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::geteuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::daemon::Ready;
-use crate::mount::logging;
 use crate::mount::options::MountOptions;
-use crate::mount::point::{MountPoint, Mounted};
+use crate::mount::point::{Claim, MountPoint, Mounted, Unmounted};
 use crate::mount::record::{self, Record};
+use crate::mount::signals::{Signals, Wish};
+use crate::mount::{logging, resources, session};
 use crate::source::nbd::{Transport, Uri};
 use crate::sys::process::{self, Capability};
 
 /// How long requests under way may take after TERM, when the mount is still in use.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// How often a mount that is to end is looked at while another mount covers it.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long the session may take to start its threads. They wait for nothing.
+const START: Duration = Duration::from_secs(10);
 
 /// What signals ask of the file system.
 pub struct Hooks {
@@ -41,42 +47,47 @@ pub struct Service<'a> {
 
 enum Event {
     Ended(io::Result<()>),
-    Signal(Signal),
+    Wish(Wish),
 }
 
 impl Service<'_> {
-    /// Mounts with `mount`, reports, and runs the session that it returns until the mount is gone or a signal ends it.
+    /// Mounts with `mount`, reports when everything that serves the mount runs, and serves until the mount is gone or a
+    /// signal ends it.
     ///
     /// # Errors
-    /// When it cannot mount, or when the session broke. The mount is gone then.
+    /// When it cannot mount, or when the session broke. Nothing is left then: no mount, no record.
     pub fn run<R>(
         self,
         point: MountPoint,
         ready: &mut Ready,
-        mount: impl FnOnce(&OsStr, MountPoint, &MountOptions) -> Result<(R, Mounted)>,
+        mount: impl FnOnce(&OsStr, &Claim, &MountOptions) -> Result<(R, Mounted)>,
     ) -> Result<()>
     where
         R: FnOnce() -> io::Result<()> + Send + 'static,
     {
-        let signals = block_signals()?;
         // Each open file takes some. An open that finds none left fails with EMFILE.
         if let Err(error) = process::raise_descriptor_limit() {
             log::debug!("the limit of open files stays as it is: {error}");
         }
-        let (session, mounted) = mount(self.spec, point, self.options)?;
+        resources::check()?;
+        let claim = point.claim()?;
+        let signals = Signals::hold(ready.is_foreground())?;
+        let (session, mounted) = mount(self.spec, &claim, self.options)?;
         let record = create_record(&mounted);
-        let started = self.drop_privileges(&mounted).and_then(|()| ready.report());
-        if let Err(error) = started {
-            mounted.unmount()?;
-            return Err(error);
-        }
+        let started = self.drop_privileges(&mounted).and_then(|()| start(session, signals));
+        let events = match started.and_then(|events| ready.report().map(|()| events)) {
+            Ok(events) => events,
+            Err(error) => return Err(take_away(&mounted, error)),
+        };
+        drop(claim);
         log::info!("{} is mounted on {}", self.spec.display(), mounted.dir().display());
-        let result = start(session, signals).and_then(|events| self.watch(&mounted, &events));
+        let result = self.watch(&mounted, &events);
         log::info!("{} is unmounted", mounted.dir().display());
+        // The mount's number may be another one's from now on.
+        drop(record);
         drop(self.hooks);
         // A request may still be at work: what it holds of a pool is released before the process ends.
         crate::source::thin::held::finish();
-        drop(record);
         result
     }
 
@@ -86,12 +97,12 @@ impl Service<'_> {
                 Ok(Event::Ended(Ok(()))) => return Ok(()),
                 Ok(Event::Ended(Err(e))) => {
                     let error = Error::failed("the session broke").on(mounted.dir()).because(e);
-                    return mounted.unmount().and(Err(error));
+                    return Err(take_away(mounted, error));
                 }
-                Ok(Event::Signal(Signal::SIGHUP)) => (self.hooks.drop_maps)(),
-                Ok(Event::Signal(Signal::SIGUSR1)) => (self.hooks.log_counters)(),
-                Ok(Event::Signal(Signal::SIGUSR2)) => logging::toggle_debug(),
-                Ok(Event::Signal(signal)) => return end(signal, mounted, events),
+                Ok(Event::Wish(Wish::DropMaps)) => (self.hooks.drop_maps)(),
+                Ok(Event::Wish(Wish::LogCounters)) => (self.hooks.log_counters)(),
+                Ok(Event::Wish(Wish::ToggleDebug)) => logging::toggle_debug(),
+                Ok(Event::Wish(Wish::End(signal))) => return end(&signal, mounted, events),
                 Err(_) => return Err(Error::new(ErrorKind::Internal, "no thread is left").on(mounted.dir())),
             }
         }
@@ -124,47 +135,82 @@ impl Service<'_> {
     }
 }
 
-/// Unmounts, and gives those who are still inside a moment.
-fn end(signal: Signal, mounted: &Mounted, events: &Receiver<Event>) -> Result<()> {
+/// Unmounts after a failure; the error that is to be reported, with what is left behind.
+fn take_away(mounted: &Mounted, error: Error) -> Error {
+    match mounted.unmount() {
+        Ok(Unmounted::Everywhere) => error,
+        Ok(Unmounted::Covered(place)) => {
+            error.hint(format!("the mount is still there, below another one on {}", place.display()))
+        }
+        Err(left) => error.hint(format!("the mount is still there: {left}")),
+    }
+}
+
+/// Unmounts, and gives those who are still inside a moment. A mount that another one covers cannot be unmounted, and
+/// without its daemon it would answer ENOTCONN: it is served until the other one is gone.
+fn end(signal: &str, mounted: &Mounted, events: &Receiver<Event>) -> Result<()> {
     log::info!("{signal}: unmounting {}", mounted.dir().display());
-    mounted.unmount()?;
+    let mut told = false;
+    while let Unmounted::Covered(place) = mounted.unmount()? {
+        if !told {
+            let place = place.display();
+            log::error!("{place}: cannot unmount: something else is mounted over it; this ends when that is unmounted");
+            told = true;
+        }
+        if ended_within(LOOK_AGAIN, events) {
+            return Ok(());
+        }
+    }
+    if !ended_within(GRACE, events) {
+        log::warn!("{}: files are still open, their readers get an error now", mounted.dir().display());
+    }
+    Ok(())
+}
+
+/// Waits for the end of the session; whether it came in time.
+fn ended_within(time: Duration, events: &Receiver<Event>) -> bool {
+    let deadline = Instant::now() + time;
     loop {
-        match events.recv_timeout(GRACE) {
-            Ok(Event::Signal(_)) => {}
-            Ok(Event::Ended(_)) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
-            Err(RecvTimeoutError::Timeout) => {
-                log::warn!("{}: files are still open, their readers get an error now", mounted.dir().display());
-                return Ok(());
-            }
+        match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Event::Wish(_)) => {}
+            Ok(Event::Ended(_)) | Err(RecvTimeoutError::Disconnected) => return true,
+            Err(RecvTimeoutError::Timeout) => return false,
         }
     }
 }
 
-/// Blocks the signals that we wait for, in this thread and in those that it will start.
-fn block_signals() -> Result<SigSet> {
-    let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2]
-        .into_iter()
-        .collect::<SigSet>();
-    signals.thread_block().map_err(|e| Error::new(ErrorKind::System, "cannot block signals").because(e))?;
-    Ok(signals)
-}
-
-/// Starts the session, and a thread that waits for signals.
-fn start<R>(session: R, signals: SigSet) -> Result<Receiver<Event>>
+/// Starts the session, and a thread that waits for signals. Returns when all threads of the session run.
+fn start<R>(session: R, signals: Signals) -> Result<Receiver<Event>>
 where
     R: FnOnce() -> io::Result<()> + Send + 'static,
 {
     let (sender, events) = channel();
     let ended = sender.clone();
+    spawn("signals", move || forward_signals(&signals, &sender))?;
     // Nobody hears an event when the daemon is at its end.
     spawn("session", move || drop(ended.send(Event::Ended(session()))))?;
-    spawn("signals", move || forward_signals(&signals, &sender))?;
+    let cannot = |e: io::Error| Error::new(ErrorKind::System, "cannot start the session").because(e);
+    let deadline = Instant::now() + START;
+    // The session cannot be asked, but the kernel can.
+    while !session::all_threads_run().map_err(cannot)? {
+        match events.recv_timeout(Duration::from_millis(1)) {
+            Ok(Event::Ended(Err(error))) => return Err(cannot(error)),
+            Ok(Event::Ended(Ok(()))) => return Err(Error::failed("the mount was taken away at once")),
+            Ok(Event::Wish(Wish::End(signal))) => {
+                return Err(Error::new(ErrorKind::Interrupted, format!("ended by {signal}")));
+            }
+            Err(RecvTimeoutError::Timeout) if Instant::now() > deadline => {
+                return Err(cannot(io::ErrorKind::TimedOut.into()));
+            }
+            _ => {}
+        }
+    }
     Ok(events)
 }
 
-fn forward_signals(signals: &SigSet, events: &Sender<Event>) {
-    while let Ok(signal) = signals.wait() {
-        if events.send(Event::Signal(signal)).is_err() {
+fn forward_signals(signals: &Signals, events: &Sender<Event>) {
+    while let Ok(wish) = signals.next().inspect_err(|e| log::error!("no signal is heard any more: {e}")) {
+        if events.send(Event::Wish(wish)).is_err() {
             return;
         }
     }
@@ -175,9 +221,10 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     thread.map(drop).map_err(|e| Error::new(ErrorKind::System, "cannot start a thread").because(e))
 }
 
+/// A mount without a record is served all the same; a user without a session has no place for one.
 fn create_record(mounted: &Mounted) -> Option<Record> {
     let directory = record::directory()?;
     Record::create(&directory, mounted.device())
-        .inspect_err(|error| log::debug!("{}: no record of the daemon: {error}", directory.display()))
+        .inspect_err(|e| log::warn!("{}: no record, umount will not wait: {e}", directory.display()))
         .ok()
 }

@@ -18,7 +18,7 @@ use crate::fuse::{BlkHoleFs, SESSION_THREADS};
 use crate::mount::fusermount;
 use crate::mount::mountinfo::{DeviceNumber, FS_TYPE};
 use crate::mount::options::MountOptions;
-use crate::mount::point::{MountPoint, Mounted, Shape};
+use crate::mount::point::{Claim, MountPoint, Mounted, Shape, Unmounted};
 
 /// Whether each thread has a queue of its own in the kernel (`FUSE_DEV_IOC_CLONE`, Linux 4.5).
 pub const CLONE_DESCRIPTOR: bool = true;
@@ -39,19 +39,27 @@ impl Session {
     }
 }
 
-/// Mounts `filesystem` on `point`, shown as mounted from `spec`.
+/// Whether all threads of the session run: the FUSE library starts them one after the other and names them by their
+/// number.
+///
+/// # Errors
+/// When proc is not mounted.
+pub fn all_threads_run() -> io::Result<bool> {
+    let last = format!("fuser-{}\n", SESSION_THREADS - 1);
+    let mut names = fs::read_dir("/proc/self/task")?.flatten().map(|task| fs::read(task.path().join("comm")));
+    // A thread that ended in between has no name.
+    Ok(names.any(|name| name.is_ok_and(|name| name == last.as_bytes())))
+}
+
+/// Mounts `filesystem` on the place of `claim`, shown as mounted from `spec`.
 ///
 /// # Errors
 /// When the FUSE device cannot be opened, or the mount is refused. Nothing is mounted then.
-pub fn mount(
-    filesystem: BlkHoleFs,
-    spec: &OsStr,
-    point: MountPoint,
-    options: &MountOptions,
-) -> Result<(Session, Mounted)> {
+pub fn mount(filesystem: BlkHoleFs, spec: &OsStr, claim: &Claim, options: &MountOptions) -> Result<(Session, Mounted)> {
+    let point = claim.point();
     let device =
-        if geteuid().is_root() { mount_as_root(spec, &point, options) } else { mount_as_user(spec, &point, options) }?;
-    let mounted = point.mounted(spec)?;
+        if geteuid().is_root() { mount_as_root(spec, point, options) } else { mount_as_user(spec, point, options) }?;
+    let mounted = claim.mounted(spec)?;
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
     config.clone_fd = CLONE_DESCRIPTOR;
@@ -60,7 +68,8 @@ pub fn mount(
     let session = fuser::Session::from_fd(filesystem, device, fuser::SessionACL::All, config).map_err(|e| {
         let error = Error::failed("the kernel did not take up the mount").on(mounted.dir()).because(e);
         match mounted.unmount() {
-            Ok(()) => error,
+            Ok(Unmounted::Everywhere) => error,
+            Ok(Unmounted::Covered(_)) => error.hint("the mount is still there, below another one"),
             Err(left) => error.hint(format!("the mount is still there: {left}")),
         }
     })?;

@@ -3,24 +3,21 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{Pid, geteuid};
 
 use crate::error::{Error, Result};
 use crate::mount::argv::{self, UmountRequest};
 use crate::mount::fusermount;
 use crate::mount::helper::finish;
-use crate::mount::mountinfo::{self, MountEntry};
+use crate::mount::mountinfo::{self, DeviceNumber, MountEntry};
 use crate::mount::namespace::Namespace;
-use crate::mount::{point, record};
-use crate::sys::process;
+use crate::mount::release::{Daemon, Outcome};
+use crate::mount::{logging, point, record};
 
 const USAGE: &str = "\
 Usage: umount.blkholefs DIR|SPEC [-flnrvhV] [-N NAMESPACE] [-t TYPE]
@@ -32,9 +29,6 @@ device. See mount.blkholefs(8).
   -n, -r  nothing, for umount(8)      -v  say what is done
   -N  unmount in this mount namespace";
 
-/// How long a daemon may take to end. Closing devices takes milliseconds; what takes longer is a device that hangs.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 /// Runs `umount.blkholefs` or `blkholefs umount` with the words after the name.
 pub fn main(name: &str, args: &[OsString]) -> ExitCode {
     finish(name, USAGE, argv::umount(args), run)
@@ -44,14 +38,9 @@ fn run(name: &str, request: UmountRequest) -> Result<u8> {
     let target = std::path::absolute(&request.target)
         .map_err(|e| Error::failed("cannot find the current directory").on(&request.target).because(e))?;
     let namespace = Namespace::open(request.namespace.as_deref())?;
-    let (mount, others) = namespace.within(|| {
-        let list = point::list()?;
-        let mount = find(&list, &target, &request.target)?;
-        let others = list.iter().any(|entry| entry.device == mount.device && entry.id != mount.id);
-        Ok((mount, others))
-    })?;
-    // Looked up before the unmount: after it, the number may be another mount's.
-    let daemon = if others || request.lazy { None } else { daemon_of(&mount) };
+    let mount = namespace.within(|| find(&point::list()?, &target, &request.target, geteuid().as_raw()))?;
+    // Found before the unmount: after it, the number may be another mount's.
+    let daemon = if request.lazy { None } else { Daemon::of(&mount) };
     namespace.within(|| unmount(&mount.point, &request))?;
     if let Some(records) = record::directory() {
         // What a killed daemon left; if it stays, the next mount removes it.
@@ -60,20 +49,49 @@ fn run(name: &str, request: UmountRequest) -> Result<u8> {
     if request.verbose {
         eprintln!("{name}: {} unmounted", mount.point.display());
     }
-    if let Some((pid, process)) = daemon
-        && !ended(&process)
-    {
-        let patience = PATIENCE.as_secs();
-        eprintln!("{name}: unmounted, but after {patience} s the daemon (process {pid}) still holds the device");
+    let Some(daemon) = daemon else { return Ok(0) };
+    let outcome = daemon.wait();
+    let others = namespace.within(|| Ok(others(&point::list()?, mount.device))).unwrap_or_default();
+    if let Some(warning) = warning(&outcome, daemon.pid(), &others) {
+        eprintln!("{name}: {}: {}", mount.point.display(), logging::one_line(&warning));
+    } else if request.verbose && outcome == Outcome::Idle {
+        eprintln!("{name}: the daemon (process {}) serves {}, and has no device open", daemon.pid(), place(&others));
     }
     Ok(0)
 }
 
-/// The mount at `target`, or else the newest one that was made from `typed`.
-fn find(list: &[MountEntry], target: &Path, typed: &Path) -> Result<MountEntry> {
-    // A path into a mount whose daemon died cannot be resolved, and need not be.
-    let place = fs::canonicalize(target).unwrap_or_else(|_| PathBuf::from(target));
-    if let Some(mount) = mountinfo::top(list, &place) {
+/// Where else a file system is mounted, in the namespace of the list.
+fn others(list: &[MountEntry], device: DeviceNumber) -> Vec<PathBuf> {
+    list.iter().filter(|mount| mount.is_ours() && mount.device == device).map(|mount| mount.point.clone()).collect()
+}
+
+fn place(others: &[PathBuf]) -> String {
+    match others {
+        [] => "a mount in another namespace".to_owned(),
+        [first, ..] => format!("the mount on {}", first.display()),
+    }
+}
+
+/// What the user has to know of a device that is not free although the mount is gone.
+fn warning(outcome: &Outcome, daemon: Pid, others: &[PathBuf]) -> Option<String> {
+    let (open, reason) = match outcome {
+        Outcome::Ended | Outcome::Idle => return None,
+        Outcome::InUse(open) => (open, format!("serves {}", place(others))),
+        Outcome::Hangs(open) => (open, "does not end".to_owned()),
+    };
+    let open: Vec<_> = open.iter().map(|path| path.display().to_string()).collect();
+    let holds = if open.is_empty() { String::new() } else { format!(" and holds {}", open.join(", ")) };
+    Some(format!("unmounted, but the daemon (process {daemon}) {reason}{holds}"))
+}
+
+/// The mount at `target`, or else the newest one that `user` made from `typed`. A mount is known by its place whoever made
+/// it; the source of another user's mount proves nothing.
+fn find(list: &[MountEntry], target: &Path, typed: &Path, user: u32) -> Result<MountEntry> {
+    // The way to a mount need not be walked when it is written as the kernel has it. A walk may wait: for a daemon that
+    // hangs, or for an automount. The way to one whose daemon died cannot be walked.
+    let is_written = list.iter().any(|mount| mount.point == target);
+    let place = if is_written { None } else { fs::canonicalize(target).ok() };
+    if let Some(mount) = mountinfo::top(list, place.as_deref().unwrap_or(target)) {
         if mount.is_ours() {
             return Ok(mount.clone());
         }
@@ -81,7 +99,21 @@ fn find(list: &[MountEntry], target: &Path, typed: &Path) -> Result<MountEntry> 
         return Err(Error::failed(format!("not a mount of blkholefs, its type is {kind}")).on(typed));
     }
     let is_source = |mount: &&MountEntry| mount.is_ours() && (mount.source == typed || mount.source == target);
-    list.iter().rfind(is_source).cloned().ok_or_else(|| Error::failed("not mounted").on(typed))
+    let Some(mount) = list.iter().filter(is_source).rfind(|mount| mount.owner == Some(user)) else {
+        let error = Error::failed("not mounted").on(typed);
+        return Err(match list.iter().rfind(is_source) {
+            Some(foreign) => error.hint(format!(
+                "{} is another user's mount with that name; to unmount it, name the directory",
+                foreign.point.display()
+            )),
+            None => error,
+        });
+    };
+    // The kernel unmounts what the path leads to.
+    if mountinfo::top(list, &mount.point) != Some(mount) {
+        return Err(Error::failed("cannot unmount: something else is mounted over it").on(&mount.point));
+    }
+    Ok(mount.clone())
 }
 
 fn unmount(place: &Path, request: &UmountRequest) -> Result<()> {
@@ -97,34 +129,29 @@ fn unmount(place: &Path, request: &UmountRequest) -> Result<()> {
     })
 }
 
-fn daemon_of(mount: &MountEntry) -> Option<(Pid, OwnedFd)> {
-    let pid = record::daemon_of(&record::directory()?, mount.device)?;
-    // A process that ended in between needs no waiting.
-    process::pidfd_open(pid).ok().map(|process| (pid, process))
-}
-
-/// Waits for the end of a process; whether it came in time.
-fn ended(process: &OwnedFd) -> bool {
-    let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
-    let mut events = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-    poll(&mut events, timeout).is_ok_and(|ready| ready > 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const LIST: &[u8] = b"\
 22 1 253:0 / / rw - ext4 /dev/vda rw\n\
-40 22 0:45 / /nowhere/a ro - fuse.blkholefs /dev/x ro\n\
-41 22 0:46 / /nowhere/b ro - fuse.blkholefs /dev/x ro\n\
+40 22 0:45 / /nowhere/a ro - fuse.blkholefs /dev/x ro,user_id=0,group_id=0\n\
+41 22 0:46 / /nowhere/b ro - fuse.blkholefs /dev/x ro,user_id=0\n\
 42 22 0:47 / /nowhere/c ro - fuse.sshfs host: ro\n\
-43 22 0:48 / /nowhere/d ro - fuse.blkholefs nbd://h/e ro\n";
+43 22 0:48 / /nowhere/d ro - fuse.blkholefs nbd://h/e ro,user_id=0\n\
+44 22 0:49 / /nowhere/e ro - fuse.blkholefs /dev/x ro,user_id=1000\n\
+45 22 0:50 / /nowhere/f ro - fuse.blkholefs /dev/y ro,user_id=1000\n\
+46 22 0:51 / /nowhere/g ro - fuse.blkholefs /dev/z ro,user_id=0\n\
+47 46 0:52 / /nowhere/g rw - tmpfs tmpfs rw\n";
 
-    fn found(typed: &str) -> std::result::Result<u64, String> {
+    fn found_by(typed: &str, user: u32) -> std::result::Result<u64, String> {
         let list = mountinfo::parse(LIST);
         let target = std::path::absolute(typed).unwrap();
-        find(&list, &target, Path::new(typed)).map(|mount| mount.id).map_err(|error| error.to_string())
+        find(&list, &target, Path::new(typed), user).map(|mount| mount.id).map_err(|error| error.to_string())
+    }
+
+    fn found(typed: &str) -> std::result::Result<u64, String> {
+        found_by(typed, 0)
     }
 
     #[test]
@@ -139,11 +166,35 @@ mod tests {
         assert_eq!(found("host:").unwrap_err(), "host:: not mounted");
     }
 
+    /// Whoever mounts with fusermount3 chooses the source.
     #[test]
-    fn a_process_that_ended_is_noticed() {
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        let process = process::pidfd_open(Pid::from_raw(i32::try_from(child.id()).unwrap())).unwrap();
-        assert!(ended(&process));
-        child.wait().unwrap();
+    fn the_source_of_another_users_mount_finds_nothing() {
+        assert_eq!(found("/dev/y").unwrap_err(), "/dev/y: not mounted");
+        assert_eq!(found("/nowhere/f"), Ok(45), "by its place");
+        assert_eq!(found_by("/dev/y", 1000), Ok(45));
+        assert_eq!(found_by("/dev/x", 1000), Ok(44));
+        assert_eq!(found_by("nbd://h/e", 1000).unwrap_err(), "nbd://h/e: not mounted");
+    }
+
+    #[test]
+    fn what_covers_a_mount_is_not_unmounted_in_its_place() {
+        assert!(found("/dev/z").unwrap_err().contains("something else is mounted over it"));
+        assert!(found("/nowhere/g").unwrap_err().contains("its type is tmpfs"));
+    }
+
+    #[test]
+    fn a_warning_says_what_is_held_and_why() {
+        let pid = Pid::from_raw(7);
+        let open = || vec![PathBuf::from("/dev/loop1")];
+        let at = [PathBuf::from("/m")];
+        let text = |outcome, others: &[PathBuf]| warning(&outcome, pid, others);
+        assert_eq!(text(Outcome::Ended, &[]), None);
+        assert_eq!(text(Outcome::Idle, &at), None);
+        assert_eq!(
+            text(Outcome::InUse(open()), &at).unwrap(),
+            "unmounted, but the daemon (process 7) serves the mount on /m and holds /dev/loop1"
+        );
+        assert!(text(Outcome::InUse(open()), &[]).unwrap().contains("serves a mount in another namespace and holds"));
+        assert_eq!(text(Outcome::Hangs(vec![]), &[]).unwrap(), "unmounted, but the daemon (process 7) does not end");
     }
 }

@@ -93,6 +93,13 @@ impl Bench {
         ran.succeeds();
     }
 
+    /// Checks that the daemon ended before `umount -v` returned and said this, unless a namespace that another test made
+    /// meanwhile has a copy of the mount.
+    pub fn assert_ended(&self, said: &Ran) {
+        let elsewhere = said.err.contains("serves a mount in another namespace, and has no device open");
+        assert!(self.daemon().is_none() || elsewhere, "it ends before umount returns: {said:?}");
+    }
+
     /// The fields of the mount table's line for `mnt`.
     pub fn mounted(&self) -> Option<Vec<String>> {
         mount_at("/proc/self/mountinfo", &self.mnt())

@@ -3,10 +3,13 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod automount;
 mod bench;
 mod daemon;
 mod files;
 mod lines;
+mod service;
+mod start;
 mod system;
 mod umount;
 mod users;

@@ -6,9 +6,14 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::bench::Bench;
+use crate::bench::{Bench, Ran};
 use crate::common::loop_device::Loop;
 use crate::common::{requires_root, run, wait_until};
+use crate::daemon::Other;
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
 
 /// The point of it: what comes after `umount.blkholefs` finds the device free, each time.
 #[test]
@@ -21,8 +26,7 @@ fn device_is_free_at_once() {
         let device = Loop::new(bench.image.path());
         bench.run("mount.blkholefs", [device.path(), &bench.mnt()]).succeeds();
         drop(File::open(bench.mnt().join(device.name())).unwrap());
-        bench.umount();
-        assert_eq!(bench.daemon(), None, "the daemon ended before umount returned");
+        bench.assert_ended(&bench.run("umount.blkholefs", ["-v", "mnt"]));
         run("losetup", ["--detach".as_ref(), device.path().as_os_str()]);
         // Somebody who looks for a free loop device may hold it open for a moment, or have bound it to something else.
         let backing = format!("/sys/block/{}/loop/backing_file", device.name());
@@ -43,12 +47,18 @@ fn umount_waits_for_the_daemon() {
     let signal = |signal| kill(Pid::from_raw(i32::try_from(daemon).unwrap()), signal).unwrap();
     signal(Signal::SIGSTOP);
     let mut command = Command::new(bench.bin("umount.blkholefs"));
-    let mut umount = command.arg(bench.mnt()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut umount = command.arg("-v").arg(bench.mnt()).stderr(Stdio::piped()).spawn().unwrap();
     assert!(wait_until(|| bench.mounted().is_none()));
-    assert_eq!(umount.try_wait().unwrap(), None, "it does not return before the daemon ended");
+    let early = umount.try_wait().unwrap();
     signal(Signal::SIGCONT);
     let output = umount.wait_with_output().unwrap();
-    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    let said = Ran { code: output.status.code().unwrap(), out: String::new(), err: text(&output.stderr) };
+    assert_eq!(said.code, 0, "{said:?}");
+    match early {
+        // It cannot have ended yet.
+        Some(_) => assert!(said.err.contains("serves a mount in another namespace"), "{said:?}"),
+        None => bench.assert_ended(&said),
+    }
 }
 
 #[test]
@@ -63,6 +73,76 @@ fn one_of_two_places_keeps_the_daemon() {
     bench.umount();
     assert_eq!(bench.daemon(), Some(daemon));
     bench.run("umount.blkholefs", [bench.path("second")]).succeeds();
+}
+
+/// Another namespace has a copy of the mount: the daemon serves on, and the device is free.
+#[test]
+fn umount_does_not_wait_for_an_idle_daemon() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let daemon = bench.mount(&[]);
+    let other = Other::new();
+    let said = bench.run("umount.blkholefs", ["-v", "mnt"]);
+    assert_eq!(said.code, 0, "{said:?}");
+    let expected = format!("the daemon (process {daemon}) serves a mount in another namespace, and has no device open");
+    assert!(said.err.contains(&expected), "{said:?}");
+    assert_eq!(bench.daemon(), Some(daemon));
+    drop(other);
+    bench.assert_nothing_left();
+}
+
+/// A file that is open at a second place holds the device, and umount says so; it waits for one that is closed soon.
+#[test]
+fn umount_waits_for_the_device() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let second = bench.path("second");
+    std::fs::create_dir(&second).unwrap();
+    for closes in [false, true] {
+        let daemon = bench.mount(&[]);
+        run("mount", ["--bind".as_ref(), bench.mnt().as_os_str(), second.as_os_str()]);
+        let open = File::open(second.join(bench.device.name())).unwrap();
+        let mut command = Command::new(bench.bin("umount.blkholefs"));
+        let umount = command.arg(bench.mnt()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
+        assert!(wait_until(|| bench.mounted().is_none()));
+        let open = (!closes).then_some(open);
+        let output = umount.wait_with_output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{said}");
+        let holds = format!(
+            "unmounted, but the daemon (process {daemon}) serves the mount on {} and holds {}\n",
+            second.display(),
+            bench.device.path().display()
+        );
+        match closes {
+            true => assert_eq!(said, ""),
+            false => assert!(said.ends_with(&holds), "{said}"),
+        }
+        drop(open);
+        bench.run("umount.blkholefs", [&second]).succeeds();
+        bench.assert_nothing_left();
+    }
+}
+
+/// The name of what was mounted leads to a mount that another one covers: that other one is not ours to unmount.
+#[test]
+fn what_covers_a_mount_stays() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    bench.mount(&[]);
+    run("mount", ["-t".as_ref(), "tmpfs".as_ref(), "over".as_ref(), bench.mnt().as_os_str()]);
+    let said = bench.run("umount.blkholefs", [bench.device.path()]);
+    let top = bench.mounted().unwrap();
+    assert!(top.contains(&"tmpfs".to_owned()), "{top:?}");
+    said.fails(32, "something else is mounted over it");
+    Ran::of(Command::new("umount").arg(bench.mnt())).succeeds();
+    bench.umount();
 }
 
 #[test]

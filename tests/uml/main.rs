@@ -18,6 +18,7 @@ mod nbd;
 mod passing;
 mod scsi;
 mod suspended;
+mod systemd;
 mod tables;
 mod tail;
 mod targets;
