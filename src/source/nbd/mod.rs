@@ -81,10 +81,11 @@ fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc
         return Err("it is not the NBD device whose export was named".to_owned());
     };
     let link = link.map_err(ToOwned::to_owned)?.clone();
-    resolver.guard(LinkGuard(link.clone()));
+    // Once lost it stays lost: a guard of that would only keep the map from being used.
     if let Some(why) = link.lost() {
         return Err(why.to_owned());
     }
+    resolver.guard(LinkGuard(link));
     let client = export.client().map_err(|error| error.to_string())?;
     let size = client.size();
     if size != device.len {
