@@ -1,6 +1,11 @@
 //! Every operation of a file system: the files of a mount answer as those of a read-only ext4.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "a table of system calls: paths are C strings that live through the call, and nothing is written to memory \
+              but where a comment says so"
+)]
 
 mod common;
 
@@ -101,11 +106,10 @@ fn mapped(place: &Place, flags: i32) -> Answer {
     }
 }
 
-type Operation = (&'static str, fn(&Place) -> Answer);
+type Call = fn(&Place) -> Answer;
 
 /// Operations that change something, which are EROFS, with whether the kernel asks the daemon once the mount is writable.
-// SAFETY, for all: paths are C strings that live through the call, and no memory is written.
-const CHANGES: [(&str, bool, fn(&Place) -> Answer); 17] = [
+const CHANGES: [(&str, bool, Call); 17] = [
     ("open for writing", true, |place| opened(&place.file(), libc::O_WRONLY)),
     ("open for both", true, |place| opened(&place.file(), libc::O_RDWR)),
     ("open and cut", true, |place| opened(&place.file(), libc::O_WRONLY | libc::O_TRUNC)),
@@ -128,8 +132,7 @@ const CHANGES: [(&str, bool, fn(&Place) -> Answer); 17] = [
 ];
 
 /// Operations that only ask.
-// SAFETY, for all: as above; a length of 0 has nothing written.
-const QUESTIONS: [Operation; 40] = [
+const QUESTIONS: [(&str, Call); 40] = [
     ("access to read", |place| answer(unsafe { libc::access(place.file().as_ptr(), libc::R_OK) })),
     ("access to write", |place| answer(unsafe { libc::access(place.file().as_ptr(), libc::W_OK) })),
     ("access to execute", |place| answer(unsafe { libc::access(place.file().as_ptr(), libc::X_OK) })),

@@ -16,7 +16,7 @@ pub(super) struct Room {
     freed: Condvar,
 }
 
-/// A part of a [`Room`], given back with this value.
+/// A read's part of what the reads of its device may hold, given back with this value.
 #[derive(Debug)]
 pub struct RoomPart<'a> {
     room: &'a Room,
