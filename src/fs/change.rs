@@ -14,6 +14,7 @@ use crate::handle::Handle;
 use crate::source::BlockDevice;
 use crate::source::thin::guard::counts;
 use crate::sys::device::DeviceId;
+use crate::sys::stamp::later_than_before;
 use crate::sys::sysfs::{self, IoCounters};
 
 /// The times of a file.
@@ -30,7 +31,8 @@ pub struct Changed {
 pub struct Changes(Mutex<HashMap<Ino, Seen>>);
 
 struct Seen {
-    trace: Trace,
+    /// `None` when something was not known.
+    trace: Option<Trace>,
     since: SystemTime,
 }
 
@@ -55,21 +57,20 @@ impl Changes {
     /// Looks at an open device and tells when it changed last. It must have been asked for holes right before, which
     /// writes back its dirty pages and looks at how it is built.
     pub fn observe(&self, ino: Ino, handle: &Handle) -> Changed {
-        let now = SystemTime::now();
-        let unknown = Changed { mtime: now, ctime: now };
         let backing = handle.backing();
         let Some(device) = backing.device() else {
-            return backing.node().map_or(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
+            let unknown = |_| {
+                let now = later_than_before();
+                Changed { mtime: now, ctime: now }
+            };
+            return backing.node().map_or_else(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
         };
         let trace = Trace::of(device, handle);
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(trace) = trace else {
-            seen.remove(&ino);
-            return unknown;
-        };
         let since = match seen.get(&ino) {
-            Some(seen) if seen.trace == trace => seen.since,
-            _ => now,
+            Some(seen) if trace.is_some() && seen.trace == trace => seen.since,
+            // Later than what was shown before, also on a kernel whose clock stands still between two looks.
+            _ => later_than_before(),
         };
         seen.insert(ino, Seen { trace, since });
         Changed { mtime: since, ctime: since }

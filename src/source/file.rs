@@ -2,7 +2,7 @@
 //!
 //! Not every file system knows of what is still in the page cache of the file: there it is written back first.
 
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::hash::{Hash, Hasher};
 use std::io;
 use std::ops::Range;
@@ -17,6 +17,7 @@ use crate::map::{self, HoleMap, Kind, Run};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
 use crate::sys::file::{end, hides_dirty_pages, hole_unit, next_data, next_hole};
+use crate::sys::stamp::{self, Stamp};
 use crate::units::Bytes;
 
 /// The runs of an open file, asked from its file system at every question: always the truth of now, delayed allocation
@@ -123,9 +124,12 @@ impl Guard for Times {
         true
     }
 
+    /// Times that prove nothing yet are like no others: what was written a moment ago may be written once more unseen.
     fn trace(&self, mut trace: &mut dyn Hasher) {
-        let times = |stat: Metadata| [stat.mtime(), stat.mtime_nsec(), stat.ctime(), stat.ctime_nsec()];
-        self.0.metadata().map(times).ok().hash(&mut trace);
+        match Stamp::of(&self.0) {
+            Ok(stamp) => stamp.hash(&mut trace),
+            Err(_) => stamp::later_than_before().hash(&mut trace),
+        }
     }
 }
 

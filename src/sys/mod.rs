@@ -10,4 +10,5 @@ pub mod loopdev;
 pub mod memory;
 pub mod process;
 pub mod sg;
+pub mod stamp;
 pub mod sysfs;
