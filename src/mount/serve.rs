@@ -70,7 +70,7 @@ impl Service<'_> {
         let result = start(session, signals).and_then(|events| self.watch(&mounted, &events));
         log::info!("{} is unmounted", mounted.dir().display());
         drop(self.hooks);
-        // A request may still be at work: what it holds of a pool is released before the process ends.
+        // A request may still be at work: what it holds of a pool is to be released before the process ends.
         crate::source::thin::held::finish();
         drop(record);
         result

@@ -79,7 +79,8 @@ impl Make {
             size,
             block,
             metadata,
-            slow_metadata: false,
+            metadata_reads: 0,
+            metadata_writes: 0,
             slow_data: 0,
             features: &["skip_block_zeroing", "error_if_no_space"],
         }
@@ -89,7 +90,7 @@ impl Make {
 /// A thin pool on two loop devices.
 pub struct Pool {
     pool: Dm,
-    _slow: Vec<Dm>,
+    slow: Vec<Dm>,
     _data: Loop,
     metadata: Loop,
     _images: [Image; 2],
@@ -100,8 +101,10 @@ struct Make {
     size: u64,
     block: u64,
     metadata: u64,
-    /// Whether the metadata takes its time to be read.
-    slow_metadata: bool,
+    /// Milliseconds that a read of the metadata takes.
+    metadata_reads: u32,
+    /// Milliseconds that a write of the metadata takes.
+    metadata_writes: u32,
     /// As many bytes at the start of the data take their time to be written and discarded.
     slow_data: u64,
     features: &'static [&'static str],
@@ -115,7 +118,12 @@ impl Pool {
 
     /// A pool whose metadata takes its time to be read, and none to be written.
     pub fn with_slow_metadata(size: u64, block: u64) -> Self {
-        Self::make(&Make { slow_metadata: true, ..Make::new(size, block) })
+        Self::make(&Make { metadata_reads: 10, ..Make::new(size, block) })
+    }
+
+    /// A pool whose metadata takes so many milliseconds to be read and written: so do its messages and commits.
+    pub fn with_slow_commits(size: u64, block: u64, reads: u32, writes: u32) -> Self {
+        Self::make(&Make { metadata_reads: reads, metadata_writes: writes, ..Make::new(size, block) })
     }
 
     /// A pool whose first blocks, which volumes get first, take their time to be written and discarded.
@@ -138,9 +146,10 @@ impl Pool {
         let (data, metadata) = (Loop::new(images[0].path()), Loop::new(images[1].path()));
         let (mut data_path, mut metadata_path) = (data.path(), metadata.path());
         let mut slow = Vec::new();
-        if make.slow_metadata {
+        let (reads, writes) = (make.metadata_reads, make.metadata_writes);
+        if reads + writes > 0 {
             let path = metadata_path.display();
-            slow.push(Dm::new(&format!("0 {} delay {path} 0 10 {path} 0 0", sectors(metadata_path))));
+            slow.push(Dm::new(&format!("0 {} delay {path} 0 {reads} {path} 0 {writes}", sectors(metadata_path))));
         }
         if make.slow_data > 0 {
             let (path, first, all) = (data_path.display(), make.slow_data / 512, sectors(data_path));
@@ -148,7 +157,7 @@ impl Pool {
             slow.push(Dm::new(&format!("{delay}\n{first} {} linear {path} {first}", all - first)));
         }
         if let Some(slow) = slow.last() {
-            *(if make.slow_metadata { &mut metadata_path } else { &mut data_path }) = slow.path();
+            *(if reads + writes > 0 { &mut metadata_path } else { &mut data_path }) = slow.path();
         }
         let pool = Dm::new(&format!(
             "0 {} thin-pool {} {} {} 0 {} {}",
@@ -159,7 +168,7 @@ impl Pool {
             make.features.len(),
             make.features.join(" ")
         ));
-        Self { pool, _slow: slow, _data: data, metadata, _images: images }
+        Self { pool, slow, _data: data, metadata, _images: images }
     }
 
     /// The pool's own device.
@@ -170,6 +179,11 @@ impl Pool {
     /// The device with the metadata.
     pub fn metadata(&self) -> &Path {
         self.metadata.path()
+    }
+
+    /// The device that makes the metadata slow.
+    pub fn slow_metadata(&self) -> &Dm {
+        self.slow.first().expect("the pool was made with slow metadata")
     }
 
     /// A new, empty volume of `size` bytes.
@@ -202,7 +216,7 @@ impl Pool {
 
     /// Takes the pool away and checks its metadata.
     pub fn thin_check(self) {
-        let Self { pool, _slow: slow, metadata, .. } = self;
+        let Self { pool, slow, metadata, .. } = self;
         drop(pool);
         drop(slow);
         run("thin_check", ["--quiet".as_ref(), metadata.path().as_os_str()]);

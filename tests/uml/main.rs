@@ -25,5 +25,6 @@ mod scsi;
 mod suspended;
 mod targets;
 mod thin;
+mod thin_held;
 mod thin_live;
 mod thin_stress;

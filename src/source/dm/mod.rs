@@ -52,7 +52,7 @@ impl Shared {
     pub fn control(&self) -> Option<Arc<Control>> {
         let open = || Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok();
         // The first chance to release what an earlier process left held.
-        let open = || open().inspect(thin::held::recover).map(Arc::new);
+        let open = || open().inspect(|_| thin::held::recover()).map(Arc::new);
         self.control.get_or_init(open).clone()
     }
 }
