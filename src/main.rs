@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use blkholefs::cli;
-use blkholefs::mount::{helper, umount};
+use blkholefs::mount::{helper, logging, umount};
+use blkholefs::source::thin::keeper;
+use blkholefs::sys::process;
 
 /// "Internal error" of mount(8).
 const INTERNAL: u8 = 4;
@@ -24,6 +26,22 @@ fn dispatch(name: &str, words: &[OsString]) -> ExitCode {
         ("umount.blkholefs" | "umount.fuse.blkholefs", _) => umount::main(name, words),
         (_, Some("mount")) => helper::command(&words[1..]),
         (_, Some("umount")) => umount::main("blkholefs", &words[1..]),
+        // Started by the program itself.
+        (_, Some(keeper::COMMAND)) => {
+            process::close_inherited_descriptors();
+            logging::start_helper("blkholefs");
+            keep(&words[1..])
+        }
         _ => cli::main(words),
+    }
+}
+
+fn keep(words: &[OsString]) -> ExitCode {
+    match keeper::main(words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!("{error}");
+            ExitCode::from(error.exit_code())
+        }
     }
 }

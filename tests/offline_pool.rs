@@ -3,14 +3,24 @@
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 
 mod common;
+#[path = "support/rewritten.rs"]
+mod rewritten;
 #[path = "support/thin_image.rs"]
 #[allow(dead_code, reason = "only the makers of images are needed here")]
 mod thin_image;
 
-use std::fs;
+use std::fs::{self, File, FileTimes};
 use std::io::Read as _;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use blkholefs::source::backing::Medium as _;
+use blkholefs::source::thin::offline::{OfflinePool, VolumeMedium};
 
 use common::check::{assert_map, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing};
@@ -136,4 +146,137 @@ fn totals_are_the_sums_of_the_runs() {
             }
         }
     }
+}
+
+#[test]
+fn an_image_that_is_rewritten_right_after_a_look_is_seen() {
+    if requires_root() {
+        rewritten::metadata_right_after_a_look();
+    }
+}
+
+#[test]
+fn a_backing_file_that_is_written_right_after_a_stat_is_seen() {
+    if requires_root() {
+        rewritten::backing_file_right_after_a_stat();
+    }
+}
+
+/// What is damaged, and how.
+type Damage = (&'static str, fn(&mut [u8]));
+
+/// Ways to damage the volume 8 of a pool with the volumes 7 and 8.
+fn damages() -> [Damage; 4] {
+    fn top(image: &[u8]) -> usize {
+        usize::try_from(thin_image::get(image, 320, 8)).expect("a block")
+    }
+    fn details(image: &[u8]) -> usize {
+        usize::try_from(thin_image::get(image, 328, 8)).expect("a block")
+    }
+    /// The place of the root of the second volume in the leaf of the top tree.
+    fn root(image: &[u8]) -> usize {
+        top(image) * thin_image::BLOCK + 32 + 8 * 252 + 8
+    }
+    fn one_entry(image: &mut [u8], node: usize) {
+        thin_image::put(image, node * thin_image::BLOCK + 16, 1, 4);
+        thin_image::stamp(image, node, thin_image::NODE);
+    }
+    [
+        ("its mapping tree's root fails its checksum", |image| {
+            let node = usize::try_from(thin_image::get(image, root(image), 8)).expect("a block");
+            image[node * thin_image::BLOCK + 100] ^= 1;
+        }),
+        ("its mapping tree is outside the metadata", |image| {
+            thin_image::put(image, root(image), 1 << 20, 8);
+            thin_image::stamp(image, top(image), thin_image::NODE);
+        }),
+        ("it has details and no mapping tree", |image| one_entry(image, top(image))),
+        ("it has a mapping tree and no details", |image| one_entry(image, details(image))),
+    ]
+}
+
+/// A volume whose metadata is damaged is listed and gives EIO, so that a copy of the pool fails.
+#[test]
+fn a_damaged_volume_is_not_absent() {
+    if !requires_root() {
+        return;
+    }
+    let devices = [Device::new(7, [1..4], 4), Device::new(8, [0..2], 8)];
+    for (what, damage) in damages() {
+        let mut image = thin_image::build(&devices, 64);
+        damage(&mut image);
+        let (data, metadata) = (Image::with_data(MIB, &[0..MIB]), Image::new(0));
+        fs::write(metadata.path(), &image).expect("the image is ours");
+        let mount = mount(metadata.path(), data.path());
+        let names = fs::read_dir(mount.directory()).expect("readdir").map(|entry| entry.expect("an entry").file_name());
+        assert_eq!(names.collect::<Vec<_>>(), ["7", "8"], "{what}");
+        let damaged = mount.directory().join("8");
+        assert_eq!(fs::metadata(&damaged).expect_err(what).raw_os_error(), Some(libc::EIO), "stat: {what}");
+        assert_eq!(File::open(&damaged).expect_err(what).raw_os_error(), Some(libc::EIO), "open: {what}");
+        let missing = fs::metadata(mount.directory().join("9")).expect_err("there is none");
+        assert_eq!(missing.raw_os_error(), Some(libc::ENOENT), "{what}");
+        let copies = tempfile::tempdir().expect("a temporary directory");
+        let copied = Command::new("cp").arg("-r").arg(mount.directory()).arg(copies.path()).output().expect("cp runs");
+        assert!(!copied.status.success(), "cp -r copies a pool without a volume: {what}");
+        assert_map(&mount.directory().join("7"), &map_of(4 * BLOCK, &[BLOCK..4 * BLOCK]));
+        assert!(mount.log().contains("cannot read volume 8"), "{what}: {}", mount.log());
+    }
+}
+
+#[test]
+fn a_pool_of_damaged_volumes_only_is_not_mounted() {
+    let mut image = thin_image::build(&[Device::new(7, [1..4], 4)], 64);
+    // The root of its only volume comes first.
+    image[thin_image::BLOCK + 100] ^= 1;
+    let (data, metadata) = (Image::new(MIB), Image::new(0));
+    fs::write(metadata.path(), &image).expect("the image is ours");
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mounted = Command::new(env!("CARGO_BIN_EXE_blkholefs"))
+        .args(["mount", "-f", "-o", &format!("thin_metadata={}", metadata.path().display())])
+        .args([data.path(), directory.path()])
+        .output()
+        .expect("the program starts");
+    let said = String::from_utf8_lossy(&mounted.stderr);
+    assert_eq!(mounted.status.code(), Some(32), "{said}");
+    assert!(said.contains("cannot read volume 7") && said.contains("no volume of the pool can be read"), "{said}");
+}
+
+/// What was proven to be unused, and what is watched, is what is read: also where a path leads elsewhere a moment later.
+#[test]
+fn the_metadata_that_was_opened_is_read() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let data = Image::new(MIB);
+    let name = |name: &str| directory.path().join(name);
+    for id in [7, 8] {
+        let image = thin_image::build(&[Device::new(id, [1..4], 4)], 64);
+        fs::write(name(&id.to_string()), image).expect("the image is ours");
+    }
+    let time = |id: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(id);
+    let set = |path: &Path, time| {
+        let file = open_for_writing(path);
+        file.set_times(FileTimes::new().set_modified(time)).expect("the image is ours");
+    };
+    set(data.path(), time(0));
+    (7..=8).for_each(|id| set(&name(&id.to_string()), time(id)));
+    symlink(name("7"), name("metadata")).expect("a new name");
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                for id in ["8", "7"] {
+                    symlink(name(id), name("next")).expect("a new name");
+                    fs::rename(name("next"), name("metadata")).expect("a rename");
+                }
+            }
+        });
+        let mut other = 0;
+        for _ in 0..2000 {
+            let pool = Arc::new(OfflinePool::open(&name("metadata"), data.path()).expect("it opens"));
+            let found = pool.volumes().expect("its volumes").pop().expect("one volume");
+            let watched = VolumeMedium::new(found.volume.expect("it is whole")).node().expect("stat").mtime;
+            other += u32::from(watched != time(found.id.get().into()));
+        }
+        done.store(true, Ordering::SeqCst);
+        assert_eq!(other, 0, "of 2000 pools were read from another image than the one that is watched");
+    });
 }

@@ -10,12 +10,13 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use crate::handle::Handle;
 use crate::source::BlockDevice;
 use crate::sys::device::DeviceId;
 use crate::sys::iostats::Counting;
+use crate::sys::stamp::later_than_before;
 use crate::sys::sysfs::{Activity, StatFile};
 
 /// The times of a file.
@@ -29,28 +30,11 @@ pub struct Changed {
 
 /// What was seen of each device at the last look.
 #[derive(Default)]
-pub struct Changes(Mutex<Table>);
-
-#[derive(Default)]
-struct Table {
-    seen: HashMap<DeviceId, Seen>,
-    /// The last time that was given to a device.
-    last: Option<SystemTime>,
-}
-
-impl Table {
-    /// Now, and later than every time before: a name that leads to another device shows another time, although the clock of
-    /// the kernel may stand still between two looks.
-    fn now(&mut self) -> SystemTime {
-        let next = self.last.map(|last| last + Duration::from_nanos(1));
-        let now = next.map_or_else(SystemTime::now, |next| next.max(SystemTime::now()));
-        self.last = Some(now);
-        now
-    }
-}
+pub struct Changes(Mutex<HashMap<DeviceId, Seen>>);
 
 struct Seen {
-    trace: Trace,
+    /// `None` when something was not known.
+    trace: Option<Trace>,
     since: SystemTime,
 }
 
@@ -77,32 +61,20 @@ impl Changes {
     pub fn observe(&self, handle: &Handle) -> Changed {
         let backing = handle.backing();
         let Some(device) = backing.device() else {
-            let now = SystemTime::now();
-            let unknown = Changed { mtime: now, ctime: now };
-            return backing.node().map_or(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
+            let unknown = |_| {
+                let now = later_than_before();
+                Changed { mtime: now, ctime: now }
+            };
+            return backing.node().map_or_else(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
         };
         let trace = Trace::of(device, handle);
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let since = match (table.seen.get(&device.id), &trace) {
-            (Some(seen), Some(trace)) if seen.trace == *trace => seen.since,
-            _ => table.now(),
+        let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = match seen.get(&device.id) {
+            Some(seen) if trace.is_some() && seen.trace == trace => seen.since,
+            // Later than what was shown before, also on a kernel whose clock stands still between two looks.
+            _ => later_than_before(),
         };
-        match trace {
-            Some(trace) => drop(table.seen.insert(device.id, Seen { trace, since })),
-            None => drop(table.seen.remove(&device.id)),
-        }
+        seen.insert(device.id, Seen { trace, since });
         Changed { mtime: since, ctime: since }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_two_devices_get_one_time() {
-        let mut table = Table::default();
-        let times: Vec<_> = (0..1000).map(|_| table.now()).collect();
-        assert!(times.is_sorted_by(|a, b| a < b));
     }
 }

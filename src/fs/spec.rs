@@ -7,6 +7,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use log::error;
+
 use super::root::Root;
 use super::{FileKind, Options, not_found};
 use crate::error::{Error, Result};
@@ -14,7 +16,7 @@ use crate::source::Backing;
 use crate::source::backing::Node;
 use crate::source::nbd::{Beside, Export, Uri};
 use crate::source::thin::ThinId;
-use crate::source::thin::offline::{OfflinePools, VolumeMedium};
+use crate::source::thin::offline::{Found, OfflinePools, VolumeMedium};
 use crate::sys::device::{self, DeviceId};
 use crate::units::Bytes;
 
@@ -83,7 +85,7 @@ impl Spec {
             std::path::absolute(spec).map_err(|error| Error::failed("cannot resolve").on(spec).because(error))?;
         if let Some(metadata) = &options.thin_metadata {
             let pools = OfflinePools::new(metadata, &path);
-            pools.open()?.volumes()?;
+            tell_damage(pools.open()?.volumes()?)?;
             return Ok(Self::Pool(pools));
         }
         let failed = |what: &str, error: io::Error| Error::failed(what).on(spec).because(error);
@@ -146,7 +148,7 @@ impl Spec {
                 let id = path.to_str().and_then(|name| name.parse().ok()).and_then(ThinId::new);
                 // Only the plain spelling is a name: 01 is not 1.
                 let id = id.filter(|id| Path::new(&id.to_string()) == path).ok_or_else(not_found)?;
-                pools.open()?.volume(id).map_err(|_| not_found())?;
+                pools.open()?.volume(id)?;
                 Place::Volume(id).file()
             }
         }
@@ -160,7 +162,8 @@ impl Spec {
         let root = match self {
             Self::File { name, .. } => return Ok(vec![(name.clone(), FileKind::File)]),
             Self::Pool(pools) => {
-                let found = pools.open()?.volumes()?.into_iter().filter(|found| found.volume.is_ok());
+                // One that is damaged too: a copy of the directory must fail, not be short of it.
+                let found = pools.open()?.volumes()?.into_iter();
                 return Ok(found.map(|found| (found.id.to_string().into(), FileKind::File)).collect());
             }
             Self::Directory(root) => root,
@@ -204,6 +207,22 @@ impl Place {
             Self::Export(_) | Self::Volume(_) => None,
         };
         Ok(Target::File(self, node))
+    }
+}
+
+/// Says which volumes of a pool cannot be shown.
+///
+/// # Errors
+/// When none of them can.
+fn tell_damage(volumes: Vec<Found>) -> Result<()> {
+    let count = volumes.len();
+    let damaged: Vec<Error> = volumes.into_iter().filter_map(|found| found.volume.err()).collect();
+    for error in &damaged {
+        error!("{error}");
+    }
+    match count {
+        1.. if damaged.len() == count => Err(Error::failed("no volume of the pool can be read")),
+        _ => Ok(()),
     }
 }
 

@@ -66,6 +66,16 @@ fn logger(levels: Option<&str>) -> env_logger::Logger {
     builder.build()
 }
 
+/// Starts logging for a process that a daemon started: where the daemon's lines go by now.
+pub fn start_helper(name: &str) {
+    start(name, LevelFilter::Info);
+    let null = std::fs::metadata("/dev/null").map(|null| null.rdev());
+    let stderr = std::fs::metadata("/proc/self/fd/2").map(|stderr| stderr.rdev());
+    if matches!((stderr, null), (Ok(stderr), Ok(null)) if stderr == null) {
+        leave_terminal();
+    }
+}
+
 /// Raises the level to what a service tells: mount, unmount, new maps. `RUST_LOG` and `-v` keep theirs.
 pub fn serve() {
     if !is_chosen() && log::max_level() < LevelFilter::Info {

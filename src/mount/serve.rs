@@ -86,7 +86,7 @@ impl Service<'_> {
         // The mount's number may be another one's from now on.
         drop(record);
         drop(self.hooks);
-        // A request may still be at work: what it holds of a pool is released before the process ends.
+        // A request may still be at work: what it holds of a pool is to be released before the process ends.
         crate::source::thin::held::finish();
         result
     }

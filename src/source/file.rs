@@ -4,7 +4,7 @@
 //! do so once dirty pages are written back. A server, of NFS or FUSE for example, answers from what it has, and the page
 //! cache of this machine may hold older bytes: there is a hole only where reads are known to use direct I/O.
 
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::hash::{Hash, Hasher};
 use std::io;
 use std::ops::Range;
@@ -19,6 +19,7 @@ use crate::map::{self, HoleMap, Kind, Run};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
 use crate::sys::file::{Seeks, end, len_now, next_data, next_hole};
+use crate::sys::stamp::{self, Stamp};
 use crate::units::Bytes;
 
 /// Why a file on an unknown file system, or one with a server, is dense.
@@ -138,9 +139,12 @@ impl Guard for Times {
         true
     }
 
+    /// Times that prove nothing yet are like no others: what was written a moment ago may be written once more unseen.
     fn trace(&self, mut trace: &mut dyn Hasher) {
-        let times = |stat: Metadata| [stat.mtime(), stat.mtime_nsec(), stat.ctime(), stat.ctime_nsec()];
-        self.0.metadata().map(times).ok().hash(&mut trace);
+        match Stamp::of(&self.0) {
+            Ok(stamp) => stamp.hash(&mut trace),
+            Err(_) => stamp::later_than_before().hash(&mut trace),
+        }
     }
 }
 

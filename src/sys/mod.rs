@@ -12,5 +12,6 @@ pub mod loopdev;
 pub mod memory;
 pub mod process;
 pub mod sg;
+pub mod stamp;
 pub mod statx;
 pub mod sysfs;

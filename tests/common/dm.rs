@@ -79,7 +79,8 @@ impl Make {
             size,
             block,
             metadata,
-            slow_metadata: false,
+            metadata_reads: 0,
+            metadata_writes: 0,
             slow_data: 0,
             features: &["skip_block_zeroing", "error_if_no_space"],
             data: None,
@@ -101,8 +102,10 @@ struct Make {
     size: u64,
     block: u64,
     metadata: u64,
-    /// Whether the metadata takes its time to be read.
-    slow_metadata: bool,
+    /// Milliseconds that a read of the metadata takes.
+    metadata_reads: u32,
+    /// Milliseconds that a write of the metadata takes.
+    metadata_writes: u32,
     /// As many bytes at the start of the data take their time to be written and discarded.
     slow_data: u64,
     features: &'static [&'static str],
@@ -118,7 +121,12 @@ impl Pool {
 
     /// A pool whose metadata takes its time to be read, and none to be written.
     pub fn with_slow_metadata(size: u64, block: u64) -> Self {
-        Self::make(&Make { slow_metadata: true, ..Make::new(size, block) })
+        Self::make(&Make { metadata_reads: 10, ..Make::new(size, block) })
+    }
+
+    /// A pool whose metadata takes so many milliseconds to be read and written: so do its messages and commits.
+    pub fn with_slow_commits(size: u64, block: u64, reads: u32, writes: u32) -> Self {
+        Self::make(&Make { metadata_reads: reads, metadata_writes: writes, ..Make::new(size, block) })
     }
 
     /// A pool whose first blocks, which volumes get first, take their time to be written and discarded.
@@ -143,9 +151,10 @@ impl Pool {
         let data_device = data.as_ref().map(Loop::path).or(make.data.as_deref());
         let (mut data_path, mut metadata_path) = (data_device.expect("one of both"), metadata.path());
         let mut slow = Vec::new();
-        if make.slow_metadata {
+        let (reads, writes) = (make.metadata_reads, make.metadata_writes);
+        if reads + writes > 0 {
             let path = metadata_path.display();
-            slow.push(Dm::new(&format!("0 {} delay {path} 0 10 {path} 0 0", sectors(metadata_path))));
+            slow.push(Dm::new(&format!("0 {} delay {path} 0 {reads} {path} 0 {writes}", sectors(metadata_path))));
         }
         if make.slow_data > 0 {
             let (path, first, all) = (data_path.display(), make.slow_data / 512, sectors(data_path));
@@ -153,7 +162,7 @@ impl Pool {
             slow.push(Dm::new(&format!("{delay}\n{first} {} linear {path} {first}", all - first)));
         }
         if let Some(slow) = slow.last() {
-            *(if make.slow_metadata { &mut metadata_path } else { &mut data_path }) = slow.path();
+            *(if reads + writes > 0 { &mut metadata_path } else { &mut data_path }) = slow.path();
         }
         let pool = Dm::new(&format!(
             "0 {} thin-pool {} {} {} 0 {} {}",
@@ -180,6 +189,11 @@ impl Pool {
     /// The device with the metadata.
     pub fn metadata(&self) -> &Path {
         self.metadata.path()
+    }
+
+    /// The device that makes the metadata slow.
+    pub fn slow_metadata(&self) -> &Dm {
+        self.slow.first().expect("the pool was made with slow metadata")
     }
 
     /// A new, empty volume of `size` bytes.

@@ -39,3 +39,16 @@ fn striped_over_loop_devices() {
     let mount = Mount::new(striped.path());
     race(mount.file(), striped.path(), SIZE, 60);
 }
+
+/// This kernel's clock counts ticks of 10 ms, so files that are written twice have one time.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn an_image_that_is_rewritten_right_after_a_look_is_seen() {
+    crate::rewritten::metadata_right_after_a_look();
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_backing_file_that_is_written_right_after_a_stat_is_seen() {
+    crate::rewritten::backing_file_right_after_a_stat();
+}

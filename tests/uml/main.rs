@@ -7,6 +7,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+#[path = "../support/rewritten.rs"]
+mod rewritten;
+#[path = "../support/thin_image.rs"]
+#[allow(dead_code, reason = "only the makers of images are needed here")]
+mod thin_image;
+
 mod changes;
 mod copies;
 mod counters;
@@ -23,5 +29,6 @@ mod tables;
 mod tail;
 mod targets;
 mod thin;
+mod thin_held;
 mod thin_live;
 mod thin_stress;

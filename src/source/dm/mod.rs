@@ -54,7 +54,7 @@ impl Shared {
         if shared.is_none() {
             let control = Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok()?;
             // The first chance to release what an earlier process left held.
-            thin::held::recover(&control);
+            thin::held::recover();
             *shared = Some(Arc::new(control));
         }
         shared.clone()

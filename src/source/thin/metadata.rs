@@ -102,19 +102,29 @@ impl Metadata {
         details.ok_or(ThinError::Unknown(id))
     }
 
-    /// The ids of all devices of the pool, ascending.
+    /// The ids of all devices of the pool, ascending: those that either of the two trees has, so that one that is damaged
+    /// is not absent.
     ///
     /// # Errors
-    /// When the tree of devices is damaged. A device's own damage is found when it is read.
+    /// When one of the trees is damaged. A device's own damage is found when it is read.
     pub fn devices(&self) -> Result<Vec<ThinId>> {
-        let top = self.tree(self.superblock.mapping_root, Values::Numbers);
+        let trees = [(self.superblock.mapping_root, Values::Numbers), (self.superblock.details_root, Values::Details)];
+        let mut ids = Vec::new();
+        for (root, values) in trees {
+            for key in self.keys(&self.tree(root, values))? {
+                let id = u32::try_from(key).ok().and_then(ThinId::new);
+                ids.push(id.ok_or(ThinError::Damaged(root, Damage::DeviceId))?);
+            }
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
+    }
+
+    fn keys(&self, tree: &Tree) -> Result<Vec<u64>> {
         let keys = Mutex::new(Vec::new());
-        top.walk(&self.reader, 1, || |node| keys.lock().unwrap_or_else(PoisonError::into_inner).extend(node.keys()))?;
-        let mut keys = keys.into_inner().unwrap_or_else(PoisonError::into_inner);
-        keys.sort_unstable();
-        let id = |key| u32::try_from(key).ok().and_then(ThinId::new);
-        let ids = keys.into_iter().map(|key| id(key).ok_or(ThinError::Damaged(top.root, Damage::DeviceId)));
-        ids.collect()
+        tree.walk(&self.reader, 1, || |node| keys.lock().unwrap_or_else(PoisonError::into_inner).extend(node.keys()))?;
+        Ok(keys.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The mapped blocks of a device of `len` bytes, read by at most `threads` threads. Mappings past its end, which a

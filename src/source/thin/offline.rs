@@ -1,17 +1,19 @@
 //! Volumes of a pool that is not active: read through its mapping trees, without device-mapper.
 //!
 //! Here the mapping is the device, so the metadata must not change while it is used. A metadata device is held
-//! exclusively, which the kernel refuses while a pool is active on it; an image is watched by its times and length.
+//! exclusively, which the kernel refuses while a pool is active on it; an image is watched by its [`Stamp`]. Where that
+//! proves nothing (a file system with another machine's clock, a clock that was set) the volume is all data.
 
-use std::fs::{File, Metadata as Stat, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::SystemTime;
 
+use super::error::ThinError;
 use super::lookup::NodeCache;
 use super::metadata::Metadata;
 use super::reader::MetadataReader;
@@ -23,6 +25,7 @@ use crate::source::backing::{MIN_ALIGN, Medium, Node};
 use crate::source::dense::Dense;
 use crate::source::{Context, Guard, Layer, Stack};
 use crate::sys::buffer::AlignedBuffer;
+use crate::sys::stamp::{Stamp, later_than_before};
 use crate::sys::{block, device, file};
 use crate::units::Bytes;
 
@@ -35,14 +38,17 @@ const TIME_BITS: u32 = 24;
 
 /// Why a volume can be shown no longer.
 const CHANGED: &str = "the metadata changed while it was open";
+/// Why a volume has no holes.
+const UNPROVEN: &str = "that the metadata image stays as it is cannot be proven: its times are another machine's, or the \
+                        clock was set";
 
 /// The metadata and the data of a pool that is not active.
 pub struct OfflinePool {
     metadata: Metadata,
     metadata_path: PathBuf,
     watched: File,
-    /// What an image's times and length were; nothing for a device.
-    seen: Option<[i64; 5]>,
+    /// Of an image, before anything of it was read; nothing for a device.
+    stamp: Option<Stamp>,
     data: Data,
     opened: SystemTime,
 }
@@ -131,14 +137,16 @@ impl OfflinePool {
             let error = failed(metadata_path, error);
             if busy { error.hint("its pool is active: mount its volumes instead") } else { error }
         })?;
-        let seen = watched.metadata().map_err(|error| failed(metadata_path, error))?;
-        let seen = seen.is_file().then(|| stamp(&seen));
-        let reader = MetadataReader::open(metadata_path).map_err(|error| failed(metadata_path, error))?;
+        let opened = |error| failed(metadata_path, error);
+        let is_image = watched.metadata().map_err(opened)?.is_file();
+        let stamp = if is_image { Some(Stamp::settled(&watched).map_err(opened)?) } else { None };
+        // What was proven to be unused is what is read, whatever its path leads to by now.
+        let reader = MetadataReader::reopen(&watched).map_err(opened)?;
         let metadata = Metadata::open(reader, MetaBlock::SUPERBLOCK)
             .map_err(|error| Error::failed(format!("cannot read thin metadata: {error}")).on(metadata_path))?;
         let data = Data::open(data_path).map_err(|error| failed(data_path, error))?;
-        let opened = SystemTime::now();
-        Ok(Self { metadata, metadata_path: metadata_path.to_owned(), watched, seen, data, opened })
+        let opened = later_than_before();
+        Ok(Self { metadata, metadata_path: metadata_path.to_owned(), watched, stamp, data, opened })
     }
 
     /// The volumes of the pool, in the order of their ids.
@@ -155,13 +163,22 @@ impl OfflinePool {
     /// One volume. Its length is stored nowhere: it ends with its last mapped block.
     ///
     /// # Errors
-    /// When the pool has no such volume, or its tree cannot be read.
+    /// ENOENT when the pool has no such volume, EIO when what the pool knows of it is damaged.
     pub fn volume(self: &Arc<Self>, id: ThinId) -> Result<Volume> {
         let wrong = |what: &dyn std::fmt::Display| {
             Error::failed(format!("cannot read volume {id}: {what}")).on(&self.metadata_path)
         };
-        let tree = self.metadata.mapping_tree(id).map_err(|error| wrong(&error))?;
-        let details = self.metadata.details(id).map_err(|error| wrong(&error))?;
+        let (tree, details) = match (self.metadata.mapping_tree(id), self.metadata.details(id)) {
+            (Ok(tree), Ok(details)) => (tree, details),
+            (Err(ThinError::Unknown(_)), Err(ThinError::Unknown(_))) => {
+                let missing = io::Error::from_raw_os_error(libc::ENOENT);
+                return Err(Error::failed(format!("cannot read volume {id}")).on(&self.metadata_path).because(missing));
+            }
+            // A volume is in both trees: one that is in one of them only is damaged, not absent.
+            (Err(ThinError::Unknown(_)), _) => return Err(wrong(&"it has no mapping tree")),
+            (_, Err(ThinError::Unknown(_))) => return Err(wrong(&"it has no details")),
+            (Err(error), _) | (_, Err(error)) => return Err(wrong(&error)),
+        };
         let nodes = NodeCache::new(NODES);
         let last = tree.leaf(u64::MAX - 1, self.metadata.reader(), &nodes).map_err(|error| wrong(&error))?;
         let node = last.node();
@@ -172,24 +189,27 @@ impl OfflinePool {
         Ok(Volume { pool: self.clone(), id, tree, nodes, len, block, mapped: details.mapped_blocks })
     }
 
-    /// Whether the metadata is still what was opened. A device is held exclusively, so that no pool can start on it.
+    /// Whether it is proven that the metadata is still what was opened. A device is held exclusively, so that no pool can
+    /// start on it.
     fn is_unchanged(&self) -> bool {
-        self.seen.is_none_or(|seen| self.watched.metadata().is_ok_and(|now| stamp(&now) == seen))
+        self.stamp.is_none_or(|stamp| stamp.proves_unchanged(&self.watched))
+    }
+
+    /// Whether nothing is seen of a change.
+    fn looks_unchanged(&self) -> bool {
+        self.stamp.is_none_or(|stamp| stamp.looks_unchanged(&self.watched))
     }
 }
 
 /// Opens a file, or a device that nobody uses.
 fn open_unused(path: &Path) -> io::Result<File> {
-    let is_device = std::fs::metadata(path)?.file_type().is_block_device();
+    let file = device::open(path, false)?;
+    if !file.metadata()?.file_type().is_block_device() {
+        return Ok(file);
+    }
     // Without O_CREAT, O_EXCL on a block device fails while it is mounted or part of an active stack.
-    let exclusive = if is_device { libc::O_EXCL } else { 0 };
-    OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | exclusive).open(path)
-}
-
-/// What moves when a file is written. The times of a device node do not.
-fn stamp(stat: &Stat) -> [i64; 5] {
-    let size = i64::try_from(stat.size()).unwrap_or(i64::MAX);
-    [size, stat.mtime(), stat.mtime_nsec(), stat.ctime(), stat.ctime_nsec()]
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_EXCL;
+    OpenOptions::new().read(true).custom_flags(flags).open(device::own_path(&file))
 }
 
 /// A volume of an offline pool.
@@ -296,7 +316,7 @@ impl Medium for VolumeMedium {
 
     fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
         self.0.fill(buffer.resize(size), offset)?;
-        if !self.0.pool.is_unchanged() {
+        if !self.0.pool.looks_unchanged() {
             return Err(io::Error::other(CHANGED));
         }
         Ok(0..size)
@@ -310,7 +330,8 @@ impl Medium for VolumeMedium {
                 resolver.guard(PoolGuard(volume.pool.clone()));
                 Arc::new(VolumeMap { volume, read: OnceLock::new() })
             } else {
-                Arc::new(Dense::new(volume.len, CHANGED))
+                let why = if volume.pool.looks_unchanged() { UNPROVEN } else { CHANGED };
+                Arc::new(Dense::new(volume.len, why))
             };
             let holes_from = "its mapping tree".to_owned();
             Arc::new(Layer { name, kind: "thin".to_owned(), holes_from, map, below: Vec::new() })

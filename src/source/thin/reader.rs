@@ -31,15 +31,23 @@ impl MetadataReader {
         Ok(Self { file, blocks, reads: AtomicU64::new(0) })
     }
 
-    /// Opens the device or image at `path` with `O_DIRECT`, or without it where a regular file's file system has no
-    /// direct I/O: there the page cache is the truth.
+    /// Opens the device or image at `path`, as [`MetadataReader::reopen`].
     ///
     /// # Errors
     /// When it cannot be opened, or is a device without direct I/O.
     pub fn open(path: &Path) -> io::Result<Self> {
-        match device::open(path, true) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && path.metadata()?.is_file() => {
-                Self::new(device::open(path, false)?)
+        Self::reopen(&device::open(path, false)?)
+    }
+
+    /// Opens an open device or image once more with `O_DIRECT`, or without it where a regular file's file system has no
+    /// direct I/O: there the page cache is the truth.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or is a device without direct I/O.
+    pub fn reopen(file: &File) -> io::Result<Self> {
+        match device::reopen_direct(file) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && file.metadata()?.is_file() => {
+                Self::new(device::reopen(file)?)
             }
             opened => Self::new(opened?),
         }

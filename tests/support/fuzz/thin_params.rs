@@ -5,7 +5,7 @@
 //!
 //! An input is the length of a device (eight bytes), a block size in sectors (four bytes), and a text.
 
-use blkholefs::source::thin::{DataBlockSize, held, params};
+use blkholefs::source::thin::{DataBlockSize, params, record};
 use blkholefs::units::{Bytes, Sectors};
 
 pub fn run(input: &[u8]) {
@@ -23,8 +23,8 @@ pub fn run(input: &[u8]) {
 
 fn record(text: &str) {
     let (uuid, _) = text.split_once('\n').unwrap_or((text, ""));
-    let step = held::parse(text, uuid);
+    let step = record::parse(text, uuid);
     let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
-    assert_eq!(step, held::parse(whole, uuid), "an unfinished line is not read");
-    assert_eq!(held::parse(text, &format!("{uuid}x")), None, "the record of another pool");
+    assert_eq!(step, record::parse(whole, uuid), "an unfinished line is not read");
+    assert_eq!(record::parse(text, &format!("{uuid}x")), None, "the record of another pool");
 }
