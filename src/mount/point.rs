@@ -84,7 +84,9 @@ impl MountPoint {
         let _lock = self.lock();
         self.namespace.within(|| {
             let list = list()?;
-            let Some(mount) = mountinfo::top(&list, &self.dir).filter(|mount| mount.is_ours()) else { return Ok(()) };
+            let owner = Some(geteuid().as_raw());
+            let is_own = |mount: &&MountEntry| mount.is_ours() && mount.owner == owner;
+            let Some(mount) = mountinfo::top(&list, &self.dir).filter(is_own) else { return Ok(()) };
             let is_dead = fs::metadata(&self.dir).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
             if is_dead { unmount_lazily(&mount.point) } else { Ok(()) }
         })

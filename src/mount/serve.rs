@@ -185,7 +185,7 @@ where
     R: FnOnce() -> io::Result<()> + Send + 'static,
 {
     let (sender, events) = channel();
-    let ended = sender.clone();
+    let (ended, again) = (sender.clone(), sender.clone());
     spawn("signals", move || forward_signals(&signals, &sender))?;
     // Nobody hears an event when the daemon is at its end.
     spawn("session", move || drop(ended.send(Event::Ended(session()))))?;
@@ -195,7 +195,11 @@ where
     while !session::all_threads_run().map_err(cannot)? {
         match events.recv_timeout(Duration::from_millis(1)) {
             Ok(Event::Ended(Err(error))) => return Err(cannot(error)),
-            Ok(Event::Ended(Ok(()))) => return Err(Error::failed("the mount was taken away at once")),
+            // Somebody found the mount and unmounted it in this moment. `events` lives, so it is not lost.
+            Ok(Event::Ended(Ok(()))) => {
+                let _ = again.send(Event::Ended(Ok(())));
+                break;
+            }
             Ok(Event::Wish(Wish::End(signal))) => {
                 return Err(Error::new(ErrorKind::Interrupted, format!("ended by {signal}")));
             }

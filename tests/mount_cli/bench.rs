@@ -93,11 +93,11 @@ impl Bench {
         ran.succeeds();
     }
 
-    /// Checks that the daemon ended before `umount -v` returned and said this, unless a namespace that another test made
-    /// meanwhile has a copy of the mount.
-    pub fn assert_ended(&self, said: &Ran) {
-        let elsewhere = said.err.contains("serves a mount in another namespace, and has no device open");
-        assert!(self.daemon().is_none() || elsewhere, "it ends before umount returns: {said:?}");
+    /// The process that the record of the mount on a place names. Root's records only.
+    pub fn server(&self, place: &Path) -> u32 {
+        let device = &mount_at("/proc/self/mountinfo", place).expect("it is mounted")[2];
+        let record = fs::read_to_string(format!("/run/blkholefs/{}", device.replace(':', "-"))).expect("a record");
+        record.trim_end().parse().expect("a process")
     }
 
     /// The fields of the mount table's line for `mnt`.
@@ -146,6 +146,16 @@ pub fn mount_at(table: &str, place: &Path) -> Option<Vec<String>> {
     let place = place.to_str().expect("a temporary path is text");
     let mut lines = text.lines().map(|line| line.split(' ').map(str::to_owned).collect::<Vec<_>>());
     lines.rfind(|fields| fields.get(4).is_some_and(|field| field == place))
+}
+
+/// Checks that a daemon ended before `umount -v` returned and said this, unless a namespace that another test made
+/// meanwhile has a copy of the mount.
+pub fn assert_ended(daemon: u32, said: &Ran) {
+    let elsewhere = said.err.contains("serves a mount in another namespace, and has no device open");
+    assert_eq!(said.code, 0, "{said:?}");
+    // One that ended and was not waited for yet has no words.
+    let words = fs::read(format!("/proc/{daemon}/cmdline")).unwrap_or_default();
+    assert!(elsewhere || words.is_empty(), "it ends before umount returns: {said:?}");
 }
 
 /// What a program printed, and how it ended.

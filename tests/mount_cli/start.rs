@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::bench::{Bench, Ran, mount_at};
+use crate::bench::{Bench, Ran};
 use crate::common::check::check;
 use crate::common::{requires, requires_root, wait_until};
 
@@ -132,9 +132,7 @@ fn two_helpers_make_one_mount() {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let place = format!(" {} ", bench.mnt().display());
         assert_eq!(table.lines().filter(|line| line.contains(&place)).count(), 1, "round {round}");
-        let device = &mount_at("/proc/self/mountinfo", &bench.mnt()).unwrap()[2];
-        let record = fs::read_to_string(format!("/run/blkholefs/{}", device.replace(':', "-"))).unwrap();
-        let daemon: i32 = record.trim_end().parse().unwrap();
+        let daemon = i32::try_from(bench.server(&bench.mnt())).unwrap();
         kill(Pid::from_raw(daemon), Signal::SIGTERM).unwrap();
         assert!(wait_until(|| bench.mounted().is_none()), "round {round}: the record names another process");
     }
