@@ -59,7 +59,7 @@ pub fn map_holes(path: &Path) -> Vec<Extent> {
     let file = open(path);
     let end = u64::try_from(lseek(&file, 0, Whence::SeekEnd).expect("files have an end")).expect("an offset");
     let mut extents = Vec::new();
-    let mut offset = 0;
+    let (mut offset, mut changes) = (0, 0);
     while offset < end {
         let hole = seek_hole(&file, offset).expect("SEEK_HOLE inside the file always finds one");
         let extent = if hole == offset {
@@ -67,6 +67,11 @@ pub fn map_holes(path: &Path) -> Vec<Extent> {
         } else {
             Extent(Kind::Data, offset..hole)
         };
+        // The hole became data between the two questions, because a map may be all data for a while.
+        if extent.1.is_empty() && changes < 100 {
+            changes += 1;
+            continue;
+        }
         assert!(offset < extent.1.end && extent.1.end <= end, "no progress at {offset}: {extent:?}");
         offset = extent.1.end;
         extents.push(extent);

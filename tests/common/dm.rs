@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::image::Image;
 use super::loop_device::Loop;
-use super::{run, run_with_input, try_run};
+use super::{run, run_with_input, try_run, wait_until};
 
 /// A device-mapper device, removed with this value. Panics when something still holds the device then.
 pub struct Dm {
@@ -67,7 +67,12 @@ impl Dm {
 
 impl Drop for Dm {
     fn drop(&mut self) {
-        let removed = try_run("dmsetup", ["remove", &self.name], "");
+        // Another test's child has this process's descriptors between its fork and its exec, and so the device is busy.
+        let mut removed = Ok(String::new());
+        let _ = wait_until(|| {
+            removed = try_run("dmsetup", ["remove", &self.name], "");
+            !removed.as_ref().is_err_and(|error| error.contains("busy")) || std::thread::panicking()
+        });
         assert!(removed.is_ok() || std::thread::panicking(), "{removed:?}");
     }
 }

@@ -80,13 +80,17 @@ fn qemu_nbd() {
     run("qemu-io", ["-c", "write -z 20M 3M", "-c", "write -P 7 21M 64k", &path("qcow2")]);
     run("qemu-img", ["create", "-q", "-f", "qcow2", &path("large"), "20T"]);
     run("qemu-io", ["-c", "write -P 9 13T 64k", &path("large")]);
+    // "qemu-nbd 7.2.22 (Debian ...)": the extended headers came with 8.2.
+    let version = run("qemu-nbd", ["--version"]);
+    let mut numbers = version.split([' ', '.']).filter_map(|word| word.parse::<u32>().ok());
+    let extended = (numbers.next(), numbers.next()) >= (Some(8), Some(2));
     for (format, file) in [("qcow2", "qcow2"), ("raw", "raw"), ("qcow2", "large")] {
         let socket = directory.path().join(format!("{file}.socket"));
         let words = [format!("--format={format}"), "--export-name=a disk".to_owned(), path(file)];
         let _server = Server::qemu(&socket, &words.each_ref().map(String::as_str));
         let client = check(&format!("nbd+unix:///a%20disk?socket={}", socket.display()));
-        // 64 bits where it is qemu 8.2 or later.
-        assert!(client.holes_from().starts_with("NBD block status (base:allocation"), "{}", client.holes_from());
+        let bits = if extended { ", 64 bits" } else { "" };
+        assert_eq!(client.holes_from(), format!("NBD block status (base:allocation{bits})"));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::common::check::{Extent, Kind, check, check_holes, map_holes, map_of, open, seek_data, seek_hole};
+use crate::common::check::{self, Extent, Kind, check, check_holes, map_holes, map_of, open, seek_data, seek_hole};
 use crate::common::dm::{Dm, sectors};
 use crate::common::image::{Image, write};
 use crate::common::loop_device::Loop;
@@ -33,7 +33,7 @@ impl Disk {
 
 pub fn assert_map(device: &Dm, data: &[Range<u64>]) {
     let mount = Mount::new(device.path());
-    assert_eq!(map_holes(mount.file()), map_of(sectors(device.path()) * 512, data), "{}", mount.log());
+    check::assert_map(mount.file(), &map_of(sectors(device.path()) * 512, data));
     check(mount.file(), device.path());
 }
 
