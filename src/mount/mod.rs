@@ -2,7 +2,8 @@
 //!
 //! [`argv`], [`options`] and [`mountinfo`] are pure parsers. [`helper`] is the program that mount(8) runs: it opens and
 //! probes the device, then [`daemon`] forks, [`session`] mounts, and [`serve`] runs until the mount is gone.
-//! [`umount`] is the other way: it unmounts and waits until the daemon, found by its [`record`], let go of the device.
+//! [`umount`] is the other way: it unmounts and waits until the daemon, found by its [`record`], let go of the device
+//! ([`release`]).
 
 pub mod argv;
 pub mod daemon;
@@ -15,7 +16,7 @@ pub mod namespace;
 pub mod options;
 pub mod point;
 pub mod record;
-mod release;
+pub mod release;
 mod resources;
 pub mod serve;
 pub mod session;
