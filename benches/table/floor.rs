@@ -51,7 +51,7 @@ impl FloorFs {
             uid: 0,
             gid: 0,
             rdev: 0,
-            blksize: 1 << 20,
+            blksize: 4096,
             flags: 0,
         }
     }

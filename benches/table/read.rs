@@ -16,7 +16,7 @@ use crate::measure::{Contender, Table, rounds, seconds};
 use crate::peer::Qemu;
 use crate::shape::{Shape, forget};
 
-/// Bytes of one read(2), as `dd bs=1M` and our `st_blksize` have it.
+/// Bytes of one read(2), as `dd bs=1M` has it.
 const BLOCK: usize = 1 << 20;
 
 /// What a reader asks for.
