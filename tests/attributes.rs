@@ -117,6 +117,13 @@ fn blocks_follow_the_device() {
     assert!(map.iter().any(|extent| extent.0 == Kind::Hole), "{map:?}");
 }
 
+/// The times of the file when they stay: a change of the image below that is younger than two ticks of the clock gives
+/// new ones at each look.
+fn settled(file: &Path) -> [i64; 4] {
+    assert!(wait_until(|| times(&stat(file)) == times(&stat(file))), "the times never stay");
+    times(&stat(file))
+}
+
 /// Backup tools skip a file that did not change, and complain about one that changed as they read it.
 #[test]
 fn times_change_when_the_device_changes_and_only_then() {
@@ -124,13 +131,13 @@ fn times_change_when_the_device_changes_and_only_then() {
         return;
     }
     let source = LoopMount::new(4 * MIB, &[0..64 * KIB]);
-    let before = stat(source.file());
+    let before = settled(source.file());
     let mut bytes = Vec::new();
     open(source.file()).read_to_end(&mut bytes).expect("the file can be read");
     map_holes(source.file());
     run("sync", ["--file-system".as_ref(), source.file().as_os_str()]);
     fs::write("/proc/sys/vm/drop_caches", "2").expect("root may drop caches");
-    assert_eq!(times(&stat(source.file())), times(&before), "nothing happened but reading");
+    assert_eq!(times(&stat(source.file())), before, "nothing happened but reading");
 
     let changes: [(&str, &dyn Fn()); 3] = [
         ("a write", &|| write(source.device.path(), MIB..MIB + 4096)),
@@ -140,12 +147,12 @@ fn times_change_when_the_device_changes_and_only_then() {
         }),
     ];
     for (what, change) in changes {
-        let before = times(&stat(source.file()));
+        let before = settled(source.file());
         change();
         assert!(wait_until(|| times(&stat(source.file())) != before), "{what} changes no time");
-        let settled = times(&stat(source.file()));
+        let after = settled(source.file());
         map_holes(source.file());
-        assert_eq!(times(&stat(source.file())), settled, "after {what}, once");
+        assert_eq!(times(&stat(source.file())), after, "after {what}, once");
     }
 }
 
@@ -158,7 +165,7 @@ fn times_of_a_device_without_counters_always_change() {
     let source = LoopMount::new(MIB, &[0..4096]);
     let name = source.device.path().file_name().expect("a device has a name").to_owned();
     let switch = Path::new("/sys/block").join(name).join("queue/iostats");
-    let before = times(&stat(source.file()));
+    let before = settled(source.file());
     assert_eq!(times(&stat(source.file())), before, "nothing happened");
     fs::write(&switch, "0").expect("the counters can be switched off");
     let off = times(&stat(source.file()));
@@ -177,12 +184,12 @@ fn times_change_when_the_image_below_a_partition_changes() {
     let mut device = Loop::with_options(image.path(), &["--partscan"]);
     let partition = device.add_partition(1, 2048, 2048);
     let mount = Mount::new(&partition);
-    let before = times(&stat(mount.file()));
+    let before = settled(mount.file());
     assert_eq!(times(&stat(mount.file())), before);
     image.write(MIB..MIB + 4096);
     assert!(wait_until(|| times(&stat(mount.file())) != before), "nobody would back it up");
-    let settled = times(&stat(mount.file()));
-    assert_eq!(times(&stat(mount.file())), settled, "once");
+    let after = settled(mount.file());
+    assert_eq!(times(&stat(mount.file())), after, "once");
     drop(mount);
 }
 
