@@ -144,6 +144,13 @@ fn blocks_follow_the_device() {
     assert!(map.iter().any(|extent| extent.0 == Kind::Hole), "{map:?}");
 }
 
+/// The times of the file when they stay: a change of the image below that is younger than two ticks of the clock gives
+/// new ones at each look.
+fn settled(file: &Path) -> [i64; 4] {
+    assert!(wait_until(|| times(&stat(file)) == times(&stat(file))), "the times never stay");
+    times(&stat(file))
+}
+
 /// Backup tools skip a file that did not change, and complain about one that changed as they read it.
 #[test]
 fn times_change_when_the_device_changes_and_only_then() {
@@ -151,7 +158,7 @@ fn times_change_when_the_device_changes_and_only_then() {
         return;
     }
     let source = LoopMount::new(4 * MIB, &[0..64 * KIB]);
-    let before = settled_times(source.file());
+    let before = settled(source.file());
     let mut bytes = Vec::new();
     open(source.file()).read_to_end(&mut bytes).expect("the file can be read");
     map_holes(source.file());
@@ -167,25 +174,13 @@ fn times_change_when_the_device_changes_and_only_then() {
         }),
     ];
     for (what, change) in changes {
-        let before = times(&stat(source.file()));
+        let before = settled(source.file());
         change();
         assert!(wait_until(|| times(&stat(source.file())) != before), "{what} changes no time");
-        let settled = settled_times(source.file());
+        let after = settled(source.file());
         map_holes(source.file());
-        assert_eq!(times(&stat(source.file())), settled, "after {what}, no more");
+        assert_eq!(times(&stat(source.file())), after, "after {what}, no more");
     }
-}
-
-/// The times of a file whose device does not change any more. Up to two ticks of the clock after a change of a backing
-/// file each look gives other times, since a second change could not be seen.
-fn settled_times(file: &Path) -> [i64; 4] {
-    let mut seen = times(&stat(file));
-    let settled = wait_until(|| {
-        let before = std::mem::replace(&mut seen, times(&stat(file)));
-        before == seen
-    });
-    assert!(settled, "the times do not settle");
-    seen
 }
 
 /// Without counters nothing tells that a device did not change.
@@ -197,7 +192,7 @@ fn times_of_a_device_without_counters_always_change() {
     let source = LoopMount::new(MIB, &[0..4096]);
     let name = source.device.path().file_name().expect("a device has a name").to_owned();
     let switch = Path::new("/sys/block").join(name).join("queue/iostats");
-    let before = settled_times(source.file());
+    let before = settled(source.file());
     assert_eq!(times(&stat(source.file())), before, "nothing happened");
     fs::write(&switch, "0").expect("the counters can be switched off");
     let off = times(&stat(source.file()));
@@ -216,13 +211,13 @@ fn times_change_when_the_image_below_a_partition_changes() {
     let mut device = Loop::with_options(image.path(), &["--partscan"]);
     let partition = device.add_partition(1, 2048, 2048);
     let mount = Mount::new(&partition);
-    let before = settled_times(mount.file());
+    let before = settled(mount.file());
     assert_eq!(times(&stat(mount.file())), before);
     image.write(MIB..MIB + 4096);
     assert!(wait_until(|| times(&stat(mount.file())) != before), "nobody would back it up");
-    let settled = settled_times(mount.file());
+    let after = settled(mount.file());
     map_holes(mount.file());
-    assert_eq!(times(&stat(mount.file())), settled, "no more");
+    assert_eq!(times(&stat(mount.file())), after, "no more");
     drop(mount);
 }
 

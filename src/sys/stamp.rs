@@ -140,10 +140,14 @@ pub fn later_than_before() -> SystemTime {
 
 /// How often the clock was set since the first call; `None` when that cannot be known.
 fn clock_steps() -> Option<u64> {
-    static TIMER: OnceLock<Option<TimerFd>> = OnceLock::new();
+    static TIMER: Mutex<Option<TimerFd>> = Mutex::new(None);
     static STEPS: AtomicU64 = AtomicU64::new(0);
-    let timer = TIMER.get_or_init(|| cancelled_when_set().ok()).as_ref()?;
-    match read(timer, &mut [0; 8]) {
+    let mut timer = TIMER.lock().unwrap_or_else(PoisonError::into_inner);
+    if timer.is_none() {
+        // A failure, such as too few descriptors, may be gone at the next call.
+        *timer = Some(cancelled_when_set().ok()?);
+    }
+    match read(timer.as_ref()?, &mut [0; 8]) {
         Err(Errno::EAGAIN) => Some(STEPS.load(Ordering::SeqCst)),
         Err(Errno::ECANCELED) => Some(STEPS.fetch_add(1, Ordering::SeqCst) + 1),
         _ => None,

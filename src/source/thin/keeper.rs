@@ -132,7 +132,9 @@ impl Held {
         let control = Control::open()?;
         let identity = Identity::of(pool)?;
         let Some(mut record) = Record::open(Path::new(DIRECTORY), &identity)? else { return Ok(None) };
-        record.recover(&control, pool);
+        if !record.recover(&control, pool) {
+            return Ok(None);
+        }
         record.write(Step::Wanted)?;
         if let Err(error) = control.message(pool, "reserve_metadata_snap") {
             record.remove();

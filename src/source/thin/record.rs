@@ -66,8 +66,9 @@ fn recover(control: &Control, pool: DeviceId) {
         return;
     }
     // One that is locked by a process that lives is none of ours.
-    if let Ok(Some(mut record)) = Record::open(Path::new(DIRECTORY), &identity) {
-        record.recover(control, pool);
+    if let Ok(Some(mut record)) = Record::open(Path::new(DIRECTORY), &identity)
+        && record.recover(control, pool)
+    {
         record.remove();
     }
 }
@@ -171,22 +172,28 @@ impl Record {
         }
     }
 
-    /// Releases what the process that left this record held, if that is what is held now.
-    pub fn recover(&mut self, control: &Control, pool: DeviceId) {
-        let Some(left) = self.left.take() else { return };
-        let Ok(Some(held)) = held_root(control, pool) else { return };
+    /// Releases what the process that left this record held, if that is what is held now. False when that cannot be done
+    /// now: the record must stay as it is.
+    pub fn recover(&mut self, control: &Control, pool: DeviceId) -> bool {
+        let Some(left) = self.left.take() else { return true };
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
-        match left {
-            Step::Held(root) if root != held => {}
-            Step::Held(_) => match release(control, pool) {
-                Ok(()) => info!("{name}: released the metadata snapshot that a killed process had left"),
-                Err(error) => tell_leftover(&name, &error),
-            },
-            Step::Wanted => warn!(
-                "{name}: somebody holds its metadata snapshot: perhaps a process of ours that was killed, perhaps \
-                 another tool. If no tool is at work: dmsetup message {name} 0 release_metadata_snap"
-            ),
-        }
+        let result = held_root(control, pool).and_then(|held| match (left, held) {
+            (_, None) => Ok(()),
+            (Step::Held(root), Some(held)) if root != held => Ok(()),
+            (Step::Held(_), Some(_)) => {
+                release(control, pool)?;
+                info!("{name}: released the metadata snapshot that a killed process had left");
+                Ok(())
+            }
+            (Step::Wanted, Some(_)) => {
+                warn!(
+                    "{name}: somebody holds its metadata snapshot: perhaps a process of ours that was killed, perhaps \
+                     another tool. If no tool is at work: dmsetup message {name} 0 release_metadata_snap"
+                );
+                Ok(())
+            }
+        });
+        result.inspect_err(|error| tell_leftover(&name, error)).is_ok()
     }
 }
 
