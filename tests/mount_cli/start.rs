@@ -17,6 +17,7 @@ mount --make-rprivate /
 mkdir -p /run/blkholefs
 mount -t tmpfs none /run/blkholefs
 file=mnt/$(basename "$DEV")
+expected=$(printf ' 786432 75.0%% 0 data\n 262144 25.0%% 3 hole,zero')
 served=0 refused=0
 for limit in $LIMITS; do
     (ulimit $KIND $limit && exec bin/mount.blkholefs "$DEV" mnt) >out 2>err
@@ -25,7 +26,8 @@ for limit in $LIMITS; do
         served=$((served + 1))
         [ "$(stat -c %s $file)" = 1048576 ] || echo "$limit: stat"
         cmp $file "$DEV" || echo "$limit: read"
-        [ "$(xfs_io -r -c 'seek -h 0' $file | tail -1 | tr -s '\t ' ' ')" = "HOLE 262144" ] || echo "$limit: lseek"
+# Not xfs_io: it looks at every mount, also at those of other tests whose daemons are stopped.
+        [ "$(bin/blkholefs map --totals $file | tr -s ' ')" = "$expected" ] || echo "$limit: lseek"
         bin/umount.blkholefs mnt || echo "$limit: umount"
     else
         refused=$((refused + 1))
@@ -38,7 +40,7 @@ done
 "#;
 
 fn sweep(kind: &str, limits: impl Iterator<Item = u32>) {
-    if !requires_root() || !requires(&["unshare", "xfs_io", "cmp"]) {
+    if !requires_root() || !requires(&["unshare", "cmp"]) {
         return;
     }
     let bench = Bench::new();
