@@ -203,7 +203,7 @@ impl Place {
     /// The file that is shown.
     fn file(self) -> Result<Target> {
         let node = match &self {
-            Self::Path(path) => Some(Node::at(path).map_err(|_| not_found())?),
+            Self::Path(path) => Some(node(path)?),
             Self::Export(_) | Self::Volume(_) => None,
         };
         Ok(Target::File(self, node))
@@ -226,8 +226,16 @@ fn tell_damage(volumes: Vec<Found>) -> Result<()> {
     }
 }
 
+/// What stat(2) says of a device, image or directory of the host. Only what does not exist is absent.
+fn node(path: &Path) -> Result<Node> {
+    Node::at(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => not_found(),
+        _ => Error::failed("cannot stat").on(path).because(error),
+    })
+}
+
 fn directory(path: &Path) -> Result<Target> {
-    Node::at(path).map(Target::Directory).map_err(|_| not_found())
+    node(path).map(Target::Directory)
 }
 
 fn parent(path: &Path) -> Result<Target> {
