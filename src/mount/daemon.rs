@@ -54,7 +54,7 @@ impl Ready {
 ///
 /// Until the report the daemon stays in the process group of the caller. autofs knows the mount command by that group
 /// (`fs/autofs/autofs_i.h: autofs_oz_mode`): any other process that looks up the mountpoint, and the daemon's mount(2)
-/// does, waits until the automount daemon was told that the mount command ended.
+/// does, waits until the automount daemon knows that the mount command ended.
 ///
 /// # Errors
 /// When no daemon can be started, or it died.

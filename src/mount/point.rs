@@ -57,7 +57,7 @@ impl MountPoint {
         Ok(Self { dir: found, inode, shape, namespace })
     }
 
-    /// Reserves the place for one mount: whoever else wants to mount here waits, and then finds the mount.
+    /// Reserves the place for one mount: another command that mounts here waits, and then finds the mount.
     ///
     /// # Errors
     /// When there is a mount of ours by now.
@@ -147,7 +147,7 @@ impl Claim {
         &self.point
     }
 
-    /// The mount that was made here from `spec` just now. When it cannot be told which one it is, it is unmounted.
+    /// The mount that was made here from `spec` just now. When it is not known which one it is, it is unmounted.
     ///
     /// # Errors
     /// When it is not in the kernel's list, or the list cannot be read.

@@ -166,7 +166,7 @@ mod tests {
         assert_eq!(found("host:").unwrap_err(), "host:: not mounted");
     }
 
-    /// Whoever mounts with fusermount3 chooses the source.
+    /// A user who mounts with fusermount3 chooses the source.
     #[test]
     fn the_source_of_another_users_mount_finds_nothing() {
         assert_eq!(found("/dev/y").unwrap_err(), "/dev/y: not mounted");

@@ -159,8 +159,8 @@ fn drop_pages(device: &File, first: Bytes) -> io::Result<()> {
     }
 }
 
-/// Whether a byte of a range that begins on a page is in the page cache. A process that may not know is told that all is
-/// (`can_do_mincore` of `mm/mincore.c`).
+/// Whether a byte of a range that begins on a page is in the page cache. For a process that may not know, the
+/// kernel says that all is (`can_do_mincore` of `mm/mincore.c`).
 fn is_cached(device: &File, first: Bytes, len: usize) -> io::Result<bool> {
     let first = i64::try_from(first.get()).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))?;
     let mut pages = vec![0_u8; len.div_ceil(to_usize(page_size())?.max(1))];

@@ -57,7 +57,7 @@ impl Counting {
     /// Whether the device has counted everything since this was made.
     pub fn goes_on(&self) -> bool {
         let Some((switch, watch)) = &self.0 else { return true };
-        // The switch first: a write to it that is not seen here is one of which the watch tells.
+        // The switch first: a later write to it is reported by the watch.
         is_on(switch) && with_watches(|watches| watches.is_untouched(*watch)).unwrap_or(false)
     }
 }

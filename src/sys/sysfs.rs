@@ -267,7 +267,7 @@ impl Activity {
         Ok(Self { counters, in_flight: writes_in_flight(id)? })
     }
 
-    /// Whether it is still the same. Where no write was in flight the counters alone tell.
+    /// Whether it is still the same. Where no write was in flight the counters alone are enough.
     ///
     /// # Errors
     /// As [`Activity::now`].

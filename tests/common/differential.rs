@@ -210,7 +210,7 @@ impl Rig {
         self.keep(&path, device)
     }
 
-    /// Without direct I/O a loop device over a block device tells no holes: mostly it gets it.
+    /// Without direct I/O a loop device over a block device is all data, so three of four get direct I/O.
     fn direct_io(&mut self, below: &Target, options: &mut Vec<String>) {
         if !below.path.is_file() && !self.random.one_in(4) {
             options.push("--direct-io=on".to_owned());

@@ -97,7 +97,7 @@ fn users_limits_are_one_line_each() {
     home.0.assert_nothing_left();
 }
 
-/// Whoever mounts with fusermount3 chooses the name: it must not make root unmount something.
+/// A user who mounts with fusermount3 chooses the name: it must not make root unmount something.
 #[test]
 fn root_does_not_take_a_users_mount_for_its_own() {
     if !requirements() {

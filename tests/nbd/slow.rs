@@ -1,4 +1,4 @@
-//! Servers that are slow: whoever asks them waits for a bounded time, and nobody waits who need not.
+//! Servers that are slow: a request waits for a bounded time, and requests that do not need the server do not wait.
 
 use std::io::Write as _;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -140,7 +140,7 @@ fn a_connection_that_failed_once_is_tried_again_later() {
     });
 }
 
-/// A failure tells nothing of the length of runs.
+/// A failure says nothing of the length of runs.
 #[test]
 fn the_window_does_not_grow_when_block_status_fails() {
     let asked = Arc::new(Mutex::new(Vec::new()));

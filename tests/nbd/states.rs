@@ -20,7 +20,7 @@ fn disk() -> Vec<u8> {
     vec![0; 4 * BLOCK]
 }
 
-/// The server tells the truth only after a flush, as `NBD_FLAG_CAN_MULTI_CONN` allows: before, it does not know what another
+/// The answers of the server are right only after a flush, as `NBD_FLAG_CAN_MULTI_CONN` allows: before, it does not know what another
 /// connection has written.
 #[test]
 fn writes_over_another_connection_are_flushed_before_holes_are_asked_for() {

@@ -237,7 +237,7 @@ fn a_device_that_is_connected_anew_is_all_data() {
     check(mount.file(), Kernel::path());
     assert!(mount.log().contains("no holes from now on"), "{}", mount.log());
     assert!(!mount.log().contains("changes faster"), "it is all data, and not because it changes: {}", mount.log());
-    // Also when it has the old export again: nobody could tell.
+    // Also when it has the old export again: that cannot be known.
     disconnect(Kernel::path());
     assert!(is_free(Kernel::path()));
     connect(Kernel::path(), &kernel.directory.path().join("s"));

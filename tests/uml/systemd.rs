@@ -140,7 +140,7 @@ fn service_is_reloaded_stopped_and_cleared_away() {
     }
     let (directory, image) = prepare();
     let device = Loop::new(image.path());
-    // Nobody tells systemd of devices here.
+    // There is no udev that would report devices to systemd here.
     let unit = fs::read_to_string(source("blkholefs@.service")).unwrap();
     let unit: String = unit.lines().filter(|line| !line.ends_with(".device")).flat_map(|line| [line, "\n"]).collect();
     let unit = unit.replace("[Unit]", "[Unit]\nDefaultDependencies=no");

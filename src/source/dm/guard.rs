@@ -32,7 +32,7 @@ impl Guard for TableGuard {
     fn unchanged(&self) -> bool {
         let Ok(now) = self.control.events() else { return false };
         let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
-        // No event tells of a resume. (Of a suspension no guard has to: whoever asks a map looks for it first.)
+        // No event tells of a resume. (No guard has to see a suspension: it is looked for before each use of a map.)
         if now == *events && !self.seen.suspended {
             return true;
         }

@@ -65,7 +65,7 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// The reason why its holes cannot be believed.
+    /// The reason why its holes cannot be used.
     pub(super) fn promise(&self, len: Bytes, block: Bytes) -> Result<()> {
         let identity = pages::identity(&self.inquiry(None)?)?;
         if !identity.disk {
@@ -90,7 +90,7 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// The reason why its holes cannot be believed.
+    /// The reason why its holes cannot be used.
     pub(super) fn zeros(&self, len: Bytes, block: Bytes) -> Result<()> {
         let capacity = pages::capacity(&self.again("READ CAPACITY(16)", &read_capacity_cdb(), CAPACITY_LEN)?)?;
         if capacity.len != len || capacity.block != block {

@@ -14,10 +14,10 @@ use crate::sys::sysfs;
 
 /// A volume, and the one device that it is to be active as.
 ///
-/// Whether it still is cannot be told by looking again: the other device may have been written to and be gone. But it is
-/// written through a live table only, and becomes live with an event of device-mapper. The same event tells of a new
-/// table of the volume's own device or of its pool, which may come with other metadata. Most events are for something
-/// else: which device one was for is not known, so each counts as a change.
+/// Looking at the other devices again would prove nothing: one of them may have been written to and be gone. But a volume
+/// is written through a live table only, and a table becomes live with an event of device-mapper. The same event reports a
+/// new table of the volume's own device or of its pool, which may come with other metadata. Most events are for other
+/// devices. An event does not say which device it is for, so each one counts as a change.
 pub struct AloneGuard {
     control: Arc<Control>,
     /// The events up to the time that the volume's own table was read.

@@ -11,7 +11,7 @@ use crate::sys::sysfs::{Activity, StatFile};
 
 /// Writes and discards of a device. As long as none completes, no block of it is mapped.
 ///
-/// Most writes overwrite blocks that are mapped already, and leave the map as it is. Nothing tells them from the others:
+/// Most writes overwrite blocks that are mapped already, and leave the map as it is. Nothing distinguishes them from others:
 /// as many mapped blocks as before may be other blocks, since a discard unmaps some. Whether a device takes discards at
 /// all is in none of its queue's limits for certain.
 pub struct WriteGuard {
@@ -37,7 +37,7 @@ impl WriteGuard {
 
 impl Guard for WriteGuard {
     fn unchanged(&self) -> bool {
-        // The counters before the switch: what they tell holds if it was on up to then.
+        // The counters before the switch: they are valid if it was on up to then.
         !self.again.load(Relaxed) && self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.goes_on()
     }
 

@@ -22,7 +22,7 @@ use crate::sys::sysfs;
 /// Where the records are: gone with the next boot, as are the processes.
 pub const DIRECTORY: &str = "/run/blkholefs.thin";
 
-/// The root of the metadata snapshot that a pool has now, whoever took it.
+/// The root of the metadata snapshot that a pool has now, whichever process took it.
 ///
 /// # Errors
 /// When the pool's status cannot be read, or is that of a pool that failed.
@@ -32,7 +32,7 @@ pub fn held_root(control: &Control, pool: DeviceId) -> io::Result<Option<MetaBlo
     params::pool_status(line).map(|status| status.held_root).map_err(io::Error::other)
 }
 
-/// Releases the metadata snapshot of a pool, whoever took it.
+/// Releases the metadata snapshot of a pool, whichever process took it.
 ///
 /// # Errors
 /// As the message: `EOPNOTSUPP` when the pool does not write its metadata.
