@@ -40,9 +40,11 @@ impl Ready {
     pub fn report(&mut self) -> Result<()> {
         let Some(pipe) = &mut self.pipe else { return notify_manager() };
         leave_terminal()?;
-        let written = pipe.write_all(&[0]);
-        written.map_err(|e| Error::new(ErrorKind::Interrupted, "the mount command was ended").because(e))?;
+        let gone = |e| Error::new(ErrorKind::Interrupted, "the mount command was ended").because(e);
+        // Before the session is left: then a command that is gone is noticed while its signals still come here too.
+        pipe.write_all(&[0]).map_err(gone)?;
         setsid().map_err(|e| Error::new(ErrorKind::System, "cannot leave the session").because(e))?;
+        pipe.write_all(&[0]).map_err(gone)?;
         // The command returns when the pipe ends.
         self.pipe = None;
         Ok(())
@@ -113,13 +115,17 @@ fn give_up(ready: &mut Ready, text: &str, code: u8) {
     }
 }
 
-/// Reads the record `CODE TEXT`; a pipe that ends without one is a daemon that died.
+/// What a daemon that serves has written: once before it leaves the session, and once after that.
+const SERVES: [u8; 2] = [0, 0];
+
+/// Reads [`SERVES`], or the record `CODE TEXT` of a failure, which may follow a first 0. A pipe that ends without either is
+/// a daemon that died.
 fn wait_for_report(reader: PipeReader, child: Pid, clear_away: impl FnOnce() -> Result<()>) -> Result<u8> {
     const LONGEST: u64 = 16 << 10;
     let mut record = Vec::new();
     let read = reader.take(LONGEST).read_to_end(&mut record);
     read.map_err(|e| Error::failed("cannot hear from the daemon").because(e))?;
-    if record == [0] {
+    if record == SERVES {
         return Ok(0);
     }
     // It failed, and is on its way out: what it held is free when this command returns.
@@ -169,7 +175,8 @@ mod tests {
 
     #[test]
     fn the_daemons_word_is_the_commands() {
-        assert_eq!(parent_hears(&[0]).unwrap(), 0);
+        assert_eq!(parent_hears(&SERVES).unwrap(), 0);
+        assert_eq!(parent_hears(&[0]).unwrap_err().exit_code(), 32, "it died before it had left the session");
         assert_eq!(parent_hears(b"\x20text").unwrap(), 32);
         assert_eq!(parent_hears(b"\x01").unwrap(), 1);
         assert_eq!(parent_hears(b"\x00\x02text").unwrap(), 2, "the last word counts");

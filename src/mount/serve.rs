@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::geteuid;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, plain};
 use crate::mount::daemon::Ready;
 use crate::mount::options::MountOptions;
 use crate::mount::point::{Claim, MountPoint, Mounted, Unmounted};
@@ -229,6 +229,6 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
 fn create_record(mounted: &Mounted) -> Option<Record> {
     let directory = record::directory()?;
     Record::create(&directory, mounted.device())
-        .inspect_err(|e| log::warn!("{}: no record, umount will not wait: {e}", directory.display()))
+        .inspect_err(|e| log::warn!("{}: no record, umount will not wait: {}", directory.display(), plain(e)))
         .ok()
 }
