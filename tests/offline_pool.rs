@@ -111,6 +111,10 @@ fn metadata_that_changes_makes_an_open_volume_dense() {
     };
     assert!(wait_until(told), "{}", mount.log());
     drop(volume);
+    // As long as the image is open for writing, a write may be under way.
+    let volume = open(&mount.directory().join("7"));
+    assert_eq!((seek_data(&volume, 0), seek_hole(&volume, 0)), (Some(0), Some(4 * BLOCK)), "all is data");
+    drop((volume, image));
     assert_map(&mount.directory().join("7"), &map_of(4 * BLOCK, &[BLOCK..4 * BLOCK]));
 }
 

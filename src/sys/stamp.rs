@@ -7,10 +7,12 @@
 //! nothing worse.
 //!
 //! A clock that is set back gives old times again, and a file server has a clock of its own: neither proves anything.
+#![allow(unsafe_code)]
 
 use std::fs::{File, Metadata};
 use std::hash::{Hash, Hasher};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -33,6 +35,9 @@ const LOCAL: [FsType; 5] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC
 /// The age from which times prove something on file systems that keep whole seconds only (ext3, or ext4 with small
 /// inodes).
 const WHOLE_SECONDS: Duration = Duration::from_secs(2);
+
+/// `F_SETSIG` of `include/uapi/asm-generic/fcntl.h`.
+const F_SETSIG: libc::c_int = 10;
 
 /// What stat(2) said of an open file, and whether that is evidence.
 #[derive(Clone, Copy, Debug)]
@@ -84,11 +89,20 @@ impl Stamp {
         Ok(Self { seen, steps: steps.filter(|_| is_local && too_young_by.is_zero()), too_young_by })
     }
 
-    /// The stamp of a file as soon as it is settled, or soon if it never is.
+    /// The stamp of a file as soon as it is settled, or soon if it never is. `file` must be open for reading only.
+    ///
+    /// It proves nothing when the file is open for writing or mapped shared and writable: the kernel moves the times when a
+    /// write begins, so one that is under way would end unseen.
     ///
     /// # Errors
     /// As fstat(2).
     pub fn settled(file: &File) -> io::Result<Self> {
+        let stamp = Self::soon_settled(file)?;
+        // After the stat: a write that begins from here on moves the times.
+        Ok(Self { steps: stamp.steps.filter(|_| has_no_writer(file)), ..stamp })
+    }
+
+    fn soon_settled(file: &File) -> io::Result<Self> {
         let mut stamp = Self::of(file)?;
         for _ in 0..3 {
             if stamp.is_settled() || stamp.too_young_by.is_zero() || stamp.too_young_by > WHOLE_SECONDS * 2 {
@@ -127,6 +141,20 @@ impl Hash for Stamp {
             None => (1, UNSETTLED.fetch_add(1, Ordering::Relaxed)).hash(hasher),
         }
     }
+}
+
+/// Whether no descriptor of a file can write to it, and no shared mapping: only then does the kernel give a lease for
+/// reading (`fs/locks.c: check_conflicting_open`). The lease is given back at once. Not every file system has leases, and
+/// those on files of other users need CAP_LEASE: then nothing is known.
+fn has_no_writer(file: &File) -> bool {
+    // An open for writing that comes just now sends a signal. This one is ignored where nothing else is said.
+    // SAFETY: F_SETSIG takes a number and touches no memory of this process.
+    if unsafe { libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) } != 0 {
+        return false;
+    }
+    // SAFETY: F_SETLEASE takes a number and touches no memory of this process.
+    let lease = |kind: libc::c_int| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) } == 0;
+    lease(libc::F_RDLCK) && lease(libc::F_UNLCK)
 }
 
 /// The time of now, later than every time that this function gave before: a clock of ticks gives one time to many
@@ -198,12 +226,26 @@ mod tests {
             file.write_all_at(&round.to_be_bytes(), 0).unwrap();
             assert!(!young.proves_unchanged(&file), "round {round}, by a young stamp");
             if round % 10 == 0 {
-                let settled = Stamp::settled(&file).unwrap();
+                let settled = Stamp::soon_settled(&file).unwrap();
                 assert!(settled.is_settled() && settled.proves_unchanged(&file), "round {round}: {settled:?}");
                 file.write_all_at(&round.to_be_bytes(), 0).unwrap();
                 assert!(!settled.looks_unchanged(&file), "round {round}");
             }
         }
+    }
+
+    /// The times move when a write begins: one that is under way when the stamp is taken ends unseen.
+    #[test]
+    fn a_file_that_is_open_for_writing_proves_nothing() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let reader = File::open(file.path()).unwrap();
+        file.as_file().write_all_at(b"1", 0).unwrap();
+        assert!(!Stamp::settled(&reader).unwrap().is_settled());
+        let path = file.into_temp_path();
+        assert!(Stamp::settled(&reader).unwrap().is_settled());
+        let writer = File::options().write(true).open(&path).unwrap();
+        assert!(!Stamp::settled(&reader).unwrap().is_settled());
+        drop(writer);
     }
 
     #[test]
@@ -212,7 +254,7 @@ mod tests {
         let state = RandomState::new();
         file.write_all_at(b"1", 0).unwrap();
         let young = Stamp::of(&file).unwrap();
-        let settled = Stamp::settled(&file).unwrap();
+        let settled = Stamp::soon_settled(&file).unwrap();
         let hashes: HashSet<_> = [young, young, settled, settled].iter().map(|stamp| state.hash_one(stamp)).collect();
         assert_eq!(hashes.len(), if young.is_settled() { 1 } else { 3 });
     }
@@ -223,7 +265,7 @@ mod tests {
         for time in [SystemTime::UNIX_EPOCH, SystemTime::now() + Duration::from_secs(1000)] {
             let times = FileTimes::new().set_modified(time);
             file.set_times(times).unwrap();
-            let settled = Stamp::settled(&file).unwrap();
+            let settled = Stamp::soon_settled(&file).unwrap();
             assert!(settled.is_settled(), "{settled:?}");
             file.write_all_at(b"1", 0).unwrap();
             file.set_times(times).unwrap();
