@@ -41,6 +41,8 @@ struct Seen {
 /// What moves when a device is written.
 #[derive(Clone, PartialEq, Eq)]
 struct Trace {
+    /// Which device it is: another one may have got its number, and have as many writes.
+    attribute: u64,
     activity: Activity,
     stack: u64,
 }
@@ -50,8 +52,9 @@ impl Trace {
     fn of(device: &BlockDevice, handle: &Handle) -> Option<Self> {
         let id = device.id;
         let counting = Counting::of(id).ok()?;
-        let activity = Activity::now(id, &StatFile::open(id).ok()?).ok()?;
-        Some(Self { activity, stack: handle.trace()? }).filter(|_| counting.goes_on())
+        let stat = StatFile::open(id).ok()?;
+        let (attribute, activity) = (stat.inode().ok()?, Activity::now(id, &stat).ok()?);
+        Some(Self { attribute, activity, stack: handle.trace()? }).filter(|_| counting.goes_on())
     }
 }
 

@@ -161,8 +161,10 @@ impl Resolver<'_> {
         let mut next = vec![id];
         while let Some(id) = next.pop() {
             if let Entry::Vacant(entry) = self.waits_on.entry(id) {
-                entry.insert(SuspendFile::open(id)?);
-                next.extend(sysfs::slaves(id)?);
+                // Both before the entry: what failed is tried again.
+                let (attribute, slaves) = (SuspendFile::open(id)?, sysfs::slaves(id)?);
+                entry.insert(attribute);
+                next.extend(slaves);
             }
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::device::DeviceId;
@@ -169,6 +169,15 @@ impl StatFile {
     /// As open(2).
     pub fn open(id: DeviceId) -> io::Result<Self> {
         File::open(directory(id).join("stat")).map(Self)
+    }
+
+    /// The number of the attribute, which no attribute of another device has, also not of one with the same device number
+    /// (`fs/kernfs/dir.c: __kernfs_new_node` counts generations).
+    ///
+    /// # Errors
+    /// As fstat(2).
+    pub fn inode(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.ino())
     }
 
     /// The counters now.

@@ -116,7 +116,8 @@ fn snapshots() {
     check(second_mount.file(), second.path());
 }
 
-/// Blocks that are not provisioned are read from an external origin, and as zeros behind its end.
+/// Blocks that are not provisioned are read from an external origin. Behind its end they read as zeros if the origin was as
+/// long when the volume was resumed, which the kernel does not show: that is data.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn external_origin() {
@@ -126,13 +127,12 @@ fn external_origin() {
     pool.dm().message("create_thin 0");
     let thin = pool.activate(0, 128 * MIB, Some(origin.path()));
     let mount = Mount::new(thin.path());
-    let tail = 32 * MIB..32 * MIB + 4096;
-    assert_map(mount.file(), &map_of(128 * MIB, &[MIB..2 * MIB, tail.clone()]));
+    let behind = 32 * MIB..128 * MIB;
+    assert_map(mount.file(), &map_of(128 * MIB, &[MIB..2 * MIB, behind.clone()]));
     check(mount.file(), thin.path());
     write(thin.path(), 8 * MIB..8 * MIB + 4096);
     write(thin.path(), 100 * MIB..100 * MIB + 4096);
-    let provisioned = [8 * MIB..8 * MIB + BLOCK, 100 * MIB..100 * MIB + BLOCK];
-    assert_map(mount.file(), &map_of(128 * MIB, &[MIB..2 * MIB, provisioned[0].clone(), tail, provisioned[1].clone()]));
+    assert_map(mount.file(), &map_of(128 * MIB, &[MIB..2 * MIB, 8 * MIB..8 * MIB + BLOCK, behind]));
     check(mount.file(), thin.path());
 }
 

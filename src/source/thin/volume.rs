@@ -65,13 +65,16 @@ fn pool_block(control: &Control, table: &ThinTable) -> Result<DataBlockSize, Str
     Ok(pool.block)
 }
 
-/// The volume over its external origin: a range is a hole where neither has data. Behind its end an origin reads as
-/// zeros (`Documentation/admin-guide/device-mapper/thin-provisioning.rst`).
+/// The volume over its external origin: a range is a hole where neither has data.
+///
+/// Behind its end an origin reads as zeros, but the end that counts is the one at the last resume of the volume
+/// (`drivers/md/dm-thin.c: thin_preresume`), which the kernel does not show: reads behind the end of an origin that became
+/// shorter since fail. So all that is behind the end of now is data.
 fn over_origin(volume: Volume, origin: Arc<Layer>) -> Known {
     let len = volume.len;
     let shown = origin.len().min(len);
     let below = Clip { inner: origin.map.clone(), start: Bytes::ZERO, len: shown };
-    let rest = Uniform { len: len.saturating_sub(shown), kind: Kind::Hole };
+    let rest = Uniform { len: len.saturating_sub(shown), kind: Kind::Data };
     let below = Concat::new(vec![Arc::new(below), Arc::new(rest)]).ok_or("its length is out of range")?;
     let map = Overlay { layers: vec![Arc::new(volume), Arc::new(below)], len };
     Ok(Segment::new("the mapping tree of its pool, and its external origin", map, vec![origin]))
