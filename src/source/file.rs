@@ -18,13 +18,13 @@ use crate::error::{plain, shown};
 use crate::map::{self, HoleMap, Kind, Run};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
-use crate::sys::file::{Seeks, end, len_now, next_data, next_hole};
+use crate::sys::file::{Seeks, end, len_now, next_data, next_hole, reads_from_server};
 use crate::sys::stamp::{self, Stamp};
 use crate::units::Bytes;
 
 /// Why a file on an unknown file system, or one with a server, is dense.
-const STALE: &str = "its file system is not known to find holes where reads through the page cache find zeros: a loop \
-                     device with direct I/O (losetup --direct-io=on) reads past the page cache";
+const STALE: &str = "its file system is not known to find holes only where reads find zeros: ext4, XFS, btrfs and tmpfs are, \
+                     and NFS and FUSE below a loop device with direct I/O (losetup --direct-io=on)";
 
 /// The runs of an open file, asked from its file system at every question: always the truth of now, delayed allocation
 /// included.
@@ -181,8 +181,10 @@ pub fn backing(file: File, name: String, len: Bytes, reads: Reads, resolver: &mu
         }
     };
     resolver.guard(Times(times));
+    // On any other file system nothing says that its seeks are about what is read.
+    let is_from_server = reads_from_server(&file);
     let map = FileMap::new(file, len);
-    if map.seeks == Seeks::Elsewhere && reads == Reads::Cached {
+    if map.seeks == Seeks::Elsewhere && !(reads == Reads::Direct && is_from_server) {
         return dense::layer(name, "file", len, STALE);
     }
     if !matches!(map.seeks, Seeks::Exact { .. }) {

@@ -10,8 +10,7 @@ use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::sys::statfs::{
-    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FUSE_SUPER_MAGIC, NFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC,
-    XFS_SUPER_MAGIC, fstatfs,
+    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FUSE_SUPER_MAGIC, NFS_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
 };
 use nix::unistd::{Whence, fdatasync, lseek64};
 
@@ -76,10 +75,8 @@ impl Seeks {
                 let unit = u64::try_from(stat.block_size()).ok().filter(|unit| unit.is_power_of_two());
                 unit.map_or(Self::AfterWriteBack, |unit| Self::Exact { unit: Bytes::new(unit) })
             }
-            // ovl_llseek asks the file below, which is also the one that is read, and which nobody else may change
-            // (Documentation/filesystems/overlayfs.rst).
-            OVERLAYFS_SUPER_MAGIC => Self::AfterWriteBack,
-            // f2fs is one of these: older kernels find holes inside of compressed clusters.
+            // f2fs is one of these: older kernels find holes inside of compressed clusters. So is overlayfs, which asks the
+            // file below on whatever file system that is.
             _ => Self::Elsewhere,
         }
     }

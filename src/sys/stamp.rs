@@ -20,9 +20,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
-use nix::sys::statfs::{
-    BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, OVERLAYFS_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs,
-};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::sys::time::TimeSpec;
 use nix::sys::timer::{Expiration, TimerSetTimeFlags};
 use nix::sys::timerfd::{ClockId as TimerClock, TimerFd, TimerFlags};
@@ -30,7 +28,7 @@ use nix::time::{ClockId, clock_getres, clock_gettime};
 use nix::unistd::read;
 
 /// File systems whose times come from the clock of this machine.
-const LOCAL: [FsType; 5] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC, OVERLAYFS_SUPER_MAGIC];
+const LOCAL: [FsType; 4] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
 
 /// The age from which times prove something on file systems that keep whole seconds only (ext3, or ext4 with small
 /// inodes).
