@@ -68,7 +68,7 @@ pub fn directory() -> Option<PathBuf> {
 impl Record {
     /// Creates the record of the mount with `device` in `directory`, and removes those of daemons that were killed. It
     /// appears under its name complete and locked. A record that another daemon has under this name is replaced: the
-    /// number belongs to our mount now, and who waits for that daemon has found it already.
+    /// number belongs to our mount now, and a command that waits for that daemon has found it already.
     ///
     /// # Errors
     /// When the directory cannot be written.

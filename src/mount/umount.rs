@@ -84,8 +84,8 @@ fn warning(outcome: &Outcome, daemon: Pid, others: &[PathBuf]) -> Option<String>
     Some(format!("unmounted, but the daemon (process {daemon}) {reason}{holds}"))
 }
 
-/// The mount at `target`, or else the newest one that `user` made from `typed`. A mount is known by its place whoever made
-/// it; the source of another user's mount proves nothing.
+/// The mount at `target`, or else the newest one that `user` made from `typed`. At `target`, the mount
+/// of any user counts; by its source, only one of `user`, since each user chooses the source freely.
 fn find(list: &[MountEntry], target: &Path, typed: &Path, user: u32) -> Result<MountEntry> {
     // The way to a mount need not be walked when it is written as the kernel has it. A walk may wait: for a daemon that
     // hangs, or for an automount. The way to one whose daemon died cannot be walked.

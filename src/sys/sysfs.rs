@@ -234,7 +234,7 @@ impl SuspendFile {
 /// The open `pid` attribute of a device of the kernel's NBD client: the proof of one connection.
 ///
 /// `nbd_start_device` of `drivers/block/nbd.c` adds the attribute, and `nbd_config_put` removes it; only after that can the
-/// device be connected anew. The attribute of the next connection is another one, whatever number it tells, and a
+/// device be connected anew. The attribute of the next connection is another one, even with the same number in it, and a
 /// descriptor of the removed one gives ENODEV from then on.
 #[derive(Debug)]
 pub struct ConnectionFile(File);

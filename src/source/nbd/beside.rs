@@ -35,7 +35,7 @@ impl Beside {
     /// Takes `uri` for the export of the connection that the NBD device has now which `shown` is or stands on.
     ///
     /// # Errors
-    /// When it stands on none, or on several: nobody could tell which one is meant. When the bytes of the device are not
+    /// When it stands on none, or on several: it is not known which one is meant. When the bytes of the device are not
     /// those of the export.
     pub fn new(uri: Uri, shown: &Backing) -> Result<Self> {
         let stack = shown.resolve(&Context::default());

@@ -305,7 +305,7 @@ impl Connection {
 }
 
 impl Drop for Connection {
-    /// Tells the server that the client leaves, so that it does not log a lost one. That waits for nothing: a connection
+    /// Sends the request to disconnect, so that the server does not log a lost client. It waits for nothing: a connection
     /// may be dropped where others wait for a lock.
     fn drop(&mut self) {
         if !self.is_broken() {

@@ -32,7 +32,7 @@ const WINDOWS: usize = 16;
 /// Whether writes over other connections are made visible before the server is asked for holes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settling {
-    /// The bytes are read over the connection that tells the holes, or nobody can write over another one.
+    /// The bytes are read over the connection of the block status, or no other connection can write.
     Needless,
     /// The bytes are read over another connection, as those of a device of the kernel's NBD client.
     EachTime,

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// The most connections to one export that is read-only, where the server allows several (`NBD_FLAG_CAN_MULTI_CONN`).
 ///
 /// An export that can be written has one connection: what another client has written may be visible on one connection
-/// before it is on the next one, unless it is flushed. Holes that one connection told could be data on another.
+/// before it is on the next one, unless it is flushed. A hole by the block status of one connection could be data on another.
 const MAX_CONNECTIONS: usize = 4;
 /// How long an additional connection may take. A server at the limit of its clients may accept and then say nothing.
 const EXTRA: Duration = Duration::from_secs(1);

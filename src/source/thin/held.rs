@@ -189,7 +189,8 @@ impl Keeper {
         self.answers.read(buffer)
     }
 
-    /// Tells it to release what it holds, and waits until it has ended, or the deadline; no zombie stays then.
+    /// Closes its standard input, so that it releases what it holds, and waits until it has ended or the deadline has
+    /// passed. Returns whether it has ended; no zombie stays then.
     fn has_ended(&mut self, deadline: Instant) -> bool {
         self.orders = None;
         while let Some(answer) = self.answer(deadline) {
