@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::handle::Handle;
 use crate::mount::options::{self, MountOptions, Unknown};
 use crate::report::{self, MapFormat, MapPrinter};
-use crate::source::nbd::{Beside, Export, Uri};
+use crate::source::nbd::{Beside, NbdExport, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{OfflinePool, VolumeMedium};
 use crate::source::{Backing, Context};
@@ -112,7 +112,7 @@ impl Asked {
     /// Opens what was asked for.
     fn open(&self) -> Result<Backing> {
         if let Some(text) = self.device.to_str().filter(|text| Uri::looks_like(text)) {
-            return Ok(Backing::new(&self.device, Export::new(Uri::parse(text)?).open()?));
+            return Ok(Backing::new(&self.device, NbdExport::new(Uri::parse(text)?).open()?));
         }
         let Some(metadata) = &self.options.thin_metadata else { return Backing::open(&self.device) };
         let pool = Arc::new(OfflinePool::open(metadata, &self.device)?);

@@ -23,7 +23,7 @@ use log::{Level, log};
 
 use crate::error::{Result, shown};
 use crate::map::view::{self, Whence};
-use crate::map::{HoleMap, Kind, Run};
+use crate::map::{Extent, HoleMap, Kind};
 use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::memory;
@@ -214,13 +214,13 @@ impl Handle {
     ///
     /// # Errors
     /// When the device is gone.
-    pub fn runs(&self, range: Range<Bytes>) -> Result<Vec<(Bytes, Run)>> {
+    pub fn runs(&self, range: Range<Bytes>) -> Result<Vec<(Bytes, Extent)>> {
         let align = self.backing.align();
         let some = |map: &dyn HoleMap| view::runs(map, align, range.clone()).take(RUNS_AT_ONCE).collect::<Vec<_>>();
         match self.believed(some) {
             Some(runs) if !runs.is_empty() => Ok(runs),
             // Also where the device has become shorter.
-            _ => self.backing.len().map(|_| vec![(range.start, Run { end: range.end, kind: Kind::Data })]),
+            _ => self.backing.len().map(|_| vec![(range.start, Extent { end: range.end, kind: Kind::Data })]),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
-use crate::map::{HoleMap, Kind, Run, view};
+use crate::map::{Extent, HoleMap, Kind, view};
 use crate::source::thin::offline::Found;
 use crate::source::{Layer, Stack};
 use crate::units::Bytes;
@@ -47,7 +47,7 @@ impl<W: Write> MapPrinter<W> {
     ///
     /// # Errors
     /// As the output.
-    pub fn run(&mut self, start: Bytes, run: Run) -> io::Result<()> {
+    pub fn run(&mut self, start: Bytes, run: Extent) -> io::Result<()> {
         let length = run.end.saturating_sub(start);
         match run.kind {
             Kind::Data => self.sums(length, Bytes::ZERO),
@@ -238,7 +238,7 @@ mod tests {
         let mut out = Vec::new();
         let mut printer = MapPrinter::new(&mut out, format);
         for (start, end, kind) in runs {
-            printer.run(Bytes::new(*start), Run { end: Bytes::new(*end), kind: *kind }).unwrap();
+            printer.run(Bytes::new(*start), Extent { end: Bytes::new(*end), kind: *kind }).unwrap();
         }
         printer.finish().unwrap();
         String::from_utf8(out).unwrap()

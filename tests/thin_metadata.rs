@@ -37,7 +37,7 @@ fn id(id: u32) -> ThinId {
 fn mapped(map: &FillMap) -> Vec<Range<u64>> {
     let (mut at, mut ranges) = (0, Vec::new());
     while at < map.len().get() {
-        let run = map.run_at(Bytes::new(at));
+        let run = map.extent_at(Bytes::new(at));
         if run.kind == Kind::Data {
             ranges.push(at / BLOCK_SIZE..run.end.get() / BLOCK_SIZE);
         }

@@ -14,7 +14,7 @@ use super::{FileKind, Options, not_found};
 use crate::error::{Error, Result};
 use crate::source::Backing;
 use crate::source::backing::Node;
-use crate::source::nbd::{Beside, Export, Uri};
+use crate::source::nbd::{Beside, NbdExport, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{Found, OfflinePools, VolumeMedium};
 use crate::sys::device::{self, DeviceId};
@@ -43,7 +43,7 @@ pub enum Place {
     /// A device or image of the host.
     Path(PathBuf),
     /// The export of an NBD server.
-    Export(Arc<Export>),
+    Export(Arc<NbdExport>),
     /// A volume of the offline pool.
     Volume(ThinId),
 }
@@ -75,7 +75,7 @@ impl Spec {
         if let Some(text) = spec.to_str().filter(|text| Uri::looks_like(text)) {
             let uri = Uri::parse(text)?.absolute()?;
             let name = OsString::from(uri.file_name());
-            let export = Export::new(uri);
+            let export = NbdExport::new(uri);
             // The connection is made again after the daemon was forked.
             let export_len = export.client()?.size();
             return Ok(Self::File { place: Place::Export(Arc::new(export)), name, export_len });

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{HoleMap, Kind, Run, ask, next_data, next_hole};
+use super::{Extent, HoleMap, Kind, ask, next_data, next_hole};
 use crate::units::Bytes;
 
 /// A range of one kind.
@@ -20,8 +20,8 @@ impl HoleMap for Uniform {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
-        if offset < self.len { Run { end: self.len, kind: self.kind } } else { Run::outside(offset) }
+    fn extent_at(&self, offset: Bytes) -> Extent {
+        if offset < self.len { Extent { end: self.len, kind: self.kind } } else { Extent::outside(offset) }
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -47,16 +47,16 @@ impl HoleMap for Clip {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         if offset >= self.len {
-            return Run::outside(offset);
+            return Extent::outside(offset);
         }
         match self.start.checked_add(offset).filter(|&at| at < self.inner.len()) {
             Some(at) => {
                 let run = ask(&*self.inner, at);
-                Run { end: run.end.saturating_sub(self.start).min(self.len), kind: run.kind }
+                Extent { end: run.end.saturating_sub(self.start).min(self.len), kind: run.kind }
             }
-            None => Run { end: self.len, kind: Kind::Data },
+            None => Extent { end: self.len, kind: Kind::Data },
         }
     }
 
@@ -127,11 +127,11 @@ impl HoleMap for Concat {
         self.segments.last().map_or(Bytes::ZERO, |segment| segment.end)
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         let index = self.segments.partition_point(|segment| segment.end <= offset);
-        let Some(segment) = self.segments.get(index) else { return Run::outside(offset) };
+        let Some(segment) = self.segments.get(index) else { return Extent::outside(offset) };
         let run = ask(&*segment.map, offset.saturating_sub(segment.start));
-        Run { end: segment.start.saturating_add(run.end).min(segment.end), kind: run.kind }
+        Extent { end: segment.start.saturating_add(run.end).min(segment.end), kind: run.kind }
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -168,19 +168,19 @@ impl HoleMap for Overlay {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         if offset >= self.len {
-            return Run::outside(offset);
+            return Extent::outside(offset);
         }
         let mut end = self.len;
         for layer in self.maps() {
             let run = ask(layer, offset);
             if run.kind == Kind::Data {
-                return Run { end: run.end.min(self.len), kind: Kind::Data };
+                return Extent { end: run.end.min(self.len), kind: Kind::Data };
             }
             end = end.min(run.end);
         }
-        Run { end, kind: if self.layers.is_empty() { Kind::Data } else { Kind::Hole } }
+        Extent { end, kind: if self.layers.is_empty() { Kind::Data } else { Kind::Hole } }
     }
 
     fn allocated(&self) -> Option<Bytes> {

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{HoleMap, Kind, Run};
+use super::{Extent, HoleMap, Kind};
 use crate::units::Bytes;
 
 /// Words of 64 blocks in a chunk: with 8 bytes each, one page.
@@ -381,15 +381,17 @@ impl HoleMap for FillMap {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         if offset >= self.len {
-            return Run { end: offset.saturating_add(Bytes::new(1)), kind: Kind::Data };
+            return Extent { end: offset.saturating_add(Bytes::new(1)), kind: Kind::Data };
         }
         let block = Block(offset.get() / self.block_size.get());
         match self.next_mapped(block) {
-            Some(mapped) if mapped == block => Run { end: self.start_of(self.next_unmapped(block)), kind: Kind::Data },
-            Some(mapped) => Run { end: self.start_of(mapped), kind: Kind::Hole },
-            None => Run { end: self.len, kind: Kind::Hole },
+            Some(mapped) if mapped == block => {
+                Extent { end: self.start_of(self.next_unmapped(block)), kind: Kind::Data }
+            }
+            Some(mapped) => Extent { end: self.start_of(mapped), kind: Kind::Hole },
+            None => Extent { end: self.len, kind: Kind::Hole },
         }
     }
 

@@ -34,14 +34,14 @@ pub enum Kind {
 
 /// The rest of a run: from the offset that was asked to `end`, everything is of one `kind`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
+pub struct Extent {
     /// The first byte after the run.
     pub end: Bytes,
     /// What the run holds.
     pub kind: Kind,
 }
 
-impl Run {
+impl Extent {
     /// The answer to an offset that is not below the length: data that ends one byte later.
     pub fn outside(offset: Bytes) -> Self {
         Self { end: offset.saturating_add(Bytes::new(1)), kind: Kind::Data }
@@ -64,7 +64,7 @@ pub trait HoleMap: Send + Sync {
     ///
     /// `offset < end <= len`. The run need not be maximal: the next one may be of the same kind. An offset that is not
     /// below the length answers data that ends one byte later, so that a caller's loop always advances.
-    fn run_at(&self, offset: Bytes) -> Run;
+    fn extent_at(&self, offset: Bytes) -> Extent;
 
     /// The first byte of data at or after `offset`; the length if there is none.
     ///
@@ -95,7 +95,7 @@ pub trait HoleMap: Send + Sync {
         None
     }
 
-    /// Why everything is data, where the map can find no holes at all. May be known only after a first [`HoleMap::run_at`].
+    /// Why everything is data, where the map can find no holes at all. May be known only after a first [`HoleMap::extent_at`].
     fn dense_because(&self) -> Option<String> {
         None
     }
@@ -106,29 +106,29 @@ pub trait HoleMap: Send + Sync {
     }
 }
 
-/// Asks `map`, and believes it only as far as [`HoleMap::run_at`] allows: an answer that does not advance, or leaves
+/// Asks `map`, and believes it only as far as [`HoleMap::extent_at`] allows: an answer that does not advance, or leaves
 /// the device, makes the rest of the device data. Beyond its end a map is data.
-fn ask(map: &dyn HoleMap, offset: Bytes) -> Run {
+fn ask(map: &dyn HoleMap, offset: Bytes) -> Extent {
     let len = map.len();
     if offset >= len {
-        return Run { end: Bytes::MAX, kind: Kind::Data };
+        return Extent { end: Bytes::MAX, kind: Kind::Data };
     }
-    believe(map.run_at(offset), offset, len)
+    believe(map.extent_at(offset), offset, len)
 }
 
-fn believe(run: Run, offset: Bytes, len: Bytes) -> Run {
+fn believe(run: Extent, offset: Bytes, len: Bytes) -> Extent {
     if offset < run.end && run.end <= len {
         return run;
     }
     disbelieve(&run, offset, len);
-    Run { end: len, kind: Kind::Data }
+    Extent { end: len, kind: Kind::Data }
 }
 
 /// [`HoleMap::next_data`], found run by run.
 pub fn next_data_by_runs<M: HoleMap + ?Sized>(map: &M, offset: Bytes) -> Bytes {
     let mut at = offset;
     while at < map.len() {
-        let run = believe(map.run_at(at), at, map.len());
+        let run = believe(map.extent_at(at), at, map.len());
         if run.kind == Kind::Data {
             return at;
         }
@@ -141,7 +141,7 @@ pub fn next_data_by_runs<M: HoleMap + ?Sized>(map: &M, offset: Bytes) -> Bytes {
 pub fn next_hole_by_runs<M: HoleMap + ?Sized>(map: &M, offset: Bytes) -> Option<Range<Bytes>> {
     let mut at = offset;
     while at < map.len() {
-        let run = believe(map.run_at(at), at, map.len());
+        let run = believe(map.extent_at(at), at, map.len());
         if run.kind == Kind::Hole {
             return Some(at..run.end);
         }

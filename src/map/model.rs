@@ -8,7 +8,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::view::{self, Whence};
-use super::{Clip, Concat, HoleMap, Kind, Overlay, Run, Stripe, Uniform, Unstripe};
+use super::{Clip, Concat, Extent, HoleMap, Kind, Overlay, Stripe, Uniform, Unstripe};
 use crate::units::Bytes;
 
 /// The maximal runs of a device.
@@ -46,9 +46,9 @@ impl Picture {
     }
 
     /// The rest of the run that holds `offset`.
-    fn run(&self, offset: u64) -> Option<Run> {
+    fn run(&self, offset: u64) -> Option<Extent> {
         let (range, kind) = self.0.iter().find(|(range, _)| range.contains(&offset))?;
-        Some(Run { end: Bytes::new(range.end), kind: *kind })
+        Some(Extent { end: Bytes::new(range.end), kind: *kind })
     }
 
     /// The same with every hole rounded inwards, but for an end that is the device's.
@@ -94,13 +94,13 @@ impl Picture {
     pub fn check(&self, map: &dyn HoleMap) {
         assert_eq!(map.len().get(), self.len());
         for at in self.positions() {
-            let run = map.run_at(Bytes::new(at));
+            let run = map.extent_at(Bytes::new(at));
             match self.run(at) {
                 Some(all) => {
                     assert!(run.end > Bytes::new(at) && run.end <= all.end, "{run:?} at {at}, where {all:?} is right");
                     assert_eq!(run.kind, all.kind, "at {at}");
                 }
-                None => assert_eq!(run, Run::outside(Bytes::new(at)), "outside, at {at}"),
+                None => assert_eq!(run, Extent::outside(Bytes::new(at)), "outside, at {at}"),
             }
         }
         if let Some(allocated) = map.allocated() {
@@ -122,7 +122,7 @@ impl Picture {
                 let found = view::seek(map, unit, offset, whence).map(Bytes::get);
                 assert_eq!(found, expected.seek(at, whence), "{whence:?} from {at}, aligned to {align}");
             }
-            let run = expected.run(at).unwrap_or(Run::outside(offset));
+            let run = expected.run(at).unwrap_or(Extent::outside(offset));
             assert_eq!(view::run(map, unit, offset), run, "at {at}, aligned to {align}");
         }
         let all: Vec<_> = view::runs(map, unit, Bytes::ZERO..Bytes::MAX).collect();
@@ -135,10 +135,10 @@ impl Picture {
         }
     }
 
-    fn runs_within(&self, within: &Range<u64>) -> Vec<(Bytes, Run)> {
+    fn runs_within(&self, within: &Range<u64>) -> Vec<(Bytes, Extent)> {
         let cut = self.0.iter().map(|(range, kind)| (range.start.max(within.start), range.end.min(within.end), *kind));
         let kept = cut.filter(|(start, end, _)| start < end);
-        kept.map(|(start, end, kind)| (Bytes::new(start), Run { end: Bytes::new(end), kind })).collect()
+        kept.map(|(start, end, kind)| (Bytes::new(start), Extent { end: Bytes::new(end), kind })).collect()
     }
 }
 
@@ -162,10 +162,10 @@ impl HoleMap for Cut {
         Bytes::new(self.picture.len())
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
-        let Some(run) = self.picture.run(offset.get()) else { return Run::outside(offset) };
+    fn extent_at(&self, offset: Bytes) -> Extent {
+        let Some(run) = self.picture.run(offset.get()) else { return Extent::outside(offset) };
         let cut = self.cuts.iter().copied().filter(|&cut| cut > offset.get()).min().map_or(run.end, Bytes::new);
-        Run { end: run.end.min(cut), kind: run.kind }
+        Extent { end: run.end.min(cut), kind: run.kind }
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -203,9 +203,9 @@ impl<M: HoleMap> HoleMap for Counting<M> {
         self.inner.len()
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         self.asked.fetch_add(1, Ordering::Relaxed);
-        self.inner.run_at(offset)
+        self.inner.extent_at(offset)
     }
 }
 

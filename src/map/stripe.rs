@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::compose::{all_dense, allocated_within, memory_of};
-use super::{HoleMap, Kind, Run, ask};
+use super::{Extent, HoleMap, Kind, ask};
 use crate::units::Bytes;
 
 /// Where bytes live: chunk `c` of the device is chunk `c / stripes` of leg `c % stripes` (`drivers/md/dm-stripe.c`).
@@ -72,9 +72,9 @@ impl HoleMap for Stripe {
     /// Each leg is asked once, at its first position at or after `offset`. The answer ends where the first leg's run
     /// does, or where a leg of the other kind begins. The legs come in the order of those positions, so that none is
     /// asked which begins after that end.
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         if offset >= self.len {
-            return Run::outside(offset);
+            return Extent::outside(offset);
         }
         let mut answer: Option<Kind> = None;
         let mut end = self.len;
@@ -88,7 +88,7 @@ impl HoleMap for Stripe {
             }
             end = self.layout.on_device(leg, run.end).map_or(end, |run_end| end.min(run_end));
         }
-        Run { end, kind: answer.unwrap_or(Kind::Data) }
+        Extent { end, kind: answer.unwrap_or(Kind::Data) }
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -131,16 +131,16 @@ impl HoleMap for Unstripe {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         if offset >= self.len {
-            return Run::outside(offset);
+            return Extent::outside(offset);
         }
         match self.layout.on_device(self.index, offset).filter(|&at| at < self.inner.len()) {
             Some(at) => {
                 let run = ask(&*self.inner, at);
-                Run { end: self.layout.on_leg(self.index, run.end).min(self.len), kind: run.kind }
+                Extent { end: self.layout.on_leg(self.index, run.end).min(self.len), kind: run.kind }
             }
-            None => Run { end: self.len, kind: Kind::Data },
+            None => Extent { end: self.len, kind: Kind::Data },
         }
     }
 

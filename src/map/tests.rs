@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::Kind::{Data, Hole};
 use super::model::{Counting, Cut, Picture, Spec, specs};
 use super::view::{self, Whence};
-use super::{Clip, Concat, HoleMap, Kind, Overlay, Run, Stripe, Uniform, Unstripe};
+use super::{Clip, Concat, Extent, HoleMap, Kind, Overlay, Stripe, Uniform, Unstripe};
 use crate::units::Bytes;
 
 const KIB: u64 = 1 << 10;
@@ -267,7 +267,7 @@ fn reasons_and_sizes_of_compositions() {
 /// A map with one wrong answer from `from` on.
 struct Broken {
     from: u64,
-    answer: Run,
+    answer: Extent,
 }
 
 const BROKEN_LEN: u64 = 64 * TIB;
@@ -277,8 +277,8 @@ impl HoleMap for Broken {
         Bytes::new(BROKEN_LEN)
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
-        if offset < Bytes::new(self.from) { Run { end: Bytes::new(self.from), kind: Hole } } else { self.answer }
+    fn extent_at(&self, offset: Bytes) -> Extent {
+        if offset < Bytes::new(self.from) { Extent { end: Bytes::new(self.from), kind: Hole } } else { self.answer }
     }
 }
 
@@ -286,7 +286,7 @@ impl HoleMap for Broken {
 fn a_wrong_answer_is_data_to_the_end() {
     for from in [0, MIB, BROKEN_LEN - 1] {
         let ends = [0, from.saturating_sub(1), from, BROKEN_LEN + 1, u64::MAX];
-        for answer in ends.into_iter().flat_map(|end| [Data, Hole].map(|kind| Run { end: Bytes::new(end), kind })) {
+        for answer in ends.into_iter().flat_map(|end| [Data, Hole].map(|kind| Extent { end: Bytes::new(end), kind })) {
             let broken: Arc<dyn HoleMap> = Arc::new(Broken { from, answer });
             let picture = Picture::new([(from, Hole), (BROKEN_LEN - from, Data)]);
             picture.check_view(&*broken, 4096);
@@ -316,7 +316,7 @@ fn a_hole_over_a_stripe_costs_one_question_per_leg() {
     // The holes end within a row of chunks, of which the first leg's comes first.
     let end = Bytes::new(TIB / chunk.get() * chunk.get() * 3 + TIB % chunk.get());
     for offset in [0, 1, 96 * KIB, 200 * KIB, GIB + 5].map(Bytes::new) {
-        assert_eq!(stripe.run_at(offset), Run { end, kind: Hole });
+        assert_eq!(stripe.extent_at(offset), Extent { end, kind: Hole });
         assert_eq!(asked(), [1, 1, 1]);
     }
     assert_eq!(view::seek(&stripe, ALIGN, Bytes::new(GIB), Whence::Hole), Some(Bytes::new(GIB)));
@@ -326,7 +326,7 @@ fn a_hole_over_a_stripe_costs_one_question_per_leg() {
     assert!(view::has_hole(&stripe, ALIGN));
     assert_eq!(asked(), [1, 1, 1]);
     let dense = Bytes::new(5 * TIB);
-    assert_eq!(view::run(&stripe, ALIGN, dense), Run { end: Bytes::new(6 * TIB), kind: Data });
+    assert_eq!(view::run(&stripe, ALIGN, dense), Extent { end: Bytes::new(6 * TIB), kind: Data });
     assert_eq!(asked(), [1, 1, 1]);
 }
 
@@ -335,7 +335,7 @@ fn a_leg_is_not_asked_beyond_the_answer() {
     let first = Counting::new(Cut::new([(KIB, Hole), (TIB, Data)]));
     let second = Counting::new(Cut::new([(TIB, Data)]));
     let stripe = Stripe::new(vec![first.clone(), second.clone()], ALIGN, Bytes::new(TIB)).expect("has legs");
-    assert_eq!(stripe.run_at(Bytes::ZERO), Run { end: Bytes::new(KIB), kind: Hole });
+    assert_eq!(stripe.extent_at(Bytes::ZERO), Extent { end: Bytes::new(KIB), kind: Hole });
     assert_eq!((first.asked(), second.asked()), (1, 0));
 }
 
@@ -344,9 +344,9 @@ fn an_overlay_asks_the_next_layer_only_under_a_hole() {
     let top = Counting::new(Cut::new([(MIB, Data), (TIB, Hole)]));
     let below = Counting::new(Cut::new([(GIB, Hole), (TIB, Data)]));
     let overlay = Overlay { layers: vec![top.clone(), below.clone()], len: Bytes::new(TIB) };
-    assert_eq!(overlay.run_at(Bytes::ZERO), Run { end: Bytes::new(MIB), kind: Data });
+    assert_eq!(overlay.extent_at(Bytes::ZERO), Extent { end: Bytes::new(MIB), kind: Data });
     assert_eq!((top.asked(), below.asked()), (1, 0));
-    assert_eq!(overlay.run_at(Bytes::new(MIB)), Run { end: Bytes::new(GIB), kind: Hole });
+    assert_eq!(overlay.extent_at(Bytes::new(MIB)), Extent { end: Bytes::new(GIB), kind: Hole });
     assert_eq!((top.asked(), below.asked()), (1, 1));
 }
 

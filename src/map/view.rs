@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use super::{HoleMap, Kind, Run, ask, next_data, next_hole};
+use super::{Extent, HoleMap, Kind, ask, next_data, next_hole};
 use crate::units::Bytes;
 
 /// What lseek(2) looks for.
@@ -53,8 +53,8 @@ fn whole_hole(map: &dyn HoleMap, align: Bytes, unit: Bytes) -> Bytes {
 }
 
 /// The rest of the run that holds `offset`, to where its kind really changes.
-pub fn run(map: &dyn HoleMap, align: Bytes, offset: Bytes) -> Run {
-    if offset < map.len() { View::new(map, align, map.len()).run(offset) } else { Run::outside(offset) }
+pub fn run(map: &dyn HoleMap, align: Bytes, offset: Bytes) -> Extent {
+    if offset < map.len() { View::new(map, align, map.len()).run(offset) } else { Extent::outside(offset) }
 }
 
 /// Whether [`seek`] finds a hole before the end of the device.
@@ -72,7 +72,7 @@ pub fn count_data(map: &dyn HoleMap, align: Bytes, range: &Range<Bytes>) -> Opti
 }
 
 /// The runs within `range`, each with its start; kinds alternate. A run that leaves the range is cut there.
-pub fn runs(map: &dyn HoleMap, align: Bytes, range: Range<Bytes>) -> impl Iterator<Item = (Bytes, Run)> {
+pub fn runs(map: &dyn HoleMap, align: Bytes, range: Range<Bytes>) -> impl Iterator<Item = (Bytes, Extent)> {
     let mut view = View::new(map, align, range.end);
     let end = range.end.min(view.len);
     let mut at = range.start;
@@ -80,7 +80,7 @@ pub fn runs(map: &dyn HoleMap, align: Bytes, range: Range<Bytes>) -> impl Iterat
         let start = (at < end).then_some(at)?;
         let run = view.run(start);
         at = run.end.min(end);
-        Some((start, Run { end: at, kind: run.kind }))
+        Some((start, Extent { end: at, kind: run.kind }))
     })
 }
 
@@ -91,7 +91,7 @@ struct View<'a> {
     align: Bytes,
     /// Where a walk stops: the end of a unit, or of the device.
     limit: Bytes,
-    known: Option<(Bytes, Run)>,
+    known: Option<(Bytes, Extent)>,
 }
 
 impl<'a> View<'a> {
@@ -102,7 +102,7 @@ impl<'a> View<'a> {
         Self { map, len, align, limit, known: None }
     }
 
-    fn ask(&mut self, offset: Bytes) -> Run {
+    fn ask(&mut self, offset: Bytes) -> Extent {
         match self.known {
             Some((start, run)) if start <= offset && offset < run.end => run,
             _ => {
@@ -114,13 +114,13 @@ impl<'a> View<'a> {
     }
 
     /// The rest of the run that holds `offset`, which is below the limit.
-    fn run(&mut self, offset: Bytes) -> Run {
+    fn run(&mut self, offset: Bytes) -> Extent {
         let unit = offset.align_down(self.align);
         let data = self.first_data(unit);
         if data > unit {
-            Run { end: data, kind: Kind::Hole }
+            Extent { end: data, kind: Kind::Hole }
         } else {
-            Run { end: self.first_hole(unit), kind: Kind::Data }
+            Extent { end: self.first_hole(unit), kind: Kind::Data }
         }
     }
 

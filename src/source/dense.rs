@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::map::{HoleMap, Kind, Run};
+use crate::map::{Extent, HoleMap, Kind};
 use crate::source::Layer;
 use crate::units::Bytes;
 
@@ -25,8 +25,8 @@ impl HoleMap for Dense {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
-        Run { end: self.len.max(offset.saturating_add(Bytes::new(1))), kind: Kind::Data }
+    fn extent_at(&self, offset: Bytes) -> Extent {
+        Extent { end: self.len.max(offset.saturating_add(Bytes::new(1))), kind: Kind::Data }
     }
 
     fn allocated(&self) -> Option<Bytes> {

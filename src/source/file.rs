@@ -15,7 +15,7 @@ use std::sync::Arc;
 use log::warn;
 
 use crate::error::{plain, shown};
-use crate::map::{self, HoleMap, Kind, Run};
+use crate::map::{self, Extent, HoleMap, Kind};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
 use crate::sys::file::{Seeks, end, len_now, next_data, next_hole, reads_from_server};
@@ -45,22 +45,22 @@ impl FileMap {
         size(&self.file, self.seeks)
     }
 
-    fn try_run(&self, offset: Bytes) -> io::Result<Run> {
+    fn try_run(&self, offset: Bytes) -> io::Result<Extent> {
         let size = self.size()?;
         if offset >= size {
             // Past the end of a file that was cut short: a loop device answers such reads with an error, not with zeros.
-            return Ok(Run { end: self.len, kind: Kind::Data });
+            return Ok(Extent { end: self.len, kind: Kind::Data });
         }
         let end_of_map = size.min(self.len);
         match next_data(&self.file, offset)? {
-            Some(data) if data > offset => Ok(Run { end: data.min(end_of_map), kind: Kind::Hole }),
+            Some(data) if data > offset => Ok(Extent { end: data.min(end_of_map), kind: Kind::Hole }),
             Some(_) => {
                 let data_end = next_hole(&self.file, offset)?.unwrap_or(end_of_map);
-                Ok(Run { end: data_end.min(end_of_map), kind: Kind::Data })
+                Ok(Extent { end: data_end.min(end_of_map), kind: Kind::Data })
             }
             // "No more data" and "past the end" are one errno: only an unchanged size tells them apart.
-            None if self.size()? == size => Ok(Run { end: end_of_map, kind: Kind::Hole }),
-            None => Ok(Run { end: end_of_map, kind: Kind::Data }),
+            None if self.size()? == size => Ok(Extent { end: end_of_map, kind: Kind::Hole }),
+            None => Ok(Extent { end: end_of_map, kind: Kind::Data }),
         }
     }
 
@@ -83,13 +83,13 @@ impl HoleMap for FileMap {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         let one_more = offset.saturating_add(Bytes::new(1));
         match self.try_run(offset) {
-            Ok(run) => Run { end: run.end.max(one_more), kind: run.kind },
+            Ok(run) => Extent { end: run.end.max(one_more), kind: run.kind },
             Err(error) => {
                 warn!("lseek on the backing file failed at {offset}: {}: taken for data", plain(&error));
-                Run { end: self.len.max(one_more), kind: Kind::Data }
+                Extent { end: self.len.max(one_more), kind: Kind::Data }
             }
         }
     }
@@ -215,7 +215,7 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         file.write_all_at(&[1; 4096], 256 << 10).unwrap();
         let map = FileMap::new(file.try_clone().unwrap(), Bytes::new(1 << 20));
-        let run = |at: u64| (map.run_at(Bytes::new(at)).end.get(), map.run_at(Bytes::new(at)).kind);
+        let run = |at: u64| (map.extent_at(Bytes::new(at)).end.get(), map.extent_at(Bytes::new(at)).kind);
         assert_eq!(run(0), (256 << 10, Kind::Hole));
         assert_eq!(run((256 << 10) - 1), (256 << 10, Kind::Hole));
         assert_eq!(run(256 << 10), ((256 << 10) + 4096, Kind::Data));

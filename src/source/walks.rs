@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::map::{Kind, Run};
+use crate::map::{Extent, Kind};
 use crate::units::Bytes;
 
 /// How long the other side may take to tell one run.
@@ -29,7 +29,7 @@ pub(super) struct Walk {
 
 impl Walk {
     /// Goes on with the answer `run`, which took that long. Where the kind changes, a new walk begins.
-    pub(super) fn on(self, run: Run, took: Duration) -> Self {
+    pub(super) fn on(self, run: Extent, took: Duration) -> Self {
         let spent = if self.kind.is_none_or(|kind| kind == run.kind) { self.spent } else { Duration::ZERO };
         Self { at: run.end, kind: Some(run.kind), spent: spent.saturating_add(took) }
     }
@@ -76,8 +76,8 @@ mod tests {
 
     const LEN: Bytes = Bytes::new(1 << 40);
 
-    fn run(end: u64, kind: Kind) -> Run {
-        Run { end: Bytes::new(end), kind }
+    fn run(end: u64, kind: Kind) -> Extent {
+        Extent { end: Bytes::new(end), kind }
     }
 
     #[test]

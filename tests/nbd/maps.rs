@@ -108,10 +108,10 @@ fn a_write_is_never_inside_a_hole() {
     let file = File::options().write(true).open(&disk).unwrap();
     for block in (0..GIB / 4096).step_by(2741) {
         // Whatever was asked before, the next answer has this write in it.
-        let before = map.run_at(Bytes::new(block * 4096));
+        let before = map.extent_at(Bytes::new(block * 4096));
         assert_eq!(before.kind, Kind::Hole);
         file.write_all_at(&[1], block * 4096).unwrap();
-        assert_eq!(map.run_at(Bytes::new(block * 4096)).kind, Kind::Data);
+        assert_eq!(map.extent_at(Bytes::new(block * 4096)).kind, Kind::Data);
     }
 }
 

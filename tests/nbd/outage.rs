@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use blkholefs::map::Kind;
-use blkholefs::source::nbd::{Export, Patience, Uri};
+use blkholefs::source::nbd::{NbdExport, Patience, Uri};
 
 use crate::common::nbd::{Server, directory, image};
 use crate::common::{MIB, requires, wait_until};
@@ -127,7 +127,7 @@ fn those_who_ask_while_one_connects_share_its_failure() {
     let socket = directory.path().join("s");
     // Takes connections and never says a word: each attempt lasts as long as a client waits.
     let _silent = UnixListener::bind(&socket).unwrap();
-    let export = Export::new(Uri::parse(&uri(&socket)).unwrap());
+    let export = NbdExport::new(Uri::parse(&uri(&socket)).unwrap());
     let start = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..8 {

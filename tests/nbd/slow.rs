@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use blkholefs::deadline;
 use blkholefs::map::Kind;
-use blkholefs::source::nbd::{Export, Patience, Uri, layer};
+use blkholefs::source::nbd::{NbdExport, Patience, Uri, layer};
 use blkholefs::units::Bytes;
 
 use crate::common::nbd::directory;
@@ -95,7 +95,7 @@ fn who_waits_for_the_connection_of_another_thread_waits_no_longer_than_his_reque
     let socket = directory.path().join("s");
     let _silent = UnixListener::bind(&socket).unwrap();
     let uri = Uri::parse(&format!("nbd+unix:///?socket={}", socket.display())).unwrap();
-    let export = Export::new(uri);
+    let export = NbdExport::new(uri);
     let connects = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -158,7 +158,7 @@ fn the_window_does_not_grow_when_block_status_fails() {
     let map = layer(client).map;
     let mut at = Bytes::ZERO;
     for _ in 0..4 {
-        at = map.run_at(at).end;
+        at = map.extent_at(at).end;
     }
     let asked = asked.lock().unwrap();
     assert!(asked.len() >= 4 && asked.iter().all(|len| *len == asked[0]), "{asked:?}");

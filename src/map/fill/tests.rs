@@ -19,7 +19,7 @@ fn build(len: u64, block_size: u64, ranges: &[Range<u64>]) -> FillMap {
 fn runs(map: &FillMap) -> Vec<(u64, u64, Kind)> {
     let (mut at, mut runs) = (0, Vec::new());
     while at < map.len().get() {
-        let run = map.run_at(Bytes::new(at));
+        let run = map.extent_at(Bytes::new(at));
         assert!(run.end.get() > at && run.end <= map.len());
         assert!(runs.last().is_none_or(|(_, _, kind)| *kind != run.kind), "two runs of one kind at {at}");
         runs.push((at, run.end.get(), run.kind));
@@ -59,7 +59,7 @@ fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
         for offset in [start, start + 1, (start + end) / 2, end - 1] {
             if offset < end {
                 let offset = Bytes::new(offset);
-                assert_eq!(map.run_at(offset), Run { end: Bytes::new(end), kind }, "at {offset}");
+                assert_eq!(map.extent_at(offset), Extent { end: Bytes::new(end), kind }, "at {offset}");
                 assert_eq!(map.next_data(offset), next_data_by_runs(map, offset), "at {offset}");
                 assert_eq!(map.next_hole(offset), next_hole_by_runs(map, offset), "at {offset}");
                 for start in [0, offset.get() / 3, start] {
@@ -79,9 +79,9 @@ fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
 fn an_empty_device_and_a_device_without_mappings() {
     let none = build(0, 65536, &[0..9]);
     assert_eq!((none.allocated(), none.mapped_blocks()), (Some(Bytes::ZERO), 0));
-    assert_eq!(none.run_at(Bytes::ZERO), Run { end: Bytes::new(1), kind: Kind::Data });
+    assert_eq!(none.extent_at(Bytes::ZERO), Extent { end: Bytes::new(1), kind: Kind::Data });
     let hole = build(u64::MAX, 65536, &[]);
-    assert_eq!(hole.run_at(Bytes::ZERO), Run { end: Bytes::MAX, kind: Kind::Hole });
+    assert_eq!(hole.extent_at(Bytes::ZERO), Extent { end: Bytes::MAX, kind: Kind::Hole });
     assert_eq!(hole.allocated(), Some(Bytes::ZERO));
     assert!(hole.memory() < Bytes::new(1024));
 }

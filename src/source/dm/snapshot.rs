@@ -14,7 +14,7 @@ use super::exceptions::{self, Layout};
 use super::params::{self, Place, Store};
 use super::segment::{Asked, Known, Segment, all_of_it};
 use crate::error::plain;
-use crate::map::{Block, FillBuilder, FillMap, HoleMap, Kind, Overlay, Run};
+use crate::map::{Block, Extent, FillBuilder, FillMap, HoleMap, Kind, Overlay};
 use crate::source::{Guard, Resolver};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device;
@@ -107,11 +107,11 @@ impl HoleMap for StoreMap {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         match self.exceptions() {
-            Ok(exceptions) => exceptions.run_at(offset),
-            Err(_) if offset < self.len => Run { end: self.len, kind: Kind::Data },
-            Err(_) => Run::outside(offset),
+            Ok(exceptions) => exceptions.extent_at(offset),
+            Err(_) if offset < self.len => Extent { end: self.len, kind: Kind::Data },
+            Err(_) => Extent::outside(offset),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::link::Link;
-use super::{Client, DEVICE_KIND, Export, Uri};
+use super::{Client, DEVICE_KIND, NbdExport, Uri};
 use crate::error::{Error, Result};
 use crate::source::{Backing, BlockDevice, Context, Layer};
 use crate::sys::buffer::AlignedBuffer;
@@ -27,7 +27,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Beside {
     device: DeviceId,
-    export: Export,
+    export: NbdExport,
     link: std::result::Result<Arc<Link>, String>,
 }
 
@@ -48,7 +48,7 @@ impl Beside {
         };
         let device = BlockDevice::open(Path::new(node))?;
         let link = Link::new(&device).map(Arc::new);
-        let beside = Self { device: device.id, export: Export::new(uri), link };
+        let beside = Self { device: device.id, export: NbdExport::new(uri), link };
         beside.compare(&device)?;
         Ok(beside)
     }
@@ -66,7 +66,7 @@ impl Beside {
     }
 
     /// The export, if it is that of `device`, and the connection for which the user said so.
-    pub(super) fn of(&self, device: DeviceId) -> Option<(&Export, std::result::Result<&Arc<Link>, &str>)> {
+    pub(super) fn of(&self, device: DeviceId) -> Option<(&NbdExport, std::result::Result<&Arc<Link>, &str>)> {
         let link = self.link.as_ref().map_err(String::as_str);
         (self.device == device).then_some((&self.export, link))
     }

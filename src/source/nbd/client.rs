@@ -14,7 +14,7 @@ use super::reply::{Content, Failure};
 use super::uri::Uri;
 use crate::deadline;
 use crate::error::Result;
-use crate::map::Run;
+use crate::map::Extent;
 use crate::units::Bytes;
 
 /// How often a request is sent over new connections when each breaks before its answer. Those from before the request do
@@ -194,7 +194,7 @@ impl Client {
         &self,
         ranges: &[Range<Bytes>],
         settling: Settling,
-    ) -> Vec<std::result::Result<Vec<Run>, Failure>> {
+    ) -> Vec<std::result::Result<Vec<Extent>, Failure>> {
         let fail = |failure: Failure| ranges.iter().map(|_| Err(failure.clone())).collect();
         if self.no_status().is_some() {
             return fail(Failure::NoContext);
@@ -220,7 +220,7 @@ impl Client {
         &self,
         answer: std::result::Result<Content, Failure>,
         begin: Instant,
-    ) -> std::result::Result<Vec<Run>, Failure> {
+    ) -> std::result::Result<Vec<Extent>, Failure> {
         let failure = match answer {
             Ok(Content::Runs(runs)) => return Ok(runs),
             Ok(Content::Bytes(_) | Content::Flushed) => Failure::NoContext,

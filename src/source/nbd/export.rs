@@ -18,7 +18,7 @@ use crate::units::Bytes;
 
 /// An export by its URI: connected to when it is looked at, by one client for all that have it open.
 #[derive(Debug)]
-pub struct Export {
+pub struct NbdExport {
     uri: Uri,
     state: Mutex<State>,
     changed: Condvar,
@@ -37,7 +37,7 @@ struct State {
 }
 
 /// A thread that connects; however that ends, others may connect afterwards.
-struct Attempt<'a>(&'a Export);
+struct Attempt<'a>(&'a NbdExport);
 
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
@@ -48,7 +48,7 @@ impl Drop for Attempt<'_> {
     }
 }
 
-impl Export {
+impl NbdExport {
     /// The export with that URI.
     pub fn new(uri: Uri) -> Self {
         Self { uri, state: Mutex::default(), changed: Condvar::new(), rest: Arc::default() }
@@ -106,19 +106,19 @@ impl Export {
     ///
     /// # Errors
     /// As [`Client::open`].
-    pub fn open(&self) -> Result<ExportMedium> {
-        Ok(ExportMedium { client: self.client()?, opened: SystemTime::now() })
+    pub fn open(&self) -> Result<NbdExportFile> {
+        Ok(NbdExportFile { client: self.client()?, opened: SystemTime::now() })
     }
 }
 
 /// An open export.
-pub struct ExportMedium {
+pub struct NbdExportFile {
     client: Arc<Client>,
     /// A server tells no time of change: each open may be of other contents.
     opened: SystemTime,
 }
 
-impl Medium for ExportMedium {
+impl Medium for NbdExportFile {
     fn size(&self) -> io::Result<Bytes> {
         Ok(self.client.size())
     }

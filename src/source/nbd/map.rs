@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use super::client::Client;
 use super::reply::Failure;
-use crate::map::{HoleMap, Kind, Run};
+use crate::map::{Extent, HoleMap, Kind};
 use crate::source::known::KnownData;
 use crate::source::walks::Walks;
 use crate::sys::sysfs::IoCounters;
@@ -63,7 +63,7 @@ impl NbdMap {
     }
 
     /// The run at `offset`, as the server says now.
-    fn ask(&self, offset: Bytes, goes_on: bool) -> Run {
+    fn ask(&self, offset: Bytes, goes_on: bool) -> Extent {
         let block = self.client.minimum_block();
         let start = offset.align_down(block);
         let windows = self.windows(start, goes_on);
@@ -81,13 +81,13 @@ impl NbdMap {
                 self.window.fetch_min(FIRST_WINDOW, Ordering::Relaxed);
                 // What the server cannot tell of one place it may know of others; what is away knows nothing.
                 let told = matches!(failure, Failure::Server(_)).then(|| windows.last().map(|window| window.end));
-                vec![Run { end: told.flatten().unwrap_or(self.len()), kind: Kind::Data }]
+                vec![Extent { end: told.flatten().unwrap_or(self.len()), kind: Kind::Data }]
             }
         };
         let few = runs.len().min(usize::try_from(ENOUGH_RUNS).unwrap_or(usize::MAX));
         self.known().add(start, &runs[..few]);
         let block_end = start.saturating_add(block).min(self.len());
-        runs.into_iter().find(|run| run.end > offset).unwrap_or(Run { end: block_end, kind: Kind::Data })
+        runs.into_iter().find(|run| run.end > offset).unwrap_or(Extent { end: block_end, kind: Kind::Data })
     }
 
     /// The ranges to ask about from `start` on: one, or several where a run of the longest windows goes on.
@@ -107,7 +107,7 @@ impl NbdMap {
     }
 
     /// Makes the next window longer after an answer of one run, and shorter after one of many.
-    fn adapt(&self, start: Bytes, windows: &[Range<Bytes>], runs: &[Run]) {
+    fn adapt(&self, start: Bytes, windows: &[Range<Bytes>], runs: &[Extent]) {
         let window = self.window.load(Ordering::Relaxed);
         let next = match (runs, windows.last()) {
             ([run], Some(last)) if run.end >= last.end => window.saturating_mul(GROWTH),
@@ -137,10 +137,10 @@ impl NbdMap {
     }
 
     /// Calls what follows data, and remembers it, so that the next question finds the same.
-    fn give_respite(&self, offset: Bytes, respite: Bytes) -> Run {
+    fn give_respite(&self, offset: Bytes, respite: Bytes) -> Extent {
         let uri = self.client.uri();
         log::warn!("{uri}: too slow to tell where a run ends: {respite} bytes of data at byte {offset}");
-        let run = Run { end: offset.saturating_add(respite).min(self.len()), kind: Kind::Data };
+        let run = Extent { end: offset.saturating_add(respite).min(self.len()), kind: Kind::Data };
         self.known().add(offset, &[run]);
         run
     }
@@ -151,18 +151,18 @@ impl HoleMap for NbdMap {
         self.client.size()
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         let len = self.len();
         if offset >= len {
-            return Run::outside(offset);
+            return Extent::outside(offset);
         }
         if self.client.no_status().is_some() {
-            return Run { end: len, kind: Kind::Data };
+            return Extent { end: len, kind: Kind::Data };
         }
         let walk = self.walks().take(offset);
         let begin = Instant::now();
         let run = match (self.known_data(offset), walk.respite(len)) {
-            (Some(end), _) => Run { end, kind: Kind::Data },
+            (Some(end), _) => Extent { end, kind: Kind::Data },
             (None, Some(respite)) => return self.give_respite(offset, respite),
             (None, None) => self.ask(offset, walk.kind().is_some()),
         };
@@ -180,8 +180,8 @@ impl HoleMap for NbdMap {
 }
 
 /// Joins answers as far as they follow each other without a gap.
-fn join(windows: &[Range<Bytes>], answers: Vec<Result<Vec<Run>, Failure>>) -> Result<Vec<Run>, Failure> {
-    let mut all: Vec<Run> = Vec::new();
+fn join(windows: &[Range<Bytes>], answers: Vec<Result<Vec<Extent>, Failure>>) -> Result<Vec<Extent>, Failure> {
+    let mut all: Vec<Extent> = Vec::new();
     for (window, answer) in windows.iter().zip(answers) {
         match answer {
             Err(failure) if all.is_empty() => return Err(failure),
@@ -207,8 +207,8 @@ mod tests {
     fn answers_are_joined_up_to_the_first_gap() {
         let bytes = Bytes::new;
         let windows = [0..10, 10..20, 20..30].map(|window: Range<u64>| bytes(window.start)..bytes(window.end));
-        let hole = |end| Run { end: bytes(end), kind: Kind::Hole };
-        let data = |end| Run { end: bytes(end), kind: Kind::Data };
+        let hole = |end| Extent { end: bytes(end), kind: Kind::Hole };
+        let data = |end| Extent { end: bytes(end), kind: Kind::Data };
         for (answers, wanted) in [
             ([Ok(vec![hole(10)]), Ok(vec![hole(20)]), Ok(vec![data(30)])], Ok(vec![hole(20), data(30)])),
             ([Ok(vec![hole(9)]), Ok(vec![hole(20)]), Ok(vec![hole(30)])], Ok(vec![hole(9)])),

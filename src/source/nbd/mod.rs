@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 pub use beside::Beside;
 pub use client::Client;
-pub use export::Export;
+pub use export::NbdExport;
 pub use map::{NbdMap, Settling};
 pub use pool::Patience;
 pub use uri::{Tls, Transport, Uri};

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::frame::Dialect;
 use super::proto::{Fields, Violation};
-use crate::map::{Kind, Run};
+use crate::map::{Extent, Kind};
 use crate::units::Bytes;
 
 /// `NBD_REPLY_FLAG_DONE`: the last chunk of its reply.
@@ -85,7 +85,7 @@ pub struct Answer {
 #[derive(Debug)]
 enum Sort {
     Read { bytes: Vec<u8>, covered: Covered },
-    Status { context: u32, dialect: Dialect, limit: Bytes, runs: Option<Vec<Run>> },
+    Status { context: u32, dialect: Dialect, limit: Bytes, runs: Option<Vec<Extent>> },
     Flush,
 }
 
@@ -96,7 +96,7 @@ pub enum Content {
     Bytes(Vec<u8>),
     /// The runs from the start of the range on, neighbours of different kinds. They may end before the range does, or
     /// after it.
-    Runs(Vec<Run>),
+    Runs(Vec<Extent>),
     /// A flush is done.
     Flushed,
 }
@@ -313,8 +313,8 @@ fn width(extended: bool) -> usize {
 }
 
 /// Lays extents out from the start of `asked`; only the last may go beyond its end, and none beyond `limit`.
-fn merge(extents: Vec<(Bytes, Kind)>, asked: &Range<Bytes>, limit: Bytes) -> Result<Vec<Run>, Violation> {
-    let mut runs: Vec<Run> = Vec::new();
+fn merge(extents: Vec<(Bytes, Kind)>, asked: &Range<Bytes>, limit: Bytes) -> Result<Vec<Extent>, Violation> {
+    let mut runs: Vec<Extent> = Vec::new();
     let mut at = asked.start;
     for (len, kind) in extents {
         if at >= asked.end {
@@ -324,7 +324,7 @@ fn merge(extents: Vec<(Bytes, Kind)>, asked: &Range<Bytes>, limit: Bytes) -> Res
         let end = at.min(limit);
         match runs.last_mut() {
             Some(last) if last.kind == kind => last.end = end,
-            _ => runs.push(Run { end, kind }),
+            _ => runs.push(Extent { end, kind }),
         }
     }
     if runs.is_empty() { Err(Violation::new("sent no extents")) } else { Ok(runs) }

@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use self::target::{Failure, Target};
 use crate::error::{Error, plain};
-use crate::map::{HoleMap, Kind, Run};
+use crate::map::{Extent, HoleMap, Kind};
 use crate::source::known::{Counters, KnownData};
 use crate::source::walks::Walks;
 use crate::source::{BlockDevice, Layer, dense};
@@ -111,7 +111,7 @@ impl ScsiMap {
     }
 
     /// The run at `offset`, as the disk says now. What is data is remembered.
-    fn ask(&self, offset: Bytes) -> Result<Run, Error> {
+    fn ask(&self, offset: Bytes) -> Result<Extent, Error> {
         let start = offset.align_down(self.block);
         for _ in 0..ATTEMPTS {
             match self.target.status(start, self.block, self.len) {
@@ -146,19 +146,19 @@ impl ScsiMap {
         known.end_of(offset)
     }
 
-    fn data_to(&self, end: Bytes) -> Run {
-        Run { end: end.min(self.len), kind: Kind::Data }
+    fn data_to(&self, end: Bytes) -> Extent {
+        Extent { end: end.min(self.len), kind: Kind::Data }
     }
 
     /// Calls what follows data, and remembers it, so that the next question finds the same.
-    fn give_respite(&self, offset: Bytes, respite: Bytes) -> Run {
+    fn give_respite(&self, offset: Bytes, respite: Bytes) -> Extent {
         log::warn!("SCSI disk takes too long to tell where a run ends: {respite} bytes of data at byte {offset}");
         let run = self.data_to(offset.saturating_add(respite));
         self.known().add(offset, &[run]);
         run
     }
 
-    fn give_up(&self, error: &Error) -> Run {
+    fn give_up(&self, error: &Error) -> Extent {
         if self.gave_up.set(error.to_string()).is_ok() {
             log::warn!("SCSI disk shown as all data: {error}");
         }
@@ -171,9 +171,9 @@ impl HoleMap for ScsiMap {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         if offset >= self.len {
-            return Run::outside(offset);
+            return Extent::outside(offset);
         }
         if self.gave_up.get().is_some() {
             return self.data_to(self.len);

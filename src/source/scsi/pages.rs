@@ -5,7 +5,7 @@
 //! value or an error, and no value calls a block a hole unless the bytes say so beyond doubt.
 
 use crate::error::{Error, Result};
-use crate::map::{Kind, Run};
+use crate::map::{Extent, Kind};
 use crate::units::Bytes;
 
 /// Vital product data page 00h: which pages there are.
@@ -125,7 +125,7 @@ pub fn provisioning_zeros(data: &[u8]) -> Result<bool> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LbaStatus {
     /// The runs; the first starts at the block that was asked for.
-    pub runs: Vec<Run>,
+    pub runs: Vec<Extent>,
     /// What was wrong with the list after these runs.
     pub fault: Option<&'static str>,
 }
@@ -146,7 +146,7 @@ pub fn lba_status(data: &[u8], asked: Bytes, block: Bytes, len: Bytes) -> LbaSta
             break;
         }
         let run = match run(descriptor, next, block) {
-            Ok(run) => Run { end: run.end.min(len), kind: run.kind },
+            Ok(run) => Extent { end: run.end.min(len), kind: run.kind },
             Err(fault) => {
                 status.fault = Some(fault);
                 break;
@@ -175,7 +175,7 @@ fn descriptors(data: &[u8]) -> std::result::Result<impl Iterator<Item = &[u8; DE
 }
 
 /// The run of one descriptor that must start at `start`.
-fn run(descriptor: &[u8; DESCRIPTOR], start: Bytes, block: Bytes) -> std::result::Result<Run, &'static str> {
+fn run(descriptor: &[u8; DESCRIPTOR], start: Bytes, block: Bytes) -> std::result::Result<Extent, &'static str> {
     let [l0, l1, l2, l3, l4, l5, l6, l7, n0, n1, n2, n3, status, additional, _, _] = *descriptor;
     let lba = u64::from_be_bytes([l0, l1, l2, l3, l4, l5, l6, l7]);
     let blocks = u64::from(u32::from_be_bytes([n0, n1, n2, n3]));
@@ -189,7 +189,7 @@ fn run(descriptor: &[u8; DESCRIPTOR], start: Bytes, block: Bytes) -> std::result
     // Status 1 is deallocated and 2 is anchored. The upper half of the byte and the next one tell of blocks that
     // cannot be read: whatever they say, such a block is not known to read as zeros.
     let kind = if matches!(status, 1 | 2) && additional == 0 { Kind::Hole } else { Kind::Data };
-    Ok(Run { end: end.ok_or("a descriptor goes beyond 64 bits")?, kind })
+    Ok(Extent { end: end.ok_or("a descriptor goes beyond 64 bits")?, kind })
 }
 
 /// What sense data says.

@@ -20,7 +20,7 @@ use super::reader::MetadataReader;
 use super::walk::Tree;
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result};
-use crate::map::{FillMap, HoleMap, Kind, Run};
+use crate::map::{Extent, FillMap, HoleMap, Kind};
 use crate::source::backing::{MIN_ALIGN, Medium, Node};
 use crate::source::dense::Dense;
 use crate::source::{Context, Guard, Layer, Stack};
@@ -381,9 +381,9 @@ impl HoleMap for VolumeMap {
         self.volume.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
-        let data = || Run { end: self.len().max(Run::outside(offset).end), kind: Kind::Data };
-        self.map().map_or_else(|_| data(), |map| map.run_at(offset))
+    fn extent_at(&self, offset: Bytes) -> Extent {
+        let data = || Extent { end: self.len().max(Extent::outside(offset).end), kind: Kind::Data };
+        self.map().map_or_else(|_| data(), |map| map.extent_at(offset))
     }
 
     fn next_data(&self, offset: Bytes) -> Bytes {

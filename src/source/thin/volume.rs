@@ -10,7 +10,7 @@ use super::guard::WriteGuard;
 use super::params::{self, Mapped, ThinTable};
 use super::pool::{NoMap, Pool, Wanted};
 use crate::error::plain;
-use crate::map::{Clip, Concat, FillMap, HoleMap, Kind, Overlay, Run, Uniform};
+use crate::map::{Clip, Concat, Extent, FillMap, HoleMap, Kind, Overlay, Uniform};
 use crate::source::dm::segment::{Asked, Known, Segment};
 use crate::source::{Layer, Resolver};
 use crate::sys::dm::{Commit, Control};
@@ -111,11 +111,11 @@ impl HoleMap for Volume {
         self.len
     }
 
-    fn run_at(&self, offset: Bytes) -> Run {
+    fn extent_at(&self, offset: Bytes) -> Extent {
         match self.read() {
-            Ok(map) => map.run_at(offset),
-            Err(_) if offset < self.len => Run { end: self.len, kind: Kind::Data },
-            Err(_) => Run::outside(offset),
+            Ok(map) => map.extent_at(offset),
+            Err(_) if offset < self.len => Extent { end: self.len, kind: Kind::Data },
+            Err(_) => Extent::outside(offset),
         }
     }
 

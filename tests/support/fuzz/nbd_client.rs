@@ -55,7 +55,7 @@ fn session() {
     let mut at = Bytes::ZERO;
     for _ in 0..3 {
         if at < size {
-            let run = map.run_at(at);
+            let run = map.extent_at(at);
             assert!(at < run.end && run.end <= size);
             at = run.end;
         }

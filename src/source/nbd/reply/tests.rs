@@ -160,7 +160,7 @@ fn extended_headers() {
         answer.finish()
     };
     let runs = |runs: &[(u64, Kind)]| {
-        Ok(Content::Runs(runs.iter().map(|&(end, kind)| Run { end: Bytes::new(end), kind }).collect()))
+        Ok(Content::Runs(runs.iter().map(|&(end, kind)| Extent { end: Bytes::new(end), kind }).collect()))
     };
     assert_eq!(ask(2, &[(1 << 39, 3), (1 << 39, 0)]), runs(&[(1 << 39, Kind::Hole), (1 << 40, Kind::Data)]));
     assert_eq!(ask(1, &[(1 << 50, 2)]), runs(&[(1 << 41, Kind::Hole)]));

@@ -95,7 +95,7 @@ fn blocks_of_4096_bytes_and_beyond_32_bits() {
     let data = answer(&[(first, u32::MAX, 1), (first + u64::from(u32::MAX), 1, 0)]);
     let status = lba_status(&data, Bytes::new(first * 4096), block, Bytes::MAX);
     let end = (first + u64::from(u32::MAX)) * 4096;
-    let run = |end, kind| Run { end: Bytes::new(end), kind };
+    let run = |end, kind| Extent { end: Bytes::new(end), kind };
     assert_eq!(status, LbaStatus { runs: vec![run(end, Kind::Hole), run(end + 4096, Kind::Data)], fault: None });
 }
 
