@@ -47,8 +47,21 @@ impl Guard for LoopGuard {
     }
 }
 
-/// The layer of a loop device. `medium` guards what is bound to it.
-pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<'_>) -> Layer {
+/// The loop driver's major number (`Documentation/admin-guide/devices.txt`).
+const MAJOR: u32 = 7;
+
+/// Whether a device is a loop device.
+///
+/// # Errors
+/// None: the number decides.
+pub fn is_loop(id: DeviceId) -> io::Result<bool> {
+    Ok(id.major == MAJOR)
+}
+
+/// The layer of a loop device.
+pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
+    // Before the status is read: a new binding from here on is seen.
+    let medium = MediumGuard::new(device);
     let dense = |reason: String| dense::layer(device.name(), "loop", device.len, reason);
     let status = match LoopStatus::of(&device.file) {
         Ok(status) => status,

@@ -28,6 +28,7 @@ pub(super) mod segment;
 mod snapshot;
 mod targets;
 
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::debug;
@@ -37,6 +38,7 @@ use crate::error::{plain, shown};
 use crate::map::Concat;
 use crate::source::device::BlockDevice;
 use crate::source::{Layer, Resolver, dense, thin};
+use crate::sys::device::DeviceId;
 use crate::sys::dm::{Control, Events, TableTarget};
 use crate::sys::sysfs;
 use crate::units::Sectors;
@@ -59,6 +61,14 @@ impl Shared {
         }
         shared.clone()
     }
+}
+
+/// Whether a device is a device-mapper device.
+///
+/// # Errors
+/// When sysfs cannot be read.
+pub fn is_mapped(id: DeviceId) -> io::Result<bool> {
+    Ok(sysfs::bytes(id, "dm/name")?.is_some())
 }
 
 /// The layer of a device-mapper device.

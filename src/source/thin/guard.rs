@@ -1,8 +1,6 @@
 //! Tells whether a thin device was written to since its map was read.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::source::{BlockDevice, Guard};
 use crate::sys::device::DeviceId;
@@ -19,26 +17,24 @@ pub struct WriteGuard {
     stat: StatFile,
     seen: Activity,
     counting: Counting,
-    again: Arc<AtomicBool>,
 }
 
 impl WriteGuard {
-    /// Remembers what was written to a device so far. `again` is set when its map could not be read: the next question is
-    /// to read it again.
+    /// Remembers the counters of a device.
     ///
     /// # Errors
     /// When the device has no counters, or they may stand still.
-    pub fn new(device: &BlockDevice, again: Arc<AtomicBool>) -> io::Result<Self> {
+    pub fn new(device: &BlockDevice) -> io::Result<Self> {
         let stat = StatFile::open(device.id)?;
         let counting = Counting::of(device.id)?;
-        Ok(Self { id: device.id, seen: Activity::now(device.id, &stat)?, stat, counting, again })
+        Ok(Self { id: device.id, seen: Activity::now(device.id, &stat)?, stat, counting })
     }
 }
 
 impl Guard for WriteGuard {
     fn unchanged(&self) -> bool {
         // The counters before the switch: they are valid if it was on up to then.
-        !self.again.load(Relaxed) && self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.goes_on()
+        self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.goes_on()
     }
 
     fn is_of_content(&self) -> bool {

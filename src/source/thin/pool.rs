@@ -24,6 +24,7 @@ use super::turns::{self, Turns};
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result, plain};
 use crate::map::FillMap;
+use crate::source::LoadFailure;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::dm::{Commit, Control, Table};
 use crate::sys::iostats::Counting;
@@ -65,27 +66,18 @@ pub struct Wanted {
 /// What one reading gave for each device that it came to.
 type Maps = Vec<ThinResult<FillMap>>;
 
-/// Why there is no map.
-#[derive(Debug)]
-pub enum NoMap {
-    /// The pool changes faster than it can be read, or is suspended: later, there may be one.
-    NotNow(&'static str),
-    /// As long as nothing changes, there is none.
-    Failed(Error),
-}
-
-impl From<ThinError> for NoMap {
+impl From<ThinError> for LoadFailure {
     fn from(error: ThinError) -> Self {
         match error {
-            ThinError::Behind => Self::NotNow("its pool is read-only, and knows more than its metadata on disk"),
-            error => Self::Failed(error.into()),
+            ThinError::Behind => Self::temporary("its pool is read-only, and knows more than its metadata on disk"),
+            error => Error::from(error).into(),
         }
     }
 }
 
-impl From<Error> for NoMap {
+impl From<Error> for LoadFailure {
     fn from(error: Error) -> Self {
-        Self::Failed(error)
+        Self::lasting(error.to_string())
     }
 }
 
@@ -120,13 +112,13 @@ impl Pool {
     /// # Errors
     /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
     /// too fast.
-    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, NoMap> {
+    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, LoadFailure> {
         let map = self.turns.take(*wanted, |wanted| self.maps(wanted))?;
-        Ok(map.ok_or(NoMap::NotNow("its pool commits faster than its metadata can be read"))??)
+        Ok(map.ok_or_else(|| LoadFailure::temporary("its pool commits faster than its metadata can be read"))??)
     }
 
     /// The maps of several devices from one reading; fewer when it came to nothing.
-    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Maps, NoMap> {
+    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Maps, LoadFailure> {
         if let Some(maps) = self.quietly(QUIET_TRIES, wanted)? {
             return Ok(maps);
         }
@@ -137,7 +129,7 @@ impl Pool {
     }
 
     /// Some readings of the last committed state; `None` when the pool committed during each.
-    fn quietly(&self, tries: usize, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, NoMap> {
+    fn quietly(&self, tries: usize, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, LoadFailure> {
         let start = Instant::now();
         for _ in (0..tries).take_while(|_| start.elapsed() < PATIENCE) {
             // Makes the pool commit: every completed write is on disk from here on.
@@ -184,7 +176,7 @@ impl Pool {
     }
 
     /// A reading of the metadata snapshot, taken for it; `None` when it cannot be had, or not be kept.
-    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, NoMap> {
+    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, LoadFailure> {
         let live = self.look(Commit::No)?;
         if live.mode == Mode::ReadOnly {
             return Ok(None);
@@ -197,7 +189,7 @@ impl Pool {
                 return Ok(None);
             }
         };
-        let maps = live.open_metadata().map_err(NoMap::from).and_then(|reader| {
+        let maps = live.open_metadata().map_err(LoadFailure::from).and_then(|reader| {
             let metadata = Metadata::open(reader, snapshot.root())?;
             Ok(wanted.iter().map(|wanted| live.read(&metadata, wanted)).collect())
         });
@@ -207,12 +199,12 @@ impl Pool {
     }
 
     /// The pool now.
-    fn look(&self, commit: Commit) -> std::result::Result<Live, NoMap> {
-        const SUSPENDED: NoMap = NoMap::NotNow("its pool is suspended");
+    fn look(&self, commit: Commit) -> std::result::Result<Live, LoadFailure> {
+        let suspended = || LoadFailure::temporary("its pool is suspended");
         let failed = |what: &str, error| Error::failed(what).because(error);
         let table = self.control.table(self.id).map_err(|error| failed("cannot read its pool's table", error))?;
         if table.suspended {
-            return Err(SUSPENDED);
+            return Err(suspended());
         }
         let (name, params) = only_target(table)?;
         let table = params::pool_table(&params)
@@ -221,7 +213,7 @@ impl Pool {
             self.control.status(self.id, commit).map_err(|error| failed("cannot read its pool's status", error))?;
         // A suspended pool answers without a commit.
         if status.suspended {
-            return Err(SUSPENDED);
+            return Err(suspended());
         }
         let (_, status) = only_target(status)?;
         let status =
