@@ -24,6 +24,7 @@ use log::{Level, log};
 use crate::error::{Result, shown};
 use crate::map::view::{self, Whence};
 use crate::map::{Extent, HoleMap, Kind};
+use crate::reason::DenseReason;
 use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::memory;
@@ -66,7 +67,7 @@ pub struct Handle {
     /// Held while a stack is resolved, so that it is done once.
     renewing: Mutex<Waits>,
     /// What the last stack was dense for, so that it is said once.
-    told: Mutex<Option<String>>,
+    told: Mutex<Option<DenseReason>>,
     /// Whether the user was already told that this device changes too fast.
     told_busy: AtomicBool,
     /// A glance for the sake of stat(2) is not worth a line of the log; an open file is.

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::map::{Clip, HoleMap};
+use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
 use crate::source::file::Reads;
 use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
@@ -92,7 +93,7 @@ impl Stack {
 
     /// The same stack, all data for that reason.
     #[must_use]
-    pub fn shown_as_data(self, reason: &str) -> Self {
+    pub fn shown_as_data(self, reason: impl Into<DenseReason>) -> Self {
         let below = self.top;
         let top = dense::layer(below.name.clone(), below.kind.clone(), below.len(), reason);
         Self { top: Arc::new(Layer { below: vec![below], ..top }), ..self }

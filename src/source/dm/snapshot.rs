@@ -15,6 +15,7 @@ use super::params::{self, Place, Store};
 use super::segment::{Asked, Known, Segment, all_of_it};
 use crate::error::plain;
 use crate::map::{Block, Extent, FillBuilder, FillMap, HoleMap, Kind, Overlay};
+use crate::reason::DenseReason;
 use crate::source::{Guard, Resolver};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device;
@@ -119,8 +120,8 @@ impl HoleMap for StoreMap {
         self.read.get()?.as_ref().ok()?.allocated()
     }
 
-    fn dense_because(&self) -> Option<String> {
-        self.read.get()?.as_ref().err().cloned()
+    fn dense_because(&self) -> Option<DenseReason> {
+        self.read.get()?.as_ref().err().cloned().map(Into::into)
     }
 
     fn memory(&self) -> Bytes {

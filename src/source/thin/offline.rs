@@ -21,6 +21,7 @@ use super::walk::Tree;
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result};
 use crate::map::{Extent, FillMap, HoleMap, Kind};
+use crate::reason::DenseReason;
 use crate::source::backing::{MIN_ALIGN, Medium, Node};
 use crate::source::dense::Dense;
 use crate::source::{Context, Guard, Layer, Stack};
@@ -407,8 +408,8 @@ impl HoleMap for VolumeMap {
         Some(self.volume.mapped < self.volume.len.get() / self.volume.block.get())
     }
 
-    fn dense_because(&self) -> Option<String> {
-        self.read.get().and_then(|read| read.as_ref().err().cloned())
+    fn dense_because(&self) -> Option<DenseReason> {
+        self.read.get().and_then(|read| read.as_ref().err().cloned()).map(Into::into)
     }
 
     fn memory(&self) -> Bytes {

@@ -11,6 +11,7 @@ use super::params::{self, Mapped, ThinTable};
 use super::pool::{NoMap, Pool, Wanted};
 use crate::error::plain;
 use crate::map::{Clip, Concat, Extent, FillMap, HoleMap, Kind, Overlay, Uniform};
+use crate::reason::DenseReason;
 use crate::source::dm::segment::{Asked, Known, Segment};
 use crate::source::{Layer, Resolver};
 use crate::sys::dm::{Commit, Control};
@@ -149,8 +150,8 @@ impl HoleMap for Volume {
         }
     }
 
-    fn dense_because(&self) -> Option<String> {
-        self.map.get().and_then(|map| map.as_ref().err().cloned())
+    fn dense_because(&self) -> Option<DenseReason> {
+        self.map.get().and_then(|map| map.as_ref().err().cloned()).map(Into::into)
     }
 
     fn memory(&self) -> Bytes {
