@@ -30,6 +30,7 @@ pub mod nbd;
 pub mod partition;
 mod resolve;
 pub mod scsi;
+mod target;
 pub mod thin;
 mod walks;
 

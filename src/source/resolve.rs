@@ -32,7 +32,7 @@ const NBD_MAJOR: u32 = 43;
 #[derive(Default)]
 pub struct Context {
     /// What device-mapper sources share.
-    pub dm: dm::Shared,
+    pub dm: dm::SharedControl,
     /// What readers of live thin pools share.
     pub thin: thin::pool::Readers,
     /// The export that the kernel's NBD device is connected to.

@@ -12,7 +12,7 @@ use super::pool::{NoMap, Pool, Wanted};
 use crate::error::plain;
 use crate::map::{Clip, Concat, Extent, FillMap, HoleMap, Kind, Overlay, Uniform};
 use crate::reason::DenseReason;
-use crate::source::dm::segment::{Asked, Known, Segment};
+use crate::source::target::{TargetContext, TargetLayer};
 use crate::source::{Layer, Resolver};
 use crate::sys::dm::{Commit, Control};
 use crate::units::Bytes;
@@ -21,7 +21,7 @@ use crate::units::Bytes;
 ///
 /// # Errors
 /// Why it is dense.
-pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
+pub fn segment(asked: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
     let table = asked.params(params::thin_table)?;
     let control = resolver.context.dm.control().ok_or("device-mapper does not answer")?;
     // Before anything is read of the device: a write from here on makes the map void.
@@ -33,7 +33,7 @@ pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let alone = guard.alone();
     resolver.guard(guard);
     if !alone {
-        return Err("the volume is active as another device too, or about to be".to_owned());
+        return Err("the volume is active as another device too, or about to be".into());
     }
     let mapped = mapped(&control, asked)?;
     let block = pool_block(&control, &table)?;
@@ -46,12 +46,12 @@ pub fn segment(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
     let volume = Volume { pool, wanted, len: asked.len, block, mapped, map: OnceLock::new(), again };
     match table.origin.map(|origin| resolver.device(origin, asked.len)) {
         Some(origin) => over_origin(volume, origin),
-        None => Ok(Segment::new("the mapping tree of its pool", volume, Vec::new())),
+        None => Ok(TargetLayer::new("the mapping tree of its pool", volume, Vec::new())),
     }
 }
 
 /// How much of the device is mapped now, committed or not.
-fn mapped(control: &Control, asked: &Asked<'_>) -> Result<Mapped, String> {
+fn mapped(control: &Control, asked: &TargetContext<'_>) -> Result<Mapped, String> {
     let table = control.status(asked.device.id, Commit::No);
     let table = table.map_err(|error| format!("cannot read its status: {}", plain(&error)))?;
     let line = table.targets.iter().find(|line| line.start == asked.target.start);
@@ -71,14 +71,14 @@ fn pool_block(control: &Control, table: &ThinTable) -> Result<DataBlockSize, Str
 /// Behind its end an origin reads as zeros, but the end that counts is the one at the last resume of the volume
 /// (`drivers/md/dm-thin.c: thin_preresume`), which the kernel does not show: reads behind the end of an origin that became
 /// shorter since fail. So all that is behind the end of now is data.
-fn over_origin(volume: Volume, origin: Arc<Layer>) -> Known {
+fn over_origin(volume: Volume, origin: Arc<Layer>) -> Result<TargetLayer, DenseReason> {
     let len = volume.len;
     let shown = origin.len().min(len);
     let below = Clip { inner: origin.map.clone(), start: Bytes::ZERO, len: shown };
     let rest = Uniform { len: len.saturating_sub(shown), kind: Kind::Data };
     let below = Concat::new(vec![Arc::new(below), Arc::new(rest)]).ok_or("its length is out of range")?;
     let map = Overlay { layers: vec![Arc::new(volume), Arc::new(below)], len };
-    Ok(Segment::new("the mapping tree of its pool, and its external origin", map, vec![origin]))
+    Ok(TargetLayer::new("the mapping tree of its pool, and its external origin", map, vec![origin]))
 }
 
 /// A thin device. Reading its tree waits for the first question about a hole: what stat(2) tells is in its status.
