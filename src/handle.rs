@@ -27,6 +27,7 @@ use crate::error::{Result, shown};
 use crate::export::Export;
 use crate::map::view::{self, Whence};
 use crate::map::{Extent, HoleMap, Kind};
+use crate::reason::DenseReason;
 use crate::source::{Context, Loaded, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::memory;
@@ -65,7 +66,7 @@ pub struct Handle {
     /// Locked while a stack is resolved, so that several requests resolve it once.
     resolving: Mutex<Waits>,
     /// The reason of the last stack that was all data, so that it is logged once.
-    logged_reason: Mutex<Option<String>>,
+    logged_reason: Mutex<Option<DenseReason>>,
     /// Whether it was logged that the device changes too fast.
     logged_busy: AtomicBool,
     /// Log lines have the level debug: the device is open for a stat(2) only.

@@ -27,6 +27,7 @@
 //! | [`mount`] | mount(8)'s words, the mount itself, the daemon, umount |
 //! | [`cli`], [`report`] | the other commands, and what they print |
 //! | [`error`], [`units`] | one error with one errno and one exit code; bytes and sectors as types |
+//! | [`reason`] | why a device is shown without holes |
 //! | [`deadline`] | how long a request may wait for servers |
 //!
 //! Arrows point one way: nothing in `map` knows of devices, nothing in `source` of FUSE, and only `fuse` and the mount's
@@ -49,6 +50,7 @@ pub mod fuse;
 pub mod handle;
 pub mod map;
 pub mod mount;
+pub mod reason;
 pub mod report;
 pub mod source;
 pub mod sys;

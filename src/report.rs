@@ -178,7 +178,7 @@ pub fn json(stack: &Stack) -> String {
 }
 
 fn json_layer(layer: &Layer, sparse: Option<bool>, text: &mut String) {
-    let dense = layer.map.dense_because();
+    let dense = layer.map.dense_because().map(|reason| reason.to_string());
     let _ = write!(
         text,
         "{{ \"name\": {}, \"kind\": {}, \"size\": {}, \"holes-from\": {}, \"dense-because\": {}",

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use super::{Export, HostNode, MIN_ALIGN};
 use crate::map::FillMap;
+use crate::reason::DenseReason;
 use crate::source::thin::offline::{OfflinePool, Volume};
-use crate::source::{Context, Guard, Layer, LoadExtents, LoadFailure, Stack, dense};
+use crate::source::{Context, Guard, Layer, LoadExtents, Stack, dense};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
@@ -63,7 +64,7 @@ impl Export for VolumeExport {
             let name = format!("volume {} of {}", volume.id(), pool.metadata_path().display());
             if !pool.is_unchanged() {
                 let why = if pool.looks_unchanged() { UNPROVEN } else { CHANGED };
-                return Arc::new(dense::layer(name, "thin", volume.len(), why));
+                return Arc::new(dense::layer(name, "thin", volume.len(), DenseReason::Unproven(why.into())));
             }
             resolver.guard(UnchangedMetadata(pool.clone()));
             let tree = OfflineTree(volume.clone());
@@ -103,7 +104,7 @@ impl Guard for UnchangedMetadata {
 struct OfflineTree(Arc<Volume>);
 
 impl LoadExtents for OfflineTree {
-    fn load(&self) -> Result<FillMap, LoadFailure> {
-        self.0.map().map_err(|error| LoadFailure::lasting(error.to_string()))
+    fn load(&self) -> Result<FillMap, DenseReason> {
+        self.0.map().map_err(DenseReason::from)
     }
 }

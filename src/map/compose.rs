@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Extent, HoleMap, Kind, ask, next_data, next_hole};
+use crate::reason::DenseReason;
 use crate::units::Bytes;
 
 /// A range of one kind.
@@ -79,9 +80,9 @@ impl HoleMap for Clip {
         allocated_within(&*self.inner, self.start, self.len)
     }
 
-    fn dense_because(&self) -> Option<String> {
+    fn dense_because(&self) -> Option<DenseReason> {
         if self.start >= self.inner.len() && !self.is_empty() {
-            return Some("it lies beyond the end of the device below".to_owned());
+            return Some("it lies beyond the end of the device below".into());
         }
         self.inner.dense_because()
     }
@@ -138,7 +139,7 @@ impl HoleMap for Concat {
         self.maps().try_fold(Bytes::ZERO, |sum, map| sum.checked_add(map.allocated()?))
     }
 
-    fn dense_because(&self) -> Option<String> {
+    fn dense_because(&self) -> Option<DenseReason> {
         all_dense(self.maps())
     }
 
@@ -196,7 +197,7 @@ impl HoleMap for Overlay {
         count
     }
 
-    fn dense_because(&self) -> Option<String> {
+    fn dense_because(&self) -> Option<DenseReason> {
         self.maps().find_map(HoleMap::dense_because)
     }
 
@@ -221,15 +222,19 @@ pub(super) fn allocated_within(map: &dyn HoleMap, start: Bytes, len: Bytes) -> O
 }
 
 /// The reasons of all parts, each once, where all parts are dense.
-pub(super) fn all_dense<'a>(maps: impl Iterator<Item = &'a dyn HoleMap>) -> Option<String> {
-    let mut reasons: Vec<String> = Vec::new();
+pub(super) fn all_dense<'a>(maps: impl Iterator<Item = &'a dyn HoleMap>) -> Option<DenseReason> {
+    let mut reasons: Vec<DenseReason> = Vec::new();
     for map in maps {
         let reason = map.dense_because()?;
         if !reasons.contains(&reason) {
             reasons.push(reason);
         }
     }
-    (!reasons.is_empty()).then(|| reasons.join("; "))
+    match reasons.len() {
+        0 => None,
+        1 => reasons.pop(),
+        _ => Some(DenseReason::Parts(reasons)),
+    }
 }
 
 /// What the parts hold together. A part that is used twice counts twice.

@@ -21,6 +21,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Once;
 
+use crate::reason::DenseReason;
 use crate::units::Bytes;
 
 /// What a range holds.
@@ -96,7 +97,7 @@ pub trait HoleMap: Send + Sync {
     }
 
     /// Why everything is data, where the map can find no holes at all. May be known only after a first [`HoleMap::extent_at`].
-    fn dense_because(&self) -> Option<String> {
+    fn dense_because(&self) -> Option<DenseReason> {
         None
     }
 

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use super::view::{self, Whence};
 use super::{Clip, Concat, Extent, HoleMap, Kind, Overlay, Stripe, Uniform, Unstripe};
+use crate::reason::DenseReason;
 use crate::units::Bytes;
 
 /// The maximal runs of a device.
@@ -172,8 +173,8 @@ impl HoleMap for Cut {
         self.counted.then(|| Bytes::new(self.picture.data()))
     }
 
-    fn dense_because(&self) -> Option<String> {
-        (self.counted && !self.picture.has_hole()).then(|| "all data".to_owned())
+    fn dense_because(&self) -> Option<DenseReason> {
+        (self.counted && !self.picture.has_hole()).then(|| "all data".into())
     }
 
     fn memory(&self) -> Bytes {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::compose::{all_dense, allocated_within, memory_of};
 use super::{Extent, HoleMap, Kind, ask};
+use crate::reason::DenseReason;
 use crate::units::Bytes;
 
 /// Where bytes live: chunk `c` of the device is chunk `c / stripes` of leg `c % stripes` (`drivers/md/dm-stripe.c`).
@@ -97,7 +98,7 @@ impl HoleMap for Stripe {
         })
     }
 
-    fn dense_because(&self) -> Option<String> {
+    fn dense_because(&self) -> Option<DenseReason> {
         all_dense(self.legs_from(0).map(|(_, map)| map))
     }
 
@@ -144,7 +145,7 @@ impl HoleMap for Unstripe {
         }
     }
 
-    fn dense_because(&self) -> Option<String> {
+    fn dense_because(&self) -> Option<DenseReason> {
         self.inner.dense_because()
     }
 

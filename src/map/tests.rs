@@ -243,7 +243,7 @@ fn lengths_that_do_not_fit_are_refused() {
 fn reasons_and_sizes_of_compositions() {
     let dense = || -> Arc<dyn HoleMap> { Arc::new(Cut::new([(4096, Data)])) };
     let mixed = || -> Arc<dyn HoleMap> { Arc::new(Cut::new([(1024, Data), (3072, Hole)])) };
-    let reason = Some("all data".to_owned());
+    let reason = Some("all data".into());
     let concat = |parts| Concat::new(parts).expect("fits");
     let stripe = |legs| Stripe::new(legs, Bytes::new(512), Bytes::new(8192)).expect("has legs");
     let overlay = |layers| Overlay { layers, len: Bytes::new(4096) };
@@ -255,7 +255,7 @@ fn reasons_and_sizes_of_compositions() {
     assert_eq!(overlay(vec![mixed(), dense()]).dense_because(), reason);
     assert_eq!(overlay(vec![mixed(), mixed()]).dense_because(), None);
     let clip = Clip { inner: mixed(), start: Bytes::new(4096), len: Bytes::new(512) };
-    assert!(clip.dense_because().is_some_and(|reason| reason.contains("beyond")));
+    assert!(clip.dense_because().is_some_and(|reason| reason.to_string().contains("beyond")));
     assert_eq!(concat(vec![dense(), mixed()]).allocated(), Some(Bytes::new(5120)));
     assert_eq!(stripe(vec![dense(), mixed()]).allocated(), Some(Bytes::new(5120)));
     assert_eq!(overlay(vec![uniform(4096, Hole), mixed()]).allocated(), Some(Bytes::new(1024)));

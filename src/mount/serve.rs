@@ -80,6 +80,7 @@ impl Service<'_> {
             Err(error) => return Err(take_away(&mounted, error)),
         };
         drop(claim);
+        crate::source::thin::held::recover_once(std::time::Duration::ZERO);
         log::info!("{} is mounted on {}", self.spec.display(), mounted.dir().display());
         let result = self.watch(&mounted, &events);
         log::info!("{} is unmounted", mounted.dir().display());

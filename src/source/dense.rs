@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::map::{Extent, HoleMap, Kind};
+use crate::reason::DenseReason;
 use crate::source::Layer;
 use crate::units::Bytes;
 
@@ -10,12 +11,12 @@ use crate::units::Bytes;
 #[derive(Debug)]
 pub struct Dense {
     len: Bytes,
-    reason: String,
+    reason: DenseReason,
 }
 
 impl Dense {
     /// A map of `len` bytes of data.
-    pub fn new(len: Bytes, reason: impl Into<String>) -> Self {
+    pub fn new(len: Bytes, reason: impl Into<DenseReason>) -> Self {
         Self { len, reason: reason.into() }
     }
 }
@@ -33,13 +34,13 @@ impl HoleMap for Dense {
         Some(self.len)
     }
 
-    fn dense_because(&self) -> Option<String> {
+    fn dense_because(&self) -> Option<DenseReason> {
         Some(self.reason.clone())
     }
 }
 
 /// A layer of `len` bytes of data.
-pub fn layer(name: impl Into<String>, kind: impl Into<String>, len: Bytes, reason: impl Into<String>) -> Layer {
+pub fn layer(name: impl Into<String>, kind: impl Into<String>, len: Bytes, reason: impl Into<DenseReason>) -> Layer {
     Layer {
         name: name.into(),
         kind: kind.into(),

@@ -1,4 +1,4 @@
-//! Linux software RAID (md), where the answer is certain.
+//! Linux software RAID (md): the holes of arrays whose level and state make them certain.
 //!
 //! | level | holes |
 //! |---|---|
@@ -8,8 +8,8 @@
 //! | linear | those of the leg |
 //! | raid4, raid5, raid6, other layouts and levels | none |
 //!
-//! An array that is degraded, that resyncs, reshapes or checks itself, or that is anything else than running and idle,
-//! is dense. All that is known of an array is read from sysfs (`Documentation/admin-guide/md.rst`).
+//! An array that is degraded, not running or not idle (it resyncs, reshapes or checks itself) is dense. The state of an
+//! array is read from sysfs (`Documentation/admin-guide/md.rst`).
 
 pub mod array;
 
@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use self::array::{Array, Leg};
 use crate::map::{Clip, Concat, HoleMap, Overlay, Stripe};
+use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device::DeviceId;
@@ -27,12 +28,12 @@ use crate::units::Bytes;
 /// Whether a device is an md array.
 ///
 /// # Errors
-/// When that cannot be known, as read(2).
+/// As open(2) and read(2) of its attribute in sysfs.
 pub fn is_array(id: DeviceId) -> io::Result<bool> {
     Ok(sysfs::bytes(id, "md/level")?.is_some())
 }
 
-fn read(id: DeviceId) -> Result<Array, String> {
+fn read(id: DeviceId) -> Result<Array, DenseReason> {
     let text = |bytes| String::from_utf8(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidData));
     Array::read(&|name| sysfs::bytes(id, &format!("md/{name}"))?.map(text).transpose())
 }
@@ -45,21 +46,21 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
         Some(level) => format!("md {level}"),
         None => "md".to_owned(),
     };
-    match array.and_then(|array| legs_of(&array, device.len, resolver)) {
+    match array.and_then(|array| array_map(&array, device.len, resolver)) {
         Ok((holes_from, map, below)) => {
             Layer { name: device.name(), kind, holes_from: holes_from.to_owned(), map, below }
         }
         Err(reason) => {
-            let reason = format!("{kind}: {reason}");
+            let reason = reason.of_kind(&kind);
             dense::layer(device.name(), kind, device.len, reason)
         }
     }
 }
 
-/// An array as it was; the answer holds as long as it is the same.
+/// Guards the attributes of an array.
 struct ArrayGuard {
     id: DeviceId,
-    seen: Result<Array, String>,
+    seen: Result<Array, DenseReason>,
 }
 
 impl Guard for ArrayGuard {
@@ -68,9 +69,10 @@ impl Guard for ArrayGuard {
     }
 }
 
-type Known = (&'static str, Arc<dyn HoleMap>, Vec<Arc<Layer>>);
+/// Where the holes of an array come from, the holes, and the layers of its legs.
+type ArrayMap = (&'static str, Arc<dyn HoleMap>, Vec<Arc<Layer>>);
 
-fn legs_of(array: &Array, len: Bytes, resolver: &mut Resolver<'_>) -> Result<Known, String> {
+fn array_map(array: &Array, len: Bytes, resolver: &mut Resolver<'_>) -> Result<ArrayMap, DenseReason> {
     let mut below = Vec::new();
     let mut legs: Vec<Arc<dyn HoleMap>> = Vec::new();
     for leg in &array.legs {
@@ -83,7 +85,7 @@ fn legs_of(array: &Array, len: Bytes, resolver: &mut Resolver<'_>) -> Result<Kno
         "raid10" => ("where all legs of a chunk have one", Arc::new(raid10(array, legs, len)?)),
         "raid0" => ("the legs it stripes over", Arc::new(raid0(array, legs, len)?)),
         "linear" => ("its legs", Arc::new(linear(legs, len)?)),
-        _ => return Err("holes below are not known to read as zeros".to_owned()),
+        _ => return Err("holes below are not known to read as zeros".into()),
     };
     Ok((holes_from, map, below))
 }
@@ -95,22 +97,22 @@ fn window(leg: &Leg, resolver: &mut Resolver<'_>) -> Option<(Arc<Layer>, Clip)> 
     Some((below, clip))
 }
 
-fn raid1(legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Overlay, String> {
+fn raid1(legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Overlay, DenseReason> {
     if legs.iter().any(|leg| leg.len() < len) {
-        return Err("a leg is shorter than the array".to_owned());
+        return Err("a leg is shorter than the array".into());
     }
     Ok(Overlay { layers: legs, len })
 }
 
-/// Copies of a chunk lie on neighbouring legs (`raid10_find_phys` of `drivers/md/raid10.c`).
-fn raid10(array: &Array, legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Stripe, String> {
+/// A raid10 of layout "near": the copies of a chunk are on adjacent legs (`raid10_find_phys` of `drivers/md/raid10.c`).
+fn raid10(array: &Array, legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Stripe, DenseReason> {
     let copies = array.near_copies().ok_or("its layout is not one of near copies alone")?;
     if !legs.len().is_multiple_of(copies) {
-        return Err("its copies do not divide its disks".to_owned());
+        return Err("its copies do not divide its disks".into());
     }
     let leg_len = array.component.align_down(array.chunk);
     if legs.iter().any(|leg| leg.len() < leg_len) {
-        return Err("a leg is shorter than the array needs".to_owned());
+        return Err("a leg is shorter than the array needs".into());
     }
     let groups: Vec<Arc<dyn HoleMap>> = legs
         .chunks(copies)
@@ -119,24 +121,25 @@ fn raid10(array: &Array, legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Stri
     striped(groups, array.chunk, leg_len, len)
 }
 
-/// Legs of one length make one zone, in which chunks go round the legs (`raid0_map_sector` of `drivers/md/raid0.c`).
-fn raid0(array: &Array, legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Stripe, String> {
+/// A raid0 whose legs have one length, so that it has one zone: chunks are distributed over the legs in turn
+/// (`raid0_map_sector` of `drivers/md/raid0.c`).
+fn raid0(array: &Array, legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Stripe, DenseReason> {
     let leg_len = legs.first().map_or(Bytes::ZERO, |leg| leg.len().align_down(array.chunk));
     if legs.iter().any(|leg| leg.len().align_down(array.chunk) != leg_len) {
-        return Err("its legs differ in length, and where its zones lie depends on the kernel".to_owned());
+        return Err("its legs differ in length, and the kernel's version decides where its zones lie".into());
     }
     striped(legs, array.chunk, leg_len, len)
 }
 
-fn striped(legs: Vec<Arc<dyn HoleMap>>, chunk: Bytes, leg_len: Bytes, len: Bytes) -> Result<Stripe, String> {
+fn striped(legs: Vec<Arc<dyn HoleMap>>, chunk: Bytes, leg_len: Bytes, len: Bytes) -> Result<Stripe, DenseReason> {
     let count = u64::try_from(legs.len()).unwrap_or(u64::MAX);
     if leg_len.get().checked_mul(count) != Some(len.get()) {
-        return Err("its legs do not add up to its length".to_owned());
+        return Err("its legs do not add up to its length".into());
     }
-    Stripe::new(legs, chunk, len).ok_or_else(|| "it has no chunks".to_owned())
+    Stripe::new(legs, chunk, len).ok_or_else(|| "it has no chunks".into())
 }
 
-fn linear(legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Concat, String> {
+fn linear(legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Concat, DenseReason> {
     let map = Concat::new(legs).filter(|map| map.len() == len);
-    map.ok_or_else(|| "its legs do not add up to its length".to_owned())
+    map.ok_or_else(|| "its legs do not add up to its length".into())
 }

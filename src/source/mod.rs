@@ -32,13 +32,14 @@ pub mod scsi;
 mod stack;
 mod stored;
 mod table;
+mod target;
 pub mod thin;
 mod walks;
 
 pub use device::BlockDevice;
 pub use resolve::{Context, Resolver};
 pub use stack::{Loaded, Stack};
-pub use stored::{LoadExtents, LoadFailure, StoredExtents};
+pub use stored::{LoadExtents, StoredExtents};
 
 use std::hash::Hasher;
 use std::sync::Arc;

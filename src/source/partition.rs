@@ -6,8 +6,8 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::error::plain;
 use crate::map::Clip;
+use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
 use crate::source::{Layer, Resolver, dense};
 use crate::sys::device::DeviceId;
@@ -28,7 +28,7 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
         Ok(Some((disk, start))) => window(device, disk, start, resolver),
         Ok(None) => dense::layer(device.name(), "partition", device.len, "sysfs does not show its disk"),
         Err(error) => {
-            let reason = format!("cannot read its start from sysfs: {}", plain(&error));
+            let reason = DenseReason::cannot("read its start from sysfs", &error);
             dense::layer(device.name(), "partition", device.len, reason)
         }
     }

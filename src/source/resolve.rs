@@ -7,6 +7,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 
 use crate::map::Clip;
+use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
 use crate::source::stack::{Dirty, Stack};
 use crate::source::stored::{LoadExtents, StoredExtents};
@@ -23,7 +24,7 @@ const MAX_DEPTH: usize = 32;
 #[derive(Default)]
 pub struct Context {
     /// What device-mapper sources share.
-    pub dm: dm::Shared,
+    pub dm: dm::SharedControl,
     /// What readers of live thin pools share.
     pub thin: thin::pool::Readers,
     /// The export that the kernel's NBD device is connected to.
@@ -114,7 +115,7 @@ impl<'a> Resolver<'a> {
         match BlockDevice::open_id(id) {
             Ok(device) => self.opened(&device),
             Err(error) => {
-                let reason = format!("cannot open: {}", crate::error::plain(&error));
+                let reason = DenseReason::cannot("open it", &error);
                 Arc::new(dense::layer(id.to_string(), "block device", len, reason))
             }
         }
@@ -135,7 +136,7 @@ impl<'a> Resolver<'a> {
         // Devices below a dense layer too: writing back its dirty pages waits for all of them. If it is not known whether
         // that would wait, the dirty pages are not written back, and the layer is dense.
         if let Err(error) = self.waits_on(device.id) {
-            let reason = format!("cannot find out whether it is suspended: {}", crate::error::plain(&error));
+            let reason = DenseReason::cannot("find out whether it is suspended", &error);
             return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
         }
         self.above.push(device.id);
@@ -160,11 +161,11 @@ impl<'a> Resolver<'a> {
         if !matches!(source, Ok(Some(Source { medium: Medium::Source, .. }))) {
             self.guard(medium);
         }
-        let dense = |reason: String| dense::layer(device.name(), "block device", device.len, reason);
+        let dense = |reason: DenseReason| dense::layer(device.name(), "block device", device.len, reason);
         match source {
             Ok(Some(source)) => (source.layer)(device, self),
-            Ok(None) => dense("this kind of device does not report its holes".to_owned()),
-            Err(error) => dense(format!("cannot find out from sysfs what it is: {}", crate::error::plain(&error))),
+            Ok(None) => dense("this kind of device does not report its holes".into()),
+            Err(error) => dense(DenseReason::cannot("find out from sysfs what it is", &error)),
         }
     }
 }

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::map::HoleMap;
+use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
 use crate::source::file::{self, Reads};
-use crate::source::stored::{LoadFailure, StoredExtents};
+use crate::source::stored::StoredExtents;
 use crate::source::{Context, Guard, Layer, Resolver, dense};
 use crate::sys::block;
 use crate::sys::file::write_through;
@@ -56,7 +57,7 @@ pub struct Loaded {
     /// The time that loading took.
     pub cost: Duration,
     /// Why all of the device is data, if it is.
-    pub dense_because: Option<String>,
+    pub dense_because: Option<DenseReason>,
     /// Whether some metadata could not be read in this moment, and may be readable later without any change of the
     /// stack.
     pub is_temporary: bool,
@@ -90,7 +91,7 @@ impl Stack {
 
     /// The same stack below a layer that is all data for that reason.
     #[must_use]
-    pub fn shown_as_data(self, reason: &str) -> Self {
+    pub fn shown_as_data(self, reason: impl Into<DenseReason>) -> Self {
         let below = self.top;
         let top = dense::layer(below.name.clone(), below.kind.clone(), below.len(), reason);
         Self { top: Arc::new(Layer { below: vec![below], ..top }), stored: Vec::new(), ..self }
@@ -111,13 +112,13 @@ impl Stack {
     /// What cannot be read is data, and the result has the reason.
     pub fn load(&self) -> Loaded {
         let start = Instant::now();
-        let failures: Vec<&LoadFailure> = self.stored.iter().filter_map(|stored| stored.load().err()).collect();
+        let failures: Vec<&DenseReason> = self.stored.iter().filter_map(|stored| stored.load().err()).collect();
         Loaded {
             map: self.top.map.clone(),
             memory: self.top.map.memory(),
             cost: start.elapsed(),
             dense_because: self.top.map.dense_because(),
-            is_temporary: failures.iter().any(|failure| failure.is_temporary),
+            is_temporary: failures.iter().any(|failure| failure.is_temporary()),
         }
     }
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use crate::map::{Extent, FillMap, HoleMap, Kind};
+use crate::reason::DenseReason;
 use crate::units::Bytes;
 
 /// Shorter extents are not a hole for [`HoleMap::is_sparse`].
@@ -16,28 +17,7 @@ pub trait LoadExtents: Send + Sync {
     ///
     /// # Errors
     /// Why they cannot be known.
-    fn load(&self) -> Result<FillMap, LoadFailure>;
-}
-
-/// Why extents could not be loaded.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LoadFailure {
-    /// The reason, for people.
-    pub reason: String,
-    /// Whether a later attempt may succeed although nothing changes.
-    pub is_temporary: bool,
-}
-
-impl LoadFailure {
-    /// A failure that lasts as long as nothing changes.
-    pub fn lasting(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), is_temporary: false }
-    }
-
-    /// A failure of this moment.
-    pub fn temporary(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), is_temporary: true }
-    }
+    fn load(&self) -> Result<FillMap, DenseReason>;
 }
 
 /// The extents of one device, before and after they are loaded.
@@ -50,7 +30,7 @@ pub struct StoredExtents {
     /// Bytes that the device's status reports as allocated.
     allocated: Option<Bytes>,
     source: Box<dyn LoadExtents>,
-    loaded: OnceLock<Result<FillMap, LoadFailure>>,
+    loaded: OnceLock<Result<FillMap, DenseReason>>,
 }
 
 impl StoredExtents {
@@ -64,7 +44,7 @@ impl StoredExtents {
     ///
     /// # Errors
     /// Why they cannot be known, the first time and each time after it.
-    pub fn load(&self) -> Result<&FillMap, &LoadFailure> {
+    pub fn load(&self) -> Result<&FillMap, &DenseReason> {
         self.loaded.get_or_init(|| self.source.load()).as_ref()
     }
 
@@ -116,8 +96,8 @@ impl HoleMap for StoredExtents {
         }
     }
 
-    fn dense_because(&self) -> Option<String> {
-        self.loaded.get()?.as_ref().err().map(|failure| failure.reason.clone())
+    fn dense_because(&self) -> Option<DenseReason> {
+        self.loaded.get()?.as_ref().err().cloned()
     }
 
     fn memory(&self) -> Bytes {
@@ -136,18 +116,18 @@ mod tests {
     struct OneBlock;
 
     impl LoadExtents for OneBlock {
-        fn load(&self) -> Result<FillMap, LoadFailure> {
+        fn load(&self) -> Result<FillMap, DenseReason> {
             let builder = FillBuilder::new(LEN, BLOCK);
             builder.filler().set_range(Block::new(1)..Block::new(2));
-            builder.finish().ok_or_else(|| LoadFailure::lasting("too large"))
+            builder.finish().ok_or_else(|| "too large".into())
         }
     }
 
     struct Unreadable;
 
     impl LoadExtents for Unreadable {
-        fn load(&self) -> Result<FillMap, LoadFailure> {
-            Err(LoadFailure::temporary("the pool is suspended"))
+        fn load(&self) -> Result<FillMap, DenseReason> {
+            Err(DenseReason::NotNow("the pool is suspended".into()))
         }
     }
 
@@ -173,10 +153,10 @@ mod tests {
     #[test]
     fn what_cannot_be_loaded_is_data_with_a_reason() {
         let extents = StoredExtents::new(LEN, BLOCK, Some(BLOCK), Unreadable);
-        assert!(extents.load().is_err_and(|failure| failure.is_temporary));
+        assert!(extents.load().is_err_and(DenseReason::is_temporary));
         assert_eq!(extents.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
         assert_eq!((extents.allocated(), extents.is_sparse()), (Some(LEN), Some(false)));
-        assert_eq!(extents.dense_because().as_deref(), Some("the pool is suspended"));
+        assert_eq!(extents.dense_because(), Some(DenseReason::NotNow("the pool is suspended".into())));
     }
 
     #[test]

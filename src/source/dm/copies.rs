@@ -2,71 +2,76 @@
 
 use std::sync::Arc;
 
+use super::lower::whole_status;
 use super::params::{self, CloneStatus, Place};
-use super::segment::{Asked, Known, Segment, all_of_it};
 use crate::map::{HoleMap, Overlay};
+use crate::reason::DenseReason;
 use crate::source::Resolver;
-use crate::units::Sectors;
+use crate::source::target::{TargetContext, TargetLayer};
 
-/// A hole where every one of `places` has one. Whichever of them a read goes to, it reads zeros.
-fn where_all_have(asked: &Asked<'_>, places: &[Place], holes_from: &str, resolver: &mut Resolver<'_>) -> Known {
+/// A target with a hole where each of `places` has one: a read returns zeros whichever place it goes to.
+fn holes_of_all(
+    context: &TargetContext<'_>,
+    places: &[Place],
+    holes_from: &str,
+    resolver: &mut Resolver<'_>,
+) -> Result<TargetLayer, DenseReason> {
     let mut below = Vec::new();
     let mut layers: Vec<Arc<dyn HoleMap>> = Vec::new();
     for place in places {
-        let (layer, clip) = asked.window(*place, resolver)?;
+        let (layer, clip) = context.window(*place, resolver)?;
         below.push(layer);
         layers.push(Arc::new(clip));
     }
-    Ok(Segment::new(holes_from, Overlay { layers, len: asked.len }, below))
+    Ok(TargetLayer::new(holes_from, Overlay { layers, len: context.len }, below))
 }
 
-/// dm-raid1, which calls itself mirror.
-pub fn mirror(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
-    let legs = asked.params(params::mirror)?;
-    let status = asked.guarded_status(all_of_it, resolver)?;
+/// Mirror (`drivers/md/dm-raid1.c`).
+pub fn mirror(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
+    let legs = context.params(params::mirror)?;
+    let status = context.guarded_status(whole_status, resolver)?;
     if !params::mirror_is_in_sync(&status, legs.len()) {
-        return Err(format!("it is degraded or not in sync: {status}"));
+        return Err(DenseReason::State(format!("it is degraded or not in sync: {status}").into()));
     }
-    where_all_have(asked, &legs, "where all legs have one", resolver)
+    holes_of_all(context, &legs, "where all legs have one", resolver)
 }
 
-/// dm-raid with level raid1, which drives md.
-pub fn raid(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
-    let level = asked.target.params.split_ascii_whitespace().next().unwrap_or_default();
+/// Raid of level raid1 (`drivers/md/dm-raid.c`).
+pub fn raid(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
+    let level = context.target.params.split_ascii_whitespace().next().unwrap_or_default();
     if level != "raid1" {
-        return Err(format!("holes under level {level} are not known to read as zeros"));
+        return Err(format!("holes under level {level} are not known to read as zeros").into());
     }
-    let legs = asked.params(params::raid1)?;
-    let status = asked.guarded_status(all_of_it, resolver)?;
+    let legs = context.params(params::raid1)?;
+    let status = context.guarded_status(whole_status, resolver)?;
     if !params::raid_is_in_sync(&status, legs.len()) {
-        return Err(format!("it is degraded or not idle and in sync: {status}"));
+        return Err(DenseReason::State(format!("it is degraded or not idle and in sync: {status}").into()));
     }
-    where_all_have(asked, &legs, "where all legs have one", resolver)
+    holes_of_all(context, &legs, "where all legs have one", resolver)
 }
 
-/// A copy that is made while it is used: regions that were copied are read from the destination, others from the
-/// source.
+/// Clone: a copy that is made while it is used. Regions that were copied are read from the destination, the others from
+/// the source.
 ///
-/// Both are asked, the source first. A region that was copied by the time the source was asked is at the destination,
-/// and one that was not copied by the time the destination was asked is at the source. One that was copied between the
-/// two was at the source when that was asked. So where both have a hole, there was a time in between when it read as
-/// zeros.
-pub fn clone(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
-    let devices = asked.params(params::cloning)?;
-    // Another table with the same text may find other metadata.
-    asked.guard_metadata(resolver)?;
-    // In one life of the target what is copied only grows, so nothing of the status has to stay; but a device that failed
-    // reads nothing.
-    let matters = |status: &str| Some(format!("{:?}", params::clone_status(status) == Some(CloneStatus::Failed)));
-    let status = asked.guarded_status(matters, resolver)?;
-    let whole = |device| Place { device, start: Sectors::new(0) };
-    let (destination, source) = (whole(devices.destination), whole(devices.source));
+/// The map looks at both, at the source first. A region that was copied before the look at the source is at the
+/// destination. A region that was not yet copied at the look at the destination is at the source. A region that was
+/// copied between the two looks was at the source at the first look. So where both have a hole, there was a moment
+/// between the two looks at which the region read as zeros.
+pub fn clone(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
+    let devices = context.params(params::cloning)?;
+    // A reloaded table with the same text may find other metadata.
+    context.guard_reload(resolver);
+    // As long as the table is not reloaded, more and more is copied, so the rest of the status may change. But a target
+    // that failed returns errors for all reads.
+    let is_failed = |status: &str| Some(format!("{:?}", params::clone_status(status) == Some(CloneStatus::Failed)));
+    let status = context.guarded_status(is_failed, resolver)?;
+    let (destination, source) = (Place::start_of(devices.destination), Place::start_of(devices.source));
     match params::clone_status(&status) {
-        Some(CloneStatus::Complete) => asked.passed_to(destination, "the destination: all is copied", resolver),
+        Some(CloneStatus::Complete) => context.mapped_to(destination, "the destination: all is copied", resolver),
         Some(CloneStatus::Partial) => {
-            where_all_have(asked, &[source, destination], "where source and destination both have one", resolver)
+            holes_of_all(context, &[source, destination], "where source and destination both have one", resolver)
         }
-        Some(CloneStatus::Failed) => Err("its metadata failed".to_owned()),
-        None => Err(format!("its status is not understood: {status}")),
+        Some(CloneStatus::Failed) => Err(DenseReason::Damaged("its metadata failed".into())),
+        None => Err(DenseReason::NotUnderstood { what: "its status is".into(), text: status }),
     }
 }

@@ -1,8 +1,8 @@
-//! The persistent store of a snapshot: which chunks have an exception. Pure and total.
+//! Parser of the persistent store of a snapshot: the list of chunks that have an exception.
 //!
-//! The format is that of `drivers/md/dm-snap-persistent.c`, in little-endian chunks: a header, then areas. An area is
-//! one chunk of entries and as many chunks of data as it has entries. The list ends with the first entry that has no
-//! data chunk.
+//! The format is that of `drivers/md/dm-snap-persistent.c`. All numbers are little-endian. The store is a row of chunks: a
+//! header, then areas. An area is one chunk of entries and then one chunk of data for each entry. The list ends with the
+//! first entry that has no data chunk.
 
 use crate::map::Block;
 use crate::units::{Bytes, Sectors};
@@ -16,9 +16,9 @@ const ENTRY: usize = 16;
 /// Chunks before the data of the first area: the header and the area's entries.
 const FIRST_FREE: u64 = 2;
 
-/// How a store is laid out.
+/// The positions of the parts of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
+pub struct StoreLayout {
     chunk: Bytes,
     entries: u64,
 }
@@ -32,10 +32,10 @@ pub struct Area {
     pub is_full: bool,
 }
 
-impl Layout {
-    /// The layout with chunks of this length, which must be a power of two as the kernel wants it.
+impl StoreLayout {
+    /// The layout of a store with chunks of this length. `None` unless it is a power of two, as the kernel requires.
     pub fn new(chunk: Sectors) -> Option<Self> {
-        // The kernel takes up to 2^31 sectors; what is read at once here stays below 128 MiB.
+        // The kernel allows up to 2^31 sectors. A chunk is read at once, so here the limit is 128 MiB.
         let chunk = chunk.bytes().filter(|chunk| chunk.get().is_power_of_two() && chunk.get() <= 128 << 20)?;
         Some(Self { chunk, entries: chunk.get() / 16 })
     }
@@ -45,13 +45,14 @@ impl Layout {
         self.chunk
     }
 
-    /// Where the entries of an area begin.
+    /// The position of the entries of an area. `None` when it is out of range.
     pub fn area(self, index: u64) -> Option<Bytes> {
         let chunk = self.entries.checked_add(1)?.checked_mul(index)?.checked_add(1)?;
         chunk.checked_mul(self.chunk.get()).map(Bytes::new)
     }
 
-    /// How many exceptions there are when that much of the store is allocated, `None` for what no number of them makes.
+    /// The number of exceptions of a store of which `allocated` is in use. `None` when no number of exceptions has that
+    /// size.
     ///
     /// The kernel allocates the chunks of an exception before it begins to copy, and the entries of an area as soon as
     /// the one before is full (`persistent_prepare_exception`).
@@ -60,11 +61,11 @@ impl Layout {
         let used = (allocated.get() / self.chunk.get()).checked_sub(FIRST_FREE)?;
         let whole = allocated.align_down(self.chunk) == allocated;
         let stride = self.entries + 1;
-        // Between a full area and the next there is always its chunk of entries.
+        // The kernel allocates the entries of the next area together with the last exception of a full one.
         (whole && used % stride != self.entries).then(|| used / stride * self.entries + used % stride)
     }
 
-    /// Whether `data`, the begin of a store, is the header of a valid one with this layout.
+    /// Whether `data`, the first chunk of a store, is the header of a valid store with this layout.
     pub fn is_header(self, data: &[u8]) -> bool {
         let field = |at: usize| Some(u32::from_le_bytes(*data.get(at..)?.first_chunk()?));
         let chunk = |sectors| Sectors::new(u64::from(sectors)).bytes();
@@ -75,7 +76,7 @@ impl Layout {
     }
 }
 
-/// Reads the entries of an area.
+/// Parses the entries of an area.
 pub fn area(data: &[u8]) -> Area {
     let (entries, _) = data.as_chunks::<ENTRY>();
     let chunks = entries.iter().map_while(|entry| {
@@ -91,16 +92,16 @@ mod tests {
     use super::*;
 
     /// Chunks of 4 KiB: 256 entries in an area.
-    fn layout() -> Layout {
-        Layout::new(Sectors::new(8)).unwrap()
+    fn layout() -> StoreLayout {
+        StoreLayout::new(Sectors::new(8)).unwrap()
     }
 
     #[test]
     fn chunks_are_powers_of_two_of_a_sane_size() {
         for (sectors, fits) in [(0, false), (1, true), (8, true), (12, false), (1 << 18, true), (1 << 31, false)] {
-            assert_eq!(Layout::new(Sectors::new(sectors)).is_some(), fits, "{sectors}");
+            assert_eq!(StoreLayout::new(Sectors::new(sectors)).is_some(), fits, "{sectors}");
         }
-        assert_eq!(Layout::new(Sectors::new(u64::MAX)), None);
+        assert_eq!(StoreLayout::new(Sectors::new(u64::MAX)), None);
     }
 
     #[test]
@@ -110,7 +111,7 @@ mod tests {
         assert_eq!(layout().area(u64::MAX), None);
     }
 
-    /// Against the kernel's own way of allocating, one exception after the other.
+    /// Compares with the kernel's way to allocate, one exception after the other.
     #[test]
     fn the_number_of_exceptions_follows_from_what_is_allocated() {
         let mut next_free = 2;
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_are_an_area_or_the_end_of_the_list() {
+    fn no_bytes_make_the_parser_panic() {
         use proptest::prelude::*;
         let mut runner = proptest::test_runner::TestRunner::deterministic();
         runner
@@ -163,7 +164,7 @@ mod tests {
                 let read = area(&data);
                 assert!(read.chunks.len() <= data.len() / ENTRY);
                 assert!(!read.is_full || read.chunks.len() == data.len() / ENTRY);
-                let layout = Layout::new(Sectors::new(1_u64 << power)).unwrap();
+                let layout = StoreLayout::new(Sectors::new(1_u64 << power)).unwrap();
                 let _ = (layout.is_header(&data), layout.area(number), layout.exceptions(Sectors::new(number)));
                 Ok(())
             })

@@ -1,28 +1,31 @@
-//! Guards on live tables.
+//! Guards on live tables and their targets.
 //!
-//! The text of a table can come back while what it shows is another thing: a table may have been replaced and restored in
-//! between. For a target that only passes requests on to devices below, that is no matter. Those devices are open, so that
-//! their numbers stay theirs, and each has guards of its own: [`TableGuard`] is enough. A target with metadata of its own
-//! (thin, snapshot, clone) may come back with other metadata: it needs a [`ReplacedGuard`] too.
+//! The text of a table can be the same although the table was replaced and restored since. For a target that only passes
+//! requests on to lower devices, this makes no difference: those devices are open, so that their numbers are not used
+//! again, and each of them has guards of its own. [`TableGuard`] is enough for it. A target with metadata of its own
+//! (thin, snapshot, clone) may be restored with other metadata: it needs a [`TableReloadGuard`] too.
 
 use std::hash::{Hash, Hasher};
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::reason::DenseReason;
 use crate::source::Guard;
 use crate::sys::device::DeviceId;
-use crate::sys::dm::{Control, Events, Table};
+use crate::sys::dm::{Commit, Control, Events, Table};
+use crate::units::Sectors;
 
-/// The text of the live table of a device, and whether the device is suspended.
+/// Guards the text of the live table of a device, and whether the device is suspended.
 pub struct TableGuard {
     control: Arc<Control>,
     id: DeviceId,
     seen: Table,
-    /// The events up to the last time that the table was seen to be this one.
+    /// The event counter before the table was last seen to be `seen`.
     events: Mutex<Events>,
 }
 
 impl TableGuard {
-    /// Holds a device to the table `seen`, which was read after `events`.
+    /// Guards the table `seen`, which was read after `events`.
     pub fn new(control: Arc<Control>, id: DeviceId, events: Events, seen: Table) -> Self {
         Self { control, id, seen, events: Mutex::new(events) }
     }
@@ -32,11 +35,11 @@ impl Guard for TableGuard {
     fn unchanged(&self) -> bool {
         let Ok(now) = self.control.events() else { return false };
         let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
-        // No event tells of a resume. (No guard has to see a suspension: it is looked for before each use of a map.)
+        // A resume raises no event. (No guard has to notice a suspension: each use of a map checks for one before.)
         if now == *events && !self.seen.suspended {
             return true;
         }
-        // The events before the table, as at first.
+        // The event counter is read before the table here too.
         let same = self.control.table(self.id).is_ok_and(|table| table == self.seen);
         if same {
             *events = now;
@@ -49,31 +52,32 @@ impl Guard for TableGuard {
     }
 }
 
-/// A live table that must not have been replaced, not even by one with the same text.
-pub struct ReplacedGuard {
+/// Guards against any reload of a table, even to the same text.
+pub struct TableReloadGuard {
     control: Arc<Control>,
     events: Events,
 }
 
-impl ReplacedGuard {
-    /// Holds all devices to the tables that they had at `events`.
+impl TableReloadGuard {
+    /// Guards the tables that all devices had when the event counter was `events`.
     pub fn new(control: Arc<Control>, events: Events) -> Self {
         Self { control, events }
     }
 }
 
-impl Guard for ReplacedGuard {
+impl Guard for TableReloadGuard {
     fn unchanged(&self) -> bool {
         self.control.events().is_ok_and(|now| now == self.events)
     }
 
-    /// Which device an event was for is not known, so each one may be a change of this device.
+    /// The counter is one for all devices, so each event may be a change of this device.
     fn trace(&self, mut trace: &mut dyn Hasher) {
         self.events.hash(&mut trace);
     }
 }
 
-/// A device whose table cannot be read: the control device cannot be opened, or refuses.
+/// Guards a device whose table cannot be read, because the control device cannot be opened or the ioctl fails: the map is
+/// made again as soon as the table can be read.
 pub struct NoTable {
     /// The control device, if it could be opened.
     pub control: Option<Arc<Control>>,
@@ -88,4 +92,44 @@ impl Guard for NoTable {
             Some(control) => control.events().and_then(|_| control.table(self.id)).is_err(),
         }
     }
+}
+
+/// Guards the part of a target's status that its map depends on.
+pub struct StatusGuard {
+    control: Arc<Control>,
+    /// The device, and the start of the target in its table.
+    place: (DeviceId, Sectors),
+    /// Returns the part of a status that must not change.
+    relevant: fn(&str) -> Option<String>,
+    seen: Option<String>,
+}
+
+impl StatusGuard {
+    /// Guards the status that a target has now. Returns that status too.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn new(
+        control: Arc<Control>,
+        place: (DeviceId, Sectors),
+        relevant: fn(&str) -> Option<String>,
+    ) -> Result<(Self, String), DenseReason> {
+        let status = status(&control, place).map_err(|error| DenseReason::cannot("read its status", &error))?;
+        let status = status.ok_or("it has no status")?;
+        let seen = relevant(&status);
+        Ok((Self { control, place, relevant, seen }, status))
+    }
+}
+
+impl Guard for StatusGuard {
+    fn unchanged(&self) -> bool {
+        let status = status(&self.control, self.place).ok().flatten();
+        status.is_some_and(|status| (self.relevant)(&status) == self.seen)
+    }
+}
+
+/// The status of the target that starts at `place`; `None` when no target does.
+fn status(control: &Control, (device, start): (DeviceId, Sectors)) -> io::Result<Option<String>> {
+    let table = control.status(device, Commit::No)?;
+    Ok(table.targets.into_iter().find(|target| target.start == start).map(|target| target.params))
 }

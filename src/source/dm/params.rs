@@ -1,5 +1,5 @@
-//! The arguments and status lines of targets, as the kernel prints them (`Documentation/admin-guide/device-mapper/`).
-//! Pure and total: what is not exactly understood is `None`.
+//! Parsers of the arguments and status lines of targets, as the kernel prints them
+//! (`Documentation/admin-guide/device-mapper/`). A line that does not have exactly the expected form is `None`.
 
 mod copies;
 mod passing;
@@ -9,22 +9,30 @@ pub use copies::{
     CloneStatus, Cloning, Legs, clone_status, cloning, mirror, mirror_is_in_sync, raid_is_in_sync, raid1,
 };
 pub use passing::{
-    Path, PathState, Unstriped, delay, era_origin, flakey_without_faults, multipath_paths, snapshot_origin, unstriped,
+    PathState, PathStatus, Unstriped, delay, era_origin, flakey_without_faults, multipath_paths, snapshot_origin,
+    unstriped,
 };
-pub use snapshot::{Snapshot, Store, allocated, snapshot};
+pub use snapshot::{SnapshotParams, Store, allocated, snapshot};
 
 use std::str::{FromStr, SplitAsciiWhitespace};
 
 use crate::sys::device::DeviceId;
 use crate::units::Sectors;
 
-/// A place on a lower device.
+/// A position on a lower device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// The device.
     pub device: DeviceId,
-    /// Where on it.
+    /// The distance from the start of the device.
     pub start: Sectors,
+}
+
+impl Place {
+    /// The start of a device.
+    pub fn start_of(device: DeviceId) -> Self {
+        Self { device, start: Sectors::new(0) }
+    }
 }
 
 /// The arguments of `striped`.
@@ -32,18 +40,18 @@ pub struct Place {
 pub struct Striped {
     /// The length of one chunk.
     pub chunk: Sectors,
-    /// Where each leg lies, in order.
+    /// The start of each leg, in order.
     pub legs: Vec<Place>,
 }
 
-/// Reads `<device> <start>`.
+/// Parses the arguments of `linear`, `<device> <start>`.
 pub fn linear(params: &str) -> Option<Place> {
     let mut words = Words::new(params);
     let place = words.place()?;
     words.end(place)
 }
 
-/// Reads `<number of stripes> <chunk> (<device> <start>)...`.
+/// Parses the arguments of `striped`, `<number of stripes> <chunk> (<device> <start>)...`.
 pub fn striped(params: &str) -> Option<Striped> {
     let mut words = Words::new(params);
     let count: usize = words.number()?;
@@ -88,7 +96,7 @@ impl<'a> Words<'a> {
         Some(places)
     }
 
-    /// Reads a number, and as many words as it says.
+    /// Takes a number, and then that number of words.
     fn counted(&mut self) -> Option<Vec<&'a str>> {
         let count: usize = self.number()?;
         let mut words = Vec::new();
@@ -98,19 +106,19 @@ impl<'a> Words<'a> {
         Some(words)
     }
 
-    /// `value`, if there are no more words.
+    /// `value`, if no words are left.
     fn end<T>(mut self, value: T) -> Option<T> {
         self.0.next().is_none().then_some(value)
     }
 }
 
-/// Reads `<done>/<all>`.
+/// Parses `<done>/<all>`.
 fn fraction(word: &str) -> Option<(u64, u64)> {
     let (done, all) = word.split_once('/')?;
     Some((unsigned(done)?, unsigned(all)?))
 }
 
-/// A number as the kernel prints it: `FromStr` would take a sign.
+/// Parses a number as the kernel prints it: `FromStr` alone would accept a sign.
 fn unsigned<T: FromStr>(word: &str) -> Option<T> {
     word.bytes().all(|byte| byte.is_ascii_digit()).then(|| word.parse().ok()).flatten()
 }
@@ -124,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn linear_takes_a_device_and_a_start() {
+    fn linear_has_a_device_and_a_start() {
         assert_eq!(linear("7:0 2048"), Some(place(7, 0, 2048)));
         for text in ["", "7:0", "7:0 x", "7:0 -1", "7:0 1 2", "/dev/sda 0", "7:0 18446744073709551616", "7:0 +1"] {
             assert_eq!(linear(text), None, "{text:?}");
@@ -132,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn striped_takes_as_many_legs_as_it_says() {
+    fn striped_has_the_stated_number_of_legs() {
         let striped_two = striped("2 128 7:0 0 254:300 8").unwrap();
         assert_eq!(striped_two.chunk, Sectors::new(128));
         assert_eq!(striped_two.legs, [place(7, 0, 0), place(254, 300, 8)]);
@@ -141,7 +149,7 @@ mod tests {
         }
     }
 
-    /// Runs every parser; what it gives is never longer than the text.
+    /// Runs every parser, and checks that no result is longer than the text.
     fn read_all(text: &str) {
         let words = text.split_ascii_whitespace().count();
         let legs = [mirror(text), raid1(text), striped(text).map(|striped| striped.legs)];
@@ -155,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn any_line_is_understood_or_not() {
+    fn no_line_makes_a_parser_panic() {
         use proptest::prelude::*;
         let lines = [
             "2 128 7:0 0 254:300 8",

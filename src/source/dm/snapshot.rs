@@ -1,67 +1,69 @@
-//! A snapshot with a persistent store: chunks with an exception are data, the others are the origin's.
+//! A snapshot with a persistent store: chunks with an exception are data, the others have the holes of the origin.
 //!
-//! The store of a live snapshot is read while the kernel may write it. What makes the answer certain is the status: it
-//! tells how much of the store is allocated, and an exception is allocated before anything of it is done. If as many
-//! exceptions are listed as are allocated, the list is complete; and as long as what is allocated stays the same, every
-//! other chunk is read from the origin. That holds for one life of the target: a table that is loaded anew may find
-//! another store, with as many exceptions.
+//! The store of a live snapshot is read while the kernel may write it. The status proves that the list is complete: it
+//! reports how much of the store is allocated, and the kernel allocates an exception before it does anything else for
+//! it. If the number of exceptions in the list is the number of allocated ones, the list is complete. As long as the
+//! allocated size stays the same, every other chunk is read from the origin. This holds until the table is reloaded: a
+//! new table may have another store with the same number of exceptions.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::exceptions::{self, Layout};
+use super::exceptions::{self, StoreLayout};
+use super::lower::whole_status;
 use super::params::{self, Place, Store};
-use super::segment::{Asked, Known, Segment, all_of_it};
 use crate::error::plain;
 use crate::map::{Block, FillBuilder, FillMap, Overlay};
-use crate::source::{LoadExtents, LoadFailure, Resolver};
+use crate::reason::DenseReason;
+use crate::source::target::{TargetContext, TargetLayer};
+use crate::source::{LoadExtents, Resolver};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device;
 use crate::sys::sysfs::SuspendFile;
-use crate::units::{Bytes, Sectors};
+use crate::units::Bytes;
 
-/// The layer of a snapshot.
-pub fn layer(asked: &Asked<'_>, resolver: &mut Resolver<'_>) -> Known {
-    asked.at_start()?;
-    let snapshot = asked.params(params::snapshot)?;
+/// A snapshot (`drivers/md/dm-snap.c`).
+pub fn layer(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
+    context.require_first()?;
+    let snapshot = context.params(params::snapshot)?;
     if snapshot.store == Store::Transient {
-        return Err("its exceptions are in the kernel's memory only (store N)".to_owned());
+        return Err("its exceptions are in the kernel's memory only (store N)".into());
     }
-    asked.guard_metadata(resolver)?;
-    let status = asked.guarded_status(all_of_it, resolver)?;
-    let allocated = params::allocated(&status).ok_or_else(|| format!("the snapshot is not valid: {status}"))?;
-    let layout = Layout::new(snapshot.chunk).ok_or("the size of its chunks is out of range")?;
+    context.guard_reload(resolver);
+    let status = context.guarded_status(whole_status, resolver)?;
+    let invalid = || DenseReason::State(format!("the snapshot is not valid: {status}").into());
+    let allocated = params::allocated(&status).ok_or_else(invalid)?;
+    let layout = StoreLayout::new(snapshot.chunk).ok_or("the size of its chunks is out of range")?;
     let Some(count) = layout.exceptions(allocated) else {
-        return Err(format!("what its store has allocated is not understood: {status}"));
+        return Err(DenseReason::NotUnderstood { what: "the allocated size of its store is".into(), text: status });
     };
-    // The kernel writes the store past the page cache.
+    // Direct I/O, because the kernel writes the store past its page cache.
     let (cow, _) = device::open_id(snapshot.cow, true)
-        .map_err(|error| format!("cannot open its store {}: {}", snapshot.cow, plain(&error)))?;
-    let unknown = |error| format!("cannot tell whether its store is suspended: {}", plain(&error));
+        .map_err(|error| DenseReason::cannot(format!("open its store {}", snapshot.cow), &error))?;
+    let unknown = |error| DenseReason::cannot("find out whether its store is suspended", &error);
     resolver.waits_on(snapshot.cow).map_err(unknown)?;
     let suspended = SuspendFile::open(snapshot.cow).map_err(unknown)?;
-    let store = ExceptionStore { cow, suspended, layout, count, len: asked.len };
-    let store = resolver.stored(asked.len, layout.chunk(), None, store);
-    let origin = Place { device: snapshot.origin, start: Sectors::new(0) };
-    let (below, clip) = asked.window(origin, resolver)?;
-    let overlay = Overlay { layers: vec![store, Arc::new(clip)], len: asked.len };
-    Ok(Segment::new("the origin, where the store has no exception", overlay, vec![below]))
+    let store = ExceptionStore { cow, suspended, layout, count, len: context.len };
+    let store = resolver.stored(context.len, layout.chunk(), None, store);
+    let (below, clip) = context.window(Place::start_of(snapshot.origin), resolver)?;
+    let overlay = Overlay { layers: vec![store, Arc::new(clip)], len: context.len };
+    Ok(TargetLayer::new("the origin, where the store has no exception", overlay, vec![below]))
 }
 
 /// The store of a snapshot. Loading it gives the chunks with an exception as data, and the others as holes.
 struct ExceptionStore {
     cow: File,
     suspended: Option<SuspendFile>,
-    layout: Layout,
+    layout: StoreLayout,
     count: u64,
     len: Bytes,
 }
 
 impl LoadExtents for ExceptionStore {
     /// Each failure is temporary: an exception that is being made becomes complete without a change of the status.
-    fn load(&self) -> Result<FillMap, LoadFailure> {
-        self.read().map_err(LoadFailure::temporary)
+    fn load(&self) -> Result<FillMap, DenseReason> {
+        self.read().map_err(|reason| DenseReason::NotNow(reason.into()))
     }
 }
 

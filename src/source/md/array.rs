@@ -1,29 +1,30 @@
-//! What sysfs tells of an md array. Pure: takes the attributes by name, and is total.
+//! Parser of the attributes that sysfs has of an md array (`Documentation/admin-guide/md.rst`).
 
 use std::io;
 
-use crate::error::plain;
+use crate::reason::DenseReason;
 use crate::sys::device::DeviceId;
 use crate::units::{Bytes, Sectors};
 
-/// More legs than any array has (`MD_SB_DISKS` of `include/uapi/linux/raid/md_p.h` is 27, and 1.x allows 384 or more).
+/// The limit of legs, more than any array has (`MD_SB_DISKS` of `include/uapi/linux/raid/md_p.h` is 27, and metadata of
+/// version 1.x allows 384 or more).
 const MAX_LEGS: usize = 4096;
 
-/// Looks an attribute up by its name; `None` where the array has none. One that cannot be read is an error.
+/// Reads an attribute by its name. `None` when the array has no such attribute, an error when it cannot be read.
 pub type Attribute<'a> = &'a dyn Fn(&str) -> io::Result<Option<String>>;
 
-/// A running, idle and whole array.
+/// An array that runs, is idle and has all its legs in sync.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Array {
     /// The level, `raid1`.
     pub level: String,
     /// The length of a chunk; zero where the level has none.
     pub chunk: Bytes,
-    /// What is used of each leg; zero where legs may differ.
+    /// The length that is used of each leg; zero where legs may differ.
     pub component: Bytes,
     /// The legs, in order.
     pub legs: Vec<Leg>,
-    /// Means something for raid10 only; some levels print -1.
+    /// The layout of a raid10 array. It has no meaning for other levels, of which some print -1.
     layout: String,
 }
 
@@ -32,7 +33,7 @@ pub struct Array {
 pub struct Leg {
     /// Its device.
     pub device: DeviceId,
-    /// Where the array's data begins on it.
+    /// The start of the array's data on it.
     pub offset: Sectors,
     /// How much of the array's data it holds.
     pub len: Bytes,
@@ -42,15 +43,15 @@ impl Array {
     /// Reads an array from its attributes.
     ///
     /// # Errors
-    ///
-    /// Why the array cannot be believed: it is not whole or not idle, or an attribute is missing or not understood.
-    pub fn read(attribute: Attribute<'_>) -> Result<Self, String> {
+    /// When the array is degraded or not idle, or an attribute is missing or not understood.
+    pub fn read(attribute: Attribute<'_>) -> Result<Self, DenseReason> {
         let attribute =
-            |name: &str| attribute(name).map_err(|error| format!("cannot read its {name}: {}", plain(&error)));
-        let level = attribute("level")?.ok_or("it has no level")?;
+            |name: &str| attribute(name).map_err(|error| DenseReason::cannot(format!("read its {name}"), &error));
+        let level = attribute("level")?.ok_or_else(|| missing("level"))?;
         let is = |name: &str, allowed: &[&str]| match attribute(name)? {
             Some(value) if allowed.contains(&value.as_str()) => Ok(()),
-            value => Err(format!("its {name} is {}", value.as_deref().unwrap_or("not told"))),
+            Some(value) => Err(DenseReason::State(format!("its {name} is {value}").into())),
+            None => Err(missing(name)),
         };
         is("array_state", &["clean", "active", "active-idle", "write-pending", "readonly", "read-auto"])?;
         is("metadata_version", &["0.90", "1.0", "1.1", "1.2"])?;
@@ -60,10 +61,11 @@ impl Array {
             is("sync_action", &["idle"])?;
         }
         if attribute("bitmap/metadata")?.as_deref() == Some("clustered") {
-            return Err("other hosts of a cluster write to it".to_owned());
+            return Err("other hosts of a cluster write to it".into());
         }
         let number = |name: &str| {
-            attribute(name)?.and_then(|value| unsigned(&value)).ok_or_else(|| format!("its {name} is not understood"))
+            let value = attribute(name)?.ok_or_else(|| missing(name))?;
+            unsigned(&value).ok_or_else(|| not_understood(format!("its {name} is"), &value))
         };
         let count = usize::try_from(number("raid_disks")?).ok().filter(|count| (1..=MAX_LEGS).contains(count));
         let legs = (0..count.ok_or("its number of legs is out of range")?).map(|slot| Leg::read(slot, &attribute));
@@ -76,7 +78,8 @@ impl Array {
         })
     }
 
-    /// The number of copies of a raid10 array whose copies are all near ones (`setup_geo` of `drivers/md/raid10.c`).
+    /// The number of copies of each chunk in a raid10 array of layout "near"; `None` for other layouts (`setup_geo` of
+    /// `drivers/md/raid10.c`).
     pub fn near_copies(&self) -> Option<usize> {
         let layout = unsigned(&self.layout)?;
         let (near, far, rest) = (layout & 0xff, layout >> 8 & 0xff, layout >> 16);
@@ -85,14 +88,15 @@ impl Array {
 }
 
 impl Leg {
-    fn read(slot: usize, attribute: &dyn Fn(&str) -> Result<Option<String>, String>) -> Result<Self, String> {
+    fn read(slot: usize, attribute: &dyn Fn(&str) -> Result<Option<String>, DenseReason>) -> Result<Self, DenseReason> {
         let of_leg = |name: &str| attribute(&format!("rd{slot}/{name}"));
-        let state = of_leg("state")?.ok_or_else(|| format!("leg {slot} is missing"))?;
-        let whole = |word: &str| matches!(word, "in_sync" | "write_mostly" | "failfast");
-        if !state.split(',').all(whole) || !state.split(',').any(|word| word == "in_sync") {
-            return Err(format!("leg {slot} is {state}"));
+        let state = of_leg("state")?.ok_or_else(|| DenseReason::State(format!("leg {slot} is missing").into()))?;
+        let harmless = |word: &str| matches!(word, "in_sync" | "write_mostly" | "failfast");
+        if !state.split(',').all(harmless) || !state.split(',').any(|word| word == "in_sync") {
+            return Err(DenseReason::State(format!("leg {slot} is {state}").into()));
         }
         let [device, offset, len] = [of_leg("block/dev")?, of_leg("offset")?, of_leg("size")?];
+        let text = [&device, &offset, &len].map(|value| value.as_deref().unwrap_or("-")).join(" ");
         let read = || {
             Some(Self {
                 device: device?.parse().ok()?,
@@ -100,16 +104,24 @@ impl Leg {
                 len: kib(unsigned(&len?)?)?,
             })
         };
-        read().ok_or_else(|| format!("leg {slot} is not understood"))
+        read().ok_or_else(|| not_understood(format!("leg {slot} is"), &text))
     }
 }
 
-/// A number as the kernel prints it: `FromStr` would take a sign.
+fn missing(attribute: &str) -> DenseReason {
+    format!("it has no attribute {attribute}").into()
+}
+
+fn not_understood(what: String, text: &str) -> DenseReason {
+    DenseReason::NotUnderstood { what: what.into(), text: text.to_owned() }
+}
+
+/// Parses a number as the kernel prints it: `FromStr` alone would accept a sign.
 fn unsigned(word: &str) -> Option<u64> {
     word.bytes().all(|byte| byte.is_ascii_digit()).then(|| word.parse().ok()).flatten()
 }
 
-/// md tells sizes in KiB.
+/// The size of that many KiB, the unit of md's sizes.
 fn kib(number: u64) -> Option<Bytes> {
     number.checked_mul(1024).map(Bytes::new)
 }
@@ -119,9 +131,9 @@ mod tests {
     use super::*;
     use std::collections::HashMap;
 
-    /// A raid1 of two legs, as sysfs shows it, with some attributes replaced; an empty one is missing, and `?` cannot be
-    /// read.
-    fn read(replaced: &[(&str, &str)]) -> Result<Array, String> {
+    /// Reads a raid1 of two legs as sysfs shows it, with some attributes replaced. A replacement that is empty stands for
+    /// an attribute that is missing, and `?` for one that cannot be read.
+    fn read(replaced: &[(&str, &str)]) -> Result<Array, DenseReason> {
         let mut attributes = HashMap::from([
             ("level", "raid1"),
             ("array_state", "clean"),
@@ -150,17 +162,17 @@ mod tests {
     }
 
     #[test]
-    fn an_attribute_that_cannot_be_read_is_not_one_that_is_missing() {
+    fn an_unreadable_attribute_is_an_error_and_a_missing_one_may_not_be() {
         assert!(read(&[("bitmap/metadata", "")]).is_ok());
         assert!(read(&[("bitmap/metadata", "internal")]).is_ok());
         for name in ["level", "bitmap/metadata", "layout", "rd1/offset"] {
             let refused = read(&[(name, "?")]).unwrap_err();
-            assert_eq!(refused, format!("cannot read its {name}: Too many open files"));
+            assert_eq!(refused.to_string(), format!("cannot read its {name}: Too many open files"));
         }
     }
 
     #[test]
-    fn an_array_is_what_its_attributes_say() {
+    fn an_array_is_read_from_its_attributes() {
         let leg =
             |minor| Leg { device: DeviceId { major: 7, minor }, offset: Sectors::new(2048), len: Bytes::new(1 << 20) };
         let array = read(&[]).unwrap();
@@ -172,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn an_array_that_is_not_whole_and_idle_is_refused() {
+    fn an_array_that_is_degraded_or_not_idle_is_refused() {
         for (name, value) in [
             ("level", ""),
             ("array_state", "inactive"),
@@ -205,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_without_redundancy_tell_less() {
+    fn levels_without_redundancy_have_fewer_attributes() {
         let quiet = [("degraded", ""), ("sync_action", ""), ("level", "raid0"), ("chunk_size", "65536")];
         assert_eq!(read(&quiet).unwrap().chunk, Bytes::new(65536));
         assert!(read(&[("level", "raid0"), ("degraded", ""), ("array_state", "clear")]).is_err());

@@ -13,6 +13,7 @@ use std::time::Instant;
 use super::client::Client;
 use super::reply::Failure;
 use crate::map::{Extent, HoleMap, Kind};
+use crate::reason::DenseReason;
 use crate::source::known::KnownData;
 use crate::source::walks::Walks;
 use crate::sys::sysfs::IoCounters;
@@ -170,8 +171,8 @@ impl HoleMap for NbdMap {
         run
     }
 
-    fn dense_because(&self) -> Option<String> {
-        self.client.no_status().map(str::to_owned)
+    fn dense_because(&self) -> Option<DenseReason> {
+        self.client.no_status().map(|why| why.to_owned().into())
     }
 
     fn memory(&self) -> Bytes {

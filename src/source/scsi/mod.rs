@@ -21,6 +21,7 @@ use std::time::Instant;
 use self::target::{Failure, Target};
 use crate::error::{Error, plain};
 use crate::map::{Extent, HoleMap, Kind};
+use crate::reason::DenseReason;
 use crate::source::known::{Counters, KnownData};
 use crate::source::walks::Walks;
 use crate::source::{BlockDevice, Layer, Resolver, dense};
@@ -192,8 +193,8 @@ impl HoleMap for ScsiMap {
         run
     }
 
-    fn dense_because(&self) -> Option<String> {
-        self.gave_up.get().cloned()
+    fn dense_because(&self) -> Option<DenseReason> {
+        self.gave_up.get().cloned().map(Into::into)
     }
 
     fn memory(&self) -> Bytes {

@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::debug;
@@ -60,11 +60,17 @@ pub fn finish() {
     }
 }
 
-/// Releases what killed processes left held. Does not wait for it.
-pub fn recover() {
+/// Releases what killed processes left held, at the first call in this process, which waits that long for it. Only root
+/// can read the directory of the records.
+pub fn recover_once(wait: Duration) {
+    static RECOVERED: Once = Once::new();
+    RECOVERED.call_once(|| recover(wait));
+}
+
+fn recover(wait: Duration) {
     if fs::read_dir(DIRECTORY).is_ok_and(|mut entries| entries.next().is_some()) {
         match Keeper::start(&[]) {
-            Ok(keeper) => keeper.leave(Instant::now()),
+            Ok(keeper) => keeper.leave(Instant::now() + wait),
             Err(error) => debug!("cannot look for metadata snapshots that were left held: {}", plain(&error)),
         }
     }
@@ -108,6 +114,8 @@ impl Snapshot {
     /// # Errors
     /// When no keeper can be started, or the pool does not give it (a pool that does not write its metadata cannot).
     pub fn reserve(control: &Control, pool: DeviceId) -> io::Result<Option<Self>> {
+        // To its end, if that is soon: the keeper that recovers a pool has locked its record.
+        recover_once(RELEASE);
         // What is held while no process of ours has a record is another tool's.
         if record::held_root(control, pool)?.is_some() && !record::exists(&Identity::of(pool)?) {
             return Ok(None);
@@ -140,7 +148,7 @@ impl Drop for Snapshot {
             keepers().left.push(keeper);
         } else if !keeper.has_released {
             // It was killed, or has said why it cannot.
-            recover();
+            recover(Duration::ZERO);
         }
     }
 }

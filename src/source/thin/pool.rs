@@ -24,7 +24,7 @@ use super::turns::{self, Turns};
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result, plain};
 use crate::map::FillMap;
-use crate::source::LoadFailure;
+use crate::reason::DenseReason;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::dm::{Commit, Control, Table};
 use crate::sys::iostats::Counting;
@@ -66,18 +66,19 @@ pub struct Wanted {
 /// What one reading gave for each device that it came to.
 type Maps = Vec<ThinResult<FillMap>>;
 
-impl From<ThinError> for LoadFailure {
+impl From<ThinError> for DenseReason {
     fn from(error: ThinError) -> Self {
         match error {
-            ThinError::Behind => Self::temporary("its pool is read-only, and knows more than its metadata on disk"),
-            error => Error::from(error).into(),
+            ThinError::Behind => Self::NotNow("its pool is read-only, and knows more than its metadata on disk".into()),
+            ThinError::Io(..) => Self::Unsupported(Error::from(error).to_string().into()),
+            damage => Self::Damaged(damage.to_string().into()),
         }
     }
 }
 
-impl From<Error> for LoadFailure {
+impl From<Error> for DenseReason {
     fn from(error: Error) -> Self {
-        Self::lasting(error.to_string())
+        Self::Unsupported(error.to_string().into())
     }
 }
 
@@ -112,13 +113,13 @@ impl Pool {
     /// # Errors
     /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
     /// too fast.
-    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, LoadFailure> {
+    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, DenseReason> {
         let map = self.turns.take(*wanted, |wanted| self.maps(wanted))?;
-        Ok(map.ok_or_else(|| LoadFailure::temporary("its pool commits faster than its metadata can be read"))??)
+        Ok(map.ok_or_else(|| DenseReason::NotNow("its pool commits faster than its metadata can be read".into()))??)
     }
 
     /// The maps of several devices from one reading; fewer when it came to nothing.
-    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Maps, LoadFailure> {
+    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Maps, DenseReason> {
         if let Some(maps) = self.quietly(QUIET_TRIES, wanted)? {
             return Ok(maps);
         }
@@ -129,7 +130,7 @@ impl Pool {
     }
 
     /// Some readings of the last committed state; `None` when the pool committed during each.
-    fn quietly(&self, tries: usize, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, LoadFailure> {
+    fn quietly(&self, tries: usize, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, DenseReason> {
         let start = Instant::now();
         for _ in (0..tries).take_while(|_| start.elapsed() < PATIENCE) {
             // Makes the pool commit: every completed write is on disk from here on.
@@ -176,7 +177,7 @@ impl Pool {
     }
 
     /// A reading of the metadata snapshot, taken for it; `None` when it cannot be had, or not be kept.
-    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, LoadFailure> {
+    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, DenseReason> {
         let live = self.look(Commit::No)?;
         if live.mode == Mode::ReadOnly {
             return Ok(None);
@@ -189,7 +190,7 @@ impl Pool {
                 return Ok(None);
             }
         };
-        let maps = live.open_metadata().map_err(LoadFailure::from).and_then(|reader| {
+        let maps = live.open_metadata().map_err(DenseReason::from).and_then(|reader| {
             let metadata = Metadata::open(reader, snapshot.root())?;
             Ok(wanted.iter().map(|wanted| live.read(&metadata, wanted)).collect())
         });
@@ -199,8 +200,8 @@ impl Pool {
     }
 
     /// The pool now.
-    fn look(&self, commit: Commit) -> std::result::Result<Live, LoadFailure> {
-        let suspended = || LoadFailure::temporary("its pool is suspended");
+    fn look(&self, commit: Commit) -> std::result::Result<Live, DenseReason> {
+        let suspended = || DenseReason::NotNow("its pool is suspended".into());
         let failed = |what: &str, error| Error::failed(what).because(error);
         let table = self.control.table(self.id).map_err(|error| failed("cannot read its pool's table", error))?;
         if table.suspended {

@@ -28,7 +28,7 @@ pub fn run(input: &[u8]) {
     let _ = (params::snapshot(&text), params::allocated(&text));
     assert!(exceptions::area(input).chunks.len() <= input.len() / 16);
     for power in 0..19 {
-        let layout = exceptions::Layout::new(Sectors::new(1_u64 << power)).expect("a power of two");
+        let layout = exceptions::StoreLayout::new(Sectors::new(1_u64 << power)).expect("a power of two");
         let _ = layout.is_header(input);
         if let Some(word) = input.first_chunk() {
             let number = u64::from_le_bytes(*word);

@@ -1,31 +1,31 @@
-//! Targets that keep the same bytes in several places.
+//! Arguments and status lines of targets that keep the same bytes in several places.
 
 use super::{Place, Words, fraction};
 use crate::sys::device::DeviceId;
 use crate::units::Sectors;
 
-/// The legs of a mirror: each holds all of it.
+/// The legs of a mirror. Each holds all bytes of the mirror.
 pub type Legs = Vec<Place>;
 
-/// Reads the arguments of `mirror`, `<log type> <n> ... <number of legs> (<device> <start>)... [<n> ...]`.
+/// Parses the arguments of `mirror`, `<log type> <n> ... <number of legs> (<device> <start>)... [<n> ...]`.
 pub fn mirror(params: &str) -> Option<Legs> {
     let mut words = Words::new(params);
-    // The other logs are kept by a daemon, perhaps for other hosts that write too.
+    // Logs of other types are kept by a daemon in user space, possibly for several hosts that write.
     if !matches!(words.word()?, "core" | "disk") {
         return None;
     }
     words.counted()?;
     let count = words.number()?;
     let legs = words.places(count)?;
-    // Features tell how write errors are handled; without any, nothing or a zero is printed.
+    // Features select how write errors are handled. Without features the kernel prints nothing or a zero.
     if words.0.clone().next().is_some() {
         words.counted()?;
     }
     words.end(legs).filter(|legs| !legs.is_empty())
 }
 
-/// Reads the status of `mirror`, `<number of legs> <device>... <in sync>/<regions> 1 <health> ...`: whether all regions
-/// are in sync and all legs alive.
+/// Parses the status of `mirror`, `<number of legs> <device>... <in sync>/<regions> 1 <health> ...`. Returns whether all
+/// regions are in sync and all legs alive.
 pub fn mirror_is_in_sync(status: &str, legs: usize) -> bool {
     let read = || {
         let mut words = Words::new(status);
@@ -38,25 +38,25 @@ pub fn mirror_is_in_sync(status: &str, legs: usize) -> bool {
     read().is_some()
 }
 
-/// Reads the arguments of `raid` where its level is raid1, `raid1 <n> ... <number of legs> (<metadata> <data>)...`.
+/// Parses the arguments of `raid` of level raid1, `raid1 <n> ... <number of legs> (<metadata> <data>)...`.
 pub fn raid1(params: &str) -> Option<Legs> {
     let mut words = Words::new(params);
     let level = words.word()?;
     let options = words.counted()?;
-    // With these, data does not begin where the data device does.
+    // With these options, the data does not begin at the start of the data device.
     let moved = options.iter().any(|option| matches!(*option, "data_offset" | "delta_disks"));
     let count: usize = words.number()?;
     let mut legs = Vec::new();
     for _ in 0..count {
-        // The metadata device may be absent, `-`. A data device that is absent is no number.
+        // An absent metadata device is printed as `-`. An absent data device too, which is not a device number.
         words.word()?;
         legs.push(Place { device: words.device()?, start: Sectors::new(0) });
     }
     words.end(legs).filter(|legs| level == "raid1" && !moved && !legs.is_empty())
 }
 
-/// Reads the status of `raid`, `<level> <legs> <health> <in sync>/<all> <action> <mismatches> [<data offset> ...]`:
-/// whether all legs are in sync, nothing is under way, and the data begins where the legs do.
+/// Parses the status of `raid`, `<level> <legs> <health> <in sync>/<all> <action> <mismatches> [<data offset> ...]`.
+/// Returns whether all legs are in sync, no action runs, and the data begins at the start of each leg.
 pub fn raid_is_in_sync(status: &str, legs: usize) -> bool {
     let read = || {
         let mut words = Words::new(status);
@@ -66,7 +66,7 @@ pub fn raid_is_in_sync(status: &str, legs: usize) -> bool {
         let (done, all) = fraction(words.word()?)?;
         let idle = words.word()? == "idle";
         words.number::<u64>()?;
-        // Since version 1.5 of the target; without it there is no offset.
+        // Printed since version 1.5 of the target. Older versions have no data offset.
         let offset = words.word().unwrap_or("0");
         let alive = health.len() == legs && health.bytes().all(|leg| leg == b'A');
         (count == legs && alive && done == all && idle && offset == "0").then_some(())
@@ -77,13 +77,13 @@ pub fn raid_is_in_sync(status: &str, legs: usize) -> bool {
 /// The arguments of `clone`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cloning {
-    /// Where regions are copied to.
+    /// The device that regions are copied to.
     pub destination: DeviceId,
-    /// Where they are copied from.
+    /// The device that they are copied from.
     pub source: DeviceId,
 }
 
-/// Reads `<metadata device> <destination> <source> <region size> ...` of `clone`.
+/// Parses the arguments of `clone`, `<metadata device> <destination> <source> <region size> ...`.
 pub fn cloning(params: &str) -> Option<Cloning> {
     let mut words = Words::new(params);
     words.device()?;
@@ -92,18 +92,18 @@ pub fn cloning(params: &str) -> Option<Cloning> {
     Some(clone)
 }
 
-/// What the status of `clone` tells.
+/// How much of a `clone` is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloneStatus {
     /// All regions were copied.
     Complete,
-    /// Some still are to be read from the source.
+    /// Some regions are still read from the source.
     Partial,
-    /// It cannot be read.
+    /// Its metadata failed: all reads fail.
     Failed,
 }
 
-/// Reads the status of `clone`, `<metadata block size> <used>/<all> <region size> <copied>/<regions> <copying> <n> ...
+/// Parses the status of `clone`, `<metadata block size> <used>/<all> <region size> <copied>/<regions> <copying> <n> ...
 /// <n> ... <metadata mode>`.
 pub fn clone_status(status: &str) -> Option<CloneStatus> {
     let mut words = Words::new(status);
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mirror_is_in_sync_when_all_of_it_is() {
+    fn a_mirror_is_in_sync_when_all_regions_and_legs_are() {
         assert!(mirror_is_in_sync("2 7:0 7:1 16/16 1 AA 1 core", 2));
         assert!(mirror_is_in_sync("2 7:0 7:1 16/16 1 AA 3 disk 7:3 A", 2));
         for text in [

@@ -1,11 +1,11 @@
-//! Targets that pass requests on to one place.
+//! Arguments and status lines of targets that pass reads on to one device.
 
 use super::{Place, Words};
 use crate::sys::device::DeviceId;
 use crate::units::Sectors;
 
-/// Reads the arguments of `delay`, `<device> <start> <delay>` for reads and perhaps twice more for writes and flushes:
-/// where it reads from.
+/// Parses the arguments of `delay`, `<device> <start> <delay>` for reads and, optionally, the same for writes and for
+/// flushes. Returns the place for reads.
 pub fn delay(params: &str) -> Option<Place> {
     let mut words = Words::new(params);
     let mut class = || {
@@ -14,7 +14,7 @@ pub fn delay(params: &str) -> Option<Place> {
     };
     let read = class()?;
     let more = [class(), class()];
-    // Each class is whole or absent, so a class after one that could not be read means that nothing was understood.
+    // Each class of requests is complete or absent, so a class after one that is incomplete is not valid.
     if more[0].is_none() && more[1].is_some() {
         return None;
     }
@@ -22,12 +22,12 @@ pub fn delay(params: &str) -> Option<Place> {
     (params.split_ascii_whitespace().count() == 3 * classes).then_some(read)
 }
 
-/// Reads the arguments of `flakey`, `<device> <start> <up> <down> <number of features> ...`: where it maps to, if it is
-/// up all the time and has no features.
+/// Parses the arguments of `flakey`, `<device> <start> <up> <down> <number of features> ...`. Returns the place that it
+/// maps to, if it is up all the time and has no features.
 ///
-/// Linux 6.12 and 7.3 show a table without features with the features `error_reads error_writes`, because they are what it does
-/// while it is down. All features act only then (`drivers/md/dm-flakey.c`: `flakey_map`, `flakey_end_io` in 5.10, 6.1, 6.12
-/// and 7.3), so a device that is never down passes all reads on.
+/// Linux 6.12 and 7.3 print the features `error_reads error_writes` for a table without features, because these are its
+/// defaults while it is down. All features take effect only while it is down (`flakey_map` and `flakey_end_io` of
+/// `drivers/md/dm-flakey.c` in 5.10, 6.1, 6.12 and 7.3), so a device that is never down passes all reads on.
 pub fn flakey_without_faults(params: &str) -> Option<Place> {
     let mut words = Words::new(params);
     let place = words.place()?;
@@ -44,13 +44,13 @@ pub struct Unstriped {
     pub stripes: u32,
     /// The length of one chunk.
     pub chunk: Sectors,
-    /// The stripe that is shown.
+    /// The number of the stripe that the target consists of.
     pub index: u32,
-    /// Where the stripes begin.
+    /// The start of the stripes.
     pub place: Place,
 }
 
-/// Reads `<number of stripes> <chunk> <stripe> <device> <start>`.
+/// Parses the arguments of `unstriped`, `<number of stripes> <chunk> <stripe> <device> <start>`.
 pub fn unstriped(params: &str) -> Option<Unstriped> {
     let mut words = Words::new(params);
     let unstriped =
@@ -58,14 +58,14 @@ pub fn unstriped(params: &str) -> Option<Unstriped> {
     words.end(unstriped).filter(|unstriped| unstriped.index < unstriped.stripes && unstriped.chunk.get() > 0)
 }
 
-/// Reads the argument of `snapshot-origin`: the device.
+/// Parses the argument of `snapshot-origin`. Returns the origin.
 pub fn snapshot_origin(params: &str) -> Option<DeviceId> {
     let mut words = Words::new(params);
     let origin = words.device()?;
     words.end(origin)
 }
 
-/// Reads `<metadata device> <origin device> <block size>` of `era`: the origin.
+/// Parses the arguments of `era`, `<metadata device> <origin device> <block size>`. Returns the origin.
 pub fn era_origin(params: &str) -> Option<DeviceId> {
     let mut words = Words::new(params);
     let (_metadata, origin) = (words.device()?, words.device()?);
@@ -73,12 +73,12 @@ pub fn era_origin(params: &str) -> Option<DeviceId> {
     words.end(origin)
 }
 
-/// One path of `multipath`, as its status tells.
+/// The status of one path of `multipath`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Path {
+pub struct PathStatus {
     /// The path's device.
     pub device: DeviceId,
-    /// What can be done with it.
+    /// Whether it can be used.
     pub state: PathState,
 }
 
@@ -93,8 +93,8 @@ pub enum PathState {
     Unusable,
 }
 
-/// Reads the status of `multipath` (`multipath_status` of `drivers/md/dm-mpath.c`): its paths.
-pub fn multipath_paths(status: &str) -> Option<Vec<Path>> {
+/// Parses the status of `multipath` (`multipath_status` of `drivers/md/dm-mpath.c`). Returns its paths.
+pub fn multipath_paths(status: &str) -> Option<Vec<PathStatus>> {
     let mut words = Words::new(status);
     let (_features, _handler) = (words.counted()?, words.counted()?);
     let (groups, _current): (usize, usize) = (words.number()?, words.number()?);
@@ -119,7 +119,7 @@ pub fn multipath_paths(status: &str) -> Option<Vec<Path>> {
             for _ in 0..arguments {
                 words.word()?;
             }
-            paths.push(Path { device, state });
+            paths.push(PathStatus { device, state });
         }
     }
     words.end(paths)
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flakey_device_counts_only_while_it_is_not() {
+    fn a_flakey_device_with_faults_is_refused() {
         for text in ["7:1 8 60 0 0", "7:1 8 1 0 0 ", "7:1 8 60 0 2 error_reads error_writes"] {
             assert_eq!(flakey_without_faults(text), Some(place(1, 8)), "{text:?}");
         }
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn unstriped_shows_a_stripe_that_exists() {
+    fn unstriped_names_a_stripe_that_exists() {
         let read = unstriped("3 128 2 7:1 8").unwrap();
         assert_eq!(read, Unstriped { stripes: 3, chunk: Sectors::new(128), index: 2, place: place(1, 8) });
         for text in ["3 128 3 7:1 8", "0 128 0 7:1 8", "3 0 2 7:1 8", "3 128 2 7:1", "3 128 2 7:1 8 9"] {
@@ -191,8 +191,8 @@ mod tests {
     }
 
     #[test]
-    fn multipath_tells_its_paths() {
-        let path = |minor, state| Path { device: id(minor), state };
+    fn the_status_of_multipath_lists_its_paths() {
+        let path = |minor, state| PathStatus { device: id(minor), state };
         let text = "2 0 0 0 2 1 A 0 2 2 7:1 F 3 0 1 7:2 A 0 0 1 E 0 1 0 7:3 A 0 ";
         let paths = [path(1, PathState::Unusable), path(2, PathState::InUse), path(3, PathState::Active)];
         assert_eq!(multipath_paths(text).unwrap(), paths);

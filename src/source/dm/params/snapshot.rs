@@ -1,4 +1,4 @@
-//! Snapshots with a copy-on-write store.
+//! Arguments and status lines of snapshots with a copy-on-write store.
 
 use super::{Words, fraction};
 use crate::sys::device::DeviceId;
@@ -6,28 +6,29 @@ use crate::units::Sectors;
 
 /// The arguments of `snapshot`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Snapshot {
-    /// What is read where there is no exception.
+pub struct SnapshotParams {
+    /// The device that chunks without an exception are read from.
     pub origin: DeviceId,
-    /// The device with the exceptions.
+    /// The store: the device with the exceptions.
     pub cow: DeviceId,
-    /// Whether the exceptions are listed there.
+    /// Where the exceptions are listed.
     pub store: Store,
-    /// The unit of exceptions.
+    /// The length of a chunk, which is the unit of exceptions.
     pub chunk: Sectors,
 }
 
-/// Where a snapshot lists its exceptions.
+/// The place of the list of a snapshot's exceptions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Store {
-    /// On the device with the exceptions.
+    /// On the store (`P` or `PO`).
     Persistent,
-    /// In the kernel's memory only.
+    /// In the kernel's memory only (`N`).
     Transient,
 }
 
-/// Reads `<origin> <COW device> <P|PO|N> <chunk>`. With features it does more to the store than is known here.
-pub fn snapshot(params: &str) -> Option<Snapshot> {
+/// Parses the arguments of `snapshot`, `<origin> <COW device> <P|PO|N> <chunk>`. A line with features is `None`: features
+/// change how the store is used.
+pub fn snapshot(params: &str) -> Option<SnapshotParams> {
     let mut words = Words::new(params);
     let (origin, cow) = (words.device()?, words.device()?);
     let store = match words.word()? {
@@ -36,11 +37,11 @@ pub fn snapshot(params: &str) -> Option<Snapshot> {
         _ => return None,
     };
     let chunk = words.sectors()?;
-    words.end(Snapshot { origin, cow, store, chunk })
+    words.end(SnapshotParams { origin, cow, store, chunk })
 }
 
-/// Reads the status of `snapshot`, `<allocated>/<size> <of these metadata>`: what is allocated. An invalid or overflown
-/// snapshot has a word instead, and is `None`.
+/// Parses the status of `snapshot`, `<allocated>/<size> <of these metadata>`. Returns how much of the store is allocated.
+/// The status of a snapshot that is invalid or has overflowed is a word, and `None`.
 pub fn allocated(status: &str) -> Option<Sectors> {
     let mut words = Words::new(status);
     let (allocated, _size) = fraction(words.word()?)?;
@@ -55,17 +56,17 @@ mod tests {
     #[test]
     fn snapshots() {
         let id = |minor| DeviceId { major: 7, minor };
-        let expected = Snapshot { origin: id(0), cow: id(1), store: Store::Persistent, chunk: Sectors::new(8) };
+        let expected = SnapshotParams { origin: id(0), cow: id(1), store: Store::Persistent, chunk: Sectors::new(8) };
         assert_eq!(snapshot("7:0 7:1 P 8"), Some(expected));
         assert_eq!(snapshot("7:0 7:1 PO 8"), Some(expected));
-        assert_eq!(snapshot("7:0 7:1 N 8"), Some(Snapshot { store: Store::Transient, ..expected }));
+        assert_eq!(snapshot("7:0 7:1 N 8"), Some(SnapshotParams { store: Store::Transient, ..expected }));
         for text in ["7:0 7:1 X 8", "7:0 7:1 P", "7:0 P 8", "7:0 7:1 P 8 1 discard_zeroes_cow", ""] {
             assert_eq!(snapshot(text), None, "{text:?}");
         }
     }
 
     #[test]
-    fn only_a_valid_snapshot_tells_what_is_allocated() {
+    fn only_a_valid_snapshot_has_an_allocated_size() {
         assert_eq!(allocated("24/2048 16"), Some(Sectors::new(24)));
         for text in ["Invalid", "Overflow", "Merge failed", "Unknown", "24/2048", "24 2048 16", "24/2048 16 1", ""] {
             assert_eq!(allocated(text), None, "{text:?}");

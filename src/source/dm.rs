@@ -1,4 +1,4 @@
-//! Device-mapper: a device is the targets of its live table, one after the other.
+//! Device-mapper devices: the targets of the live table, one after the other.
 //!
 //! | target | holes |
 //! |---|---|
@@ -11,20 +11,21 @@
 //! | clone | those of the destination when all is copied; before, where source and destination both have one |
 //! | snapshot (store P or PO) | those of the origin, where the store has no exception |
 //! | zero | all of it: it reads as zeros, and drops what is written |
-//! | thin | unmapped blocks, see [`thin`] |
+//! | thin | unmapped blocks, see [`super::thin`] |
 //! | snapshot (store N) | none: its exceptions are in the kernel's memory only |
-//! | crypt, integrity, verity | none: zeros below are not zeros above |
-//! | cache, writecache, vdo | none: what is below is not what is read |
+//! | crypt, integrity, verity | none: zeros of the lower device are not read as zeros |
+//! | cache, writecache, vdo | none: the bytes of the lower device are not always the bytes that are read |
 //! | raid (other levels), error, and every other target | none |
 //!
-//! A suspended device is dense: nothing that could wait for its resume is asked.
+//! A suspended device is dense. Nothing is read from it or from its lower devices, because that could wait for its
+//! resume.
 
 mod copies;
 pub mod exceptions;
 mod guard;
+mod lower;
 pub mod params;
 mod passing;
-pub(super) mod segment;
 mod snapshot;
 mod targets;
 
@@ -36,27 +37,30 @@ use log::debug;
 use self::guard::{NoTable, TableGuard};
 use crate::error::{plain, shown};
 use crate::map::Concat;
+use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
-use crate::source::{Layer, Resolver, dense, thin};
+use crate::source::target::TargetContext;
+use crate::source::{Layer, Resolver, dense};
 use crate::sys::device::DeviceId;
 use crate::sys::dm::{Control, Events, TableTarget};
 use crate::sys::sysfs;
 use crate::units::Sectors;
 
-/// What all device-mapper sources share: the control device, opened at the first need.
+/// The kind of a device whose table has more than one target, or cannot be used.
+const KIND: &str = "device-mapper";
+
+/// The control device that all device-mapper layers share. It is opened when it is first needed.
 #[derive(Default)]
-pub struct Shared {
+pub struct SharedControl {
     control: Mutex<Option<Arc<Control>>>,
 }
 
-impl Shared {
-    /// The control device, or `None` where it cannot be opened now: the next call tries again.
+impl SharedControl {
+    /// The control device, or `None` when it cannot be opened now. The next call tries again.
     pub fn control(&self) -> Option<Arc<Control>> {
         let mut shared = self.control.lock().unwrap_or_else(PoisonError::into_inner);
         if shared.is_none() {
             let control = Control::open().inspect_err(|error| debug!("/dev/mapper/control: {}", plain(error))).ok()?;
-            // The first chance to release what an earlier process left held.
-            thin::held::recover();
             *shared = Some(Arc::new(control));
         }
         shared.clone()
@@ -74,27 +78,27 @@ pub fn is_mapped(id: DeviceId) -> io::Result<bool> {
 /// The layer of a device-mapper device.
 pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
     let name = sysfs::mapper_name(device.id).map_or_else(|| device.name(), |name| shown(&name).to_string());
-    let dense = |reason: String| dense::layer(&name, "device-mapper", device.len, reason);
+    let dense = |reason: DenseReason| dense::layer(&name, KIND, device.len, reason);
     let Some(control) = resolver.context.dm.control() else {
         resolver.guard(NoTable { control: None, id: device.id });
-        return dense("reading its table needs root and /dev/mapper/control".to_owned());
+        return dense("reading its table needs root and /dev/mapper/control".into());
     };
-    // The events before the table: a table that replaces it from here on is seen.
+    // The event counter is read before the table, so that a later replacement of the table is noticed.
     let (events, table) = match control.events().and_then(|events| Ok((events, control.table(device.id)?))) {
         Ok(both) => both,
         Err(error) => {
             resolver.guard(NoTable { control: Some(control), id: device.id });
-            return dense(format!("cannot read its table: {}", plain(&error)));
+            return dense(DenseReason::cannot("read its table", &error));
         }
     };
-    resolver.guard(TableGuard::new(control, device.id, events, table.clone()));
+    resolver.guard(TableGuard::new(control.clone(), device.id, events, table.clone()));
     if table.suspended {
-        return dense("it is suspended".to_owned());
+        return dense(DenseReason::State("it is suspended".into()));
     }
     if !covers(&table.targets, device) {
-        return dense("its table does not cover it without gaps".to_owned());
+        return dense("its table does not cover it without gaps".into());
     }
-    segments(&name, device, events, &table.targets, resolver)
+    table_layer(&name, device, (control, events), &table.targets, resolver)
 }
 
 /// Whether the targets follow each other from the start of the device to its end.
@@ -106,27 +110,34 @@ fn covers(targets: &[TableTarget], device: &BlockDevice) -> bool {
     end.and_then(Sectors::bytes) == Some(device.len)
 }
 
-/// The layer of a table: of its one target, or of several in a row.
-fn segments(
+/// The layer of a table: of its only target, or of several targets one after the other.
+fn table_layer(
     name: &str,
     device: &BlockDevice,
-    events: Events,
+    (control, events): (Arc<Control>, Events),
     targets: &[TableTarget],
     resolver: &mut Resolver<'_>,
 ) -> Layer {
-    let layer = |target, resolver: &mut Resolver<'_>| targets::layer(name, device, events, target, resolver);
-    if let [target] = targets {
-        return layer(target, resolver);
+    let mut layers = Vec::new();
+    for target in targets {
+        let Some(len) = target.len.bytes() else {
+            return dense::layer(name, format!("dm-{}", target.kind), device.len, "its length is out of range");
+        };
+        let context = TargetContext { control: control.clone(), device, events, target, len };
+        layers.push(targets::layer(name, &context, resolver));
     }
-    let below: Vec<_> = targets.iter().map(|target| Arc::new(layer(target, resolver))).collect();
+    if let [_] = layers[..] {
+        return layers.remove(0);
+    }
+    let below: Vec<_> = layers.into_iter().map(Arc::new).collect();
     match Concat::new(below.iter().map(|layer| layer.map.clone()).collect()) {
         Some(map) => Layer {
             name: name.to_owned(),
-            kind: "device-mapper".to_owned(),
+            kind: KIND.to_owned(),
             holes_from: "the targets of its table".to_owned(),
             map: Arc::new(map),
             below,
         },
-        None => dense::layer(name, "device-mapper", device.len, "its table is longer than a device can be"),
+        None => dense::layer(name, KIND, device.len, "its table is longer than a device can be"),
     }
 }
