@@ -4,7 +4,6 @@ mod demo;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, BufWriter, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -20,6 +19,7 @@ use crate::source::Context;
 use crate::source::nbd::{Beside, NbdExport, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::OfflinePool;
+use crate::spec::{Spec, SpecKind};
 use crate::units::Bytes;
 
 const HELP: &str = "\
@@ -93,7 +93,6 @@ fn written(result: io::Result<()>) -> Result<()> {
 /// What `map` and `info` are told.
 #[derive(Default)]
 struct Asked {
-    device: PathBuf,
     json: bool,
     totals: bool,
     offset: Bytes,
@@ -111,12 +110,13 @@ impl Asked {
     }
 
     /// Opens what was asked for.
-    fn open(&self) -> Result<Arc<dyn Export>> {
-        if let Some(text) = self.device.to_str().filter(|text| Uri::looks_like(text)) {
-            return Ok(Arc::new(NbdExport::new(Uri::parse(text)?).open()?));
-        }
-        let Some(metadata) = &self.options.thin_metadata else { return export::open(&self.device) };
-        let pool = Arc::new(OfflinePool::open(metadata, &self.device)?);
+    fn open(&self, spec: &Spec) -> Result<Arc<dyn Export>> {
+        let device = match spec.kind() {
+            SpecKind::Nbd(uri) => return Ok(Arc::new(NbdExport::new(uri.clone()).open()?)),
+            SpecKind::Path(path) => path,
+        };
+        let Some(metadata) = &self.options.thin_metadata else { return export::open(device) };
+        let pool = Arc::new(OfflinePool::open(metadata, device)?);
         let id = match (self.volume, pool.volumes()?.as_slice()) {
             (Some(id), _) => id,
             (None, [only]) => only.id,
@@ -126,7 +126,7 @@ impl Asked {
     }
 }
 
-fn parse(arguments: &[OsString], command: &str) -> Result<Asked> {
+fn parse(arguments: &[OsString], command: &str) -> Result<(Spec, Asked)> {
     let usage = |error: lexopt::Error| Error::usage(error.to_string()).hint("see blkholefs --help");
     let mut parser = lexopt::Parser::from_args(arguments.iter().cloned());
     let mut asked = Asked::default();
@@ -155,7 +155,7 @@ fn parse(arguments: &[OsString], command: &str) -> Result<Asked> {
         return Err(Error::usage("--json and --totals exclude each other"));
     }
     match devices.len() {
-        1 => Ok(Asked { device: devices.remove(0).into(), ..asked }),
+        1 => Ok((Spec::parse(&devices.remove(0))?, asked)),
         0 => Err(Error::usage(format!("{command}: a device is missing")).hint("see blkholefs --help")),
         _ => Err(Error::usage(format!("{command}: one device at a time"))),
     }
@@ -169,8 +169,8 @@ fn size(text: &OsStr) -> Result<Bytes> {
 
 /// `blkholefs map`: the same answers that a seek through a mount gets.
 fn map(arguments: &[OsString]) -> Result<()> {
-    let asked = parse(arguments, "map")?;
-    let export = asked.open()?;
+    let (spec, asked) = parse(arguments, "map")?;
+    let export = asked.open(&spec)?;
     let context = asked.context(&*export)?;
     let handle = Handle::new(export, Arc::new(context), Arc::default());
     let len = handle.export().len()?;
@@ -202,12 +202,12 @@ fn map(arguments: &[OsString]) -> Result<()> {
 
 /// `blkholefs info`: what a device stands on.
 fn info(arguments: &[OsString]) -> Result<()> {
-    let asked = parse(arguments, "info")?;
-    if let (Some(metadata), None) = (&asked.options.thin_metadata, asked.volume) {
-        let volumes = Arc::new(OfflinePool::open(metadata, &asked.device)?).volumes()?;
+    let (spec, asked) = parse(arguments, "info")?;
+    if let (Some(metadata), None, Some(data)) = (&asked.options.thin_metadata, asked.volume, spec.path()) {
+        let volumes = Arc::new(OfflinePool::open(metadata, data)?).volumes()?;
         return print(&if asked.json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
     }
-    let export = asked.open()?;
+    let export = asked.open(&spec)?;
     let stack = export.stack(&asked.context(&*export)?);
     stack.write_back();
     print(&if asked.json { report::json(&stack) } else { report::tree(&stack) })

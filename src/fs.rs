@@ -4,17 +4,17 @@
 //! each block device in it. Nothing is pinned: a device is open only while one of its files is.
 
 mod attributes;
+mod catalog;
 mod change;
 mod nodes;
 mod open;
 mod root;
-mod spec;
 mod usage;
 
 pub use attributes::{Attributes, FileKind};
+pub use catalog::{Catalog, CatalogEntry, FileSource};
 pub use nodes::{Ino, ROOT};
 pub use root::Root;
-pub use spec::{Place, Spec, Target};
 pub use usage::Usage;
 
 use std::collections::HashMap;
@@ -30,6 +30,7 @@ use crate::export::{FileIdentity, HostNode};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
 use crate::source::nbd::Uri;
+use crate::spec::Spec;
 use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
@@ -71,7 +72,7 @@ pub struct Entry {
 
 /// The mounted file system.
 pub struct FileSystem {
-    spec: Spec,
+    catalog: Catalog,
     ownership: Ownership,
     context: Arc<Context>,
     maps: Arc<MapCache>,
@@ -98,13 +99,13 @@ impl FileSystem {
     ///
     /// # Errors
     /// When it is missing, unreadable, or nothing that can be shown.
-    pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
-        let spec = Spec::new(spec, options)?;
-        let nbd = options.nbd.clone().map(|uri| spec.connection_of(uri)).transpose()?;
+    pub fn new(spec: &Spec, options: &Options) -> Result<Self> {
+        let catalog = Catalog::new(spec, options)?;
+        let nbd = options.nbd.clone().map(|uri| catalog.connection_of(uri)).transpose()?;
         let context = Context { nbd, ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),
-            spec,
+            catalog,
             ownership: Ownership::new(options),
             context: Arc::new(context),
             maps: Arc::new(MapCache::new(options.map_cache)),
@@ -124,17 +125,12 @@ impl FileSystem {
         }
     }
 
-    /// What is mounted.
-    pub fn spec(&self) -> &Spec {
-        &self.spec
-    }
-
     /// Shows the one device as the root itself, for a mount on a regular file.
     ///
     /// # Errors
     /// When the SPEC is a directory.
     pub fn show_as_file(&mut self) -> Result<()> {
-        self.nodes.root_is_file(&self.spec)
+        self.nodes.root_is_file(&self.catalog)
     }
 
     /// The entry `name` of a directory.
@@ -143,8 +139,8 @@ impl FileSystem {
     /// ENOENT when there is none.
     pub fn lookup(&self, parent: Ino, name: &OsStr) -> Result<Attributes> {
         let directory = self.nodes.path(parent)?;
-        let path = self.spec.child(&directory, name).ok_or_else(not_found)?;
-        let target = self.spec.target(&path)?;
+        let path = self.catalog.child(&directory, name).ok_or_else(not_found)?;
+        let target = self.catalog.find(&path)?;
         let ino = {
             let handles = self.lock_handles();
             self.nodes.look_up(&path, target.node(), |ino| handles.contains_key(&ino))
@@ -164,7 +160,7 @@ impl FileSystem {
     /// # Errors
     /// ENOENT when it is gone, ESTALE when its name is to be looked up again, and when an open device no longer answers.
     pub fn getattr(&self, ino: Ino) -> Result<Attributes> {
-        let target = self.nodes.path(ino).and_then(|path| self.spec.target(&path));
+        let target = self.nodes.path(ino).and_then(|path| self.catalog.find(&path));
         match self.handle_of(ino) {
             Some(handle) => {
                 let node = target.ok().and_then(|target| target.node().copied());
@@ -179,17 +175,17 @@ impl FileSystem {
         }
     }
 
-    fn attributes(&self, ino: Ino, target: &Target) -> Result<Attributes> {
-        let (place, node) = match target {
-            Target::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
-            Target::File(place, node) => (place, *node),
+    fn attributes(&self, ino: Ino, target: &CatalogEntry) -> Result<Attributes> {
+        let (source, node) = match target {
+            CatalogEntry::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
+            CatalogEntry::File(source, node) => (source, *node),
         };
         let identity = node.and_then(|node| node.identity);
         // An open device is asked through its handle; any other is opened for as long as the answer takes.
         let open = self.handle_of(ino).filter(|handle| is_same(handle, identity));
         let handle = match open {
             Some(handle) => handle,
-            None => match self.spec.open(place) {
+            None => match self.catalog.open(source) {
                 Ok(backing) if backing.identity() == identity => {
                     Arc::new(Handle::for_attributes(backing, self.context.clone()))
                 }
@@ -216,7 +212,7 @@ impl FileSystem {
 
     /// What statfs(2) says: how much is shown. Opens no device.
     pub fn usage(&self) -> Usage {
-        self.usage.of(&self.spec)
+        self.usage.of(&self.catalog)
     }
 
     /// Opens a directory: its entries as they are now, `.` and `..` first, so that a listing in parts is one listing.
@@ -227,8 +223,8 @@ impl FileSystem {
         let directory = self.nodes.path(ino)?;
         let dot = |name: &str, ino| Entry { ino, kind: FileKind::Directory, name: name.into() };
         let mut entries = vec![dot(".", ino), dot("..", self.parent(ino))];
-        for (name, kind) in self.spec.entries(&directory)? {
-            if let Some(path) = self.spec.child(&directory, &name) {
+        for (name, kind) in self.catalog.entries(&directory)? {
+            if let Some(path) = self.catalog.child(&directory, &name) {
                 entries.push(Entry { ino: self.nodes.number(&path), kind, name });
             }
         }
@@ -265,24 +261,24 @@ impl FileSystem {
         if for_writing {
             return Err(errno(libc::EROFS));
         }
-        let Target::File(place, node) = self.spec.target(&self.nodes.path(ino)?)? else {
+        let CatalogEntry::File(source, node) = self.catalog.find(&self.nodes.path(ino)?)? else {
             return Err(errno(libc::EISDIR));
         };
-        let handle = self.share(ino, &place, node.as_ref())?;
+        let handle = self.share(ino, &source, node.as_ref())?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
         self.open.insert(Fh(fh), Open { ino, handle });
-        debug!("open {place:?} as {fh}");
+        debug!("open {source:?} as {fh}");
         Ok(Fh(fh))
     }
 
     /// The handle of a device that is about to be opened once more.
-    fn share(&self, ino: Ino, place: &Place, node: Option<&HostNode>) -> Result<Arc<Handle>> {
+    fn share(&self, ino: Ino, source: &FileSource, node: Option<&HostNode>) -> Result<Arc<Handle>> {
         let identity = node.and_then(|node| node.identity);
         if let Some(handle) = self.join(&mut self.lock_handles(), ino, identity)? {
             return Ok(handle);
         }
         // Without the lock: a device may take long to open, and one that stands on a file of ours asks us for that.
-        let backing = self.spec.open(place)?;
+        let backing = self.catalog.open(source)?;
         if backing.identity() != identity {
             return Err(errno(libc::ESTALE));
         }

@@ -13,6 +13,7 @@ use crate::export::{Export, HostNode, MIN_ALIGN};
 use crate::fs::Options;
 use crate::handle::MapCache;
 use crate::source::{Context, Stack};
+use crate::spec::Spec;
 use crate::sys::buffer::AlignedBuffer;
 
 /// A source with a fault: whatever is asked of its bytes or its holes panics.
@@ -56,7 +57,7 @@ fn a_panic_in_a_source_is_eio_and_the_mount_goes_on() {
     File::create(&image).unwrap().set_len(1 << 20).unwrap();
     let point = directory.path().join("mount");
     std::fs::create_dir(&point).unwrap();
-    let fs = Arc::new(FileSystem::new(image.as_os_str(), &Options::default()).unwrap());
+    let fs = Arc::new(FileSystem::new(&Spec::parse(image.as_os_str()).unwrap(), &Options::default()).unwrap());
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
     let session = fuser::spawn_mount(BlkHoleFs::new(fs.clone(), false), &point, &config).unwrap();

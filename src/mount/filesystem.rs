@@ -1,6 +1,5 @@
 //! What is mounted: the file system of a SPEC, ready to serve, and what signals ask of it.
 
-use std::ffi::OsStr;
 use std::sync::Arc;
 
 use crate::error::Result;
@@ -10,6 +9,7 @@ use crate::mount::options::MountOptions;
 use crate::mount::point::Shape;
 use crate::mount::serve::Hooks;
 use crate::source::nbd::Uri;
+use crate::spec::Spec;
 
 /// A file system that is ready to be mounted.
 pub struct Opened {
@@ -23,7 +23,7 @@ pub struct Opened {
 ///
 /// # Errors
 /// When `spec` cannot be shown, or is a directory and `shape` is not.
-pub fn open(spec: &OsStr, shape: Shape, options: &MountOptions) -> Result<Opened> {
+pub fn open(spec: &Spec, shape: Shape, options: &MountOptions) -> Result<Opened> {
     let umask = options.umask.unwrap_or(0);
     let mode = options.mode.unwrap_or(0o777) & !umask;
     let chosen = Options {
@@ -31,7 +31,7 @@ pub fn open(spec: &OsStr, shape: Shape, options: &MountOptions) -> Result<Opened
         gid: options.gid,
         mode: Some(mode),
         thin_metadata: options.thin_metadata.clone(),
-        nbd: options.nbd.as_deref().map(Uri::parse).transpose()?.map(Uri::absolute).transpose()?,
+        nbd: options.nbd.as_deref().map(Uri::parse).transpose()?,
         map_cache: options.map_cache,
     };
     let mut fs = FileSystem::new(spec, &chosen)?;

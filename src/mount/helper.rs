@@ -1,7 +1,6 @@
 //! `mount.blkholefs`, which mount(8) runs, and `blkholefs mount`.
 
-use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use log::LevelFilter;
@@ -17,6 +16,7 @@ use crate::mount::options::{self, MountOptions, Unknown};
 use crate::mount::point::MountPoint;
 use crate::mount::serve::Service;
 use crate::mount::session;
+use crate::spec::{Spec, absolute};
 use crate::sys::process;
 
 const HELPER_USAGE: &str = "\
@@ -97,30 +97,30 @@ fn refuse_setuid() -> Result<()> {
 fn run(name: &str, request: MountRequest) -> Result<u8> {
     logging::start(name, if request.verbose { LevelFilter::Debug } else { LevelFilter::Warn });
     let options = parse_options(&request)?;
-    // Both paths are made absolute first: a visit to another namespace ends in the root directory.
-    let spec = absolute_spec(&request.spec)?;
+    // All paths are made absolute first: entering another mount namespace changes the current directory.
+    let spec = Spec::parse(&request.spec)?;
     let dir = absolute(&request.dir)?;
-    if options.nofail && is_missing(&spec) {
-        log::debug!("{} does not exist, and nofail says that this is no failure", spec.display());
+    if options.nofail && spec.is_missing() {
+        log::debug!("{} does not exist, and with nofail that is no failure", spec);
         return Ok(0);
     }
     let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
-    let mut paths = std::iter::once(Path::new(&spec)).chain(options.thin_metadata.as_deref());
+    let mut paths = spec.path().into_iter().chain(options.thin_metadata.as_deref());
     paths.try_for_each(|path| point.leaves(path))?;
     let opened = filesystem::open(&spec, point.shape(), &options)?;
     if request.verbose {
         let does = if request.fake { "would mount" } else { "mounting" };
-        eprintln!("{name}: {does} {} on {}", one_line(&spec.to_string_lossy()), one_line(&dir.to_string_lossy()));
+        eprintln!("{name}: {does} {} on {}", one_line(&spec.to_string()), one_line(&dir.to_string_lossy()));
     }
     if request.fake {
         return Ok(0);
     }
     let place = point.clone();
-    let service = Service { spec: &request.spec, options: &options, hooks: opened.hooks };
+    let service = Service { spec: &spec, options: &options, hooks: opened.hooks };
     let serve = |ready: &mut Ready| {
         logging::serve();
         service.run(point, ready, |spec, claim, options| {
-            let (session, mounted) = session::mount(opened.filesystem, spec, claim, options)?;
+            let (session, mounted) = session::mount(opened.filesystem, spec.typed(), claim, options)?;
             Ok((move || session.run(), mounted))
         })
     };
@@ -144,22 +144,4 @@ fn parse_options(request: &MountRequest) -> Result<MountOptions> {
         options.thin_metadata = Some(absolute(&path)?);
     }
     Ok(options)
-}
-
-/// The device's path from the root, or the URI as it is.
-fn absolute_spec(spec: &OsStr) -> Result<OsString> {
-    if is_uri(spec) { Ok(spec.to_owned()) } else { Ok(absolute(Path::new(spec))?.into()) }
-}
-
-fn is_uri(spec: &OsStr) -> bool {
-    spec.to_str().is_some_and(|spec| spec.contains("://"))
-}
-
-/// Whether a device is not there at all, as one that is not plugged in.
-fn is_missing(spec: &OsStr) -> bool {
-    !is_uri(spec) && matches!(std::fs::metadata(spec), Err(error) if error.kind() == std::io::ErrorKind::NotFound)
-}
-
-fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).map_err(|e| Error::failed("cannot find the current directory").on(path).because(e))
 }
