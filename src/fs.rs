@@ -11,7 +11,7 @@ mod open;
 mod root;
 mod usage;
 
-pub use attributes::{Attributes, FileKind};
+pub use attributes::{Attributes, FileKind, Ownership};
 pub use catalog::{Catalog, CatalogEntry, FileSource};
 pub use nodes::{Ino, ROOT};
 pub use root::Root;
@@ -19,7 +19,6 @@ pub use usage::Usage;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -29,31 +28,12 @@ use crate::error::{Error, Result, shown};
 use crate::export::{FileIdentity, HostNode};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
-use crate::source::nbd::Uri;
-use crate::spec::Spec;
+use crate::spec::{SourceOptions, Spec};
 use crate::units::Bytes;
-use attributes::Ownership;
 use change::Changes;
 use nodes::Nodes;
 use open::{Open, OpenFiles};
 use usage::UsageCache;
-
-/// What the user chose for the whole mount.
-#[derive(Clone, Debug, Default)]
-pub struct Options {
-    /// Owner of every file, instead of the device node's.
-    pub uid: Option<u32>,
-    /// Group of every file, instead of the device node's.
-    pub gid: Option<u32>,
-    /// The permissions that a file may have at most.
-    pub mode: Option<u32>,
-    /// The metadata of an offline pool, whose data the SPEC is.
-    pub thin_metadata: Option<PathBuf>,
-    /// The export that the kernel's NBD device is connected to.
-    pub nbd: Option<Uri>,
-    /// The bytes that the maps of all open files may hold.
-    pub map_cache: Option<Bytes>,
-}
 
 /// An open file's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -95,20 +75,21 @@ struct Shared {
 }
 
 impl FileSystem {
-    /// Makes the file system of a SPEC. What the SPEC names must exist and be readable now.
+    /// Makes the file system of a SPEC. What the SPEC names must exist and be readable now. The maps of all open files may
+    /// use `map_cache` bytes of memory together.
     ///
     /// # Errors
-    /// When it is missing, unreadable, or nothing that can be shown.
-    pub fn new(spec: &Spec, options: &Options) -> Result<Self> {
+    /// As [`Catalog::new`] and [`Catalog::connection_of`].
+    pub fn new(spec: &Spec, options: &SourceOptions, ownership: Ownership, map_cache: Option<Bytes>) -> Result<Self> {
         let catalog = Catalog::new(spec, options)?;
         let nbd = options.nbd.clone().map(|uri| catalog.connection_of(uri)).transpose()?;
         let context = Context { nbd, ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),
             catalog,
-            ownership: Ownership::new(options),
+            ownership,
             context: Arc::new(context),
-            maps: Arc::new(MapCache::new(options.map_cache)),
+            maps: Arc::new(MapCache::new(map_cache)),
             changes: Changes::default(),
             usage: UsageCache::default(),
             open: OpenFiles::default(),

@@ -1,4 +1,4 @@
-//! The SPEC of a command line: what is to be shown.
+//! The SPEC of a command line, which names what is to be shown, and the options that say more about it.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result, shown};
 use crate::source::nbd::Uri;
+use crate::source::thin::ThinId;
 
 /// A SPEC, parsed once. No later change of the current directory changes its meaning.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +23,17 @@ pub enum SpecKind {
     Path(PathBuf),
     /// An export of an NBD server.
     Nbd(Uri),
+}
+
+/// Options of what is shown.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceOptions {
+    /// The metadata of a thin pool that is not active, whose data device or image is the SPEC: an absolute path.
+    pub thin_metadata: Option<PathBuf>,
+    /// The volume of that pool. A mount shows all volumes, and has none here.
+    pub volume: Option<ThinId>,
+    /// The export that the NBD device of the kernel is connected to, which the SPEC is or stands on.
+    pub nbd: Option<Uri>,
 }
 
 impl Spec {

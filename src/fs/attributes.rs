@@ -2,8 +2,8 @@
 
 use std::time::SystemTime;
 
+use super::Ino;
 use super::change::Changed;
-use super::{Ino, Options};
 use crate::error::Result;
 use crate::export::{FileIdentity, HostNode};
 use crate::handle::Handle;
@@ -53,19 +53,16 @@ pub struct Attributes {
     pub gid: u32,
 }
 
-/// Who owns the files: as their devices, unless the user narrowed it.
-#[derive(Clone, Copy, Debug)]
+/// What the options of the mount say about the owner, the group and the permissions of its files. All else is as on the
+/// nodes of the devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ownership {
-    uid: Option<u32>,
-    gid: Option<u32>,
-    mode: u32,
-}
-
-impl Ownership {
-    /// What the options say.
-    pub fn new(options: &Options) -> Self {
-        Self { uid: options.uid, gid: options.gid, mode: options.mode.unwrap_or(0o777) }
-    }
+    /// The owner of every file, instead of the device node's.
+    pub uid: Option<u32>,
+    /// The group of every file, instead of the device node's.
+    pub gid: Option<u32>,
+    /// The permission bits that a file may have at most.
+    pub mode: u32,
 }
 
 impl Attributes {

@@ -10,14 +10,14 @@ use std::sync::Arc;
 use log::error;
 
 use super::root::Root;
-use super::{FileKind, Options, not_found};
+use super::{FileKind, not_found};
 use crate::error::{Error, Result};
 use crate::export::{self, Export, HostNode, VolumeExport};
 use crate::source::Context;
 use crate::source::nbd::{Beside, NbdExport, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{Found, OfflinePools};
-use crate::spec::{Spec, SpecKind};
+use crate::spec::{SourceOptions, Spec, SpecKind};
 use crate::sys::device::{self, DeviceId};
 use crate::units::Bytes;
 
@@ -73,7 +73,7 @@ impl Catalog {
     ///
     /// # Errors
     /// When it does not exist, cannot be opened for reading, or is none of the things that can be shown.
-    pub fn new(spec: &Spec, options: &Options) -> Result<Self> {
+    pub fn new(spec: &Spec, options: &SourceOptions) -> Result<Self> {
         match (spec.kind(), &options.thin_metadata) {
             (SpecKind::Nbd(uri), _) => Self::of_export(uri),
             (SpecKind::Path(data), Some(metadata)) => Self::of_pool(metadata, data),

@@ -10,10 +10,10 @@ use nix::unistd::{Whence, geteuid, lseek};
 
 use super::*;
 use crate::export::{Export, HostNode, MIN_ALIGN};
-use crate::fs::Options;
+use crate::fs::Ownership;
 use crate::handle::MapCache;
 use crate::source::{Context, Stack};
-use crate::spec::Spec;
+use crate::spec::{SourceOptions, Spec};
 use crate::sys::buffer::AlignedBuffer;
 
 /// A source with a fault: whatever is asked of its bytes or its holes panics.
@@ -57,7 +57,9 @@ fn a_panic_in_a_source_is_eio_and_the_mount_goes_on() {
     File::create(&image).unwrap().set_len(1 << 20).unwrap();
     let point = directory.path().join("mount");
     std::fs::create_dir(&point).unwrap();
-    let fs = Arc::new(FileSystem::new(&Spec::parse(image.as_os_str()).unwrap(), &Options::default()).unwrap());
+    let spec = Spec::parse(image.as_os_str()).unwrap();
+    let ownership = Ownership { uid: None, gid: None, mode: 0o777 };
+    let fs = Arc::new(FileSystem::new(&spec, &SourceOptions::default(), ownership, None).unwrap());
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
     let session = fuser::spawn_mount(BlkHoleFs::new(fs.clone(), false), &point, &config).unwrap();

@@ -7,12 +7,12 @@ use log::LevelFilter;
 use nix::unistd::{getegid, geteuid, getgid, getuid};
 
 use crate::error::{Error, Result};
-use crate::mount::argv::{self, Command, MountRequest};
+use crate::mount::argv::{self, CommandLine, MountRequest};
 use crate::mount::daemon::{self, Ready};
 use crate::mount::filesystem;
 use crate::mount::logging::{self, one_line};
 use crate::mount::namespace::Namespace;
-use crate::mount::options::{self, MountOptions, Unknown};
+use crate::mount::options::{self, ParsedOptions, UnknownOptions};
 use crate::mount::point::MountPoint;
 use crate::mount::serve::Service;
 use crate::mount::session;
@@ -56,19 +56,19 @@ pub fn command(args: &[OsString]) -> ExitCode {
 pub(super) fn finish<T>(
     name: &str,
     usage: &str,
-    command: Result<Command<T>>,
+    command: Result<CommandLine<T>>,
     run: impl FnOnce(&str, T) -> Result<u8>,
 ) -> ExitCode {
     let result = match command {
-        Ok(Command::Help) => {
+        Ok(CommandLine::Help) => {
             println!("{usage}");
             Ok(0)
         }
-        Ok(Command::Version) => {
+        Ok(CommandLine::Version) => {
             println!("{name} {}", env!("CARGO_PKG_VERSION"));
             Ok(0)
         }
-        Ok(Command::Run(request)) => refuse_setuid().and_then(|()| run(name, request)),
+        Ok(CommandLine::Run(request)) => refuse_setuid().and_then(|()| run(name, request)),
         Err(error) => Err(error.hint(usage.lines().next().unwrap_or_default())),
     };
     match result {
@@ -100,12 +100,12 @@ fn run(name: &str, request: MountRequest) -> Result<u8> {
     // All paths are made absolute first: entering another mount namespace changes the current directory.
     let spec = Spec::parse(&request.spec)?;
     let dir = absolute(&request.dir)?;
-    if options.nofail && spec.is_missing() {
-        log::debug!("{} does not exist, and with nofail that is no failure", spec);
+    if options.mount.nofail && spec.is_missing() {
+        log::debug!("{spec} does not exist, and with nofail that is no failure");
         return Ok(0);
     }
     let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
-    let mut paths = spec.path().into_iter().chain(options.thin_metadata.as_deref());
+    let mut paths = spec.path().into_iter().chain(options.source.thin_metadata.as_deref());
     paths.try_for_each(|path| point.leaves(path))?;
     let opened = filesystem::open(&spec, point.shape(), &options)?;
     if request.verbose {
@@ -131,17 +131,14 @@ fn run(name: &str, request: MountRequest) -> Result<u8> {
     daemon::background(|error| complaint(name, error), serve, || place.remove_dead_mount())
 }
 
-fn parse_options(request: &MountRequest) -> Result<MountOptions> {
-    let unknown = if request.sloppy { Unknown::Tolerated } else { Unknown::Refused };
-    let mut options = options::parse(&request.options, unknown)?;
+fn parse_options(request: &MountRequest) -> Result<ParsedOptions> {
+    let unknown = if request.sloppy { UnknownOptions::Warn } else { UnknownOptions::Refuse };
+    let options = options::parse(&request.options, unknown)?;
     for warning in &options.warnings {
         log::warn!("{warning}");
     }
-    if !geteuid().is_root() && (options.uid.is_some() || options.gid.is_some()) {
+    if !geteuid().is_root() && (options.mount.uid.is_some() || options.mount.gid.is_some()) {
         return Err(Error::usage("only root can give the files to another user: uid= and gid= are for root"));
-    }
-    if let Some(path) = options.thin_metadata.take() {
-        options.thin_metadata = Some(absolute(&path)?);
     }
     Ok(options)
 }

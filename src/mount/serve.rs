@@ -9,7 +9,7 @@ use nix::unistd::geteuid;
 
 use crate::error::{Error, ErrorKind, Result, plain};
 use crate::mount::daemon::Ready;
-use crate::mount::options::MountOptions;
+use crate::mount::options::{MountOptions, ParsedOptions};
 use crate::mount::point::{Claim, MountPoint, Mounted, Unmounted};
 use crate::mount::record::{self, Record};
 use crate::mount::signals::{Signals, Wish};
@@ -40,7 +40,7 @@ pub struct Service<'a> {
     /// What was mounted, as typed.
     pub spec: &'a Spec,
     /// The words of `-o`.
-    pub options: &'a MountOptions,
+    pub options: &'a ParsedOptions,
     /// What signals do.
     pub hooks: Hooks,
 }
@@ -72,7 +72,7 @@ impl Service<'_> {
         resources::check()?;
         let claim = point.claim()?;
         let signals = Signals::hold(ready.is_foreground())?;
-        let (session, mounted) = mount(self.spec, &claim, self.options)?;
+        let (session, mounted) = mount(self.spec, &claim, &self.options.mount)?;
         let record = create_record(&mounted);
         let started = self.drop_privileges(&mounted).and_then(|()| start(session, signals));
         let events = match started.and_then(|events| ready.report().map(|()| events)) {
@@ -130,8 +130,7 @@ impl Service<'_> {
 
     /// Whether an NBD server is reached by a Unix socket.
     fn connects_to_socket(&self) -> bool {
-        let beside = self.options.nbd.as_deref().and_then(|text| Uri::parse(text).ok());
-        self.spec.nbd_uri().into_iter().chain(&beside).any(Uri::has_unix_socket)
+        self.spec.nbd_uri().into_iter().chain(&self.options.source.nbd).any(Uri::has_unix_socket)
     }
 }
 
