@@ -5,36 +5,36 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use lru::LruCache;
 
-use super::error::{Damage, Result, ThinError};
-use super::node::{Node, NodeKind, Shape};
+use super::error::{Damage, ThinError, ThinResult};
+use super::node::{NodeKind, NodeShape, TreeNode};
 use super::reader::MetadataReader;
-use super::walk::{Child, MAX_DEPTH, Tree};
+use super::walk::{ChildNode, MAX_DEPTH, Tree};
 use super::{MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
 
 /// A node in memory that passed its checks.
 #[derive(Debug)]
-struct Checked {
+struct CheckedNode {
     block: Box<RawBlock>,
-    shape: Shape,
+    shape: NodeShape,
 }
 
-impl Checked {
-    fn node(&self) -> Node<'_> {
-        Node::checked(&self.block, self.shape)
+impl CheckedNode {
+    fn node(&self) -> TreeNode<'_> {
+        TreeNode::checked(&self.block, self.shape)
     }
 }
 
 /// The leaf that a descent ends at, and the keys that its ancestors leave to it.
 #[derive(Debug)]
 pub struct Leaf {
-    checked: Arc<Checked>,
+    checked: Arc<CheckedNode>,
     high: u64,
 }
 
 impl Leaf {
     /// The leaf's node.
-    pub fn node(&self) -> Node<'_> {
+    pub fn node(&self) -> TreeNode<'_> {
         self.checked.node()
     }
 
@@ -47,7 +47,7 @@ impl Leaf {
 /// Nodes that were read lately, for look-ups in metadata that does not change.
 #[derive(Debug)]
 pub struct NodeCache {
-    nodes: Mutex<LruCache<MetaBlock, Arc<Checked>>>,
+    nodes: Mutex<LruCache<MetaBlock, Arc<CheckedNode>>>,
 }
 
 impl NodeCache {
@@ -58,7 +58,7 @@ impl NodeCache {
 
     /// The node that `child` of `tree` points to. A cached one passed the checks that need no parent, and as a node may
     /// be shared by trees, its parent's are made each time.
-    fn node(&self, tree: &Tree, child: &Child, reader: &MetadataReader) -> Result<Arc<Checked>> {
+    fn node(&self, tree: &Tree, child: &ChildNode, reader: &MetadataReader) -> ThinResult<Arc<CheckedNode>> {
         let lock = || self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         let cached = lock().get(&child.block).map(Arc::clone);
         if let Some(checked) = cached {
@@ -68,7 +68,7 @@ impl NodeCache {
         let mut buffer = AlignedBuffer::new();
         let block = Box::new(reader.read(child.block, 1, &mut buffer)?[0]);
         let shape = tree.parse(child, &block)?.shape();
-        let checked = Arc::new(Checked { block, shape });
+        let checked = Arc::new(CheckedNode { block, shape });
         lock().put(child.block, Arc::clone(&checked));
         Ok(checked)
     }
@@ -79,7 +79,7 @@ impl Tree {
     ///
     /// # Errors
     /// When a node on the way cannot be read or fails a check.
-    pub fn leaf(&self, key: u64, reader: &MetadataReader, cache: &NodeCache) -> Result<Leaf> {
+    pub fn leaf(&self, key: u64, reader: &MetadataReader, cache: &NodeCache) -> ThinResult<Leaf> {
         let mut child = self.root();
         for _ in 0..MAX_DEPTH {
             let checked = cache.node(self, &child, reader)?;
@@ -94,11 +94,11 @@ impl Tree {
         Err(ThinError::Damaged(self.root, Damage::Depth))
     }
 
-    /// The first entry at or after `key`: its key, and its value for [`super::node::Values::Numbers`].
+    /// The first entry at or after `key`: its key, and its value for [`super::node::LeafValues::Numbers`].
     ///
     /// # Errors
     /// When a node on the way cannot be read or fails a check.
-    pub fn next(&self, key: u64, reader: &MetadataReader, cache: &NodeCache) -> Result<Option<(u64, u64)>> {
+    pub fn next(&self, key: u64, reader: &MetadataReader, cache: &NodeCache) -> ThinResult<Option<(u64, u64)>> {
         let mut from = key;
         loop {
             let leaf = self.leaf(from, reader, cache)?;

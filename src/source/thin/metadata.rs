@@ -4,13 +4,13 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
-use super::error::{Damage, Result, ThinError};
+use super::error::{Damage, ThinError, ThinResult};
 use super::lookup::NodeCache;
-use super::node::Values;
+use super::node::LeafValues;
 use super::reader::MetadataReader;
 use super::superblock::{MAX_METADATA_BLOCKS, Superblock};
 use super::walk::Tree;
-use super::{Details, MetaBlock, RawBlock, ThinId};
+use super::{DeviceDetails, MetaBlock, RawBlock, ThinId};
 use crate::map::{Block, FillBuilder, FillMap};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -31,7 +31,7 @@ pub struct Metadata {
 ///
 /// # Errors
 /// When it cannot be read or is not the superblock of a pool.
-pub fn read_superblock(reader: &MetadataReader, location: MetaBlock) -> Result<(Superblock, Box<RawBlock>)> {
+pub fn read_superblock(reader: &MetadataReader, location: MetaBlock) -> ThinResult<(Superblock, Box<RawBlock>)> {
     let mut buffer = AlignedBuffer::new();
     let raw = Box::new(reader.read(location, 1, &mut buffer)?[0]);
     let superblock = Superblock::parse(&raw, location).map_err(|damage| ThinError::Damaged(location, damage))?;
@@ -43,7 +43,7 @@ impl Metadata {
     ///
     /// # Errors
     /// When the superblock cannot be read or is damaged.
-    pub fn open(reader: MetadataReader, location: MetaBlock) -> Result<Self> {
+    pub fn open(reader: MetadataReader, location: MetaBlock) -> ThinResult<Self> {
         let (superblock, raw) = read_superblock(&reader, location)?;
         Ok(Self { reader, superblock, raw, cache: NodeCache::new(FEW) })
     }
@@ -63,7 +63,7 @@ impl Metadata {
         &self.reader
     }
 
-    fn tree(&self, root: MetaBlock, values: Values) -> Tree {
+    fn tree(&self, root: MetaBlock, values: LeafValues) -> Tree {
         // A walk keeps a bit for each block: a sparse image of any size must not make that much.
         Tree { root, values, blocks: self.reader.blocks().min(MAX_METADATA_BLOCKS) }
     }
@@ -72,8 +72,8 @@ impl Metadata {
     ///
     /// # Errors
     /// [`ThinError::Unknown`] when the pool has no such device, else what is damaged.
-    pub fn mapping_tree(&self, id: ThinId) -> Result<Tree> {
-        let devices = self.tree(self.superblock.mapping_root, Values::Numbers);
+    pub fn mapping_tree(&self, id: ThinId) -> ThinResult<Tree> {
+        let devices = self.tree(self.superblock.mapping_root, LeafValues::Numbers);
         let key = u64::from(id.get());
         match devices.next(key, &self.reader, &self.cache)? {
             Some((found, root)) if found == key => self.root_of(root),
@@ -81,8 +81,8 @@ impl Metadata {
         }
     }
 
-    fn root_of(&self, root: u64) -> Result<Tree> {
-        let tree = self.tree(MetaBlock::new(root), Values::Numbers);
+    fn root_of(&self, root: u64) -> ThinResult<Tree> {
+        let tree = self.tree(MetaBlock::new(root), LeafValues::Numbers);
         if root == 0 || root >= tree.blocks {
             return Err(ThinError::Damaged(self.superblock.mapping_root, Damage::Pointer));
         }
@@ -93,8 +93,8 @@ impl Metadata {
     ///
     /// # Errors
     /// [`ThinError::Unknown`] when the pool has no such device, else what is damaged.
-    pub fn details(&self, id: ThinId) -> Result<Details> {
-        let tree = self.tree(self.superblock.details_root, Values::Details);
+    pub fn details(&self, id: ThinId) -> ThinResult<DeviceDetails> {
+        let tree = self.tree(self.superblock.details_root, LeafValues::Details);
         let key = u64::from(id.get());
         let leaf = tree.leaf(key, &self.reader, &self.cache)?;
         let index = leaf.node().lower_bound(key);
@@ -107,8 +107,9 @@ impl Metadata {
     ///
     /// # Errors
     /// When one of the trees is damaged. A device's own damage is found when it is read.
-    pub fn devices(&self) -> Result<Vec<ThinId>> {
-        let trees = [(self.superblock.mapping_root, Values::Numbers), (self.superblock.details_root, Values::Details)];
+    pub fn devices(&self) -> ThinResult<Vec<ThinId>> {
+        let trees =
+            [(self.superblock.mapping_root, LeafValues::Numbers), (self.superblock.details_root, LeafValues::Details)];
         let mut ids = Vec::new();
         for (root, values) in trees {
             for key in self.keys(&self.tree(root, values))? {
@@ -121,7 +122,7 @@ impl Metadata {
         Ok(ids)
     }
 
-    fn keys(&self, tree: &Tree) -> Result<Vec<u64>> {
+    fn keys(&self, tree: &Tree) -> ThinResult<Vec<u64>> {
         let keys = Mutex::new(Vec::new());
         tree.walk(&self.reader, 1, || |node| keys.lock().unwrap_or_else(PoisonError::into_inner).extend(node.keys()))?;
         Ok(keys.into_inner().unwrap_or_else(PoisonError::into_inner))
@@ -133,7 +134,7 @@ impl Metadata {
     /// # Errors
     /// When the device is unknown, any node of its tree fails a check, or the tree has another number of mappings than
     /// the device's details say.
-    pub fn map(&self, id: ThinId, len: Bytes, threads: usize) -> Result<FillMap> {
+    pub fn map(&self, id: ThinId, len: Bytes, threads: usize) -> ThinResult<FillMap> {
         let tree = self.mapping_tree(id)?;
         let stated = self.details(id)?.mapped_blocks;
         let builder = FillBuilder::new(len, self.superblock.data_block_size.bytes());

@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 
 use log::debug;
 
-use super::error::{Result as ThinResult, ThinError};
-use super::held::Snapshot;
+use super::error::{ThinError, ThinResult};
+use super::held::MetadataSnapshot;
 use super::metadata::{Metadata, read_superblock};
 use super::params::{self, Mode, PoolTable};
 use super::reader::MetadataReader;
-use super::turns::{self, Turns};
+use super::shared_reads::{self, SharedReads};
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result, plain};
 use crate::map::FillMap;
@@ -42,13 +42,13 @@ const THREADS: usize = 2;
 const SUPERBLOCK_SECTORS: u64 = 8;
 
 /// What readers of live pools share.
-pub type Readers = turns::Pools<Wanted, ThinResult<FillMap>>;
+pub type Readers = shared_reads::SharedReadsByPool<Wanted, ThinResult<FillMap>>;
 
 /// A live pool.
-pub struct Pool {
+pub struct LivePool {
     control: Arc<Control>,
     id: DeviceId,
-    turns: Arc<Turns<Wanted, ThinResult<FillMap>>>,
+    reads: Arc<SharedReads<Wanted, ThinResult<FillMap>>>,
 }
 
 /// The device whose map is wanted.
@@ -108,10 +108,10 @@ enum Reading {
     Torn,
 }
 
-impl Pool {
+impl LivePool {
     /// The pool `id`.
     pub fn new(control: Arc<Control>, id: DeviceId, readers: &Readers) -> Self {
-        Self { control, id, turns: readers.of(id) }
+        Self { control, id, reads: readers.of(id) }
     }
 
     /// The mapped blocks of a thin device: all those that were written to by any write that completed before this is
@@ -121,7 +121,7 @@ impl Pool {
     /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
     /// too fast.
     pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, NoMap> {
-        let map = self.turns.take(*wanted, |wanted| self.maps(wanted))?;
+        let map = self.reads.take(*wanted, |wanted| self.maps(wanted))?;
         Ok(map.ok_or(NoMap::NotNow("its pool commits faster than its metadata can be read"))??)
     }
 
@@ -189,7 +189,7 @@ impl Pool {
         if live.mode == Mode::ReadOnly {
             return Ok(None);
         }
-        let snapshot = match Snapshot::reserve(&self.control, self.id) {
+        let snapshot = match MetadataSnapshot::reserve(&self.control, self.id) {
             Ok(Some(snapshot)) => snapshot,
             Ok(None) => return Ok(None),
             Err(error) => {

@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::error::{Result, ThinError};
+use super::error::{ThinError, ThinResult};
 use super::{METADATA_BLOCK, MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device;
@@ -67,7 +67,12 @@ impl MetadataReader {
     ///
     /// # Errors
     /// When the device refuses, or ends before.
-    pub fn read<'b>(&self, first: MetaBlock, count: usize, buffer: &'b mut AlignedBuffer) -> Result<&'b [RawBlock]> {
+    pub fn read<'b>(
+        &self,
+        first: MetaBlock,
+        count: usize,
+        buffer: &'b mut AlignedBuffer,
+    ) -> ThinResult<&'b [RawBlock]> {
         self.reads.fetch_add(1, Relaxed);
         self.try_read(first, buffer.resize(count * METADATA_BLOCK)).map_err(|error| ThinError::Io(first, error))?;
         Ok(buffer.bytes().as_chunks().0)

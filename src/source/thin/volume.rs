@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use super::DataBlockSize;
-use super::alone::AloneGuard;
 use super::guard::WriteGuard;
 use super::params::{self, Mapped, ThinTable};
-use super::pool::{NoMap, Pool, Wanted};
+use super::pool::{LivePool, NoMap, Wanted};
+use super::single_activation::SingleActivationGuard;
 use crate::error::plain;
 use crate::map::{Clip, Concat, Extent, FillMap, HoleMap, Kind, Overlay, Uniform};
 use crate::reason::DenseReason;
@@ -28,11 +28,11 @@ pub fn segment(asked: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result
     let again = Arc::new(AtomicBool::new(false));
     let guard = WriteGuard::new(asked.device, again.clone());
     resolver.guard(guard.map_err(|error| format!("cannot use its I/O counters: {}", plain(&error)))?);
-    let guard = AloneGuard::new(control.clone(), asked.events, asked.device.id, table);
+    let guard = SingleActivationGuard::new(control.clone(), asked.events, asked.device.id, table);
     let guard = guard.map_err(|error| format!("cannot look for its other devices: {}", plain(&error)))?;
-    let alone = guard.alone();
+    let is_single = guard.is_single();
     resolver.guard(guard);
-    if !alone {
+    if !is_single {
         return Err("the volume is active as another device too, or about to be".into());
     }
     let mapped = mapped(&control, asked)?;
@@ -41,7 +41,7 @@ pub fn segment(asked: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result
     // while one of them is suspended.
     let waits = resolver.waits_on(table.pool);
     waits.map_err(|error| format!("cannot tell whether its pool is suspended: {}", plain(&error)))?;
-    let pool = Pool::new(control, table.pool, &resolver.context.thin);
+    let pool = LivePool::new(control, table.pool, &resolver.context.thin);
     let wanted = Wanted { id: table.id, len: asked.len, mapped: mapped.sectors };
     let volume = Volume { pool, wanted, len: asked.len, block, mapped, map: OnceLock::new(), again };
     match table.origin.map(|origin| resolver.device(origin, asked.len)) {
@@ -83,7 +83,7 @@ fn over_origin(volume: Volume, origin: Arc<Layer>) -> Result<TargetLayer, DenseR
 
 /// A thin device. Reading its tree waits for the first question about a hole: what stat(2) tells is in its status.
 struct Volume {
-    pool: Pool,
+    pool: LivePool,
     wanted: Wanted,
     len: Bytes,
     block: DataBlockSize,

@@ -4,7 +4,7 @@
 //! few internal nodes come first; then all leaves, sorted by position, are read in requests of up to 1 MiB, and foreign
 //! blocks between them are read too where that saves a request. Nothing is kept of a leaf but what its visitor takes.
 //!
-//! Every node is checked by itself (see [`Node::parse`]) and against its parent: its block is one of the metadata's and
+//! Every node is checked by itself (see [`TreeNode::parse`]) and against its parent: its block is one of the metadata's and
 //! is reached once, so there is no loop and no work beyond the metadata's size; its keys are in the range that the
 //! parent gives it; all leaves are equally deep. The first failure ends the walk with an error.
 //!
@@ -19,8 +19,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use super::error::{Damage, Result, ThinError};
-use super::node::{Node, NodeKind, Values};
+use super::error::{Damage, ThinError, ThinResult};
+use super::node::{LeafValues, NodeKind, TreeNode};
 use super::reader::MetadataReader;
 use super::{MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
@@ -39,14 +39,14 @@ pub struct Tree {
     /// Its topmost node.
     pub root: MetaBlock,
     /// What its leaves hold.
-    pub values: Values,
+    pub values: LeafValues,
     /// The number of metadata blocks, none of whose numbers is as large.
     pub blocks: u64,
 }
 
 /// A node that a parent points to: where it is, and which keys it may have.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Child {
+pub(super) struct ChildNode {
     pub(super) block: MetaBlock,
     pub(super) low: u64,
     /// Half-open, so that no node may have a key of `u64::MAX`; no device has so many blocks.
@@ -54,20 +54,20 @@ pub(super) struct Child {
 }
 
 impl Tree {
-    pub(super) fn root(&self) -> Child {
-        Child { block: self.root, low: 0, high: u64::MAX }
+    pub(super) fn root(&self) -> ChildNode {
+        ChildNode { block: self.root, low: 0, high: u64::MAX }
     }
 
     /// The node that `child` points to, read from `block`.
-    pub(super) fn parse<'b>(&self, child: &Child, block: &'b RawBlock) -> Result<Node<'b>> {
+    pub(super) fn parse<'b>(&self, child: &ChildNode, block: &'b RawBlock) -> ThinResult<TreeNode<'b>> {
         let damaged = |damage| ThinError::Damaged(child.block, damage);
-        let node = Node::parse(block, child.block, self.values).map_err(damaged)?;
+        let node = TreeNode::parse(block, child.block, self.values).map_err(damaged)?;
         self.check_range(child, &node)?;
         Ok(node)
     }
 
     /// Whether `node` has keys, unless it is the root, and only those that its parent gives it.
-    pub(super) fn check_range(&self, child: &Child, node: &Node<'_>) -> Result<()> {
+    pub(super) fn check_range(&self, child: &ChildNode, node: &TreeNode<'_>) -> ThinResult<()> {
         match node.bounds() {
             Some((first, last)) if first < child.low || last >= child.high => {
                 Err(ThinError::Damaged(child.block, Damage::KeyRange))
@@ -78,14 +78,14 @@ impl Tree {
     }
 
     /// Entry `index` of an internal `node`, which `parent` points to.
-    pub(super) fn child(&self, parent: &Child, node: &Node<'_>, index: usize) -> Result<Child> {
+    pub(super) fn child(&self, parent: &ChildNode, node: &TreeNode<'_>, index: usize) -> ThinResult<ChildNode> {
         let damaged = |damage| ThinError::Damaged(parent.block, damage);
         let block = node.child(index).ok_or(damaged(Damage::Entries))?;
         if block == MetaBlock::SUPERBLOCK || block.get() >= self.blocks {
             return Err(damaged(Damage::Pointer));
         }
         let low = node.key(index).ok_or(damaged(Damage::Entries))?;
-        Ok(Child { block, low, high: node.key(index + 1).unwrap_or(parent.high) })
+        Ok(ChildNode { block, low, high: node.key(index + 1).unwrap_or(parent.high) })
     }
 
     /// Shows every leaf once, in no order, to one of the visitors: `visitor` makes one for each of at most `threads`
@@ -93,18 +93,18 @@ impl Tree {
     ///
     /// # Errors
     /// When a node cannot be read or fails a check. Visitors may have seen any part of the tree by then.
-    pub fn walk<V: FnMut(&Node<'_>)>(
+    pub fn walk<V: FnMut(&TreeNode<'_>)>(
         &self,
         reader: &MetadataReader,
         threads: usize,
         visitor: impl Fn() -> V + Sync,
-    ) -> Result<()> {
-        let visited = Visited::new(self.blocks);
+    ) -> ThinResult<()> {
+        let visited = VisitedBlocks::new(self.blocks);
         visited.mark(self.root)?;
         let mut level = vec![self.root()];
         for _ in 0..MAX_DEPTH {
             level.sort_unstable_by_key(|child| child.block);
-            let work = Level { tree: self, reader, nodes: &level, visited: &visited, kind: OnceLock::new() };
+            let work = LevelWalk { tree: self, reader, nodes: &level, visited: &visited, kind: OnceLock::new() };
             level = work.read(threads, &visitor)?;
             if level.is_empty() {
                 return Ok(());
@@ -115,14 +115,14 @@ impl Tree {
 }
 
 /// The blocks that a walk has come to.
-struct Visited(Vec<AtomicU64>);
+struct VisitedBlocks(Vec<AtomicU64>);
 
-impl Visited {
+impl VisitedBlocks {
     fn new(blocks: u64) -> Self {
         Self((0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
     }
 
-    fn mark(&self, block: MetaBlock) -> Result<()> {
+    fn mark(&self, block: MetaBlock) -> ThinResult<()> {
         let bit = 1 << (block.get() % 64);
         let word = usize::try_from(block.get() / 64).ok().and_then(|word| self.0.get(word));
         match word.map(|word| word.fetch_or(bit, Relaxed) & bit) {
@@ -134,18 +134,22 @@ impl Visited {
 }
 
 /// The nodes of one depth, sorted by block.
-struct Level<'a> {
+struct LevelWalk<'a> {
     tree: &'a Tree,
     reader: &'a MetadataReader,
-    nodes: &'a [Child],
-    visited: &'a Visited,
+    nodes: &'a [ChildNode],
+    visited: &'a VisitedBlocks,
     /// What the first node was; the others must be the same.
     kind: OnceLock<NodeKind>,
 }
 
-impl Level<'_> {
+impl LevelWalk<'_> {
     /// Reads all nodes; the children of those that have some.
-    fn read<V: FnMut(&Node<'_>)>(&self, threads: usize, visitor: &(impl Fn() -> V + Sync)) -> Result<Vec<Child>> {
+    fn read<V: FnMut(&TreeNode<'_>)>(
+        &self,
+        threads: usize,
+        visitor: &(impl Fn() -> V + Sync),
+    ) -> ThinResult<Vec<ChildNode>> {
         let next = Mutex::new(0);
         let failed = AtomicBool::new(false);
         let work = || {
@@ -176,13 +180,13 @@ impl Level<'_> {
         &self,
         next: &Mutex<usize>,
         failed: &AtomicBool,
-        mut visit: impl FnMut(&Node<'_>),
-    ) -> Result<Vec<Child>> {
+        mut visit: impl FnMut(&TreeNode<'_>),
+    ) -> ThinResult<Vec<ChildNode>> {
         let mut buffer = AlignedBuffer::new();
         let mut children = Vec::new();
         while let Some(request) = self.next_request(next).filter(|_| !failed.load(Relaxed)) {
             let first = request[0].block.get();
-            let index = |child: &Child| usize::try_from(child.block.get() - first).unwrap_or(usize::MAX);
+            let index = |child: &ChildNode| usize::try_from(child.block.get() - first).unwrap_or(usize::MAX);
             let count = request.last().map_or(0, index) + 1;
             let blocks = self.reader.read(request[0].block, count, &mut buffer)?;
             for child in request {
@@ -199,7 +203,7 @@ impl Level<'_> {
         Ok(children)
     }
 
-    fn add_children(&self, parent: &Child, node: &Node<'_>, children: &mut Vec<Child>) -> Result<()> {
+    fn add_children(&self, parent: &ChildNode, node: &TreeNode<'_>, children: &mut Vec<ChildNode>) -> ThinResult<()> {
         children.reserve(node.len());
         for index in 0..node.len() {
             let child = self.tree.child(parent, node, index)?;
@@ -210,7 +214,7 @@ impl Level<'_> {
     }
 
     /// The next nodes that one read request brings.
-    fn next_request(&self, next: &Mutex<usize>) -> Option<&[Child]> {
+    fn next_request(&self, next: &Mutex<usize>) -> Option<&[ChildNode]> {
         let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);
         let rest = self.nodes.get(*next..)?;
         let first = rest.first()?.block.get();

@@ -2,14 +2,13 @@
 //!
 //! The metadata is an array of 4096-byte blocks (`drivers/md/dm-thin-metadata.c`). Block 0 is the [`superblock`]; it
 //! names the root of the top-level tree (device id to the root of that device's mapping tree) and of the details tree
-//! (device id to [`Details`]). The trees are B+trees of one [`node`] format, copied on write, so a committed root is
+//! (device id to [`DeviceDetails`]). The trees are B+trees of one [`node`] format, copied on write, so a committed root is
 //! whole until the blocks that only it uses are freed and used again.
 //!
 //! [`reader`] reads blocks, [`lookup`] finds single keys, [`walk`] reads whole trees. A key that is present in a mapping
 //! tree is a mapped block and so data; an absent one reads as zeros (or as the external origin). That makes a missing
 //! key dangerous and a missing check fatal: a tree that fails any check is an error, never a shorter list of mappings.
 
-pub mod alone;
 pub mod error;
 pub mod guard;
 pub mod held;
@@ -22,8 +21,9 @@ pub mod params;
 pub mod pool;
 pub mod reader;
 pub mod record;
+pub mod shared_reads;
+pub mod single_activation;
 pub mod superblock;
-pub mod turns;
 pub mod volume;
 pub mod walk;
 
@@ -112,7 +112,7 @@ impl DataBlockSize {
 
 /// What the details tree knows of a device (`struct disk_device_details`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Details {
+pub struct DeviceDetails {
     /// Data blocks that the device maps, those past its end included.
     pub mapped_blocks: u64,
 }
