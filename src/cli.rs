@@ -12,13 +12,14 @@ use lexopt::ValueExt;
 use lexopt::prelude::{Long, Short, Value};
 
 use crate::error::{Error, Result};
+use crate::export::{self, Export, VolumeExport};
 use crate::handle::Handle;
 use crate::mount::options::{self, MountOptions, Unknown};
 use crate::report::{self, MapFormat, MapPrinter};
+use crate::source::Context;
 use crate::source::nbd::{Beside, NbdExport, Uri};
 use crate::source::thin::ThinId;
-use crate::source::thin::offline::{OfflinePool, VolumeMedium};
-use crate::source::{Backing, Context};
+use crate::source::thin::offline::OfflinePool;
 use crate::units::Bytes;
 
 const HELP: &str = "\
@@ -103,25 +104,25 @@ struct Asked {
 
 impl Asked {
     /// What the options say of the sources below.
-    fn context(&self, shown: &Backing) -> Result<Context> {
+    fn context(&self, shown: &dyn Export) -> Result<Context> {
         let uri = self.options.nbd.as_deref().map(Uri::parse).transpose()?;
-        let nbd = uri.map(|uri| Beside::new(uri, shown)).transpose()?;
+        let nbd = uri.map(|uri| Beside::new(uri, &shown.stack(&Context::default()), shown.name())).transpose()?;
         Ok(Context { nbd, ..Context::default() })
     }
 
     /// Opens what was asked for.
-    fn open(&self) -> Result<Backing> {
+    fn open(&self) -> Result<Arc<dyn Export>> {
         if let Some(text) = self.device.to_str().filter(|text| Uri::looks_like(text)) {
-            return Ok(Backing::new(&self.device, NbdExport::new(Uri::parse(text)?).open()?));
+            return Ok(Arc::new(NbdExport::new(Uri::parse(text)?).open()?));
         }
-        let Some(metadata) = &self.options.thin_metadata else { return Backing::open(&self.device) };
+        let Some(metadata) = &self.options.thin_metadata else { return export::open(&self.device) };
         let pool = Arc::new(OfflinePool::open(metadata, &self.device)?);
         let id = match (self.volume, pool.volumes()?.as_slice()) {
             (Some(id), _) => id,
             (None, [only]) => only.id,
             (None, _) => return Err(Error::usage("which volume of the pool? name it with --volume")),
         };
-        Ok(Backing::new(&metadata.join(id.to_string()), VolumeMedium::new(pool.volume(id)?)))
+        Ok(Arc::new(VolumeExport::new(pool.volume(id)?)))
     }
 }
 
@@ -169,10 +170,10 @@ fn size(text: &OsStr) -> Result<Bytes> {
 /// `blkholefs map`: the same answers that a seek through a mount gets.
 fn map(arguments: &[OsString]) -> Result<()> {
     let asked = parse(arguments, "map")?;
-    let backing = asked.open()?;
-    let context = asked.context(&backing)?;
-    let handle = Handle::new(backing, Arc::new(context), Arc::default());
-    let len = handle.backing().len()?;
+    let export = asked.open()?;
+    let context = asked.context(&*export)?;
+    let handle = Handle::new(export, Arc::new(context), Arc::default());
+    let len = handle.export().len()?;
     let end = asked.length.and_then(|length| asked.offset.checked_add(length)).unwrap_or(len).min(len);
     let format = match (asked.json, asked.totals) {
         (true, _) => MapFormat::Json,
@@ -189,7 +190,7 @@ fn map(arguments: &[OsString]) -> Result<()> {
         at = end;
     }
     while at < end {
-        for (start, run) in handle.runs(at..end)? {
+        for (start, run) in handle.extents(at..end)? {
             at = run.end;
             if printer.run(start, run).is_err() {
                 return written(printer.finish());
@@ -206,8 +207,8 @@ fn info(arguments: &[OsString]) -> Result<()> {
         let volumes = Arc::new(OfflinePool::open(metadata, &asked.device)?).volumes()?;
         return print(&if asked.json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
     }
-    let backing = asked.open()?;
-    let stack = backing.resolve(&asked.context(&backing)?);
+    let export = asked.open()?;
+    let stack = export.stack(&asked.context(&*export)?);
     stack.write_back();
     print(&if asked.json { report::json(&stack) } else { report::tree(&stack) })
 }

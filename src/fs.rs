@@ -26,10 +26,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::{debug, info};
 
 use crate::error::{Error, Result, shown};
+use crate::export::{FileIdentity, HostNode};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
-use crate::source::backing::{Identity, Node};
-use crate::source::nbd::{Beside, Uri};
+use crate::source::nbd::Uri;
 use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
@@ -100,7 +100,7 @@ impl FileSystem {
     /// When it is missing, unreadable, or nothing that can be shown.
     pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
         let spec = Spec::new(spec, options)?;
-        let nbd = options.nbd.clone().map(|uri| Beside::new(uri, &spec.open_only()?)).transpose()?;
+        let nbd = options.nbd.clone().map(|uri| spec.connection_of(uri)).transpose()?;
         let context = Context { nbd, ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),
@@ -168,7 +168,7 @@ impl FileSystem {
         match self.handle_of(ino) {
             Some(handle) => {
                 let node = target.ok().and_then(|target| target.node().copied());
-                let node = node.filter(|node| node.identity == handle.backing().identity());
+                let node = node.filter(|node| node.identity == handle.export().identity());
                 self.of_open(ino, &handle, node)
             }
             None => {
@@ -191,7 +191,7 @@ impl FileSystem {
             Some(handle) => handle,
             None => match self.spec.open(place) {
                 Ok(backing) if backing.identity() == identity => {
-                    Arc::new(Handle::glance(backing, self.context.clone()))
+                    Arc::new(Handle::for_attributes(backing, self.context.clone()))
                 }
                 Ok(_) => return Err(errno(libc::ESTALE)),
                 // What is short here says nothing of the device, and its length could not be read from sysfs either.
@@ -207,10 +207,10 @@ impl FileSystem {
     }
 
     /// The attributes of an open device, whose node was found to be `node` now.
-    fn of_open(&self, ino: Ino, handle: &Arc<Handle>, node: Option<Node>) -> Result<Attributes> {
+    fn of_open(&self, ino: Ino, handle: &Arc<Handle>, node: Option<HostNode>) -> Result<Attributes> {
         let has_hole = handle.has_hole()?;
         let changed = self.changes.observe(handle);
-        let node = node.map_or_else(|| handle.backing().node(), Ok)?;
+        let node = node.map_or_else(|| handle.export().node(), Ok)?;
         Attributes::file(ino, handle, &node, has_hole, changed, &self.ownership)
     }
 
@@ -276,7 +276,7 @@ impl FileSystem {
     }
 
     /// The handle of a device that is about to be opened once more.
-    fn share(&self, ino: Ino, place: &Place, node: Option<&Node>) -> Result<Arc<Handle>> {
+    fn share(&self, ino: Ino, place: &Place, node: Option<&HostNode>) -> Result<Arc<Handle>> {
         let identity = node.and_then(|node| node.identity);
         if let Some(handle) = self.join(&mut self.lock_handles(), ino, identity)? {
             return Ok(handle);
@@ -289,9 +289,9 @@ impl FileSystem {
         let mut new = Handle::new(backing, self.context.clone(), self.maps.clone());
         let mut handles = self.lock_handles();
         // Another name of the device may be open.
-        let same = |shared: &&Shared| identity.is_some() && shared.handle.backing().identity() == identity;
+        let same = |shared: &&Shared| identity.is_some() && shared.handle.export().identity() == identity;
         if let Some(other) = handles.values().find(same) {
-            new.share_room(&other.handle);
+            new.share_read_memory(&other.handle);
         }
         let new = Arc::new(new);
         // Another open may have been faster.
@@ -304,13 +304,13 @@ impl FileSystem {
     }
 
     /// Counts one more open of the device that `ino` is, if it is open; ESTALE when the name leads to another one.
-    fn join(&self, handles: &mut Handles, ino: Ino, identity: Option<Identity>) -> Result<Option<Arc<Handle>>> {
+    fn join(&self, handles: &mut Handles, ino: Ino, identity: Option<FileIdentity>) -> Result<Option<Arc<Handle>>> {
         match handles.get_mut(&ino) {
             Some(shared) if is_same(&shared.handle, identity) => {
                 shared.opens += 1;
                 Ok(Some(shared.handle.clone()))
             }
-            Some(shared) if shared.handle.backing().identity() != identity => Err(errno(libc::ESTALE)),
+            Some(shared) if shared.handle.export().identity() != identity => Err(errno(libc::ESTALE)),
             _ => Ok(None),
         }
     }
@@ -375,14 +375,14 @@ impl FileSystem {
         let (names, maps) = (self.nodes.len(), self.maps.used());
         info!("{opens} open files on {} devices, maps of {maps} bytes, {names} names", handles.len());
         for shared in handles.values() {
-            info!("{}: {} opens", shown(shared.handle.backing().name()), shared.opens);
+            info!("{}: {} opens", shown(shared.handle.export().name()), shared.opens);
         }
     }
 }
 
 /// Whether an open device is the one that an open would find now.
-fn is_same(handle: &Handle, found: Option<Identity>) -> bool {
-    handle.backing().identity() == found && handle.backing().is_current()
+fn is_same(handle: &Handle, found: Option<FileIdentity>) -> bool {
+    handle.export().identity() == found && handle.export().is_current()
 }
 
 /// An error that is nothing but an errno: the kernel's own message for it says all.

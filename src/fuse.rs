@@ -118,7 +118,7 @@ fn errno(operation: &str, error: &Error) -> Errno {
 
 fn read(handle: &Handle, buffers: &Buffers, offset: Bytes, size: usize, reply: ReplyData) {
     // A read that waits holds no buffer, and one that its device keeps waiting holds one of few.
-    let _room = handle.wait_for_room(size);
+    let _room = handle.wait_for_read_memory(size);
     buffers.lend(|buffer| match handle.read(buffer, offset, size) {
         Ok(bytes) => reply.data(bytes),
         Err(error) => reply.error(errno("read", &error)),

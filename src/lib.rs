@@ -44,6 +44,7 @@
 pub mod cli;
 pub mod deadline;
 pub mod error;
+pub mod export;
 pub mod fs;
 pub mod fuse;
 pub mod handle;

@@ -110,12 +110,11 @@ impl<W: Write> MapPrinter<W> {
 
 /// A stack as a tree: each layer, its length, and where its holes come from or why it has none.
 pub fn tree(stack: &Stack) -> String {
-    // Some sources know why they are dense only once they were asked.
-    let align = Bytes::new(4096);
-    let sparse = view::has_hole(stack.map(), align);
+    let loaded = stack.load();
+    let sparse = view::has_hole(loaded.map(), Bytes::new(4096));
     let mut text = String::new();
     branch(&stack.top, "", "", &mut text);
-    let verdict = match (stack.map().dense_because(), sparse) {
+    let verdict = match (loaded.map().dense_because(), sparse) {
         (Some(reason), _) => format!("dense: {reason}"),
         (None, true) => "has holes".to_owned(),
         (None, false) => "has no holes now".to_owned(),
@@ -164,13 +163,14 @@ pub fn volumes_json(found: &[Found]) -> String {
 /// The length of a volume and how much of it is data, or what is damaged.
 fn looked_at(found: &Found) -> Result<(Bytes, Bytes), String> {
     let volume = found.volume.as_ref().map_err(ToString::to_string)?;
-    let map = volume.check()?;
+    let map = volume.map().map_err(|error| error.to_string())?;
     Ok((volume.len(), map.allocated().unwrap_or(volume.len())))
 }
 
 /// A stack as JSON: `{"name","kind","size","holes-from","dense-because","below":[...]}`.
 pub fn json(stack: &Stack) -> String {
-    let sparse = view::has_hole(stack.map(), Bytes::new(4096));
+    let loaded = stack.load();
+    let sparse = view::has_hole(loaded.map(), Bytes::new(4096));
     let mut text = String::new();
     json_layer(&stack.top, Some(sparse), &mut text);
     text.push('\n');

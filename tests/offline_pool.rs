@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use blkholefs::source::backing::Medium as _;
-use blkholefs::source::thin::offline::{OfflinePool, VolumeMedium};
+use blkholefs::export::{Export, VolumeExport};
+use blkholefs::source::thin::offline::OfflinePool;
 
 use common::check::{assert_map, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing};
@@ -277,7 +277,7 @@ fn the_metadata_that_was_opened_is_read() {
         for _ in 0..2000 {
             let pool = Arc::new(OfflinePool::open(&name("metadata"), data.path()).expect("it opens"));
             let found = pool.volumes().expect("its volumes").pop().expect("one volume");
-            let watched = VolumeMedium::new(found.volume.expect("it is whole")).node().expect("stat").mtime;
+            let watched = VolumeExport::new(found.volume.expect("it is whole")).host_node().expect("stat").mtime;
             other += u32::from(watched != time(found.id.get().into()));
         }
         done.store(true, Ordering::SeqCst);

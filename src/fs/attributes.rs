@@ -5,8 +5,8 @@ use std::time::SystemTime;
 use super::change::Changed;
 use super::{Ino, Options};
 use crate::error::Result;
+use crate::export::{FileIdentity, HostNode};
 use crate::handle::Handle;
-use crate::source::backing::{Identity, Node};
 use crate::sys::sysfs;
 use crate::units::Bytes;
 
@@ -70,7 +70,7 @@ impl Ownership {
 
 impl Attributes {
     /// The attributes of a directory, after the one that it shows.
-    pub fn directory(ino: Ino, shown: &Node, ownership: &Ownership) -> Self {
+    pub fn directory(ino: Ino, shown: &HostNode, ownership: &Ownership) -> Self {
         Self {
             ino,
             kind: FileKind::Directory,
@@ -86,9 +86,9 @@ impl Attributes {
     }
 
     /// The attributes of a device that cannot be opened, after its node: all data, of the length that sysfs knows.
-    pub fn unopened(ino: Ino, node: &Node, ownership: &Ownership) -> Self {
+    pub fn unopened(ino: Ino, node: &HostNode, ownership: &Ownership) -> Self {
         let size = match node.identity {
-            Some(Identity::Device(id)) => sysfs::len(id).unwrap_or(Bytes::ZERO),
+            Some(FileIdentity::Device(id)) => sysfs::len(id).unwrap_or(Bytes::ZERO),
             _ => Bytes::ZERO,
         };
         let changed = Changed { mtime: node.mtime, ctime: node.ctime };
@@ -102,18 +102,18 @@ impl Attributes {
     pub fn file(
         ino: Ino,
         handle: &Handle,
-        node: &Node,
+        node: &HostNode,
         has_hole: bool,
         changed: Changed,
         ownership: &Ownership,
     ) -> Result<Self> {
-        let backing = handle.backing();
-        let size = backing.len()?;
+        let export = handle.export();
+        let size = export.len()?;
         let blocks = blocks(size, has_hole, handle.allocated());
         Ok(Self::new(ino, node, size, blocks, changed, ownership))
     }
 
-    fn new(ino: Ino, shown: &Node, size: Bytes, blocks: u64, changed: Changed, ownership: &Ownership) -> Self {
+    fn new(ino: Ino, shown: &HostNode, size: Bytes, blocks: u64, changed: Changed, ownership: &Ownership) -> Self {
         Self {
             ino,
             kind: FileKind::File,

@@ -62,13 +62,13 @@ impl Changes {
     /// Looks at an open device and tells when it changed last. It must have been asked for holes right before, which
     /// writes back its dirty pages and looks at how it is built.
     pub fn observe(&self, handle: &Handle) -> Changed {
-        let backing = handle.backing();
-        let Some(device) = backing.device() else {
+        let export = handle.export();
+        let Some(device) = export.device() else {
             let unknown = |_| {
                 let now = later_than_before();
                 Changed { mtime: now, ctime: now }
             };
-            return backing.node().map_or_else(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
+            return export.node().map_or_else(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
         };
         let trace = Trace::of(device, handle);
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Spec, errno, not_found};
 use crate::error::{Error, Result};
-use crate::source::backing::Node;
+use crate::export::HostNode;
 use crate::sys::memory;
 
 /// An inode number.
@@ -42,7 +42,7 @@ struct Table {
 struct Entry {
     path: Arc<Path>,
     /// What was found there.
-    shown: Option<Node>,
+    shown: Option<HostNode>,
     /// Lookups that the kernel did not give back yet.
     lookups: u64,
 }
@@ -53,7 +53,7 @@ impl Entry {
     }
 
     /// Takes what is found at the path now, if it can have the number of what was there.
-    fn take(&mut self, now: Option<&Node>, in_use: bool) -> bool {
+    fn take(&mut self, now: Option<&HostNode>, in_use: bool) -> bool {
         if let (Some(old), Some(now)) = (&self.shown, now)
             && old.identity != now.identity
             && (in_use || rights(old) != rights(now))
@@ -68,7 +68,7 @@ impl Entry {
 }
 
 /// Who may do what, and the type.
-fn rights(node: &Node) -> (u32, u32, u32) {
+fn rights(node: &HostNode) -> (u32, u32, u32) {
     (node.uid, node.gid, node.mode)
 }
 
@@ -92,7 +92,7 @@ impl Table {
         ino
     }
 
-    fn insert(&mut self, path: &Path, now: Option<&Node>) -> Ino {
+    fn insert(&mut self, path: &Path, now: Option<&HostNode>) -> Ino {
         let ino = self.free_number(path);
         let entry = Entry { shown: now.copied(), ..Entry::new(path) };
         self.by_path.insert(entry.path.clone(), ino);
@@ -149,7 +149,7 @@ impl Nodes {
 
     /// Counts a lookup of a path that leads to `now`, and gives its inode number. `in_use` says of a number whether its
     /// device is open.
-    pub fn look_up(&self, path: &Path, now: Option<&Node>, in_use: impl Fn(Ino) -> bool) -> Ino {
+    pub fn look_up(&self, path: &Path, now: Option<&HostNode>, in_use: impl Fn(Ino) -> bool) -> Ino {
         let mut table = self.lock();
         let known = table.by_path.get(path).copied();
         let known = known.filter(|ino| table.by_ino.get_mut(ino).is_some_and(|entry| entry.take(now, in_use(*ino))));
@@ -178,7 +178,7 @@ impl Nodes {
     ///
     /// # Errors
     /// ESTALE when that is to have a number of its own.
-    pub fn renew(&self, ino: Ino, now: Option<&Node>) -> Result<()> {
+    pub fn renew(&self, ino: Ino, now: Option<&HostNode>) -> Result<()> {
         let mut table = self.lock();
         let entry = table.by_ino.get_mut(&ino).ok_or_else(not_found)?;
         if entry.take(now, false) { Ok(()) } else { Err(errno(libc::ESTALE)) }
@@ -203,8 +203,8 @@ mod tests {
     #[test]
     fn a_number_is_one_device_while_it_is_open_and_one_set_of_rights() {
         let nodes = Nodes::new();
-        let one = Node::at(Path::new("/proc/self")).unwrap();
-        let other = Node { identity: Node::at(Path::new("/")).unwrap().identity, ..one };
+        let one = HostNode::at(Path::new("/proc/self")).unwrap();
+        let other = HostNode { identity: HostNode::at(Path::new("/")).unwrap().identity, ..one };
         let path = Path::new("x");
         let ino = nodes.look_up(path, Some(&one), |_| false);
         assert_eq!(nodes.look_up(path, Some(&one), |_| true), ino, "the same device, open");
@@ -214,7 +214,7 @@ mod tests {
         assert_eq!(nodes.number(path), second);
         assert!(nodes.renew(ino, Some(&other)).is_ok());
         // A user who was allowed to open the old number must not get what he could not open.
-        let closed = Node { mode: one.mode & !0o077, ..other };
+        let closed = HostNode { mode: one.mode & !0o077, ..other };
         assert_eq!(nodes.renew(second, Some(&closed)).unwrap_err().errno(), libc::ESTALE);
         assert_ne!(nodes.look_up(path, Some(&closed), |_| false), second);
         assert_eq!(nodes.path(second).unwrap(), path);
@@ -244,8 +244,8 @@ mod tests {
     #[test]
     fn an_old_number_goes_alone() {
         let nodes = Nodes::new();
-        let one = Node::at(Path::new("/proc/self")).unwrap();
-        let other = Node { identity: Node::at(Path::new("/")).unwrap().identity, ..one };
+        let one = HostNode::at(Path::new("/proc/self")).unwrap();
+        let other = HostNode { identity: HostNode::at(Path::new("/")).unwrap().identity, ..one };
         let path = Path::new("x");
         let first = nodes.look_up(path, Some(&one), |_| false);
         let second = nodes.look_up(path, Some(&other), |_| true);

@@ -12,11 +12,11 @@ use log::error;
 use super::root::Root;
 use super::{FileKind, Options, not_found};
 use crate::error::{Error, Result};
-use crate::source::Backing;
-use crate::source::backing::Node;
+use crate::export::{self, Export, HostNode, VolumeExport};
+use crate::source::Context;
 use crate::source::nbd::{Beside, NbdExport, Uri};
 use crate::source::thin::ThinId;
-use crate::source::thin::offline::{Found, OfflinePools, VolumeMedium};
+use crate::source::thin::offline::{Found, OfflinePools};
 use crate::sys::device::{self, DeviceId};
 use crate::units::Bytes;
 
@@ -51,14 +51,14 @@ pub enum Place {
 /// What a path inside the mount leads to.
 pub enum Target {
     /// A directory.
-    Directory(Node),
+    Directory(HostNode),
     /// The device or image at that place; its node, where it has one.
-    File(Place, Option<Node>),
+    File(Place, Option<HostNode>),
 }
 
 impl Target {
     /// The directory, node or image.
-    pub fn node(&self) -> Option<&Node> {
+    pub fn node(&self) -> Option<&HostNode> {
         match self {
             Self::Directory(node) => Some(node),
             Self::File(_, node) => node.as_ref(),
@@ -116,11 +116,20 @@ impl Spec {
     ///
     /// # Errors
     /// When there are several, or it cannot be opened.
-    pub fn open_only(&self) -> Result<Backing> {
+    pub fn open_only(&self) -> Result<Arc<dyn Export>> {
         match self {
             Self::File { place, .. } => self.open(place),
             Self::Directory(_) | Self::Pool(_) => Err(Beside::unclear("has more than one file")),
         }
+    }
+
+    /// Takes `uri` for the export that the NBD device below the one file is connected to.
+    ///
+    /// # Errors
+    /// As [`Beside::new`].
+    pub fn connection_of(&self, uri: Uri) -> Result<Beside> {
+        let export = self.open_only()?;
+        Beside::new(uri, &export.stack(&Context::default()), export.name())
     }
 
     /// The path of an entry of a directory; `None` for a name that is not one.
@@ -177,14 +186,11 @@ impl Spec {
     ///
     /// # Errors
     /// When it cannot be opened for reading.
-    pub fn open(&self, place: &Place) -> Result<Backing> {
+    pub fn open(&self, place: &Place) -> Result<Arc<dyn Export>> {
         match (self, place) {
-            (_, Place::Path(path)) => Backing::open(path),
-            (_, Place::Export(export)) => Ok(Backing::new(Path::new(&export.uri().to_string()), export.open()?)),
-            (Self::Pool(pools), Place::Volume(id)) => {
-                let name = pools.metadata().join(id.to_string());
-                Ok(Backing::new(&name, VolumeMedium::new(pools.open()?.volume(*id)?)))
-            }
+            (_, Place::Path(path)) => export::open(path),
+            (_, Place::Export(export)) => Ok(Arc::new(export.open()?)),
+            (Self::Pool(pools), Place::Volume(id)) => Ok(Arc::new(VolumeExport::new(pools.open()?.volume(*id)?))),
             (_, Place::Volume(_)) => Err(not_found()),
         }
     }
@@ -227,8 +233,8 @@ fn tell_damage(volumes: Vec<Found>) -> Result<()> {
 }
 
 /// What stat(2) says of a device, image or directory of the host. Only what does not exist is absent.
-fn node(path: &Path) -> Result<Node> {
-    Node::at(path).map_err(|error| match error.kind() {
+fn node(path: &Path) -> Result<HostNode> {
+    HostNode::at(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => not_found(),
         _ => Error::failed("cannot stat").on(path).because(error),
     })

@@ -31,7 +31,7 @@ struct Opened {
 impl Passthrough {
     /// Answers an open: by passthrough where that is possible, and else with `flags`.
     pub(super) fn open(&self, fh: Fh, handle: Arc<Handle>, flags: FopenFlags, reply: ReplyOpen) {
-        let Some(file) = handle.backing().regular_file() else { return reply.opened(FileHandle(fh.0), flags) };
+        let Some(file) = handle.export().regular_file() else { return reply.opened(FileHandle(fh.0), flags) };
         let mut opens = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let same = opens.values().find(|open| Arc::ptr_eq(&open.handle, &handle));
         let id = match same {

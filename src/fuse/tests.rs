@@ -9,16 +9,20 @@ use nix::errno::Errno as SystemErrno;
 use nix::unistd::{Whence, geteuid, lseek};
 
 use super::*;
+use crate::export::{Export, HostNode, MIN_ALIGN};
 use crate::fs::Options;
 use crate::handle::MapCache;
-use crate::source::backing::{Backing, MIN_ALIGN, Medium, Node};
 use crate::source::{Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 
 /// A source with a fault: whatever is asked of its bytes or its holes panics.
 struct Faulty;
 
-impl Medium for Faulty {
+impl Export for Faulty {
+    fn name(&self) -> &Path {
+        Path::new("faulty")
+    }
+
     fn size(&self) -> io::Result<Bytes> {
         Ok(Bytes::new(1 << 20))
     }
@@ -27,7 +31,7 @@ impl Medium for Faulty {
         MIN_ALIGN
     }
 
-    fn read(&self, _buffer: &mut AlignedBuffer, _offset: Bytes, _size: usize) -> io::Result<Range<usize>> {
+    fn read_at(&self, _buffer: &mut AlignedBuffer, _offset: Bytes, _size: usize) -> io::Result<Range<usize>> {
         panic!("a fault of a test, in a read");
     }
 
@@ -35,7 +39,7 @@ impl Medium for Faulty {
         panic!("a fault of a test, in a source");
     }
 
-    fn node(&self) -> io::Result<Node> {
+    fn host_node(&self) -> io::Result<HostNode> {
         panic!("a fault of a test, in a node");
     }
 }
@@ -59,8 +63,7 @@ fn a_panic_in_a_source_is_eio_and_the_mount_goes_on() {
 
     let shown = point.join("image");
     let file = File::open(&shown).unwrap();
-    let backing = Backing::new(Path::new("faulty"), Faulty);
-    fs.replace_handles(&Arc::new(Handle::new(backing, Arc::default(), Arc::new(MapCache::default()))));
+    fs.replace_handles(&Arc::new(Handle::new(Arc::new(Faulty), Arc::default(), Arc::new(MapCache::default()))));
     for round in 0..2 * SESSION_THREADS as i64 {
         assert_eq!(lseek(&file, round, Whence::SeekData), Err(SystemErrno::EIO), "round {round}");
     }

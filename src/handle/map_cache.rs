@@ -1,20 +1,21 @@
-//! The byte budget of all maps: those that were made longest ago are forgotten first, and made again when asked.
+//! The byte budget of all loaded extents. The ones that were loaded longest ago are dropped first, and loaded again at the
+//! next question.
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use log::debug;
 use lru::LruCache;
 
-use super::Held;
+use super::Resolved;
 use crate::units::Bytes;
 
-/// Where a handle keeps its stack.
-pub(super) type Slot = RwLock<Option<Arc<Held>>>;
+/// The place in which a handle keeps its resolved stack.
+pub(super) type Slot = RwLock<Option<Arc<Resolved>>>;
 
 /// The default of `-o map_cache`.
 const DEFAULT_LIMIT: Bytes = Bytes::new(256 << 20);
 
-/// All maps of a mount, in the order in which they were made.
+/// The loaded extents of a mount, in the order in which they were loaded.
 pub struct MapCache {
     limit: Bytes,
     maps: Mutex<LruCache<usize, Kept>>,
@@ -32,12 +33,13 @@ impl Default for MapCache {
 }
 
 impl MapCache {
-    /// A cache of at most `limit` bytes, 256 MiB by default. One map may be larger: it is kept while it is the only one.
+    /// A cache of at most `limit` bytes, 256 MiB by default. The extents of one device may take more: they are kept while no
+    /// others are.
     pub fn new(limit: Option<Bytes>) -> Self {
         Self { limit: limit.unwrap_or(DEFAULT_LIMIT), maps: Mutex::new(LruCache::unbounded()) }
     }
 
-    /// Counts the map that is in `slot` now, and forgets others until all fit.
+    /// Counts the extents that are in `slot` now, and drops the oldest others until all fit.
     pub(super) fn keep(&self, slot: &Arc<Slot>, memory: Bytes) {
         let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
         maps.push(key(slot), Kept { slot: Arc::downgrade(slot), memory });
@@ -46,45 +48,38 @@ impl MapCache {
             let Some((_, oldest)) = maps.pop_lru() else { break };
             used = used.saturating_sub(oldest.memory);
             if let Some(slot) = oldest.slot.upgrade() {
-                debug!("a map of {} bytes is forgotten, for others", oldest.memory);
+                debug!("extents of {} bytes are dropped, to keep within the limit of map_cache", oldest.memory);
                 *slot.write().unwrap_or_else(PoisonError::into_inner) = None;
             }
         }
     }
 
-    /// Stops counting the map of a handle that is closed.
+    /// Stops counting the extents of a handle that is closed.
     pub(super) fn release(&self, slot: &Arc<Slot>) {
         self.maps.lock().unwrap_or_else(PoisonError::into_inner).pop(&key(slot));
     }
 
-    /// Bytes that all maps hold now.
+    /// The bytes that all loaded extents take now.
     pub fn used(&self) -> Bytes {
         let maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
         maps.iter().fold(Bytes::ZERO, |used, (_, kept)| used.saturating_add(kept.memory))
     }
 }
 
-/// A slot is known by its address, which is its own as long as it is kept.
+/// The key of a slot is its address, which no other slot has while this one exists.
 fn key(slot: &Arc<Slot>) -> usize {
     Arc::as_ptr(slot).addr()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, AtomicU64};
-    use std::time::{Duration, Instant};
-
     use super::*;
-    use crate::handle::order::Moment;
     use crate::source::{Context, Stack, dense};
 
     fn slot() -> Arc<Slot> {
         let layer = Arc::new(dense::layer("x", "y", Bytes::ZERO, "z"));
-        let stack = Stack::build(&Context::default(), |_| layer);
-        let (born, made, resolved_in) = (Moment::now(), Instant::now(), Duration::ZERO);
-        let (slowest, told) = (AtomicU64::new(0), AtomicBool::new(false));
-        let held = Held { stack, born, made, resolved_in, slowest, told, fits: true };
-        Arc::new(RwLock::new(Some(Arc::new(held))))
+        let resolved = Resolved::new(|| Stack::build(&Context::default(), |_| layer), || Some(Bytes::ZERO));
+        Arc::new(RwLock::new(Some(Arc::new(resolved))))
     }
 
     fn is_kept(slot: &Arc<Slot>) -> bool {

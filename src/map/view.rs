@@ -59,8 +59,14 @@ pub fn run(map: &dyn HoleMap, align: Bytes, offset: Bytes) -> Extent {
 
 /// Whether [`seek`] finds a hole before the end of the device.
 pub fn has_hole(map: &dyn HoleMap, align: Bytes) -> bool {
-    let known = if align <= Bytes::new(4096) { map.is_sparse() } else { None };
-    known.unwrap_or_else(|| whole_hole(map, align.max(Bytes::new(1)), Bytes::ZERO) < map.len())
+    has_hole_of(map.is_sparse(), align)
+        .unwrap_or_else(|| whole_hole(map, align.max(Bytes::new(1)), Bytes::ZERO) < map.len())
+}
+
+/// Whether [`seek`] finds a hole, of a map with that [`HoleMap::is_sparse`]; `None` where that does not decide it.
+pub fn has_hole_of(is_sparse: Option<bool>, align: Bytes) -> Option<bool> {
+    // A hole of 4096 bytes need not hold a larger unit.
+    is_sparse.filter(|_| align <= Bytes::new(4096))
 }
 
 /// Bytes of data within `range`, where the map can count them without going through its runs.

@@ -29,6 +29,7 @@ mod passing;
 mod snapshot;
 mod targets;
 
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::debug;
@@ -40,6 +41,7 @@ use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
 use crate::source::target::TargetContext;
 use crate::source::{Layer, Resolver, dense};
+use crate::sys::device::DeviceId;
 use crate::sys::dm::{Control, Events, TableTarget};
 use crate::sys::sysfs;
 use crate::units::Sectors;
@@ -63,6 +65,14 @@ impl SharedControl {
         }
         shared.clone()
     }
+}
+
+/// Whether a device is a device-mapper device.
+///
+/// # Errors
+/// When sysfs cannot be read.
+pub fn is_mapped(id: DeviceId) -> io::Result<bool> {
+    Ok(sysfs::bytes(id, "dm/name")?.is_some())
 }
 
 /// The layer of a device-mapper device.

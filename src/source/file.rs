@@ -16,6 +16,7 @@ use log::warn;
 
 use crate::error::{plain, shown};
 use crate::map::{self, Extent, HoleMap, Kind};
+use crate::reason::DenseReason;
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
 use crate::sys::file::{Seeks, end, len_now, next_data, next_hole, reads_from_server};
@@ -167,7 +168,7 @@ pub fn layer(file: &File, path: &Path, len: Bytes, reads: Reads, resolver: &mut 
             backing(private, name, len, reads, resolver)
         }
         (Err(error), _) | (_, Err(error)) => {
-            dense::layer(name, "file", len, format!("cannot open it once more: {}", plain(&error)))
+            dense::layer(name, "file", len, DenseReason::cannot("open it once more", &error))
         }
     }
 }
@@ -177,7 +178,7 @@ pub fn backing(file: File, name: String, len: Bytes, reads: Reads, resolver: &mu
     let (times, pages) = match (file.try_clone(), file.try_clone()) {
         (Ok(times), Ok(pages)) => (times, pages),
         (Err(error), _) | (_, Err(error)) => {
-            return dense::layer(name, "file", len, format!("cannot use its descriptor twice: {}", plain(&error)));
+            return dense::layer(name, "file", len, DenseReason::cannot("duplicate its descriptor", &error));
         }
     };
     resolver.guard(Times(times));
@@ -185,7 +186,7 @@ pub fn backing(file: File, name: String, len: Bytes, reads: Reads, resolver: &mu
     let is_from_server = reads_from_server(&file);
     let map = FileMap::new(file, len);
     if map.seeks == Seeks::Elsewhere && !(reads == Reads::Direct && is_from_server) {
-        return dense::layer(name, "file", len, STALE);
+        return dense::layer(name, "file", len, DenseReason::Unproven(STALE.into()));
     }
     if !matches!(map.seeks, Seeks::Exact { .. }) {
         resolver.written_through(pages);

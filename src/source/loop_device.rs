@@ -1,7 +1,8 @@
 //! A loop device: the holes of its backing file, shifted by its offset.
 //!
-//! The kernel names the backing file twice: by device and inode (`LOOP_GET_STATUS64`) and by path (sysfs). Only a file
-//! that is opened by the path and is that inode is believed; no position of anybody else's descriptor is moved.
+//! The kernel names the backing file twice: by device and inode (`LOOP_GET_STATUS64`) and by path (sysfs). A file
+//! is used only if it was opened by that path and has that inode. It has a descriptor of its own, because lseek moves the
+//! position of a descriptor.
 //!
 //! Without direct I/O the driver reads through the page cache of what it is bound to (`do_req_filebacked` of
 //! `drivers/block/loop.c`). The page cache of a block device keeps pages that were discarded below it, by a mounted file
@@ -16,8 +17,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::error::{plain, shown};
+use crate::error::shown;
 use crate::map::Clip;
+use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard};
 use crate::source::file::Reads;
 use crate::source::{Guard, Layer, Resolver, dense, file};
@@ -26,12 +28,12 @@ use crate::sys::loopdev::LoopStatus;
 use crate::sys::sysfs;
 use crate::units::Bytes;
 
-/// What a loop device over a block device lacks.
+/// Why a loop device over a block device is dense without direct I/O.
 const BUFFERED: &str = "it reads through the page cache of the device below, which may be older than that device: \
                         switch on direct I/O (losetup --direct-io=on)";
 
-/// The binding of a loop device. An offset and direct I/O can change without a new disk sequence number, so the status is
-/// asked itself.
+/// The binding of a loop device. Its offset and direct I/O can change without a new disk sequence number, so the guard
+/// reads the status itself.
 struct LoopGuard {
     file: Arc<File>,
     status: LoopStatus,
@@ -47,23 +49,36 @@ impl Guard for LoopGuard {
     }
 }
 
-/// The layer of a loop device. `medium` guards what is bound to it.
-pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<'_>) -> Layer {
-    let dense = |reason: String| dense::layer(device.name(), "loop", device.len, reason);
+/// The loop driver's major number (`Documentation/admin-guide/devices.txt`).
+const MAJOR: u32 = 7;
+
+/// Whether a device is a loop device.
+///
+/// # Errors
+/// None: the number decides.
+pub fn is_loop(id: DeviceId) -> io::Result<bool> {
+    Ok(id.major == MAJOR)
+}
+
+/// The layer of a loop device.
+pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
+    // Before the status is read: a new binding from here on is seen.
+    let medium = MediumGuard::new(device);
+    let dense = |reason: DenseReason| dense::layer(device.name(), "loop", device.len, reason);
     let status = match LoopStatus::of(&device.file) {
         Ok(status) => status,
         Err(error) => {
             resolver.guard(medium);
             return dense(match error.raw_os_error() {
-                Some(libc::ENXIO) => "nothing is bound to it".to_owned(),
-                _ => format!("cannot read its status: {}", plain(&error)),
+                Some(libc::ENXIO) => DenseReason::State("nothing is bound to it".into()),
+                _ => DenseReason::cannot("read its status", &error),
             });
         }
     };
     resolver.guard(LoopGuard { file: device.file.clone(), status });
     let below = match status.block_device {
-        _ if status.encrypted => Err("it is encrypted".to_owned()),
-        Some(_) if !status.direct_io => Err(BUFFERED.to_owned()),
+        _ if status.encrypted => Err("it is encrypted".into()),
+        Some(_) if !status.direct_io => Err(DenseReason::Unproven(BUFFERED.into())),
         Some(id) => Ok(resolver.device(id, status.offset.saturating_add(device.len))),
         None => backing_file(device, &status, resolver).map(Arc::new),
     };
@@ -84,23 +99,27 @@ pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<
 }
 
 /// Opens the backing file of a loop device, or says why that cannot be done.
-fn backing_file(device: &BlockDevice, status: &LoopStatus, resolver: &mut Resolver<'_>) -> Result<Layer, String> {
+fn backing_file(device: &BlockDevice, status: &LoopStatus, resolver: &mut Resolver<'_>) -> Result<Layer, DenseReason> {
     let path = sysfs::bytes(device.id, "loop/backing_file")
-        .map_err(|error| format!("the path of its backing file cannot be read: {}", plain(&error)))?;
+        .map_err(|error| DenseReason::cannot("read the path of its backing file", &error))?;
     // `file_path` of `fs/d_path.c` escapes nothing.
     let path = PathBuf::from(OsString::from_vec(path.ok_or("its backing file is not known")?));
     let name = shown(&path).to_string();
     match open_if_same(&path, status) {
         Ok(Some(file)) => {
-            let len = file.metadata().map_err(|error| plain(&error))?.len();
+            let len = file.metadata().map_err(|error| DenseReason::cannot("stat its backing file", &error))?.len();
             let reads = if status.direct_io { Reads::Direct } else { Reads::Cached };
             Ok(file::backing(file, name, Bytes::new(len), reads, resolver))
         }
-        Ok(None) => Err(format!("{name} is another file than the one bound: moved, or of another mount namespace")),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(format!("its backing file is not reachable: {name}"))
+        Ok(None) => {
+            let why =
+                format!("{name} is not the file that is bound to it: that was moved, or is in another mount namespace");
+            Err(DenseReason::Unproven(why.into()))
         }
-        Err(error) => Err(format!("cannot open its backing file {name}: {}", plain(&error))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(DenseReason::Unproven(format!("its backing file is not reachable: {name}").into()))
+        }
+        Err(error) => Err(DenseReason::cannot(format!("open its backing file {name}"), &error)),
     }
 }
 

@@ -18,7 +18,6 @@
 //! | export of an NBD server | [`nbd`] | block status (base:allocation) |
 //! | anything else | [`dense`] | nowhere |
 
-pub mod backing;
 pub mod dense;
 pub mod device;
 pub mod dm;
@@ -30,13 +29,17 @@ pub mod nbd;
 pub mod partition;
 mod resolve;
 pub mod scsi;
+mod stack;
+mod stored;
+mod table;
 mod target;
 pub mod thin;
 mod walks;
 
-pub use backing::Backing;
 pub use device::BlockDevice;
-pub use resolve::{Context, Resolver, Stack};
+pub use resolve::{Context, Resolver};
+pub use stack::{Loaded, Stack};
+pub use stored::{LoadExtents, StoredExtents};
 
 use std::hash::Hasher;
 use std::sync::Arc;

@@ -1,34 +1,26 @@
-//! The one factory: a device to its stack of layers.
+//! Goes down a stack of block devices, from one device to the sources of its extents.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::File;
-use std::hash::{DefaultHasher, Hasher};
 use std::io;
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
-use crate::map::{Clip, HoleMap};
+use crate::map::Clip;
 use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
-use crate::source::file::Reads;
-use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
+use crate::source::stack::{Dirty, Stack};
+use crate::source::stored::{LoadExtents, StoredExtents};
+use crate::source::table::{Medium, SOURCES, Source};
+use crate::source::{Guard, Layer, dense, dm, nbd, thin};
 use crate::sys::device::DeviceId;
-use crate::sys::file::write_through;
-use crate::sys::sysfs::SuspendFile;
-use crate::sys::{block, sysfs};
-use crate::units::{Bytes, Sectors};
+use crate::sys::sysfs::{self, SuspendFile};
+use crate::units::Bytes;
 
-/// A stack deeper than this is a mistake; no kernel allows as much (`DM_MAX_...` and the loop driver stop far earlier).
+/// A stack deeper than this is taken for a mistake.
 const MAX_DEPTH: usize = 32;
 
-/// The loop driver's major number (`Documentation/admin-guide/devices.txt`).
-const LOOP_MAJOR: u32 = 7;
-
-/// The kernel's NBD driver (`NBD_MAJOR` of `include/uapi/linux/major.h`).
-const NBD_MAJOR: u32 = 43;
-
-/// What outlives a single resolve: the control device, and what the user chose.
+/// What all stacks share: the control device, the readers of thin pools, and the options of the user.
 #[derive(Default)]
 pub struct Context {
     /// What device-mapper sources share.
@@ -37,103 +29,6 @@ pub struct Context {
     pub thin: thin::pool::Readers,
     /// The export that the kernel's NBD device is connected to.
     pub nbd: Option<nbd::Beside>,
-}
-
-/// A device, all the way down.
-pub struct Stack {
-    /// The device itself; the layers below it hang on it.
-    pub top: Arc<Layer>,
-    guards: Vec<Box<dyn Guard>>,
-    /// From the bottom up.
-    dirty: Vec<Dirty>,
-    waits_on: Vec<SuspendFile>,
-}
-
-/// What has a page cache that may hold writes of which the layers below do not know.
-enum Dirty {
-    Device(Arc<File>),
-    File(File),
-}
-
-impl Dirty {
-    fn write_back(&self) -> io::Result<()> {
-        match self {
-            Self::Device(device) => block::write_back(device),
-            Self::File(file) => write_through(file),
-        }
-    }
-}
-
-impl Stack {
-    /// Resolves an open block device.
-    pub fn of_device(device: &BlockDevice, context: &Context) -> Self {
-        Self::build(context, |resolver| resolver.opened(device))
-    }
-
-    /// Resolves an open regular file that is read so.
-    pub fn of_file(file: &File, path: &Path, len: Bytes, reads: Reads, context: &Context) -> Self {
-        Self::build(context, |resolver| Arc::new(file::layer(file, path, len, reads, resolver)))
-    }
-
-    /// Resolves anything: `top` asks the resolver for what it stands on, and adds a guard for its own length if that
-    /// can change.
-    pub fn build(context: &Context, top: impl FnOnce(&mut Resolver<'_>) -> Arc<Layer>) -> Self {
-        let mut resolver = Resolver {
-            context,
-            guards: Vec::new(),
-            dirty: Vec::new(),
-            waits_on: HashMap::new(),
-            above: Vec::new(),
-            known: HashMap::new(),
-        };
-        let top = top(&mut resolver);
-        let waits_on = resolver.waits_on.into_values().flatten().collect();
-        Self { top, guards: resolver.guards, dirty: resolver.dirty, waits_on }
-    }
-
-    /// The same stack, all data for that reason.
-    #[must_use]
-    pub fn shown_as_data(self, reason: impl Into<DenseReason>) -> Self {
-        let below = self.top;
-        let top = dense::layer(below.name.clone(), below.kind.clone(), below.len(), reason);
-        Self { top: Arc::new(Layer { below: vec![below], ..top }), ..self }
-    }
-
-    /// The holes of the whole device.
-    pub fn map(&self) -> &dyn HoleMap {
-        &*self.top.map
-    }
-
-    /// Whether the map may still be believed: nothing happened to any layer since it was made.
-    pub fn unchanged(&self) -> bool {
-        self.guards.iter().all(|guard| guard.unchanged())
-    }
-
-    /// Whether every layer is still built as it was; what is stored may have changed.
-    pub fn same_shape(&self) -> bool {
-        self.guards.iter().all(|guard| guard.is_of_content() || guard.unchanged())
-    }
-
-    /// A number that changes when a layer is built otherwise, or a file at the bottom was written.
-    pub fn trace(&self) -> u64 {
-        let mut trace = DefaultHasher::new();
-        self.guards.iter().for_each(|guard| guard.trace(&mut trace));
-        trace.finish()
-    }
-
-    /// Writes back the dirty pages of every layer, from the top down: only then do the layers below know of a write.
-    ///
-    /// Returns whether all of it was written. A suspended device is not waited for, and answers `false`.
-    pub fn write_back(&self) -> bool {
-        // A device that is suspended between this look and the write still blocks until its resume; LVM keeps that to
-        // milliseconds, and a read would wait for it all the same.
-        !self.suspended() && self.dirty.iter().rev().all(|dirty| dirty.write_back().is_ok())
-    }
-
-    /// Whether a device-mapper device of the stack is suspended, so that reads and writes wait for its resume.
-    pub fn suspended(&self) -> bool {
-        self.waits_on.iter().any(SuspendFile::is_suspended)
-    }
 }
 
 /// Resolves one stack; collects its guards on the way.
@@ -146,15 +41,50 @@ pub struct Resolver<'a> {
     waits_on: HashMap<DeviceId, Option<SuspendFile>>,
     above: Vec<DeviceId>,
     known: HashMap<DeviceId, Arc<Layer>>,
+    /// Weak: extents that no layer uses in the end, since a layer above them is dense, are not to be loaded.
+    stored: Vec<Weak<StoredExtents>>,
 }
 
-impl Resolver<'_> {
-    /// Adds what must stay unchanged for the map to be believed.
+impl<'a> Resolver<'a> {
+    pub(super) fn new(context: &'a Context) -> Self {
+        Self {
+            context,
+            guards: Vec::new(),
+            dirty: Vec::new(),
+            waits_on: HashMap::new(),
+            above: Vec::new(),
+            known: HashMap::new(),
+            stored: Vec::new(),
+        }
+    }
+
+    /// The stack with that top layer.
+    pub(super) fn finish(self, top: Arc<Layer>) -> Stack {
+        drop(self.known);
+        let stored = self.stored.iter().filter_map(Weak::upgrade).collect();
+        let suspendable = self.waits_on.into_values().flatten().collect();
+        Stack { top, guards: self.guards, dirty: self.dirty, suspendable, stored }
+    }
+
+    /// Names extents that loading the stack is to read: as [`StoredExtents::new`].
+    pub fn stored(
+        &mut self,
+        len: Bytes,
+        block: Bytes,
+        allocated: Option<Bytes>,
+        source: impl LoadExtents + 'static,
+    ) -> Arc<StoredExtents> {
+        let stored = StoredExtents::new(len, block, allocated, source);
+        self.stored.push(Arc::downgrade(&stored));
+        stored
+    }
+
+    /// Adds a guard: the extents of the stack are valid only as long as it is unchanged.
     pub fn guard(&mut self, guard: impl Guard + 'static) {
         self.guards.push(Box::new(guard));
     }
 
-    /// Names a device that reads and writes of the stack wait for, while it or a device that it stands on is suspended.
+    /// Names a device for which reads and writes of the stack wait while it, or a device below it, is suspended.
     ///
     /// # Errors
     /// When it cannot be known whether one of them is suspended.
@@ -176,8 +106,8 @@ impl Resolver<'_> {
         self.dirty.push(Dirty::File(file));
     }
 
-    /// The layer of the block device with that number. `len` is its length as the asking layer needs it, for a device
-    /// that cannot even be opened.
+    /// The layer of the block device with that number. `len` is the length that the layer above needs. It is used for a
+    /// device that cannot be opened.
     pub fn device(&mut self, id: DeviceId, len: Bytes) -> Arc<Layer> {
         if let Some(layer) = self.known.get(&id) {
             return layer.clone();
@@ -185,7 +115,7 @@ impl Resolver<'_> {
         match BlockDevice::open_id(id) {
             Ok(device) => self.opened(&device),
             Err(error) => {
-                let reason = format!("cannot open: {}", crate::error::plain(&error));
+                let reason = DenseReason::cannot("open it", &error);
                 Arc::new(dense::layer(id.to_string(), "block device", len, reason))
             }
         }
@@ -194,19 +124,19 @@ impl Resolver<'_> {
     /// The layer of an open block device.
     pub fn opened(&mut self, device: &BlockDevice) -> Arc<Layer> {
         let refused = if self.above.contains(&device.id) {
-            Some("the stack stands on itself")
+            Some("it is below itself in its stack")
         } else if self.above.len() >= MAX_DEPTH {
-            Some("the stack is too deep")
+            Some("its stack is too deep")
         } else {
             None
         };
         if let Some(reason) = refused {
             return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
         }
-        // Also what stands below a layer that is dense: writing back its dirty pages waits for all of it. Where it is not
-        // known whether that would wait, they are not written back, and the layer is dense.
+        // Devices below a dense layer too: writing back its dirty pages waits for all of them. If it is not known whether
+        // that would wait, the dirty pages are not written back, and the layer is dense.
         if let Err(error) = self.waits_on(device.id) {
-            let reason = format!("cannot tell whether it is suspended: {}", crate::error::plain(&error));
+            let reason = DenseReason::cannot("find out whether it is suspended", &error);
             return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
         }
         self.above.push(device.id);
@@ -216,41 +146,38 @@ impl Resolver<'_> {
         self.guard(size);
         let medium = MediumGuard::new(device);
         let layer = Arc::new(match whole {
-            Some(whole) => without_tail(self.dispatch(device, medium), whole),
+            Some(whole) => without_tail(self.layer_of(device, medium), whole),
             None => dense::layer(device.name(), "block device", device.len, "its logical block size is not known"),
         });
         self.above.pop();
-        // After everything that it stands on: what is written back from here makes that dirty, by whatever way.
+        // After all layers below it: writing back the pages of this device makes pages of those dirty.
         self.dirty.push(Dirty::Device(device.file.clone()));
         self.known.insert(device.id, layer.clone());
         layer
     }
 
-    fn dispatch(&mut self, device: &BlockDevice, medium: MediumGuard) -> Layer {
-        let kind = match Kind::of(device.id) {
-            Ok(Kind::Loop) => return loop_device::layer(device, medium, self),
-            kind => kind,
-        };
-        self.guard(medium);
-        self.layer_of(kind, device).unwrap_or_else(|error| {
-            let reason = format!("cannot tell from sysfs what it is: {}", crate::error::plain(&error));
-            dense::layer(device.name(), "block device", device.len, reason)
-        })
+    fn layer_of(&mut self, device: &BlockDevice, medium: MediumGuard) -> Layer {
+        let source = source_of(device.id);
+        if !matches!(source, Ok(Some(Source { medium: Medium::Source, .. }))) {
+            self.guard(medium);
+        }
+        let dense = |reason: DenseReason| dense::layer(device.name(), "block device", device.len, reason);
+        match source {
+            Ok(Some(source)) => (source.layer)(device, self),
+            Ok(None) => dense("this kind of device does not report its holes".into()),
+            Err(error) => dense(DenseReason::cannot("find out from sysfs what it is", &error)),
+        }
     }
+}
 
-    fn layer_of(&mut self, kind: io::Result<Kind>, device: &BlockDevice) -> io::Result<Layer> {
-        Ok(match kind? {
-            Kind::Partition { disk, start } => partition::layer(device, disk, start, self),
-            Kind::Nbd => nbd::device_layer(device, self),
-            Kind::DeviceMapper => dm::layer(device, self),
-            Kind::Md => md::layer(device, self),
-            Kind::Scsi => scsi::disk_layer(device),
-            Kind::Nvme => scsi::nvme_layer(&device.name(), device.len),
-            Kind::Loop | Kind::Other => {
-                dense::layer(device.name(), "block device", device.len, "this kind of device does not tell its holes")
-            }
-        })
+/// The source for a device; `None` for a device of another kind.
+fn source_of(id: DeviceId) -> io::Result<Option<&'static Source>> {
+    for source in &SOURCES {
+        if (source.recognizes)(id)? {
+            return Ok(Some(source));
+        }
     }
+    Ok(None)
 }
 
 /// The layer with data from `whole` on: a last sector that is not whole cannot be read on some kernels, and is no hole.
@@ -259,38 +186,7 @@ fn without_tail(layer: Layer, whole: Bytes) -> Layer {
     if whole >= len {
         return layer;
     }
-    // Beyond the end of what it shows, a window is data.
+    // A window is data beyond the end of the map that it is a window of.
     let below = Arc::new(Clip { inner: layer.map.clone(), start: Bytes::ZERO, len: whole });
     Layer { map: Arc::new(Clip { inner: below, start: Bytes::ZERO, len }), ..layer }
-}
-
-/// What a device is.
-enum Kind {
-    Partition { disk: DeviceId, start: Sectors },
-    Loop,
-    Nbd,
-    DeviceMapper,
-    Md,
-    Scsi,
-    Nvme,
-    Other,
-}
-
-impl Kind {
-    /// Looks into sysfs. An attribute that cannot be read is an error: a device that is taken for one of another kind has
-    /// the holes of other bytes.
-    fn of(id: DeviceId) -> io::Result<Self> {
-        if let Some((disk, start)) = sysfs::partition(id)? {
-            return Ok(Self::Partition { disk, start });
-        }
-        Ok(match id.major {
-            LOOP_MAJOR => Self::Loop,
-            NBD_MAJOR => Self::Nbd,
-            _ if sysfs::bytes(id, "dm/name")?.is_some() => Self::DeviceMapper,
-            _ if md::is_array(id)? => Self::Md,
-            _ if scsi::is_disk(id) => Self::Scsi,
-            _ if scsi::is_nvme(id) => Self::Nvme,
-            _ => Self::Other,
-        })
-    }
 }

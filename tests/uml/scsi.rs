@@ -22,8 +22,9 @@ const SIZE: u64 = 32 * MIB;
 /// The map of a resolved device, to the byte.
 fn map(stack: &Stack) -> Vec<Extent> {
     let kind = |kind| if kind == blkholefs::map::Kind::Hole { Kind::Hole } else { Kind::Data };
-    let all = Bytes::ZERO..stack.map().len();
-    let runs = view::runs(stack.map(), Bytes::new(1), all);
+    let loaded = stack.load();
+    let all = Bytes::ZERO..stack.len();
+    let runs = view::runs(loaded.map(), Bytes::new(1), all);
     runs.map(|(start, run)| Extent(kind(run.kind), start.get()..run.end.get())).collect()
 }
 
@@ -38,7 +39,7 @@ fn maps_are_the_disks_whatever_its_blocks_and_granularity() {
         let parameters = [format!("sector_size={sector}"), format!("unmap_granularity={granularity}")];
         let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=1", &parameters[0], &parameters[1]]);
         let stack = resolve(disk.path());
-        assert_eq!(stack.map().dense_because(), None);
+        assert_eq!(stack.load().map().dense_because(), None);
         assert_eq!(map(&stack), [Extent(Kind::Hole, 0..SIZE)], "a new disk");
         let mut random = Random::new(Random::seed_or(sector + granularity));
         for round in 1..=8 {
@@ -66,7 +67,7 @@ fn without_a_promise_of_zeros_all_is_data() {
     ] {
         let disk = ScsiDisk::new(8, parameters);
         let stack = resolve(disk.path());
-        let said = stack.map().dense_because().map_or_else(String::new, |reason| reason.to_string());
+        let said = stack.load().map().dense_because().map_or_else(String::new, |reason| reason.to_string());
         assert!(said.contains(reason), "{parameters:?}: {said}");
         assert_eq!(map(&stack), [Extent(Kind::Data, 0..8 * MIB)], "{parameters:?}");
     }

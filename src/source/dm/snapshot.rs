@@ -8,16 +8,16 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use super::exceptions::{self, StoreLayout};
 use super::lower::whole_status;
 use super::params::{self, Place, Store};
 use crate::error::plain;
-use crate::map::{Block, Extent, FillBuilder, FillMap, HoleMap, Kind, Overlay};
+use crate::map::{Block, FillBuilder, FillMap, Overlay};
 use crate::reason::DenseReason;
 use crate::source::target::{TargetContext, TargetLayer};
-use crate::source::{Guard, Resolver};
+use crate::source::{LoadExtents, Resolver};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device;
 use crate::sys::sysfs::SuspendFile;
@@ -44,28 +44,30 @@ pub fn layer(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result
     let unknown = |error| DenseReason::cannot("find out whether its store is suspended", &error);
     resolver.waits_on(snapshot.cow).map_err(unknown)?;
     let suspended = SuspendFile::open(snapshot.cow).map_err(unknown)?;
-    let store = Arc::new(StoreMap { cow, suspended, layout, count, len: context.len, read: OnceLock::new() });
-    resolver.guard(Incomplete(store.clone()));
+    let store = ExceptionStore { cow, suspended, layout, count, len: context.len };
+    let store = resolver.stored(context.len, layout.chunk(), None, store);
     let (below, clip) = context.window(Place::start_of(snapshot.origin), resolver)?;
     let overlay = Overlay { layers: vec![store, Arc::new(clip)], len: context.len };
     Ok(TargetLayer::new("the origin, where the store has no exception", overlay, vec![below]))
 }
 
-/// The chunks with an exception as data, and the rest as holes. Read when it is first asked.
-struct StoreMap {
+/// The store of a snapshot. Loading it gives the chunks with an exception as data, and the others as holes.
+struct ExceptionStore {
     cow: File,
     suspended: Option<SuspendFile>,
     layout: StoreLayout,
     count: u64,
     len: Bytes,
-    read: OnceLock<Result<FillMap, String>>,
 }
 
-impl StoreMap {
-    fn exceptions(&self) -> &Result<FillMap, String> {
-        self.read.get_or_init(|| self.read())
+impl LoadExtents for ExceptionStore {
+    /// Each failure is temporary: an exception that is being made becomes complete without a change of the status.
+    fn load(&self) -> Result<FillMap, DenseReason> {
+        self.read().map_err(|reason| DenseReason::NotNow(reason.into()))
     }
+}
 
+impl ExceptionStore {
     fn read(&self) -> Result<FillMap, String> {
         if self.suspended.as_ref().is_some_and(SuspendFile::is_suspended) {
             return Err("its store is suspended".to_owned());
@@ -101,45 +103,5 @@ impl StoreMap {
         let read = self.cow.read_exact_at(buffer.resize(len), at.get());
         read.map_err(|error| format!("cannot read its store at byte {at}: {}", plain(&error)))?;
         Ok(buffer.bytes())
-    }
-}
-
-impl HoleMap for StoreMap {
-    fn len(&self) -> Bytes {
-        self.len
-    }
-
-    fn extent_at(&self, offset: Bytes) -> Extent {
-        match self.exceptions() {
-            Ok(exceptions) => exceptions.extent_at(offset),
-            Err(_) if offset < self.len => Extent { end: self.len, kind: Kind::Data },
-            Err(_) => Extent::outside(offset),
-        }
-    }
-
-    fn allocated(&self) -> Option<Bytes> {
-        self.read.get()?.as_ref().ok()?.allocated()
-    }
-
-    fn dense_because(&self) -> Option<DenseReason> {
-        self.read.get()?.as_ref().err().cloned().map(Into::into)
-    }
-
-    fn memory(&self) -> Bytes {
-        self.read.get().and_then(|read| read.as_ref().ok()).map_or(Bytes::ZERO, HoleMap::memory)
-    }
-}
-
-/// Has a store that could not be read to its end read again. An exception that was being made then becomes complete
-/// without a change of the status.
-struct Incomplete(Arc<StoreMap>);
-
-impl Guard for Incomplete {
-    fn unchanged(&self) -> bool {
-        !matches!(self.0.read.get(), Some(Err(_)))
-    }
-
-    fn is_of_content(&self) -> bool {
-        true
     }
 }

@@ -31,7 +31,7 @@ fn target_layer(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Res
             let zeros = Uniform { len: context.len, kind: Kind::Hole };
             Ok(TargetLayer::new("it reads as zeros", zeros, Vec::new()))
         }
-        "thin" => thin::volume::segment(context, resolver),
+        "thin" => thin::volume::layer(context, resolver),
         "delay" => passing::delay(context, resolver),
         "flakey" => passing::flakey(context, resolver),
         "unstriped" => passing::unstriped(context, resolver),

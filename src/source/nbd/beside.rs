@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::link::Link;
 use super::{Client, DEVICE_KIND, NbdExport, Uri};
 use crate::error::{Error, Result};
-use crate::source::{Backing, BlockDevice, Context, Layer};
+use crate::source::{BlockDevice, Layer, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::file::read_full;
@@ -32,19 +32,18 @@ pub struct Beside {
 }
 
 impl Beside {
-    /// Takes `uri` for the export of the connection that the NBD device has now which `shown` is or stands on.
+    /// Takes `uri` for the export of the connection that the NBD device has now which `stack` is or stands on.
     ///
     /// # Errors
     /// When it stands on none, or on several: it is not known which one is meant. When the bytes of the device are not
     /// those of the export.
-    pub fn new(uri: Uri, shown: &Backing) -> Result<Self> {
-        let stack = shown.resolve(&Context::default());
+    pub fn new(uri: Uri, stack: &Stack, name: &Path) -> Result<Self> {
         let mut nodes = Vec::new();
         collect(&stack.top, &mut nodes);
         let node = match nodes.as_slice() {
             [node] => node,
-            [] => return Err(Self::unclear("does not stand on a device of the kernel's NBD client").on(shown.name())),
-            _ => return Err(Self::unclear("stands on several devices of the kernel's NBD client").on(shown.name())),
+            [] => return Err(Self::unclear("does not stand on a device of the kernel's NBD client").on(name)),
+            _ => return Err(Self::unclear("stands on several devices of the kernel's NBD client").on(name)),
         };
         let device = BlockDevice::open(Path::new(node))?;
         let link = Link::new(&device).map(Arc::new);

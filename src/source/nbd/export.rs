@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Instant, SystemTime};
 
@@ -11,7 +12,7 @@ use super::client::Rest;
 use super::{Client, Uri};
 use crate::deadline;
 use crate::error::{Error, Result};
-use crate::source::backing::{MIN_ALIGN, Medium, Node};
+use crate::export::{Export, HostNode, MIN_ALIGN};
 use crate::source::{Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -107,18 +108,24 @@ impl NbdExport {
     /// # Errors
     /// As [`Client::open`].
     pub fn open(&self) -> Result<NbdExportFile> {
-        Ok(NbdExportFile { client: self.client()?, opened: SystemTime::now() })
+        let name = PathBuf::from(self.uri.to_string());
+        Ok(NbdExportFile { name, client: self.client()?, opened: SystemTime::now() })
     }
 }
 
 /// An open export.
 pub struct NbdExportFile {
+    name: PathBuf,
     client: Arc<Client>,
     /// A server tells no time of change: each open may be of other contents.
     opened: SystemTime,
 }
 
-impl Medium for NbdExportFile {
+impl Export for NbdExportFile {
+    fn name(&self) -> &Path {
+        &self.name
+    }
+
     fn size(&self) -> io::Result<Bytes> {
         Ok(self.client.size())
     }
@@ -127,7 +134,7 @@ impl Medium for NbdExportFile {
         self.client.minimum_block().max(MIN_ALIGN)
     }
 
-    fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
+    fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
         Ok(0..self.client.read_at(buffer.resize(size), offset)?)
     }
 
@@ -135,10 +142,10 @@ impl Medium for NbdExportFile {
         Stack::build(context, |_| Arc::new(super::layer(self.client.clone())))
     }
 
-    fn node(&self) -> io::Result<Node> {
+    fn host_node(&self) -> io::Result<HostNode> {
         // Nobody but who mounted it has shown a right to read it.
         let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
         let mode = libc::S_IFREG | 0o400;
-        Ok(Node { identity: None, uid, gid, mode, mtime: self.opened, ctime: self.opened })
+        Ok(HostNode { identity: None, uid, gid, mode, mtime: self.opened, ctime: self.opened })
     }
 }

@@ -22,6 +22,7 @@ mod stream;
 mod tls;
 mod uri;
 
+use std::io;
 use std::sync::Arc;
 
 pub use beside::Beside;
@@ -32,6 +33,7 @@ pub use pool::Patience;
 pub use uri::{Tls, Transport, Uri};
 
 use crate::source::{BlockDevice, Layer, Resolver, dense};
+use crate::sys::device::DeviceId;
 use link::LinkGuard;
 
 /// What an export is called in a layer.
@@ -51,6 +53,17 @@ fn layer_with(client: Arc<Client>, settling: Settling) -> Layer {
         map: Arc::new(NbdMap::new(client, settling)),
         below: Vec::new(),
     }
+}
+
+/// The major number of the kernel's NBD driver (`NBD_MAJOR` of `include/uapi/linux/major.h`).
+const MAJOR: u32 = 43;
+
+/// Whether a device is one of the kernel's NBD driver.
+///
+/// # Errors
+/// None: the number decides.
+pub fn is_device(id: DeviceId) -> io::Result<bool> {
+    Ok(id.major == MAJOR)
 }
 
 /// What the kernel's NBD device is called in a layer.

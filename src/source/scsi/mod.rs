@@ -13,6 +13,7 @@ pub mod pages;
 mod target;
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
@@ -23,7 +24,7 @@ use crate::map::{Extent, HoleMap, Kind};
 use crate::reason::DenseReason;
 use crate::source::known::{Counters, KnownData};
 use crate::source::walks::Walks;
-use crate::source::{BlockDevice, Layer, dense};
+use crate::source::{BlockDevice, Layer, Resolver, dense};
 use crate::sys::block;
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs::{self, StatFile};
@@ -35,21 +36,21 @@ const KIND: &str = "SCSI disk";
 const ATTEMPTS: u32 = 4;
 
 /// Whether a device is a whole disk of the kernel's SCSI disk driver.
-pub fn is_disk(id: DeviceId) -> bool {
+pub fn is_disk(id: DeviceId) -> io::Result<bool> {
     let driver = fs::read_link(sysfs::directory(id).join("device/driver"));
     // Peripheral device type 0 is a direct-access device (SPC-4).
-    driver.is_ok_and(|driver| driver.file_name() == Some("sd".as_ref()))
+    Ok(driver.is_ok_and(|driver| driver.file_name() == Some("sd".as_ref()))
         && sysfs::number(id, "device/type") == Some(0)
-        && sysfs::partition(id).is_ok_and(|partition| partition.is_none())
+        && sysfs::partition(id)?.is_none())
 }
 
 /// Whether a device is a whole NVMe disk.
-pub fn is_nvme(id: DeviceId) -> bool {
-    sysfs::kernel_name(id).is_some_and(|name| name.starts_with("nvme"))
+pub fn is_nvme_disk(id: DeviceId) -> io::Result<bool> {
+    Ok(sysfs::kernel_name(id).is_some_and(|name| name.starts_with("nvme")))
 }
 
 /// The layer of a SCSI disk.
-pub fn disk_layer(device: &BlockDevice) -> Layer {
+pub fn disk_layer(device: &BlockDevice, _resolver: &mut Resolver<'_>) -> Layer {
     match block::logical_block(&device.file) {
         Ok(block) => layer(&device.name(), device.file.clone(), device.len, block),
         Err(error) => {
@@ -77,11 +78,11 @@ pub fn layer(name: &str, file: Arc<File>, len: Bytes, block: Bytes) -> Layer {
     }
 }
 
-/// An NVMe disk of `len` bytes: all data.
-pub fn nvme_layer(name: &str, len: Bytes) -> Layer {
+/// An NVMe disk: all data.
+pub fn nvme_layer(device: &BlockDevice, _resolver: &mut Resolver<'_>) -> Layer {
     let reason = "NVMe disks are not asked: it needs Get LBA Status with action type 02h (tracked allocated LBAs), \
                   which few of them have, and a namespace that reports zeros for deallocated blocks (DLFEAT 001b)";
-    dense::layer(name, "NVMe disk", len, reason)
+    dense::layer(device.name(), "NVMe disk", device.len, reason)
 }
 
 struct ScsiMap {

@@ -129,10 +129,10 @@ impl From<ThinError> for Error {
     }
 }
 
-impl From<&ThinError> for DenseReason {
-    fn from(error: &ThinError) -> Self {
+impl From<ThinError> for DenseReason {
+    fn from(error: ThinError) -> Self {
         match error {
-            ThinError::Io(block, error) => Self::cannot(format!("read {block}"), error),
+            ThinError::Io(block, error) => Self::cannot(format!("read {block}"), &error),
             ThinError::Behind => Self::NotNow(error.to_string().into()),
             ThinError::TooLarge => Self::Unsupported(error.to_string().into()),
             _ => Self::Damaged(error.to_string().into()),

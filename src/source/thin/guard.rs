@@ -1,8 +1,6 @@
 //! Guards the mapping of a thin device against writes.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::source::{BlockDevice, Guard};
 use crate::sys::device::DeviceId;
@@ -20,26 +18,24 @@ pub struct WriteGuard {
     stat: StatFile,
     seen: Activity,
     counting: Counting,
-    /// Set when the map could not be read, so that the next request resolves the device again.
-    again: Arc<AtomicBool>,
 }
 
 impl WriteGuard {
-    /// Guards the counters as they are now. When `again` is set, the guard reports a change.
+    /// Guards the counters as they are now.
     ///
     /// # Errors
     /// When the device has no I/O counters, or it is not certain that they are enabled.
-    pub fn new(device: &BlockDevice, again: Arc<AtomicBool>) -> io::Result<Self> {
+    pub fn new(device: &BlockDevice) -> io::Result<Self> {
         let stat = StatFile::open(device.id)?;
         let counting = Counting::of(device.id)?;
-        Ok(Self { id: device.id, seen: Activity::now(device.id, &stat)?, stat, counting, again })
+        Ok(Self { id: device.id, seen: Activity::now(device.id, &stat)?, stat, counting })
     }
 }
 
 impl Guard for WriteGuard {
     fn unchanged(&self) -> bool {
         // The counters are read first: they are valid if counting was enabled until after that.
-        !self.again.load(Relaxed) && self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.goes_on()
+        self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.goes_on()
     }
 
     fn is_of_content(&self) -> bool {

@@ -7,10 +7,9 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::NonZeroUsize;
-use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::SystemTime;
 
 use super::error::ThinError;
@@ -20,11 +19,7 @@ use super::reader::MetadataReader;
 use super::walk::Tree;
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result};
-use crate::map::{Extent, FillMap, HoleMap, Kind};
-use crate::reason::DenseReason;
-use crate::source::backing::{MIN_ALIGN, Medium, Node};
-use crate::source::dense::Dense;
-use crate::source::{Context, Guard, Layer, Stack};
+use crate::map::FillMap;
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::stamp::{Stamp, later_than_before};
 use crate::sys::{block, device, file};
@@ -32,16 +27,12 @@ use crate::units::Bytes;
 
 /// Nodes kept for look-ups, of 4 KiB each: all internal nodes of a volume of tens of millions of mappings.
 const NODES: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
+/// The least alignment of direct reads.
+const DIRECT_ALIGN: Bytes = Bytes::new(4096);
 /// Threads that read a mapping tree.
 const WALKERS: usize = 2;
 /// A mapping's value: the data block, above 24 bits of time (`unpack_block_time` of `drivers/md/dm-thin-metadata.c`).
 const TIME_BITS: u32 = 24;
-
-/// Why a volume can be shown no longer.
-const CHANGED: &str = "the metadata changed while it was open";
-/// Why a volume has no holes.
-const UNPROVEN: &str = "that the metadata image stays as it is cannot be proven: its times are another machine's, or the \
-                        clock was set";
 
 /// The metadata and the data of a pool that is not active.
 pub struct OfflinePool {
@@ -65,7 +56,7 @@ impl Data {
     fn open(path: &Path) -> io::Result<Self> {
         let file = device::open(path, false)?;
         let direct = match file.metadata()?.file_type().is_block_device() {
-            true => Some((device::reopen_direct(&file)?, block::logical_block(&file)?.max(MIN_ALIGN))),
+            true => Some((device::reopen_direct(&file)?, block::logical_block(&file)?.max(DIRECT_ALIGN))),
             false => None,
         };
         Ok(Self { file, direct })
@@ -150,6 +141,26 @@ impl OfflinePool {
         Ok(Self { metadata, metadata_path: metadata_path.to_owned(), watched, stamp, data, opened })
     }
 
+    /// The path of the metadata.
+    pub fn metadata_path(&self) -> &Path {
+        &self.metadata_path
+    }
+
+    /// The open metadata.
+    pub fn metadata_file(&self) -> &File {
+        &self.watched
+    }
+
+    /// The open data.
+    pub fn data_file(&self) -> &File {
+        &self.data.file
+    }
+
+    /// When the pool was opened.
+    pub fn opened(&self) -> SystemTime {
+        self.opened
+    }
+
     /// The volumes of the pool, in the order of their ids.
     ///
     /// # Errors
@@ -192,12 +203,12 @@ impl OfflinePool {
 
     /// Whether it is proven that the metadata is still what was opened. A device is held exclusively, so that no pool can
     /// start on it.
-    fn is_unchanged(&self) -> bool {
+    pub fn is_unchanged(&self) -> bool {
         self.stamp.is_none_or(|stamp| stamp.proves_unchanged(&self.watched))
     }
 
     /// Whether nothing is seen of a change.
-    fn looks_unchanged(&self) -> bool {
+    pub fn looks_unchanged(&self) -> bool {
         self.stamp.is_none_or(|stamp| stamp.looks_unchanged(&self.watched))
     }
 }
@@ -235,12 +246,32 @@ impl Volume {
         self.len == Bytes::ZERO
     }
 
+    /// Its number in the pool.
+    pub fn id(&self) -> ThinId {
+        self.id
+    }
+
+    /// Its pool.
+    pub fn pool(&self) -> &Arc<OfflinePool> {
+        &self.pool
+    }
+
+    /// The size of its data blocks.
+    pub fn block(&self) -> Bytes {
+        self.block
+    }
+
+    /// Bytes that are mapped, as its details state.
+    pub fn mapped(&self) -> Option<Bytes> {
+        self.mapped.checked_mul(self.block.get()).map(Bytes::new)
+    }
+
     /// Reads its whole mapping tree.
     ///
     /// # Errors
     /// What is damaged.
-    pub fn check(&self) -> std::result::Result<FillMap, String> {
-        self.pool.metadata.map(self.id, self.len, WALKERS).map_err(|error| error.to_string())
+    pub fn map(&self) -> std::result::Result<FillMap, ThinError> {
+        self.pool.metadata.map(self.id, self.len, WALKERS)
     }
 
     /// Where the data of virtual block `block` is; `None` when it is not mapped.
@@ -253,8 +284,11 @@ impl Volume {
         Ok(value.map(|value| value >> TIME_BITS))
     }
 
-    /// Reads into `place` from `offset`: as few reads of the data device as its blocks allow.
-    fn fill(&self, place: &mut [u8], offset: Bytes) -> io::Result<()> {
+    /// Reads into `place` from `offset`, with as few reads of the data device as its blocks allow.
+    ///
+    /// # Errors
+    /// When the mapping tree is damaged, or the data cannot be read.
+    pub fn fill(&self, place: &mut [u8], offset: Bytes) -> io::Result<()> {
         let block = self.block.get();
         let (mut at, mut done) = (offset.get(), 0);
         while done < place.len() {
@@ -293,126 +327,5 @@ impl Volume {
             count if count == part.len() => Ok(()),
             _ => Err(io::ErrorKind::UnexpectedEof.into()),
         }
-    }
-}
-
-/// A volume as a file.
-pub struct VolumeMedium(Arc<Volume>);
-
-impl VolumeMedium {
-    /// Shows a volume.
-    pub fn new(volume: Volume) -> Self {
-        Self(Arc::new(volume))
-    }
-}
-
-impl Medium for VolumeMedium {
-    fn size(&self) -> io::Result<Bytes> {
-        Ok(self.0.len)
-    }
-
-    fn align(&self) -> Bytes {
-        MIN_ALIGN
-    }
-
-    fn read(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
-        self.0.fill(buffer.resize(size), offset)?;
-        if !self.0.pool.looks_unchanged() {
-            return Err(io::Error::other(CHANGED));
-        }
-        Ok(0..size)
-    }
-
-    fn resolve(&self, context: &Context) -> Stack {
-        let volume = self.0.clone();
-        Stack::build(context, |resolver| {
-            let name = format!("volume {} of {}", volume.id, volume.pool.metadata_path.display());
-            let map: Arc<dyn HoleMap> = if volume.pool.is_unchanged() {
-                resolver.guard(PoolGuard(volume.pool.clone()));
-                Arc::new(VolumeMap { volume, read: OnceLock::new() })
-            } else {
-                let why = if volume.pool.looks_unchanged() { UNPROVEN } else { CHANGED };
-                Arc::new(Dense::new(volume.len, why))
-            };
-            let holes_from = "its mapping tree".to_owned();
-            Arc::new(Layer { name, kind: "thin".to_owned(), holes_from, map, below: Vec::new() })
-        })
-    }
-
-    fn node(&self) -> io::Result<Node> {
-        let pool = &self.0.pool;
-        // The rights are those of the bytes. Devices have no times: anything may have happened while none was open.
-        let (data, metadata) = (Node::of_open(&pool.data.file)?, Node::of_open(&pool.watched)?);
-        let is_image = |node: &Node| node.mode & libc::S_IFMT == libc::S_IFREG;
-        let (mtime, ctime) = match is_image(&data) && is_image(&metadata) {
-            true => (data.mtime.max(metadata.mtime), data.ctime.max(metadata.ctime)),
-            false => (pool.opened, pool.opened),
-        };
-        Ok(Node { identity: None, mtime, ctime, ..data })
-    }
-
-    fn is_current(&self) -> bool {
-        self.0.pool.is_unchanged()
-    }
-}
-
-/// The metadata of a pool that nobody is to write to while its volumes are open.
-struct PoolGuard(Arc<OfflinePool>);
-
-impl Guard for PoolGuard {
-    fn unchanged(&self) -> bool {
-        self.0.is_unchanged()
-    }
-}
-
-/// The holes of a volume; its tree is read at the first question.
-struct VolumeMap {
-    volume: Arc<Volume>,
-    read: OnceLock<std::result::Result<FillMap, String>>,
-}
-
-impl VolumeMap {
-    fn map(&self) -> std::result::Result<&FillMap, &String> {
-        self.read.get_or_init(|| self.volume.check()).as_ref()
-    }
-}
-
-impl HoleMap for VolumeMap {
-    fn len(&self) -> Bytes {
-        self.volume.len
-    }
-
-    fn extent_at(&self, offset: Bytes) -> Extent {
-        let data = || Extent { end: self.len().max(Extent::outside(offset).end), kind: Kind::Data };
-        self.map().map_or_else(|_| data(), |map| map.extent_at(offset))
-    }
-
-    fn next_data(&self, offset: Bytes) -> Bytes {
-        self.map().map_or(offset, |map| map.next_data(offset))
-    }
-
-    fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
-        self.map().ok()?.next_hole(offset)
-    }
-
-    fn count_data(&self, range: &Range<Bytes>, unit: Bytes) -> Option<Bytes> {
-        self.map().ok()?.count_data(range, unit)
-    }
-
-    fn allocated(&self) -> Option<Bytes> {
-        self.volume.mapped.checked_mul(self.volume.block.get()).map(Bytes::new)
-    }
-
-    fn is_sparse(&self) -> Option<bool> {
-        // The volume ends with its last mapped block, so no mapping lies past the end.
-        Some(self.volume.mapped < self.volume.len.get() / self.volume.block.get())
-    }
-
-    fn dense_because(&self) -> Option<DenseReason> {
-        self.read.get().and_then(|read| read.as_ref().err().cloned()).map(Into::into)
-    }
-
-    fn memory(&self) -> Bytes {
-        self.read.get().and_then(|read| read.as_ref().ok()).map_or(Bytes::ZERO, HoleMap::memory)
     }
 }

@@ -20,10 +20,11 @@ use super::held::MetadataSnapshot;
 use super::metadata::{Metadata, read_superblock};
 use super::params::{self, Mode, PoolTable};
 use super::reader::MetadataReader;
-use super::shared_reads::{self, SharedReads};
+use super::shared_reads::{SharedReads, SharedReadsByPool};
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result, plain};
 use crate::map::FillMap;
+use crate::reason::DenseReason;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::dm::{Commit, Control, Table};
 use crate::sys::iostats::Counting;
@@ -42,7 +43,7 @@ const THREADS: usize = 2;
 const SUPERBLOCK_SECTORS: u64 = 8;
 
 /// What readers of live pools share.
-pub type Readers = shared_reads::SharedReadsByPool<Wanted, ThinResult<FillMap>>;
+pub type Readers = SharedReadsByPool<Wanted, ThinResult<FillMap>>;
 
 /// A live pool.
 pub struct LivePool {
@@ -65,27 +66,9 @@ pub struct Wanted {
 /// What one reading gave for each device that it came to.
 type Maps = Vec<ThinResult<FillMap>>;
 
-/// Why there is no map.
-#[derive(Debug)]
-pub enum NoMap {
-    /// The pool changes faster than it can be read, or is suspended: later, there may be one.
-    NotNow(&'static str),
-    /// As long as nothing changes, there is none.
-    Failed(Error),
-}
-
-impl From<ThinError> for NoMap {
-    fn from(error: ThinError) -> Self {
-        match error {
-            ThinError::Behind => Self::NotNow("its pool is read-only, and knows more than its metadata on disk"),
-            error => Self::Failed(error.into()),
-        }
-    }
-}
-
-impl From<Error> for NoMap {
+impl From<Error> for DenseReason {
     fn from(error: Error) -> Self {
-        Self::Failed(error)
+        Self::Unsupported(error.to_string().into())
     }
 }
 
@@ -120,13 +103,13 @@ impl LivePool {
     /// # Errors
     /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
     /// too fast.
-    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, NoMap> {
+    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, DenseReason> {
         let map = self.reads.take(*wanted, |wanted| self.maps(wanted))?;
-        Ok(map.ok_or(NoMap::NotNow("its pool commits faster than its metadata can be read"))??)
+        Ok(map.ok_or_else(|| DenseReason::NotNow("its pool commits faster than its metadata can be read".into()))??)
     }
 
     /// The maps of several devices from one reading; fewer when it came to nothing.
-    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Maps, NoMap> {
+    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Maps, DenseReason> {
         if let Some(maps) = self.quietly(QUIET_TRIES, wanted)? {
             return Ok(maps);
         }
@@ -137,7 +120,7 @@ impl LivePool {
     }
 
     /// Some readings of the last committed state; `None` when the pool committed during each.
-    fn quietly(&self, tries: usize, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, NoMap> {
+    fn quietly(&self, tries: usize, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, DenseReason> {
         let start = Instant::now();
         for _ in (0..tries).take_while(|_| start.elapsed() < PATIENCE) {
             // Makes the pool commit: every completed write is on disk from here on.
@@ -184,7 +167,7 @@ impl LivePool {
     }
 
     /// A reading of the metadata snapshot, taken for it; `None` when it cannot be had, or not be kept.
-    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, NoMap> {
+    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, DenseReason> {
         let live = self.look(Commit::No)?;
         if live.mode == Mode::ReadOnly {
             return Ok(None);
@@ -197,7 +180,7 @@ impl LivePool {
                 return Ok(None);
             }
         };
-        let maps = live.open_metadata().map_err(NoMap::from).and_then(|reader| {
+        let maps = live.open_metadata().map_err(DenseReason::from).and_then(|reader| {
             let metadata = Metadata::open(reader, snapshot.root())?;
             Ok(wanted.iter().map(|wanted| live.read(&metadata, wanted)).collect())
         });
@@ -207,12 +190,12 @@ impl LivePool {
     }
 
     /// The pool now.
-    fn look(&self, commit: Commit) -> std::result::Result<Live, NoMap> {
-        const SUSPENDED: NoMap = NoMap::NotNow("its pool is suspended");
+    fn look(&self, commit: Commit) -> std::result::Result<Live, DenseReason> {
+        let suspended = || DenseReason::NotNow("its pool is suspended".into());
         let failed = |what: &str, error| Error::failed(what).because(error);
         let table = self.control.table(self.id).map_err(|error| failed("cannot read its pool's table", error))?;
         if table.suspended {
-            return Err(SUSPENDED);
+            return Err(suspended());
         }
         let (name, params) = only_target(table)?;
         let table = params::pool_table(&params)
@@ -221,7 +204,7 @@ impl LivePool {
             self.control.status(self.id, commit).map_err(|error| failed("cannot read its pool's status", error))?;
         // A suspended pool answers without a commit.
         if status.suspended {
-            return Err(SUSPENDED);
+            return Err(suspended());
         }
         let (_, status) = only_target(status)?;
         let status =

@@ -1,22 +1,18 @@
-//! The order of events. A clock does not do: on a kernel that counts ticks (`clocksource` `jiffies`) milliseconds have one
-//! time, and a map that was read before a write would pass for one that was read after it.
+//! The order of events within the program. A clock does not serve: on a kernel that counts ticks (`clocksource`
+//! `jiffies`) it stands still for milliseconds, and extents that were read before a write would pass for extents that
+//! were read after it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A moment in the life of the program, before or after every other one.
+/// A sequence number. Each one is larger than all that were taken before, in any thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Moment(u64);
+pub(super) struct SequenceNumber(u64);
 
-impl Moment {
-    /// Now: later than every moment that was taken, in any thread, before this call.
-    pub(super) fn now() -> Self {
+impl SequenceNumber {
+    /// The next number.
+    pub(super) fn next() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self(NEXT.fetch_add(1, Ordering::SeqCst))
-    }
-
-    /// True of one moment in `n`.
-    pub(super) fn is_one_in(self, n: u64) -> bool {
-        self.0.is_multiple_of(n)
     }
 }
 
@@ -25,9 +21,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_two_moments_are_the_same() {
+    fn no_two_numbers_are_the_same_and_each_thread_sees_them_ascend() {
         let taken = std::thread::scope(|scope| {
-            let take = || (0..1000).map(|_| Moment::now()).collect::<Vec<_>>();
+            let take = || (0..1000).map(|_| SequenceNumber::next()).collect::<Vec<_>>();
             let threads: Vec<_> = (0..4).map(|_| scope.spawn(take)).collect();
             threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
         });

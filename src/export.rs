@@ -1,0 +1,222 @@
+//! Exports: what one file of a mount is.
+//!
+//! An [`Export`] has a length, bytes, extents, a freshness (the guards of its [`Stack`]) and an identity. Its kinds are a
+//! block device, an image, a volume of a pool that is not active, and an export of an NBD server. A view is an export that
+//! wraps another one.
+
+mod block_device;
+mod image;
+mod node;
+mod volume;
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::sync::Arc;
+
+pub use node::{FileIdentity, HostNode};
+pub use volume::VolumeExport;
+
+use crate::error::{Error, Result};
+use crate::source::{BlockDevice, Context, Stack};
+use crate::sys::buffer::AlignedBuffer;
+use crate::sys::device;
+use crate::units::Bytes;
+use block_device::DeviceExport;
+use image::ImageExport;
+
+/// Holes never start or end inside a unit of this size: QEMU aborts on extents that its O_DIRECT cannot address.
+pub const MIN_ALIGN: Bytes = Bytes::new(4096);
+
+/// Shorter files have no holes. `st_blocks` is not 0, since tar takes that for "nothing to read", and cp looks for holes
+/// where it is below the size: a file of 512 bytes cannot satisfy both.
+const SHORTEST_WITH_HOLES: Bytes = Bytes::new(1024);
+
+/// What one file of a mount is: a length, bytes, extents, their freshness, and an identity.
+///
+/// Callers use the checked functions of `dyn Export` below: [`read`](trait.Export.html#method.read) and the others.
+pub trait Export: Send + Sync {
+    /// The name in messages: usually the path that was opened.
+    fn name(&self) -> &Path;
+
+    /// The length now.
+    ///
+    /// # Errors
+    /// When the device is gone.
+    fn size(&self) -> io::Result<Bytes>;
+
+    /// The unit that holes are rounded to, inwards: a multiple of [`MIN_ALIGN`].
+    fn align(&self) -> Bytes;
+
+    /// Reads `size` bytes at `offset`, which are not past the end, through `buffer`; returns where in it they are.
+    ///
+    /// # Errors
+    /// As pread(2).
+    fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>>;
+
+    /// The layers that the extents come from, and what guards them. Nothing is loaded.
+    fn resolve(&self, context: &Context) -> Stack;
+
+    /// Owner, permissions and times.
+    ///
+    /// # Errors
+    /// When it is gone.
+    fn host_node(&self) -> io::Result<HostNode>;
+
+    /// The block device, if it is one.
+    fn device(&self) -> Option<&BlockDevice> {
+        None
+    }
+
+    /// The regular file that has the same bytes at any time; `None` for anything else.
+    fn regular_file(&self) -> Option<&File> {
+        None
+    }
+
+    /// Which device or file it is, where more than one can be at its place.
+    fn identity(&self) -> Option<FileIdentity> {
+        None
+    }
+
+    /// Whether a new open would find the same contents.
+    fn is_current(&self) -> bool {
+        true
+    }
+}
+
+/// Opens the block device or regular file at `path`, for reading.
+///
+/// # Errors
+/// When it cannot be opened, or is neither.
+pub fn open(path: &Path) -> Result<Arc<dyn Export>> {
+    let failed = |what: &str, error: io::Error| Error::failed(what).on(path).because(error);
+    let file = device::open(path, false).map_err(|error| failed("cannot open", error))?;
+    let metadata = file.metadata().map_err(|error| failed("cannot stat", error))?;
+    if metadata.is_file() {
+        let image = ImageExport::new(file, &metadata, path);
+        return Ok(Arc::new(image.map_err(|error| failed("cannot open with O_DIRECT", error))?));
+    }
+    if !metadata.file_type().is_block_device() {
+        return Err(Error::failed("is neither a block device nor a regular file").on(path));
+    }
+    Ok(Arc::new(DeviceExport::new(BlockDevice::from_file(file, path)?)?))
+}
+
+impl dyn Export + '_ {
+    /// The length now.
+    ///
+    /// # Errors
+    /// When the device is gone.
+    pub fn len(&self) -> Result<Bytes> {
+        self.size().map_err(|error| Error::failed("cannot read the size").on(self.name()).because(error))
+    }
+
+    /// Owner, permissions and times.
+    ///
+    /// # Errors
+    /// When the device is gone.
+    pub fn node(&self) -> Result<HostNode> {
+        self.host_node().map_err(|error| Error::failed("cannot stat").on(self.name()).because(error))
+    }
+
+    /// The layers that the extents come from; all data for a file that is too short for holes.
+    pub fn stack(&self, context: &Context) -> Stack {
+        let stack = self.resolve(context);
+        if stack.len() >= SHORTEST_WITH_HOLES {
+            return stack;
+        }
+        stack.shown_as_data("a file of less than 1024 bytes is shown without holes")
+    }
+
+    /// Reads up to `size` bytes at `offset` through `buffer`; shorter only at the end.
+    ///
+    /// # Errors
+    /// When a byte cannot be read, or the device gives less than it has: missing bytes are never replaced by zeros. A FUSE
+    /// client sees ENODEV where the device is gone, and EIO for every other cause, whatever errno the kernel, a file system
+    /// or a server gave.
+    pub fn read<'a>(&self, buffer: &'a mut AlignedBuffer, offset: Bytes, size: usize) -> Result<&'a [u8]> {
+        match self.read_range(buffer, offset, size) {
+            Ok(range) => Ok(&buffer.bytes()[range]),
+            Err(error) => Err(error.seen_as(if self.is_gone() { libc::ENODEV } else { libc::EIO })),
+        }
+    }
+
+    /// Returns where in `buffer` the bytes are.
+    fn read_range(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> Result<Range<usize>> {
+        let len = self.len()?;
+        let left = usize::try_from(len.saturating_sub(offset).get()).unwrap_or(usize::MAX);
+        let wanted = size.min(left);
+        let failed =
+            |error: io::Error| Error::failed(format!("cannot read at {offset}")).on(self.name()).because(error);
+        let range = self.read_at(buffer, offset, wanted).map_err(failed)?;
+        let end = offset.saturating_add(Bytes::new(range.len() as u64));
+        // The device may have become shorter during the read: then the read ends at the new end, and that is no error.
+        if range.len() < wanted && end < self.len()? {
+            return Err(failed(io::Error::from_raw_os_error(libc::EIO)));
+        }
+        Ok(range)
+    }
+
+    fn is_gone(&self) -> bool {
+        self.size().is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::dense;
+
+    /// An export that cannot be read anywhere.
+    struct BrokenExport {
+        size: std::result::Result<Bytes, i32>,
+        read: i32,
+    }
+
+    impl Export for BrokenExport {
+        fn name(&self) -> &Path {
+            Path::new("/dev/broken")
+        }
+
+        fn size(&self) -> io::Result<Bytes> {
+            self.size.map_err(io::Error::from_raw_os_error)
+        }
+
+        fn align(&self) -> Bytes {
+            MIN_ALIGN
+        }
+
+        fn read_at(&self, _buffer: &mut AlignedBuffer, _offset: Bytes, _size: usize) -> io::Result<Range<usize>> {
+            Err(io::Error::from_raw_os_error(self.read))
+        }
+
+        fn resolve(&self, context: &Context) -> Stack {
+            Stack::build(context, |_| std::sync::Arc::new(dense::layer("broken", "test", MIN_ALIGN, "broken")))
+        }
+
+        fn host_node(&self) -> io::Result<HostNode> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[test]
+    fn a_read_error_is_eio_whatever_its_cause_is_called() {
+        let read = |size, read| {
+            let export: &dyn Export = &BrokenExport { size, read };
+            export.read(&mut AlignedBuffer::new(), Bytes::ZERO, 512).expect_err("it is broken")
+        };
+        for cause in
+            [libc::ENODATA, libc::EREMOTEIO, libc::ETIMEDOUT, libc::EINVAL, libc::EMFILE, libc::EILSEQ, libc::EIO]
+        {
+            let error = read(Ok(MIN_ALIGN), cause);
+            assert_eq!(error.errno(), libc::EIO, "{error}");
+            let cause = crate::error::plain(&io::Error::from_raw_os_error(cause));
+            assert_eq!(error.to_string(), format!("/dev/broken: cannot read at 0: {cause}"));
+        }
+        for (size, seen) in [(libc::ENODEV, libc::ENODEV), (libc::ESTALE, libc::EIO), (libc::ENXIO, libc::EIO)] {
+            assert_eq!(read(Err(size), libc::EIO).errno(), seen);
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! A regular file as an export.
+
+use std::fs::{File, Metadata};
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use super::{Export, FileIdentity, HostNode, MIN_ALIGN};
+use crate::source::file::Reads;
+use crate::source::{Context, Stack};
+use crate::sys::buffer::AlignedBuffer;
+use crate::sys::{device, file};
+use crate::units::Bytes;
+
+/// Whether an open failed because the file system has no direct reads (`do_dentry_open` of `fs/open.c`; FUSE servers answer
+/// EOPNOTSUPP, too).
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
+}
+
+/// A regular file, shown as it is.
+pub(super) struct ImageExport {
+    file: File,
+    /// For reads, where they must pass the page cache by.
+    direct: Option<File>,
+    path: PathBuf,
+    identity: FileIdentity,
+}
+
+impl ImageExport {
+    /// Takes the open regular file at `path`.
+    ///
+    /// # Errors
+    /// When its holes need direct reads, and it cannot be opened for those.
+    pub(super) fn new(file: File, metadata: &Metadata, path: &Path) -> io::Result<Self> {
+        // Direct reads only where reads go to a server: then its holes are those of the server.
+        let direct = if file::reads_from_server(&file) { device::reopen_direct(&file).map(Some) } else { Ok(None) };
+        let direct = direct.or_else(|error| if is_refusal(&error) { Ok(None) } else { Err(error) })?;
+        Ok(Self { file, direct, path: path.to_owned(), identity: FileIdentity::of(metadata) })
+    }
+}
+
+impl Export for ImageExport {
+    fn name(&self) -> &Path {
+        &self.path
+    }
+
+    fn size(&self) -> io::Result<Bytes> {
+        self.file.metadata().map(|metadata| Bytes::new(metadata.len()))
+    }
+
+    fn align(&self) -> Bytes {
+        MIN_ALIGN
+    }
+
+    fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
+        match &self.direct {
+            Some(direct) => file::read_direct(direct, buffer, offset, size, MIN_ALIGN),
+            None => file::read_buffered(&self.file, buffer, offset, size),
+        }
+    }
+
+    fn resolve(&self, context: &Context) -> Stack {
+        let reads = if self.direct.is_some() { Reads::Direct } else { Reads::Cached };
+        Stack::of_file(&self.file, &self.path, self.size().unwrap_or(Bytes::ZERO), reads, context)
+    }
+
+    fn host_node(&self) -> io::Result<HostNode> {
+        HostNode::of_open(&self.file)
+    }
+
+    fn regular_file(&self) -> Option<&File> {
+        // The kernel would read it through its page cache.
+        self.direct.is_none().then_some(&self.file)
+    }
+
+    fn identity(&self) -> Option<FileIdentity> {
+        Some(self.identity)
+    }
+}

@@ -1,0 +1,84 @@
+//! A resolved stack, its extents once they are loaded, and what both cost.
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use super::sequence::SequenceNumber;
+use crate::source::{Loaded, Stack};
+use crate::units::Bytes;
+
+/// After a stack that took T to resolve and load, the next one may be resolved when this many times T have passed since: a
+/// tenth of the time at most.
+const REST_FACTOR: u32 = 9;
+
+/// A resolved stack.
+pub(super) struct Resolved {
+    pub(super) stack: Stack,
+    /// Taken before anything of the stack was looked at.
+    pub(super) born: SequenceNumber,
+    /// The time at which resolving began.
+    begun: Instant,
+    resolved_in: Duration,
+    loaded: OnceLock<Loaded>,
+    /// Whether the stack is as long as the device. From then on a guard watches the length.
+    pub(super) fits: bool,
+}
+
+impl Resolved {
+    /// Resolves a stack. `len` gives the length of the device, and is called after that.
+    pub(super) fn new(resolve: impl FnOnce() -> Stack, len: impl FnOnce() -> Option<Bytes>) -> Self {
+        let (born, begun) = (SequenceNumber::next(), Instant::now());
+        let stack = resolve();
+        let resolved_in = begun.elapsed();
+        let fits = len() == Some(stack.len());
+        Self { stack, born, begun, resolved_in, loaded: OnceLock::new(), fits }
+    }
+
+    /// Whether the extents are loaded.
+    pub(super) fn is_loaded(&self) -> bool {
+        self.loaded.get().is_some()
+    }
+
+    /// Loads the extents, unless that was done before, and then calls `first` with them. Other requests wait for it.
+    pub(super) fn load(&self, first: impl FnOnce(&Loaded)) -> &Loaded {
+        if let Some(loaded) = self.loaded.get() {
+            return loaded;
+        }
+        let mut is_first = false;
+        let loaded = self.loaded.get_or_init(|| {
+            is_first = true;
+            self.stack.load()
+        });
+        if is_first {
+            first(loaded);
+        }
+        loaded
+    }
+
+    /// The memory that the extents take; none before they are loaded.
+    pub(super) fn memory(&self) -> Bytes {
+        self.loaded.get().map_or(Bytes::ZERO, |loaded| loaded.memory)
+    }
+
+    /// Whether an answer that was given between `request` and now is true now.
+    ///
+    /// A stack that was resolved within the request contains every write that completed before the request. It is then
+    /// enough that the layers are still built as they were.
+    pub(super) fn is_fresh(&self, request: SequenceNumber) -> bool {
+        if !self.fits {
+            return false;
+        }
+        if self.born > request {
+            return self.stack.same_shape();
+        }
+        let is_temporary = self.loaded.get().is_some_and(|loaded| loaded.is_temporary);
+        !is_temporary && self.stack.unchanged()
+    }
+
+    /// How long it is until the stack may be resolved again. Extents that were not loaded cost nothing.
+    pub(super) fn rest(&self) -> Duration {
+        let cost =
+            self.loaded.get().map_or(Duration::ZERO, |loaded| (self.resolved_in + loaded.cost) * (REST_FACTOR + 1));
+        cost.saturating_sub(self.begun.elapsed())
+    }
+}
