@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 
 use super::{MetaBlock, ThinId};
-use crate::error::{Error, plain};
+use crate::error::plain;
 use crate::reason::DenseReason;
 
 /// The result of reading thin metadata.
@@ -120,12 +120,10 @@ impl std::error::Error for ThinError {
     }
 }
 
-impl From<ThinError> for Error {
+/// For the cause of an [`crate::error::Error`].
+impl From<ThinError> for io::Error {
     fn from(error: ThinError) -> Self {
-        match error {
-            ThinError::Io(block, error) => Self::failed(format!("cannot read {block}")).because(error),
-            error => Self::failed("cannot use the thin metadata").because(io::Error::other(error)),
-        }
+        Self::other(error)
     }
 }
 
