@@ -7,12 +7,12 @@ use crate::sys::device::DeviceId;
 use crate::sys::iostats::Counting;
 use crate::sys::sysfs::{Activity, StatFile};
 
-/// Guards the counters of writes and discards of a thin device. As long as no write and no discard completes, no block of
-/// the device is provisioned or unmapped.
+/// Guards the counters of writes and discards of a thin device. As long as no write and no discard completes, no block
+/// of the device is provisioned or unmapped.
 ///
-/// Most writes go to blocks that are mapped already and do not change the mapping, but nothing identifies them: the number
-/// of mapped blocks can be the same while the blocks are others, because a discard unmaps some. Whether a device accepts
-/// discards at all cannot be derived from the limits of its queue.
+/// Most writes go to blocks that are mapped already and do not change the mapping, but nothing identifies them: the
+/// number of mapped blocks can be the same while the blocks are others, because a discard unmaps some. Whether a device
+/// accepts discards at all cannot be derived from the limits of its queue.
 pub struct WriteGuard {
     id: DeviceId,
     stat: StatFile,

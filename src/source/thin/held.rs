@@ -1,9 +1,9 @@
 //! The metadata snapshot of a pool, which the daemon holds while it reads one mapping tree.
 //!
-//! A pool has at most one, on disk and without an owner. It survives the process that took it, and as long as it is held
-//! the pool cannot free the blocks that it refers to. So a process that survives the daemon takes and releases it (see
-//! [`super::keeper`]). If the keeper itself is killed, its record (see [`super::record`]) lets another process release the
-//! snapshot.
+//! A pool has at most one, on disk and without an owner. It survives the process that took it, and as long as it is
+//! held the pool cannot free the blocks that it refers to. So a process that survives the daemon takes and releases it
+//! (see [`super::keeper`]). If the keeper itself is killed, its record (see [`super::record`]) lets another process
+//! release the snapshot.
 
 use std::fs;
 use std::io::{self, Read};
@@ -49,9 +49,9 @@ fn keepers() -> MutexGuard<'static, Keepers> {
     KEEPERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Prepares the end of the program: no thread can take a snapshot any more, and those that are held are waited for, up to
-/// [`RELEASE_TIMEOUT`]. A snapshot that a thread still reads then is released by its keeper when this process ends, which
-/// closes the pipe.
+/// Prepares the end of the program: no thread can take a snapshot any more, and those that are held are waited for, up
+/// to [`RELEASE_TIMEOUT`]. A snapshot that a thread still reads then is released by its keeper when this process ends,
+/// which closes the pipe.
 pub fn finish() {
     let deadline = Instant::now() + RELEASE_TIMEOUT;
     let mut keepers = keepers();
@@ -111,8 +111,8 @@ pub struct MetadataSnapshot {
 }
 
 impl MetadataSnapshot {
-    /// Takes the metadata snapshot of `pool`, for which the pool commits. `None` when another process holds it, or it takes
-    /// longer than [`TAKE_TIMEOUT`].
+    /// Takes the metadata snapshot of `pool`, for which the pool commits. `None` when another process holds it, or it
+    /// takes longer than [`TAKE_TIMEOUT`].
     ///
     /// # Errors
     /// When no keeper can be started, or the pool refuses: a pool that does not write its metadata does.
@@ -202,8 +202,8 @@ impl Keeper {
         self.stdout.read(buffer)
     }
 
-    /// Closes its standard input, so that it releases the snapshot, and waits until it ends or the deadline passes. Returns
-    /// whether it has ended; then no zombie is left.
+    /// Closes its standard input, so that it releases the snapshot, and waits until it ends or the deadline passes.
+    /// Returns whether it has ended; then no zombie is left.
     fn has_ended(&mut self, deadline: Instant) -> bool {
         self.stdin = None;
         while let Some(report) = self.next_report(deadline) {
@@ -222,7 +222,8 @@ impl Keeper {
         true
     }
 
-    /// Closes its standard input and waits until the deadline. A keeper that still runs then is kept in [`Keepers::left`].
+    /// Closes its standard input and waits until the deadline. A keeper that still runs then is kept in
+    /// [`Keepers::left`].
     fn leave(mut self, deadline: Instant) {
         if !self.has_ended(deadline) {
             keepers().left.push(self);

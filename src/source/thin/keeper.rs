@@ -1,10 +1,10 @@
 //! The keeper: a process that takes the metadata snapshot of a pool and releases it.
 //!
 //! A metadata snapshot has no owner in the kernel and survives the process that took it. So the daemon does not take it
-//! itself: it starts this program once more, as a keeper. The keeper takes the snapshot, reports that, and waits for the end
-//! of its standard input, which is a pipe from the daemon. The pipe ends when the daemon closes it, and also when the daemon
-//! is killed at any moment, inside any system call. Then the keeper releases the snapshot. A pool whose metadata device is
-//! suspended blocks only the keeper.
+//! itself: it starts this program once more, as a keeper. The keeper takes the snapshot, reports that, and waits for
+//! the end of its standard input, which is a pipe from the daemon. The pipe ends when the daemon closes it, and also
+//! when the daemon is killed at any moment, inside any system call. Then the keeper releases the snapshot. A pool whose
+//! metadata device is suspended blocks only the keeper.
 //!
 //! The keeper is a new program and not a fork of the daemon. A fork of a process with threads may call only
 //! async-signal-safe functions, copies the page tables of all maps, and keeps the daemon's FUSE connection open.
@@ -26,8 +26,8 @@ use crate::error::{Error, ErrorKind, Result, plain};
 use crate::sys::device::DeviceId;
 use crate::sys::dm::Control;
 
-/// The first argument of a keeper. The second one is the device number of the pool, `MAJOR:MINOR`. Without a second one,
-/// the keeper releases what killed keepers left held in all pools, and ends.
+/// The first argument of a keeper. The second one is the device number of the pool, `MAJOR:MINOR`. Without a second
+/// one, the keeper releases what killed keepers left held in all pools, and ends.
 pub const COMMAND: &str = "keep-metadata-snapshot";
 
 /// What a keeper reports on its standard output, one line for each report.
@@ -156,7 +156,8 @@ impl HeldSnapshot {
         }
     }
 
-    /// Releases the snapshot, unless the pool holds another one by now. Returns whether this process holds none any more.
+    /// Releases the snapshot, unless the pool holds another one by now. Returns whether this process holds none any
+    /// more.
     fn release(self) -> bool {
         let name = &self.identity.name;
         let result = PoolIdentity::of(self.pool).and_then(|identity| {

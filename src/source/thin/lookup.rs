@@ -1,4 +1,4 @@
-//! Finds single keys of a tree by descending from its root.
+//! Looks up single keys of a tree, from its root down to a leaf.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +12,7 @@ use super::walk::{ChildNode, MAX_DEPTH, Tree};
 use super::{MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
 
-/// A node in memory that passed its checks.
+/// A node in memory that passed the checks of [`TreeNode::parse`].
 #[derive(Debug)]
 struct CheckedNode {
     block: Box<RawBlock>,
@@ -25,7 +25,7 @@ impl CheckedNode {
     }
 }
 
-/// The leaf that a descent ends at, and the keys that its ancestors leave to it.
+/// The leaf that a look-up has found, and the end of its range of keys.
 #[derive(Debug)]
 pub struct Leaf {
     checked: Arc<CheckedNode>,
@@ -44,20 +44,20 @@ impl Leaf {
     }
 }
 
-/// Nodes that were read lately, for look-ups in metadata that does not change.
+/// A cache of nodes, for look-ups in metadata that does not change.
 #[derive(Debug)]
 pub struct NodeCache {
     nodes: Mutex<LruCache<MetaBlock, Arc<CheckedNode>>>,
 }
 
 impl NodeCache {
-    /// Keeps at most `nodes` of 4 KiB each.
+    /// A cache of up to `nodes` nodes of 4 KiB each.
     pub fn new(nodes: NonZeroUsize) -> Self {
         Self { nodes: Mutex::new(LruCache::new(nodes)) }
     }
 
-    /// The node that `child` of `tree` points to. A cached one passed the checks that need no parent, and as a node may
-    /// be shared by trees, its parent's are made each time.
+    /// The node that `child` of `tree` points to. A node in the cache has passed the checks that do not depend on its
+    /// parent. The others are made each time, because a node can have parents in several trees.
     fn node(&self, tree: &Tree, child: &ChildNode, reader: &MetadataReader) -> ThinResult<Arc<CheckedNode>> {
         let lock = || self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
         let cached = lock().get(&child.block).map(Arc::clone);
@@ -75,7 +75,7 @@ impl NodeCache {
 }
 
 impl Tree {
-    /// The leaf that has `key`, if any leaf has.
+    /// The leaf whose range of keys includes `key`.
     ///
     /// # Errors
     /// When a node on the way cannot be read or fails a check.
@@ -87,14 +87,15 @@ impl Tree {
             if node.kind() == NodeKind::Leaf {
                 return Ok(Leaf { checked, high: child.high });
             }
-            // The last entry that is not above the key; keys below the first entry are in no leaf.
+            // The last entry that is not above the key. No leaf has keys below the first entry.
             let above = node.lower_bound(key.saturating_add(1));
             child = self.child(&child, &node, above.saturating_sub(1))?;
         }
         Err(ThinError::Damaged(self.root, Damage::Depth))
     }
 
-    /// The first entry at or after `key`: its key, and its value for [`super::node::LeafValues::Numbers`].
+    /// The key and the value of the first entry at or after `key`, in a tree with
+    /// [`super::node::LeafValues::Numbers`].
     ///
     /// # Errors
     /// When a node on the way cannot be read or fails a check.

@@ -10,19 +10,19 @@ const HEADER: usize = 32;
 /// Bytes of a key.
 const KEY: usize = 8;
 
-/// Whether a node points to nodes or holds values (`enum node_flags`).
+/// The kind of a node (`enum node_flags`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeKind {
-    /// Its values are block numbers of children.
+    /// Its values are the block numbers of its children.
     Internal,
-    /// Its values are the tree's.
+    /// Its values are those of the tree, see [`LeafValues`].
     Leaf,
 }
 
-/// What the leaves of a tree hold.
+/// The format of the values in the leaves of a tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeafValues {
-    /// 64-bit numbers: roots in the top-level tree, `data block << 24 | time` in a mapping tree.
+    /// 64-bit numbers: roots of mapping trees in the top-level tree, `data block << 24 | time` in a mapping tree.
     Numbers,
     /// `struct disk_device_details`.
     Details,
@@ -37,12 +37,12 @@ impl LeafValues {
     }
 }
 
-/// What the checks of a node found, all that is needed to read it again without them.
+/// The positions in a node that its checks found. With them, the node can be read again without the checks.
 #[derive(Clone, Copy, Debug)]
 pub struct NodeShape {
     kind: NodeKind,
     entries: usize,
-    /// Where the values start.
+    /// The position of the first value.
     values: usize,
 }
 
@@ -54,12 +54,12 @@ pub struct TreeNode<'a> {
 }
 
 impl<'a> TreeNode<'a> {
-    /// Reads the node that was found at `location`, in a tree whose leaves hold `values`.
+    /// Checks the node at `location` of a tree with these leaf values.
     ///
     /// # Errors
-    /// What is wrong with it: checksum, location, exactly one of the two kinds, the size of values for its kind, room
-    /// for its entries, keys that strictly ascend. A node with few entries is fine, the kernel leaves such behind; one
-    /// without any is fine as a leaf, where only an empty tree's root may be one (the caller knows).
+    /// When its checksum, block number, kind, size of values or number of entries is wrong, or its keys are not
+    /// strictly ascending. A node with few entries is valid, because the kernel makes such nodes. A leaf without
+    /// entries is valid here. It may only be the root of an empty tree, which the caller must check.
     pub fn parse(block: &'a RawBlock, location: MetaBlock, values: LeafValues) -> Result<Self, Damage> {
         if !checksum_ok(block, SALT) {
             return Err(Damage::Checksum);
@@ -78,7 +78,7 @@ impl<'a> TreeNode<'a> {
         let room = (METADATA_BLOCK - HEADER) / (KEY + value_size);
         let max = usize::try_from(u32_at(block, 20)).map_err(|_| Damage::Entries)?;
         let entries = usize::try_from(u32_at(block, 16)).map_err(|_| Damage::Entries)?;
-        // `calc_max_entries` makes it a multiple of three, so that two nodes can be rebalanced into three.
+        // `calc_max_entries` makes the maximum a multiple of three, so that two nodes can be rebalanced into three.
         if max > room || !max.is_multiple_of(3) || entries > max || (entries == 0 && kind == NodeKind::Internal) {
             return Err(Damage::Entries);
         }
@@ -89,17 +89,17 @@ impl<'a> TreeNode<'a> {
         Ok(node)
     }
 
-    /// The node in a `block` in which the checks found `shape`, and which did not change since.
+    /// The node in a `block` that passed the checks before, with the result `shape`, and has not changed since.
     pub(super) fn checked(block: &'a RawBlock, shape: NodeShape) -> Self {
         Self { block, shape }
     }
 
-    /// What the checks found.
+    /// The result of the checks.
     pub(super) fn shape(&self) -> NodeShape {
         self.shape
     }
 
-    /// Without an early end, which the compiler turns into faster code; damage is rare.
+    /// Compares all keys, without an early end: the compiler makes faster code for that, and damage is rare.
     fn keys_ascend(&self) -> bool {
         let keys = self.raw_keys();
         let following = keys.get(1..).unwrap_or_default();
@@ -110,7 +110,7 @@ impl<'a> TreeNode<'a> {
         self.block[HEADER..HEADER + KEY * self.shape.entries].as_chunks().0
     }
 
-    /// Whether it is a leaf.
+    /// Whether it is a leaf or an internal node.
     pub fn kind(&self) -> NodeKind {
         self.shape.kind
     }
@@ -147,7 +147,7 @@ impl<'a> TreeNode<'a> {
         self.raw_keys().get(index).map(|key| u64::from_le_bytes(*key))
     }
 
-    /// The value of entry `index`, of an internal node or where the leaves hold [`LeafValues::Numbers`].
+    /// The value of entry `index` of an internal node, or of a leaf with [`LeafValues::Numbers`].
     pub fn number(&self, index: usize) -> Option<u64> {
         (index < self.shape.entries).then(|| u64_at(self.block, self.shape.values + 8 * index))
     }
@@ -157,7 +157,7 @@ impl<'a> TreeNode<'a> {
         self.number(index).map(MetaBlock::new)
     }
 
-    /// The value of entry `index` of a leaf that holds [`LeafValues::Details`].
+    /// The value of entry `index` of a leaf with [`LeafValues::Details`].
     pub fn details(&self, index: usize) -> Option<DeviceDetails> {
         (index < self.shape.entries)
             .then(|| DeviceDetails { mapped_blocks: u64_at(self.block, self.shape.values + 24 * index) })
@@ -169,7 +169,7 @@ pub(super) mod tests {
     use super::super::superblock::tests::stamp;
     use super::*;
 
-    /// A node with a right checksum.
+    /// A node with a valid checksum.
     pub(crate) fn node(kind: u32, location: u64, max: u32, value_size: u32, entries: &[(u64, u64)]) -> RawBlock {
         let mut block = [0; METADATA_BLOCK];
         block[4..8].copy_from_slice(&kind.to_le_bytes());

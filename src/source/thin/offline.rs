@@ -1,9 +1,9 @@
 //! Volumes of a pool that is not active. Their bytes are read through the mapping trees, without device-mapper.
 //!
-//! The mapping decides which bytes a volume has, so the metadata must not change while a volume is open. A metadata device
-//! is opened exclusively, which the kernel refuses while a pool is active on it. A metadata image has a [`Stamp`], which
-//! shows whether it was written. If the stamp proves nothing (the times of the file system are set by another machine, or
-//! the clock was set), all of the volume is data.
+//! The mapping decides which bytes a volume has, so the metadata must not change while a volume is open. A metadata
+//! device is opened exclusively, which the kernel refuses while a pool is active on it. A metadata image has a
+//! [`Stamp`], which shows whether it was written. If the stamp proves nothing (the times of the file system are set by
+//! another machine, or the clock was set), all of the volume is data.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -26,7 +26,8 @@ use crate::sys::stamp::{Stamp, later_than_before};
 use crate::sys::{block, device, file};
 use crate::units::Bytes;
 
-/// The number of nodes of 4 KiB in the cache for look-ups: all internal nodes of a volume of tens of millions of mappings.
+/// The number of nodes of 4 KiB in the cache for look-ups: all internal nodes of a volume of tens of millions of
+/// mappings.
 const NODES: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 /// The least alignment of direct reads.
 const DIRECT_ALIGN: Bytes = Bytes::new(4096);
@@ -135,7 +136,8 @@ impl OfflinePool {
         let opened = |error| failed(metadata_path, error);
         let is_image = metadata_file.metadata().map_err(opened)?.is_file();
         let stamp = if is_image { Some(Stamp::settled(&metadata_file).map_err(opened)?) } else { None };
-        // The file that was found to be unused is opened again, and not its path, which may lead to another file by now.
+        // The file that was found to be unused is opened again, and not its path, which may lead to another file by
+        // now.
         let reader = MetadataReader::reopen(&metadata_file).map_err(opened)?;
         let metadata = Metadata::open(reader, MetaBlock::SUPERBLOCK)
             .map_err(|error| Error::failed("cannot read thin metadata").on(metadata_path).because(error))?;
@@ -203,8 +205,8 @@ impl OfflinePool {
         Ok(Volume { pool: self.clone(), id, tree, nodes, len, block, mapped: details.mapped_blocks })
     }
 
-    /// Whether it is proven that the metadata has not changed since it was opened. This is always so for a device: it is
-    /// open exclusively, so that no pool can become active on it.
+    /// Whether it is proven that the metadata has not changed since it was opened. This is always so for a device: it
+    /// is open exclusively, so that no pool can become active on it.
     pub fn is_unchanged(&self) -> bool {
         self.stamp.is_none_or(|stamp| stamp.proves_unchanged(&self.metadata_file))
     }

@@ -1,15 +1,15 @@
 //! Reads the metadata of a live pool without holding up its users.
 //!
-//! A transaction of a pool writes only to metadata blocks that are free in the last committed transaction, so that the pool
-//! can recover from a crash. So the trees of that transaction stay complete until the next commit, and a read is valid if
-//! no commit happened during it. Three observations of the metadata device prove that: no write is in flight before and
-//! after the read, its counters of writes are the same, and the superblock is the same. (Equal superblocks alone prove
-//! nothing: after two commits the roots can be in the same blocks again, with other leaves.) I/O counters can be disabled,
-//! so they are used only while it is certain that they are enabled, and only if the read of the superblock increased the
-//! counter of reads.
+//! A transaction of a pool writes only to metadata blocks that are free in the last committed transaction, so that the
+//! pool can recover from a crash. So the trees of that transaction stay complete until the next commit, and a read is
+//! valid if no commit happened during it. Three observations of the metadata device prove that: no write is in flight
+//! before and after the read, its counters of writes are the same, and the superblock is the same. (Equal superblocks
+//! alone prove nothing: after two commits the roots can be in the same blocks again, with other leaves.) I/O counters
+//! can be disabled, so they are used only while it is certain that they are enabled, and only if the read of the
+//! superblock increased the counter of reads.
 //!
-//! If the pool commits during each attempt, its metadata snapshot is taken for the time of one read. A pool has only one,
-//! which all programs share. If another program holds it, more attempts without it follow.
+//! If the pool commits during each attempt, its metadata snapshot is taken for the time of one read. A pool has only
+//! one, which all programs share. If another program holds it, more attempts without it follow.
 
 use std::io;
 use std::sync::Arc;
@@ -92,8 +92,8 @@ impl LivePool {
         Self { control, id, reads: readers.of(id) }
     }
 
-    /// The mapped blocks of a thin device. They include each block that was written by a write that completed before the
-    /// call.
+    /// The mapped blocks of a thin device. They include each block that was written by a write that completed before
+    /// the call.
     ///
     /// # Errors
     /// When the pool has failed, needs a check or is suspended, when its metadata is damaged, and when it commits too
@@ -114,8 +114,8 @@ impl LivePool {
         Ok(self.read_committed(MORE_TRIES, wanted)?.unwrap_or_default())
     }
 
-    /// Reads the last committed transaction, in up to `tries` attempts. `None` when the pool may have committed during each
-    /// of them.
+    /// Reads the last committed transaction, in up to `tries` attempts. `None` when the pool may have committed during
+    /// each of them.
     fn read_committed(&self, tries: usize, wanted: &[Wanted]) -> Result<Option<Maps>, DenseReason> {
         let start = Instant::now();
         for _ in (0..tries).take_while(|_| start.elapsed() < TRIES_TIME) {
@@ -271,8 +271,8 @@ impl IdleDevice {
         Ok(seen.is_idle().then_some(Self { id, stat, seen, counting }))
     }
 
-    /// Whether no write completed since, and none is in flight now. The writes in flight are read before the counters, in
-    /// the opposite order to [`IdleDevice::new`]: a write that is no longer in flight has been counted.
+    /// Whether no write completed since, and none is in flight now. The writes in flight are read before the counters,
+    /// in the opposite order to [`IdleDevice::new`]: a write that is no longer in flight has been counted.
     fn is_still_idle(&self) -> io::Result<bool> {
         let idle = sysfs::writes_in_flight(self.id)? == 0;
         Ok(idle && self.seen.lasts(self.id, &self.stat)? && self.counting.goes_on())

@@ -1,10 +1,10 @@
-//! Records of the metadata snapshots that this program takes: a file for each pool, which survives the process that holds
-//! the snapshot.
+//! Records of the metadata snapshots that this program takes: a file for each pool, which survives the process that
+//! holds the snapshot.
 //!
 //! The file is locked as long as that process lives. A record without a lock was left by a process that was killed. The
-//! next process releases the snapshot that the record names, if the pool still holds it. A process that was killed inside
-//! its reserve message left a record that names no snapshot. Then a held snapshot may be its own or another program's, and
-//! the log asks the user to decide.
+//! next process releases the snapshot that the record names, if the pool still holds it. A process that was killed
+//! inside its reserve message left a record that names no snapshot. Then a held snapshot may be its own or another
+//! program's, and the log asks the user to decide.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -174,8 +174,8 @@ impl SnapshotRecord {
         }
     }
 
-    /// Releases the snapshot of the process that left this record, if the pool still holds it. Returns `false` when that
-    /// fails; then the record must stay as it is.
+    /// Releases the snapshot of the process that left this record, if the pool still holds it. Returns `false` when
+    /// that fails; then the record must stay as it is.
     pub fn recover(&mut self, control: &Control, pool: DeviceId) -> bool {
         let Some(left) = self.left.take() else { return true };
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
@@ -199,8 +199,8 @@ impl SnapshotRecord {
     }
 }
 
-/// Parses a record. Returns its last step; `None` when it has no complete line of a step, or is of another pool than the
-/// one with `uuid`.
+/// Parses a record. Returns its last step; `None` when it has no complete line of a step, or is of another pool than
+/// the one with `uuid`.
 pub fn parse(text: &str, uuid: &str) -> Option<RecordedStep> {
     let whole = &text[..text.rfind('\n')?];
     let (recorded, steps) = whole.split_once('\n')?;

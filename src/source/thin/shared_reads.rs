@@ -1,7 +1,7 @@
 //! Shares reads of a live pool between threads: one thread reads at a time, and its read serves all threads that wait.
 //!
-//! Each read makes the pool commit, and a commit makes a concurrent read of the same pool invalid. So one read returns the
-//! maps of all devices of a pool that are requested at the same time.
+//! Each read makes the pool commit, and a commit makes a concurrent read of the same pool invalid. So one read returns
+//! the maps of all devices of a pool that are requested at the same time.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -98,8 +98,9 @@ mod tests {
 
     type Received = Result<Option<u64>, ()>;
 
-    /// Runs four threads that request 0 to 3. The read for 0 lasts until the others wait. `rest` returns how many results a
-    /// later read, whose number it gets, returns. Returns the requests of each read, and what each thread received.
+    /// Runs four threads that request 0 to 3. The read for 0 lasts until the others wait. `rest` returns how many
+    /// results a later read, whose number it gets, returns. Returns the requests of each read, and what each thread
+    /// received.
     fn four_threads(rest: impl Fn(usize) -> Result<usize, ()> + Sync) -> (Vec<Vec<u64>>, Vec<Received>) {
         let reads = SharedReads::<u64, u64>::default();
         let requests = Mutex::new(Vec::new());

@@ -1,5 +1,5 @@
-//! Guards against a second activation of a volume. The kernel allows a volume to be active as several devices, and a write
-//! to one of them does not change the I/O counters of the others.
+//! Guards against a second activation of a volume. The kernel allows a volume to be active as several devices, and a
+//! write to one of them does not change the I/O counters of the others.
 
 use std::hash::{Hash as _, Hasher};
 use std::io;
@@ -14,11 +14,11 @@ use crate::sys::sysfs;
 
 /// Guards that a volume is active as one device only.
 ///
-/// To look at the other devices of the pool again later would prove nothing: a second device of the volume may have been
-/// activated, written and removed since. But a volume is written through a live table only, and a table becomes live with
-/// an event of device-mapper. The same event reports a new table of the volume's own device or of its pool, which may have
-/// other metadata. An event does not name its device, so each event counts as a change, although most are for other
-/// devices.
+/// To look at the other devices of the pool again later would prove nothing: a second device of the volume may have
+/// been activated, written and removed since. But a volume is written through a live table only, and a table becomes
+/// live with an event of device-mapper. The same event reports a new table of the volume's own device or of its pool,
+/// which may have other metadata. An event does not name its device, so each event counts as a change, although most
+/// are for other devices.
 pub struct SingleActivationGuard {
     control: Arc<Control>,
     /// The event counter before the volume's own table was read.
@@ -27,8 +27,8 @@ pub struct SingleActivationGuard {
 }
 
 impl SingleActivationGuard {
-    /// Looks at the live tables of all devices that use the volume's pool. The volume's own table, `table` of `device`, was
-    /// read after `events`.
+    /// Looks at the live tables of all devices that use the volume's pool. The volume's own table, `table` of `device`,
+    /// was read after `events`.
     ///
     /// # Errors
     /// When the list of devices that use the pool cannot be read.
@@ -44,8 +44,8 @@ impl SingleActivationGuard {
     }
 }
 
-/// Whether the live table of a device that uses the pool proves that it is not this volume. `false` when the table cannot
-/// be read. A loaded table that is not live yet is ignored.
+/// Whether the live table of a device that uses the pool proves that it is not this volume. `false` when the table
+/// cannot be read. A loaded table that is not live yet is ignored.
 fn is_other_volume(control: &Control, id: DeviceId, volume: &ThinTable) -> bool {
     let is_volume = |params: &str| match params::thin_table(params) {
         Some(table) => (table.pool, table.id) == (volume.pool, volume.id),
