@@ -24,9 +24,6 @@ use crate::sys::device;
 use crate::sys::sysfs::SuspendFile;
 use crate::units::Bytes;
 
-/// Why a store cannot be read now.
-type Text = Cow<'static, str>;
-
 /// A snapshot (`drivers/md/dm-snap.c`).
 pub fn layer(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
     context.require_first()?;
@@ -72,7 +69,7 @@ impl LoadExtents for ExceptionStore {
 }
 
 impl ExceptionStore {
-    fn read(&self) -> Result<FillMap, Text> {
+    fn read(&self) -> Result<FillMap, Cow<'static, str>> {
         if self.suspended.as_ref().is_some_and(SuspendFile::is_suspended) {
             return Err("its store is suspended".into());
         }
@@ -102,7 +99,7 @@ impl ExceptionStore {
     }
 
     /// Reads a chunk of the store.
-    fn chunk<'a>(&self, at: Bytes, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8], Text> {
+    fn chunk<'a>(&self, at: Bytes, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8], Cow<'static, str>> {
         let len = usize::try_from(self.layout.chunk().get()).map_err(|_| "the size of its chunks is out of range")?;
         let read = self.cow.read_exact_at(buffer.resize(len), at.get());
         read.map_err(|error| format!("cannot read its store at byte {at}: {}", plain(&error)))?;
