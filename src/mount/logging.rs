@@ -77,7 +77,7 @@ pub fn start_helper(name: &str) {
 }
 
 /// Raises the level to what a service tells: mount, unmount, new maps. `RUST_LOG` and `-v` keep theirs.
-pub fn serve() {
+pub fn raise_to_info() {
     if !is_chosen() && log::max_level() < LevelFilter::Info {
         log::set_max_level(LevelFilter::Info);
     }

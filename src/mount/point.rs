@@ -14,11 +14,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mount::fusermount;
 use crate::mount::mountinfo::{self, DeviceNumber, MountEntry};
 use crate::mount::namespace::Namespace;
-use crate::mount::record::{self, PlaceLock};
+use crate::mount::record::{self, MountPointLock};
 
 /// What the mount's root looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
+pub enum MountPointKind {
     /// A directory that holds the files.
     Directory,
     /// The one file itself.
@@ -31,7 +31,7 @@ pub struct MountPoint {
     dir: PathBuf,
     /// `st_dev` and `st_ino` of what is mounted on.
     inode: (u64, u64),
-    shape: Shape,
+    kind: MountPointKind,
     namespace: Namespace,
 }
 
@@ -42,19 +42,19 @@ impl MountPoint {
     /// When it is missing, neither directory nor regular file, or already a mount of ours.
     pub fn find(dir: &Path, namespace: Namespace) -> Result<Self> {
         let cannot = |e: io::Error| Error::failed("cannot mount here").on(dir).because(e);
-        let (found, inode, shape) = namespace.within(|| {
+        let (found, inode, kind) = namespace.within(|| {
             let found = fs::canonicalize(dir).map_err(cannot)?;
             // Asked before stat(2), which would wait for the daemon of that mount.
             refuse_second(&list()?, &found)?;
             let metadata = fs::metadata(&found).map_err(cannot)?;
             let inode = (metadata.dev(), metadata.ino());
             match (metadata.is_dir(), metadata.is_file()) {
-                (true, _) => Ok((found, inode, Shape::Directory)),
-                (_, true) => Ok((found, inode, Shape::File)),
+                (true, _) => Ok((found, inode, MountPointKind::Directory)),
+                (_, true) => Ok((found, inode, MountPointKind::File)),
                 _ => Err(Error::failed("cannot mount here: neither a directory nor a regular file").on(dir)),
             }
         })?;
-        Ok(Self { dir: found, inode, shape, namespace })
+        Ok(Self { dir: found, inode, kind, namespace })
     }
 
     /// Reserves the place for one mount: another command that mounts here waits, and then finds the mount.
@@ -69,9 +69,9 @@ impl MountPoint {
         Ok(Claim { point: self, below, _lock: lock })
     }
 
-    fn lock(&self) -> Option<PlaceLock> {
+    fn lock(&self) -> Option<MountPointLock> {
         let directory = record::directory()?;
-        PlaceLock::wait(&directory, self.inode)
+        MountPointLock::wait(&directory, self.inode)
             .inspect_err(|error| log::debug!("{}: no lock of the place: {error}", directory.display()))
             .ok()
     }
@@ -98,8 +98,8 @@ impl MountPoint {
     }
 
     /// What will be seen there.
-    pub fn shape(&self) -> Shape {
-        self.shape
+    pub fn kind(&self) -> MountPointKind {
+        self.kind
     }
 
     /// Where the place is.
@@ -138,7 +138,7 @@ pub struct Claim {
     /// The file systems that were mounted here before. Each has its number as long as it is mounted; the number of a mount
     /// is given to the next one at once.
     below: Vec<DeviceNumber>,
-    _lock: Option<PlaceLock>,
+    _lock: Option<MountPointLock>,
 }
 
 impl Claim {

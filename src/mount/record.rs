@@ -18,7 +18,7 @@ use crate::mount::mountinfo::DeviceNumber;
 
 /// A record held by this process; dropping it removes it.
 #[derive(Debug)]
-pub struct Record {
+pub struct MountRecord {
     path: PathBuf,
     file: Flock<File>,
 }
@@ -28,12 +28,12 @@ const ATTEMPTS: u32 = 16;
 
 /// The lock of a place where something is mounted: as long as this value lives, no other process has it.
 #[derive(Debug)]
-pub struct PlaceLock {
+pub struct MountPointLock {
     path: PathBuf,
     file: Flock<File>,
 }
 
-impl PlaceLock {
+impl MountPointLock {
     /// Waits for the lock of the place with these `st_dev` and `st_ino`.
     ///
     /// # Errors
@@ -51,7 +51,7 @@ impl PlaceLock {
     }
 }
 
-impl Drop for PlaceLock {
+impl Drop for MountPointLock {
     fn drop(&mut self) {
         // Before the lock is given up: nobody can have it by this name any more.
         remove_own(&self.file, &self.path);
@@ -65,7 +65,7 @@ pub fn directory() -> Option<PathBuf> {
     parent.is_absolute().then(|| parent.join("blkholefs"))
 }
 
-impl Record {
+impl MountRecord {
     /// Creates the record of the mount with `device` in `directory`, and removes those of daemons that were killed. It
     /// appears under its name complete and locked. A record that another daemon has under this name is replaced: the
     /// number belongs to our mount now, and a command that waits for that daemon has found it already.
@@ -99,7 +99,7 @@ impl Record {
     }
 }
 
-impl Drop for Record {
+impl Drop for MountRecord {
     fn drop(&mut self) {
         // Another daemon may have replaced it, see `create`.
         remove_own(&self.file, &self.path);
@@ -189,7 +189,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("new");
         assert_eq!(daemon_of(&dir, DEVICE), None);
-        let record = Record::create(&dir, DEVICE).unwrap();
+        let record = MountRecord::create(&dir, DEVICE).unwrap();
         assert_eq!(daemon_of(&dir, DEVICE), Some(Pid::this()));
         assert_eq!(daemon_of(&dir, DeviceNumber { minor: 46, ..DEVICE }), None);
         drop(record);
@@ -203,7 +203,7 @@ mod tests {
             fs::write(dir.path().join(name), "1\n").unwrap();
         }
         assert_eq!(daemon_of(dir.path(), DEVICE), None, "process 1 does not hold the lock");
-        let _record = Record::create(dir.path(), DEVICE).unwrap();
+        let _record = MountRecord::create(dir.path(), DEVICE).unwrap();
         assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
@@ -211,8 +211,8 @@ mod tests {
     #[test]
     fn a_number_that_is_used_again_belongs_to_the_new_mount() {
         let dir = tempfile::tempdir().unwrap();
-        let old = Record::create(dir.path(), DEVICE).unwrap();
-        let new = Record::create(dir.path(), DEVICE).unwrap();
+        let old = MountRecord::create(dir.path(), DEVICE).unwrap();
+        let new = MountRecord::create(dir.path(), DEVICE).unwrap();
         drop(old);
         assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()), "the old one left the new one alone");
         drop(new);
@@ -233,7 +233,7 @@ mod tests {
                 });
             }
             for _ in 0..500 {
-                let record = Record::create(dir.path(), DEVICE).unwrap();
+                let record = MountRecord::create(dir.path(), DEVICE).unwrap();
                 assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()));
                 drop(record);
                 assert_eq!(daemon_of(dir.path(), DEVICE), None);
@@ -252,7 +252,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..100 {
-                        let lock = PlaceLock::wait(dir.path(), (1, 2)).unwrap();
+                        let lock = MountPointLock::wait(dir.path(), (1, 2)).unwrap();
                         assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                         inside.fetch_sub(1, Ordering::SeqCst);
                         drop(lock);

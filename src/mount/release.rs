@@ -36,7 +36,7 @@ pub struct Daemon {
 
 /// What became of the devices after an unmount.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum ReleaseOutcome {
     /// The daemon ended.
     Ended,
     /// The daemon serves the file system at another place, and has no device open.
@@ -63,19 +63,19 @@ impl Daemon {
     }
 
     /// Waits, after the unmount, until the daemon ended, or has no device open although it serves on.
-    pub fn wait(&self) -> Outcome {
+    pub fn wait(&self) -> ReleaseOutcome {
         let start = Instant::now();
         loop {
             if self.ended() {
-                return Outcome::Ended;
+                return ReleaseOutcome::Ended;
             }
             let serves = serves(Path::new("/sys/class/bdi"), self.device);
             // Where the descriptors cannot be seen, only the end says that the devices are free.
             let open = open_devices(self.pid);
             match open {
-                Ok(open) if serves && open.is_empty() => return Outcome::Idle,
-                open if serves && start.elapsed() > TO_CLOSE => return Outcome::InUse(open.unwrap_or_default()),
-                open if start.elapsed() > TO_END => return Outcome::Hangs(open.unwrap_or_default()),
+                Ok(open) if serves && open.is_empty() => return ReleaseOutcome::Idle,
+                open if serves && start.elapsed() > TO_CLOSE => return ReleaseOutcome::InUse(open.unwrap_or_default()),
+                open if start.elapsed() > TO_END => return ReleaseOutcome::Hangs(open.unwrap_or_default()),
                 _ => {}
             }
         }
@@ -130,7 +130,7 @@ mod tests {
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
         let process = process::pidfd_open(pid).unwrap();
         let daemon = Daemon { pid, process, device: DeviceNumber { major: 0, minor: u32::MAX } };
-        assert_eq!(daemon.wait(), Outcome::Ended);
+        assert_eq!(daemon.wait(), ReleaseOutcome::Ended);
         child.wait().unwrap();
     }
 

@@ -18,7 +18,7 @@ use crate::fuse::{BlkHoleFs, SESSION_THREADS};
 use crate::mount::fusermount;
 use crate::mount::mountinfo::{DeviceNumber, FS_TYPE};
 use crate::mount::options::MountOptions;
-use crate::mount::point::{Claim, MountPoint, Mounted, Shape, Unmounted};
+use crate::mount::point::{Claim, MountPoint, MountPointKind, Mounted, Unmounted};
 
 /// Whether each thread has a queue of its own in the kernel (`FUSE_DEV_IOC_CLONE`, Linux 4.5).
 pub const CLONE_DESCRIPTOR: bool = true;
@@ -80,9 +80,9 @@ pub fn mount(filesystem: BlkHoleFs, spec: &OsStr, claim: &Claim, options: &Mount
 
 fn mount_as_root(spec: &OsStr, point: &MountPoint, options: &MountOptions) -> Result<OwnedFd> {
     let device = open_fuse_device()?;
-    let root_mode = match point.shape() {
-        Shape::Directory => libc::S_IFDIR,
-        Shape::File => libc::S_IFREG,
+    let root_mode = match point.kind() {
+        MountPointKind::Directory => libc::S_IFDIR,
+        MountPointKind::File => libc::S_IFREG,
     };
     let mut data = format!(
         "fd={},rootmode={root_mode:o},user_id={},group_id={},default_permissions",

@@ -9,9 +9,9 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// What a signal asks of the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Wish {
+pub enum SignalAction {
     /// Unmount and end, because of this signal.
-    End(String),
+    Unmount(String),
     /// Forget every map, so that the next question looks at the device again.
     DropMaps,
     /// Write the counters to the log.
@@ -28,7 +28,7 @@ pub struct Signals {
 }
 
 /// What the kernel sends for a fault; to hold them back would be to run on after it.
-const FAULTS: [Signal; 7] =
+const FAULT_SIGNALS: [Signal; 7] =
     [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGILL, Signal::SIGFPE, Signal::SIGABRT, Signal::SIGSYS, Signal::SIGTRAP];
 
 /// Sent by the kernel, for signals of this kind by the terminal (`include/uapi/asm-generic/siginfo.h`).
@@ -39,10 +39,10 @@ impl Signals {
     ///
     /// # Errors
     /// When no descriptor is left.
-    pub fn hold(foreground: bool) -> Result<Self> {
+    pub fn block(foreground: bool) -> Result<Self> {
         let cannot = |e: Errno| Error::new(ErrorKind::System, "cannot hold signals back").because(e);
         let mut held = SigSet::all();
-        FAULTS.into_iter().for_each(|fault| held.remove(fault));
+        FAULT_SIGNALS.into_iter().for_each(|fault| held.remove(fault));
         held.thread_block().map_err(cannot)?;
         Ok(Self { descriptor: SignalFd::new(&held).map_err(cannot)?, foreground })
     }
@@ -51,13 +51,13 @@ impl Signals {
     ///
     /// # Errors
     /// As read(2).
-    pub fn next(&self) -> std::result::Result<Wish, Errno> {
+    pub fn next(&self) -> std::result::Result<SignalAction, Errno> {
         loop {
             match self.descriptor.read_signal() {
                 Ok(Some(signal)) => {
                     let number = i32::try_from(signal.ssi_signo).unwrap_or(0);
-                    if let Some(wish) = wish(number, signal.ssi_code, self.foreground) {
-                        return Ok(wish);
+                    if let Some(action) = action(number, signal.ssi_code, self.foreground) {
+                        return Ok(action);
                     }
                 }
                 Ok(None) | Err(Errno::EINTR) => {}
@@ -69,16 +69,16 @@ impl Signals {
 
 /// What a signal asks for. A daemon belongs to the terminal's process group until the mount was reported; what the
 /// terminal sent until then was for the command.
-fn wish(number: i32, code: i32, foreground: bool) -> Option<Wish> {
+fn action(number: i32, code: i32, foreground: bool) -> Option<SignalAction> {
     let from_terminal = code == SI_KERNEL;
     let Ok(signal) = Signal::try_from(number) else {
-        return Some(Wish::End(format!("real-time signal {number}")));
+        return Some(SignalAction::Unmount(format!("real-time signal {number}")));
     };
     match signal {
         Signal::SIGINT | Signal::SIGQUIT | Signal::SIGHUP if from_terminal && !foreground => None,
-        Signal::SIGHUP => Some(Wish::DropMaps),
-        Signal::SIGUSR1 => Some(Wish::LogCounters),
-        Signal::SIGUSR2 => Some(Wish::ToggleDebug),
+        Signal::SIGHUP => Some(SignalAction::DropMaps),
+        Signal::SIGUSR1 => Some(SignalAction::LogCounters),
+        Signal::SIGUSR2 => Some(SignalAction::ToggleDebug),
         // The call that caused the first two fails with EPIPE or EFBIG; the others stop a process, or do nothing.
         Signal::SIGPIPE
         | Signal::SIGXFSZ
@@ -89,7 +89,7 @@ fn wish(number: i32, code: i32, foreground: bool) -> Option<Wish> {
         | Signal::SIGCONT
         | Signal::SIGURG
         | Signal::SIGWINCH => None,
-        other => Some(Wish::End(other.as_str().to_owned())),
+        other => Some(SignalAction::Unmount(other.as_str().to_owned())),
     }
 }
 
@@ -103,22 +103,22 @@ mod tests {
     #[test]
     fn every_signal_that_would_end_the_process_unmounts_first() {
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGALRM, Signal::SIGXCPU] {
-            assert_eq!(wish(signal as i32, SI_USER, false), Some(Wish::End(signal.as_str().to_owned())));
+            assert_eq!(action(signal as i32, SI_USER, false), Some(SignalAction::Unmount(signal.as_str().to_owned())));
         }
-        assert!(matches!(wish(40, SI_USER, false), Some(Wish::End(_))));
+        assert!(matches!(action(40, SI_USER, false), Some(SignalAction::Unmount(_))));
         for signal in [Signal::SIGPIPE, Signal::SIGXFSZ, Signal::SIGTSTP, Signal::SIGCHLD] {
-            assert_eq!(wish(signal as i32, SI_KERNEL, false), None, "{signal}");
+            assert_eq!(action(signal as i32, SI_KERNEL, false), None, "{signal}");
         }
     }
 
     #[test]
     fn the_terminal_speaks_to_the_command_and_to_a_foreground_service() {
         for signal in [Signal::SIGINT, Signal::SIGQUIT] {
-            assert_eq!(wish(signal as i32, SI_KERNEL, false), None, "{signal}");
-            assert!(matches!(wish(signal as i32, SI_KERNEL, true), Some(Wish::End(_))), "{signal}");
+            assert_eq!(action(signal as i32, SI_KERNEL, false), None, "{signal}");
+            assert!(matches!(action(signal as i32, SI_KERNEL, true), Some(SignalAction::Unmount(_))), "{signal}");
         }
-        assert_eq!(wish(Signal::SIGHUP as i32, SI_KERNEL, false), None);
-        assert_eq!(wish(Signal::SIGHUP as i32, SI_USER, false), Some(Wish::DropMaps));
-        assert!(matches!(wish(Signal::SIGXCPU as i32, SI_KERNEL, false), Some(Wish::End(_))));
+        assert_eq!(action(Signal::SIGHUP as i32, SI_KERNEL, false), None);
+        assert_eq!(action(Signal::SIGHUP as i32, SI_USER, false), Some(SignalAction::DropMaps));
+        assert!(matches!(action(Signal::SIGXCPU as i32, SI_KERNEL, false), Some(SignalAction::Unmount(_))));
     }
 }

@@ -16,7 +16,7 @@ use crate::mount::fusermount;
 use crate::mount::helper::finish;
 use crate::mount::mountinfo::{self, DeviceNumber, MountEntry};
 use crate::mount::namespace::Namespace;
-use crate::mount::release::{Daemon, Outcome};
+use crate::mount::release::{Daemon, ReleaseOutcome};
 use crate::mount::{logging, point, record};
 
 const USAGE: &str = "\
@@ -31,17 +31,17 @@ device. See mount.blkholefs(8).
 
 /// Runs `umount.blkholefs` or `blkholefs umount` with the words after the name.
 pub fn main(name: &str, args: &[OsString]) -> ExitCode {
-    finish(name, USAGE, argv::umount(args), run)
+    finish(name, USAGE, argv::umount(args), |request| run(name, &request))
 }
 
-fn run(name: &str, request: UmountRequest) -> Result<u8> {
+fn run(name: &str, request: &UmountRequest) -> Result<u8> {
     let target = std::path::absolute(&request.target)
         .map_err(|e| Error::failed("cannot find the current directory").on(&request.target).because(e))?;
     let namespace = Namespace::open(request.namespace.as_deref())?;
     let mount = namespace.within(|| find(&point::list()?, &target, &request.target, geteuid().as_raw()))?;
     // Found before the unmount: after it, the number may be another mount's.
     let daemon = if request.lazy { None } else { Daemon::of(&mount) };
-    namespace.within(|| unmount(&mount.point, &request))?;
+    namespace.within(|| unmount(&mount.point, request))?;
     if let Some(records) = record::directory() {
         // What a killed daemon left; if it stays, the next mount removes it.
         let _ = record::remove_stale(&records);
@@ -54,7 +54,7 @@ fn run(name: &str, request: UmountRequest) -> Result<u8> {
     let others = namespace.within(|| Ok(others(&point::list()?, mount.device))).unwrap_or_default();
     if let Some(warning) = warning(&outcome, daemon.pid(), &others) {
         eprintln!("{name}: {}: {}", mount.point.display(), logging::one_line(&warning));
-    } else if request.verbose && outcome == Outcome::Idle {
+    } else if request.verbose && outcome == ReleaseOutcome::Idle {
         eprintln!("{name}: the daemon (process {}) serves {}, and has no device open", daemon.pid(), place(&others));
     }
     Ok(0)
@@ -73,11 +73,11 @@ fn place(others: &[PathBuf]) -> String {
 }
 
 /// What the user has to know of a device that is not free although the mount is gone.
-fn warning(outcome: &Outcome, daemon: Pid, others: &[PathBuf]) -> Option<String> {
+fn warning(outcome: &ReleaseOutcome, daemon: Pid, others: &[PathBuf]) -> Option<String> {
     let (open, reason) = match outcome {
-        Outcome::Ended | Outcome::Idle => return None,
-        Outcome::InUse(open) => (open, format!("serves {}", place(others))),
-        Outcome::Hangs(open) => (open, "does not end".to_owned()),
+        ReleaseOutcome::Ended | ReleaseOutcome::Idle => return None,
+        ReleaseOutcome::InUse(open) => (open, format!("serves {}", place(others))),
+        ReleaseOutcome::Hangs(open) => (open, "does not end".to_owned()),
     };
     let open: Vec<_> = open.iter().map(|path| path.display().to_string()).collect();
     let holds = if open.is_empty() { String::new() } else { format!(" and holds {}", open.join(", ")) };
@@ -188,13 +188,18 @@ mod tests {
         let open = || vec![PathBuf::from("/dev/loop1")];
         let at = [PathBuf::from("/m")];
         let text = |outcome, others: &[PathBuf]| warning(&outcome, pid, others);
-        assert_eq!(text(Outcome::Ended, &[]), None);
-        assert_eq!(text(Outcome::Idle, &at), None);
+        assert_eq!(text(ReleaseOutcome::Ended, &[]), None);
+        assert_eq!(text(ReleaseOutcome::Idle, &at), None);
         assert_eq!(
-            text(Outcome::InUse(open()), &at).unwrap(),
+            text(ReleaseOutcome::InUse(open()), &at).unwrap(),
             "unmounted, but the daemon (process 7) serves the mount on /m and holds /dev/loop1"
         );
-        assert!(text(Outcome::InUse(open()), &[]).unwrap().contains("serves a mount in another namespace and holds"));
-        assert_eq!(text(Outcome::Hangs(vec![]), &[]).unwrap(), "unmounted, but the daemon (process 7) does not end");
+        assert!(
+            text(ReleaseOutcome::InUse(open()), &[]).unwrap().contains("serves a mount in another namespace and holds")
+        );
+        assert_eq!(
+            text(ReleaseOutcome::Hangs(vec![]), &[]).unwrap(),
+            "unmounted, but the daemon (process 7) does not end"
+        );
     }
 }
