@@ -17,8 +17,8 @@ Usage: mount.blkholefs SPEC DIR [-sfnvhV] [-N NAMESPACE] [-t TYPE] [-o OPTIONS]
 Shows the block device SPEC (or a directory of devices, an image, an NBD URI) as a
 regular file in DIR whose holes are real. See mount.blkholefs(8).
 
-  -f  do everything but mount         -s  tolerate unknown options
-  -n  nothing, for mount(8)           -v  say what is done
+  -f  do everything but mount         -s  warn about unknown options
+  -n  ignored, for mount(8)           -v  print what is done
   -N  mount in this mount namespace   -o  options, between commas";
 
 const COMMAND_USAGE: &str = "\
@@ -29,7 +29,7 @@ regular file in DIR whose holes are real. See blkholefs(8).
 
   -f, --foreground       serve in this process, and log to its standard error
   -o, --options OPTIONS  options, between commas; mount.blkholefs(8) lists them
-  -v, --verbose          say what is done";
+  -v, --verbose          print what is done";
 
 /// Runs `mount.blkholefs` with the words after its name. The program must not have opened anything before.
 pub fn main(name: &str, args: &[OsString]) -> ExitCode {
