@@ -32,16 +32,16 @@ const SOCKET_VARIABLE: &str = "_FUSE_COMMFD";
 /// When fusermount3 is not installed or refuses; the message is that of fusermount3.
 pub fn mount(dir: &Path, options: &OsStr) -> Result<OwnedFd> {
     let cannot = |e: io::Error| Error::new(ErrorKind::System, "cannot run fusermount3").because(e);
-    let (ours, theirs) = UnixStream::pair().map_err(cannot)?;
-    fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| cannot(e.into()))?;
+    let (own_end, child_end) = UnixStream::pair().map_err(cannot)?;
+    fcntl(&child_end, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| cannot(e.into()))?;
     let mut child = command()?
-        .env(SOCKET_VARIABLE, theirs.as_raw_fd().to_string())
+        .env(SOCKET_VARIABLE, child_end.as_raw_fd().to_string())
         .args([OsStr::new("-o"), options, OsStr::new("--"), dir.as_os_str()])
         .stderr(Stdio::piped())
         .spawn()
         .map_err(cannot)?;
-    drop(theirs);
-    let device = process::receive_descriptor(&ours);
+    drop(child_end);
+    let device = process::receive_descriptor(&own_end);
     match device {
         Ok(device) => child.wait().map(|_| device).map_err(cannot),
         Err(_) => {

@@ -97,7 +97,7 @@ fn unescape(field: &[u8]) -> OsString {
 
 impl MountEntry {
     /// Whether this is a mount of this program.
-    pub fn is_ours(&self) -> bool {
+    pub fn is_blkholefs(&self) -> bool {
         self.fs_type == OsStr::from_bytes(FS_TYPE.as_bytes())
     }
 }
@@ -126,7 +126,7 @@ garbage\n\
         assert_eq!((list[1].owner, list[3].owner), (Some(0), None));
         assert_eq!(list[2].fs_type, "tmpfs");
         assert_eq!(list[4].source, "", "an empty source is an empty field");
-        assert!(list[1].is_ours() && !list[0].is_ours());
+        assert!(list[1].is_blkholefs() && !list[0].is_blkholefs());
     }
 
     #[test]

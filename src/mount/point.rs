@@ -85,7 +85,7 @@ impl MountPoint {
         self.namespace.within(|| {
             let list = list()?;
             let owner = Some(geteuid().as_raw());
-            let is_own = |mount: &&MountEntry| mount.is_ours() && mount.owner == owner;
+            let is_own = |mount: &&MountEntry| mount.is_blkholefs() && mount.owner == owner;
             let Some(mount) = mountinfo::top(&list, &self.dir).filter(is_own) else { return Ok(()) };
             let is_dead = fs::metadata(&self.dir).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
             if is_dead { unmount_lazily(&mount.point) } else { Ok(()) }
@@ -125,7 +125,7 @@ impl MountPoint {
 
 fn refuse_second(list: &[MountEntry], dir: &Path) -> Result<()> {
     match mountinfo::top(list, dir) {
-        Some(mount) if mount.is_ours() => {
+        Some(mount) if mount.is_blkholefs() => {
             let source = mount.source.display();
             Err(Error::failed(format!("{source} is already mounted here")).on(dir).hint("unmount it first"))
         }
@@ -161,8 +161,8 @@ impl Claim {
                 let _ = unmount_lazily(dir);
             })?;
             let made_now = |mount: &&MountEntry| {
-                let ours = mount.is_ours() && mount.owner == Some(owner) && mount.source == spec;
-                ours && mount.point == *dir && !self.below.contains(&mount.device)
+                let is_own = mount.is_blkholefs() && mount.owner == Some(owner) && mount.source == spec;
+                is_own && mount.point == *dir && !self.below.contains(&mount.device)
             };
             let mount = list.iter().rfind(made_now);
             mount.map(|mount| mount.device).ok_or_else(|| Error::failed("the mount vanished at once").on(dir))
@@ -212,7 +212,7 @@ impl Mounted {
         self.namespace.within(|| {
             let list = list()?;
             let mut result = Unmounted::Everywhere;
-            for mount in list.iter().filter(|mount| mount.is_ours() && mount.device == self.device) {
+            for mount in list.iter().filter(|mount| mount.is_blkholefs() && mount.device == self.device) {
                 if mountinfo::top(&list, &mount.point) == Some(mount) {
                     unmount_lazily(&mount.point)?;
                 } else {

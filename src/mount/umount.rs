@@ -62,7 +62,10 @@ fn run(name: &str, request: &UmountRequest) -> Result<u8> {
 
 /// The other mountpoints of a file system, in the namespace of the list.
 fn others(list: &[MountEntry], device: DeviceNumber) -> Vec<PathBuf> {
-    list.iter().filter(|mount| mount.is_ours() && mount.device == device).map(|mount| mount.point.clone()).collect()
+    list.iter()
+        .filter(|mount| mount.is_blkholefs() && mount.device == device)
+        .map(|mount| mount.point.clone())
+        .collect()
 }
 
 fn place(others: &[PathBuf]) -> String {
@@ -92,13 +95,13 @@ fn find(list: &[MountEntry], target: &Path, typed: &Path, user: u32) -> Result<M
     let is_listed = list.iter().any(|mount| mount.point == target);
     let place = if is_listed { None } else { fs::canonicalize(target).ok() };
     if let Some(mount) = mountinfo::top(list, place.as_deref().unwrap_or(target)) {
-        if mount.is_ours() {
+        if mount.is_blkholefs() {
             return Ok(mount.clone());
         }
         let kind = mount.fs_type.display();
         return Err(Error::failed(format!("not a mount of blkholefs, its type is {kind}")).on(typed));
     }
-    let is_source = |mount: &&MountEntry| mount.is_ours() && (mount.source == typed || mount.source == target);
+    let is_source = |mount: &&MountEntry| mount.is_blkholefs() && (mount.source == typed || mount.source == target);
     let Some(mount) = list.iter().filter(is_source).rfind(|mount| mount.owner == Some(user)) else {
         let error = Error::failed("not mounted").on(typed);
         return Err(match list.iter().rfind(is_source) {
