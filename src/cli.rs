@@ -40,10 +40,12 @@ Commands:
   info     prints the layers of a device, and where their holes come from
   demo     mounts and copies a sparse image that it makes, and removes everything
 
-Options:
+Options of map and info:
   -o thin_metadata=META   DEVICE is the data of a thin pool that is not active
       --volume ID         the volume of that pool
   -o nbd=URI              the export that the NBD device of the kernel is connected to
+
+Options of all commands:
   -h, --help              prints this text
   -V, --version           prints the version
 

@@ -141,7 +141,7 @@ impl Catalog {
         Beside::new(uri, &export.stack(&Context::default()), export.name())
     }
 
-    /// The path of the entry `name` of a directory; `None` for a name that no entry can have, such as `..`.
+    /// The path of the entry `name` of a directory. `None` for a name that no entry can have, such as `..`.
     pub fn child(&self, directory: &Path, name: &OsStr) -> Option<PathBuf> {
         let one = Path::new(name);
         let plain = one.components().count() == 1 && one.file_name() == Some(name);
@@ -172,7 +172,7 @@ impl Catalog {
         }
     }
 
-    /// The names in a directory of the mount, sorted, as they are now.
+    /// The entries of a directory of the mount as they are now, sorted by name or by volume id.
     ///
     /// # Errors
     /// As readdir(3).

@@ -18,12 +18,13 @@ use crate::mount::mountinfo::{self, DeviceNumber, MountEntry};
 use crate::mount::namespace::Namespace;
 use crate::mount::release::{Daemon, ReleaseOutcome};
 use crate::mount::{logging, point, record};
+use crate::spec::absolute;
 
 const USAGE: &str = "\
 Usage: umount.blkholefs DIR|SPEC [-flnrvhV] [-N NAMESPACE] [-t TYPE]
 
-Unmounts DIR, or what was mounted from SPEC, and waits until the daemon closed the
-device. See mount.blkholefs(8).
+Unmounts DIR, or what was mounted from SPEC, and waits until the daemon has closed
+the device. See mount.blkholefs(8).
 
   -f  abort pending requests          -l  detach the mount although it is in use
   -n, -r  ignored, for umount(8)      -v  print what is done
@@ -35,8 +36,7 @@ pub fn main(name: &str, args: &[OsString]) -> ExitCode {
 }
 
 fn run(name: &str, request: &UmountRequest) -> Result<u8> {
-    let target = std::path::absolute(&request.target)
-        .map_err(|e| Error::failed("cannot find the current directory").on(&request.target).because(e))?;
+    let target = absolute(&request.target)?;
     let namespace = Namespace::open(request.namespace.as_deref())?;
     let mount = namespace.within(|| find(&point::list()?, &target, &request.target, geteuid().as_raw()))?;
     // Looked up before the unmount: after that, another mount may have the device number.
