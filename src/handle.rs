@@ -14,6 +14,8 @@ mod map_cache;
 mod read_memory;
 mod resolved;
 mod sequence;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
