@@ -1,4 +1,4 @@
-//! What statfs(2) says: the sum of what is shown, and nothing of it free.
+//! The sizes for statfs(2): the sum of all files, with no free space.
 
 use std::collections::HashSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -14,10 +14,10 @@ use crate::units::Bytes;
 /// Entries of a directory SPEC, those of its subdirectories included, that are counted; the rest is left out.
 const MAX_ENTRIES: u64 = 10_000;
 
-/// How long a sum is good for: bsdtar asks for each file.
+/// How long a sum is used: bsdtar calls statfs(2) for each file.
 const LIFE: Duration = Duration::from_secs(1);
 
-/// How much a mount shows.
+/// The size of a mount.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// The lengths of all files together. A device that has several names counts once.
@@ -37,7 +37,7 @@ impl UsageCache {
         if let Some((_, usage)) = last.filter(|(made, _)| made.elapsed() < LIFE) {
             return usage;
         }
-        // Without the lock: a directory of another machine may take long.
+        // Without the lock: a directory of a network file system may take long.
         let usage = Usage::of(spec);
         *self.lock() = Some((Instant::now(), usage));
         usage
@@ -49,7 +49,7 @@ impl UsageCache {
 }
 
 impl Usage {
-    /// Opens no device: sysfs knows the lengths. What cannot be found out counts nothing.
+    /// Opens no device: the lengths come from sysfs. A file whose length cannot be found counts as empty.
     fn of(spec: &Spec) -> Self {
         match spec {
             Spec::File { place, export_len, .. } => {
