@@ -1,4 +1,4 @@
-//! A device without a source of holes: all data, with the reason.
+//! A layer that is all data, with the reason.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::reason::DenseReason;
 use crate::source::Layer;
 use crate::units::Bytes;
 
-/// All data, and why.
+/// All data, with the reason.
 #[derive(Debug)]
 pub struct Dense {
     len: Bytes,

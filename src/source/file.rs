@@ -1,8 +1,8 @@
-//! A regular file: its file system knows the holes.
+//! A regular file: its holes come from lseek(2) on its file system.
 //!
-//! The answer must be about what is read. Most local file systems answer from the page cache that reads go through, or
-//! do so once dirty pages are written back. A server, of NFS or FUSE for example, answers from what it has, and the page
-//! cache of this machine may hold older bytes: there is a hole only where reads are known to use direct I/O.
+//! The holes must be those of the bytes that are read. Most local file systems take the page cache into account, which
+//! reads use too, or do so once dirty pages are written back. A server of NFS or FUSE reports the holes of its own copy,
+//! while the page cache of this machine may hold older bytes: its holes are used only where reads use direct I/O.
 
 use std::fs::File;
 use std::hash::{Hash, Hasher};
@@ -27,8 +27,7 @@ use crate::units::Bytes;
 const STALE: &str = "its file system is not known to find holes only where reads find zeros: ext4, XFS, btrfs and tmpfs are, \
                      and NFS and FUSE below a loop device with direct I/O (losetup --direct-io=on)";
 
-/// The runs of an open file, asked from its file system at every question: always the truth of now, delayed allocation
-/// included.
+/// The extents of an open file. Each question calls lseek(2), so each answer is true now, delayed allocation included.
 pub struct FileMap {
     file: File,
     len: Bytes,
@@ -59,18 +58,19 @@ impl FileMap {
                 let data_end = next_hole(&self.file, offset)?.unwrap_or(end_of_map);
                 Ok(Extent { end: data_end.min(end_of_map), kind: Kind::Data })
             }
-            // "No more data" and "past the end" are one errno: only an unchanged size tells them apart.
+            // "No more data" and "past the end" have the same errno. With an unchanged size it is the former.
             None if self.size()? == size => Ok(Extent { end: end_of_map, kind: Kind::Hole }),
             None => Ok(Extent { end: end_of_map, kind: Kind::Data }),
         }
     }
 
-    /// The next data, when one call answers: then the file goes on up to there.
+    /// The next data, if one call finds it. Then the file is at least as long.
     fn quick_data(&self, offset: Bytes) -> Option<Bytes> {
         next_data(&self.file, offset).ok()?.filter(|&data| data >= offset).map(|data| data.min(self.len))
     }
 
-    /// The next hole, when two calls answer: one finds it, and one tells it from the end of a file that was cut short.
+    /// The next hole, if two calls find it: one for the hole, and one that proves it is not the end of a file that was cut
+    /// short.
     fn quick_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
         let Seeks::Exact { unit } = self.seeks else { return None };
         let hole = next_hole(&self.file, offset).ok()?.filter(|&hole| offset <= hole && hole < self.len)?;
@@ -89,7 +89,7 @@ impl HoleMap for FileMap {
         match self.try_run(offset) {
             Ok(run) => Extent { end: run.end.max(one_more), kind: run.kind },
             Err(error) => {
-                warn!("lseek on the backing file failed at {offset}: {}: taken for data", plain(&error));
+                warn!("lseek on the backing file failed at {offset}: {}: shown as data", plain(&error));
                 Extent { end: self.len.max(one_more), kind: Kind::Data }
             }
         }
@@ -110,7 +110,8 @@ impl HoleMap for FileMap {
     }
 }
 
-/// The length of a file now. lseek costs half of fstat, but a file system with a server may answer it from memory.
+/// The length of a file now. lseek takes half the time of fstat, but a file system with a server may answer it from its
+/// cache.
 fn size(file: &File, seeks: Seeks) -> io::Result<Bytes> {
     match seeks {
         Seeks::Elsewhere => len_now(file),
@@ -118,29 +119,29 @@ fn size(file: &File, seeks: Seeks) -> io::Result<Bytes> {
     }
 }
 
-/// The file's length: everything else about it is asked live.
-struct SizeGuard {
+/// Guards the length of a file. Its extents are asked live, and need no guard.
+struct FileSizeGuard {
     file: File,
     len: Bytes,
     seeks: Seeks,
 }
 
-impl Guard for SizeGuard {
+impl Guard for FileSizeGuard {
     fn unchanged(&self) -> bool {
         size(&self.file, self.seeks).is_ok_and(|len| len == self.len)
     }
 }
 
-/// The times of a file below a device, which move when it is written past the device.
+/// The times of a file below a device. They change when the file is written past the device.
 struct Times(File);
 
 impl Guard for Times {
-    /// The map is asked from the file system at every question, so it is always true.
+    /// The extents are asked live, so they are always valid.
     fn unchanged(&self) -> bool {
         true
     }
 
-    /// Times that prove nothing yet are like no others: what was written a moment ago may be written once more unseen.
+    /// Times that prove nothing yet give a different hash at each call: the file may be written again within the same tick.
     fn trace(&self, mut trace: &mut dyn Hasher) {
         match Stamp::of(&self.0) {
             Ok(stamp) => stamp.hash(&mut trace),
@@ -149,7 +150,7 @@ impl Guard for Times {
     }
 }
 
-/// How those who read a file read it.
+/// How the bytes of a file are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reads {
     /// Through its page cache.
@@ -164,7 +165,7 @@ pub fn layer(file: &File, path: &Path, len: Bytes, reads: Reads, resolver: &mut 
     match (file.try_clone(), device::reopen(file)) {
         (Ok(same), Ok(private)) => {
             let seeks = Seeks::of(&same);
-            resolver.guard(SizeGuard { file: same, len, seeks });
+            resolver.guard(FileSizeGuard { file: same, len, seeks });
             backing(private, name, len, reads, resolver)
         }
         (Err(error), _) | (_, Err(error)) => {
@@ -173,7 +174,7 @@ pub fn layer(file: &File, path: &Path, len: Bytes, reads: Reads, resolver: &mut 
     }
 }
 
-/// The layer of a file that a device stands on; the device has guards of its own.
+/// The layer of a file below a device. The device guards its own length.
 pub fn backing(file: File, name: String, len: Bytes, reads: Reads, resolver: &mut Resolver<'_>) -> Layer {
     let (times, pages) = match (file.try_clone(), file.try_clone()) {
         (Ok(times), Ok(pages)) => (times, pages),
@@ -182,7 +183,7 @@ pub fn backing(file: File, name: String, len: Bytes, reads: Reads, resolver: &mu
         }
     };
     resolver.guard(Times(times));
-    // On any other file system nothing says that its seeks are about what is read.
+    // On any other file system it is not known that lseek reports the bytes that are read.
     let is_from_server = reads_from_server(&file);
     let map = FileMap::new(file, len);
     if map.seeks == Seeks::Elsewhere && !(reads == Reads::Direct && is_from_server) {
@@ -211,7 +212,7 @@ mod tests {
     const PUNCH: FallocateFlags = FallocateFlags::FALLOC_FL_PUNCH_HOLE.union(FallocateFlags::FALLOC_FL_KEEP_SIZE);
 
     #[test]
-    fn the_runs_of_a_sparse_file() {
+    fn the_extents_are_those_of_the_file() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         file.write_all_at(&[1; 4096], 256 << 10).unwrap();
@@ -229,9 +230,9 @@ mod tests {
         assert_eq!(run(512 << 10), (1 << 20, Kind::Data));
     }
 
-    /// The short ways to an answer against the long one, on file systems that are allowed the short ones.
+    /// Compares the quick answers with those found extent by extent, on file systems for which quick answers are used.
     #[test]
-    fn quick_answers_are_those_of_the_runs() {
+    fn quick_answers_equal_those_found_extent_by_extent() {
         const LEN: u64 = 4 << 20;
         for directory in [std::env::temp_dir(), "/dev/shm".into()] {
             let Ok(file) = tempfile::tempfile_in(directory) else { continue };
