@@ -30,8 +30,8 @@ pub enum DenseReason {
         /// The text.
         text: String,
     },
-    /// It is in a state in which holes are not certain, such as degraded, suspended or resyncing. It is dense as long as
-    /// that lasts.
+    /// It is in a state in which holes are not certain, such as degraded, suspended or resyncing. It is dense as long
+    /// as that lasts.
     State(Text),
     /// Its metadata could not be read at this moment. It is read again at a later request.
     NotNow(Text),

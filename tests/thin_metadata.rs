@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use blkholefs::map::{FillMap, HoleMap, Kind};
-use blkholefs::source::thin::error::{Damage, Result, ThinError};
+use blkholefs::source::thin::error::{Damage, ThinError, ThinResult};
 use blkholefs::source::thin::lookup::NodeCache;
 use blkholefs::source::thin::metadata::Metadata;
 use blkholefs::source::thin::reader::MetadataReader;
@@ -109,13 +109,13 @@ fn some_devices() -> Vec<Device> {
 }
 
 /// The image's bytes as metadata.
-fn of_bytes(bytes: &[u8]) -> Result<Metadata> {
+fn of_bytes(bytes: &[u8]) -> ThinResult<Metadata> {
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(bytes, 0).unwrap();
     Metadata::open(MetadataReader::new(file).unwrap(), MetaBlock::SUPERBLOCK)
 }
 
-fn map_of(bytes: &[u8], device: u32) -> Result<FillMap> {
+fn map_of(bytes: &[u8], device: u32) -> ThinResult<FillMap> {
     of_bytes(bytes)?.map(id(device), Bytes::new(2000 * BLOCK_SIZE), 1)
 }
 

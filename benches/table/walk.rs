@@ -71,7 +71,7 @@ fn nodes(image: &Path) -> u64 {
     let tree = trees.mapping_tree(volume()).expect("a whole tree");
     let (leaves, entries) = (AtomicU64::new(0), AtomicU64::new(0));
     let count = || {
-        |node: &blkholefs::source::thin::node::Node<'_>| {
+        |node: &blkholefs::source::thin::node::TreeNode<'_>| {
             leaves.fetch_add(1, Relaxed);
             entries.fetch_add(node.len() as u64, Relaxed);
         }

@@ -1,8 +1,8 @@
 //! Parser of the persistent store of a snapshot: the list of chunks that have an exception.
 //!
-//! The format is that of `drivers/md/dm-snap-persistent.c`. All numbers are little-endian. The store is a row of chunks: a
-//! header, then areas. An area is one chunk of entries and then one chunk of data for each entry. The list ends with the
-//! first entry that has no data chunk.
+//! The format is that of `drivers/md/dm-snap-persistent.c`. All numbers are little-endian. The store is a row of
+//! chunks: a header, then areas. An area is one chunk of entries and then one chunk of data for each entry. The list
+//! ends with the first entry that has no data chunk.
 
 use crate::map::Block;
 use crate::units::{Bytes, Sectors};

@@ -1,9 +1,9 @@
 //! Guards on live tables and their targets.
 //!
-//! The text of a table can be the same although the table was replaced and restored since. For a target that only passes
-//! requests on to lower devices, this makes no difference: those devices are open, so that their numbers are not used
-//! again, and each of them has guards of its own. [`TableGuard`] is enough for it. A target with metadata of its own
-//! (thin, snapshot, clone) may be restored with other metadata: it needs a [`TableReloadGuard`] too.
+//! The text of a table can be the same although the table was replaced and restored since. For a target that only
+//! passes requests on to lower devices, this makes no difference: those devices are open, so that their numbers are not
+//! used again, and each of them has guards of its own. [`TableGuard`] is enough for it. A target with metadata of its
+//! own (thin, snapshot, clone) may be restored with other metadata: it needs a [`TableReloadGuard`] too.
 
 use std::hash::{Hash, Hasher};
 use std::io;
@@ -76,8 +76,8 @@ impl Guard for TableReloadGuard {
     }
 }
 
-/// Guards a device whose table cannot be read, because the control device cannot be opened or the ioctl fails: the map is
-/// made again as soon as the table can be read.
+/// Guards a device whose table cannot be read, because the control device cannot be opened or the ioctl fails: the map
+/// is made again as soon as the table can be read.
 pub struct NoTable {
     /// The control device, if it could be opened.
     pub control: Option<Arc<Control>>,

@@ -11,8 +11,8 @@ use crate::source::{Layer, Resolver};
 use crate::units::{Bytes, Sectors};
 
 impl TargetContext<'_> {
-    /// Checks that the target is the first of its table. Some targets do not subtract their own start from the position of
-    /// a request, so they work nowhere else.
+    /// Checks that the target is the first of its table. Some targets do not subtract their own start from the position
+    /// of a request, so they work nowhere else.
     ///
     /// # Errors
     /// When it is not.

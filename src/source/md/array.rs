@@ -131,8 +131,8 @@ mod tests {
     use super::*;
     use std::collections::HashMap;
 
-    /// Reads a raid1 of two legs as sysfs shows it, with some attributes replaced. A replacement that is empty stands for
-    /// an attribute that is missing, and `?` for one that cannot be read.
+    /// Reads a raid1 of two legs as sysfs shows it, with some attributes replaced. A replacement that is empty stands
+    /// for an attribute that is missing, and `?` for one that cannot be read.
     fn read(replaced: &[(&str, &str)]) -> Result<Array, DenseReason> {
         let mut attributes = HashMap::from([
             ("level", "raid1"),

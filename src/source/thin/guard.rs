@@ -1,4 +1,4 @@
-//! Tells whether a thin device was written to since its map was read.
+//! Guards the mapping of a thin device against writes.
 
 use std::io;
 
@@ -7,11 +7,12 @@ use crate::sys::device::DeviceId;
 use crate::sys::iostats::Counting;
 use crate::sys::sysfs::{Activity, StatFile};
 
-/// Writes and discards of a device. As long as none completes, no block of it is mapped.
+/// Guards the counters of writes and discards of a thin device. As long as no write and no discard completes, no block
+/// of the device is provisioned or unmapped.
 ///
-/// Most writes overwrite blocks that are mapped already, and leave the map as it is. Nothing distinguishes them from others:
-/// as many mapped blocks as before may be other blocks, since a discard unmaps some. Whether a device takes discards at
-/// all is in none of its queue's limits for certain.
+/// Most writes go to blocks that are mapped already and do not change the mapping, but nothing identifies them: the
+/// number of mapped blocks can be the same while the blocks are others, because a discard unmaps some. Whether a device
+/// accepts discards at all cannot be derived from the limits of its queue.
 pub struct WriteGuard {
     id: DeviceId,
     stat: StatFile,
@@ -20,10 +21,10 @@ pub struct WriteGuard {
 }
 
 impl WriteGuard {
-    /// Remembers the counters of a device.
+    /// Guards the counters as they are now.
     ///
     /// # Errors
-    /// When the device has no counters, or they may stand still.
+    /// When the device has no I/O counters, or it is not certain that they are enabled.
     pub fn new(device: &BlockDevice) -> io::Result<Self> {
         let stat = StatFile::open(device.id)?;
         let counting = Counting::of(device.id)?;
@@ -33,7 +34,7 @@ impl WriteGuard {
 
 impl Guard for WriteGuard {
     fn unchanged(&self) -> bool {
-        // The counters before the switch: they are valid if it was on up to then.
+        // The counters are read first: they are valid if counting was enabled until after that.
         self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.goes_on()
     }
 

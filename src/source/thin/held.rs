@@ -1,8 +1,9 @@
-//! The metadata snapshot of a pool, as the daemon has it: for as long as one tree is read.
+//! The metadata snapshot of a pool, which the daemon holds while it reads one mapping tree.
 //!
-//! There is one for each pool, on disk, without an owner; it outlives the process that took it, and while it is held the
-//! pool can free nothing that it refers to. So a process of its own takes and releases it (see [`super::keeper`]), which
-//! survives the daemon. The keeper's record is for the case that the keeper itself is killed.
+//! A pool has at most one, on disk and without an owner. It survives the process that took it, and as long as it is
+//! held the pool cannot free the blocks that it refers to. So a process that survives the daemon takes and releases it
+//! (see [`super::keeper`]). If the keeper itself is killed, its record (see [`super::record`]) lets another process
+//! release the snapshot.
 
 use std::fs;
 use std::io::{self, Read};
@@ -17,51 +18,53 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::MetaBlock;
-use super::keeper::{Answer, COMMAND};
-use super::record::{self, DIRECTORY, Identity};
+use super::keeper::{COMMAND, KeeperReport};
+use super::record::{self, DIRECTORY, PoolIdentity};
 use crate::error::plain;
 use crate::sys::device::DeviceId;
 use crate::sys::dm::Control;
 
-/// The running program, whatever became of its file.
+/// The program that runs, even if its file was replaced or removed.
 const PROGRAM: &str = "/proc/self/exe";
-/// How long a keeper may take to take the snapshot.
-const TAKE: Duration = Duration::from_secs(5);
-/// How long it is waited for that it releases the snapshot; it goes on alone after that.
-const RELEASE: Duration = Duration::from_secs(2);
+/// The longest time to wait until a keeper has taken the snapshot.
+const TAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest time to wait until a keeper has released the snapshot. It goes on after that.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The keepers that this process started.
 struct Keepers {
-    /// Whether the program is at its end: no snapshot is taken any more.
+    /// Whether the program ends, so that no snapshot may be taken.
     ending: bool,
-    /// Snapshots that are held, or are about to be.
+    /// The number of snapshots that are held, or about to be taken.
     in_use: usize,
-    /// Keepers that nothing depends on any more, and that had not ended.
+    /// Keepers that were still running when they were no longer needed.
     left: Vec<Keeper>,
 }
 
 static KEEPERS: Mutex<Keepers> = Mutex::new(Keepers { ending: false, in_use: 0, left: Vec::new() });
-static FEWER: Condvar = Condvar::new();
+/// Notified when [`Keepers::in_use`] decreases.
+static RELEASED: Condvar = Condvar::new();
 
 fn keepers() -> MutexGuard<'static, Keepers> {
     KEEPERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// For the end of the program: lets no thread take a snapshot any more, and waits a moment for those that are held. One
-/// that a thread still reads is released by its keeper when this process is gone, and its pipes with it.
+/// Prepares the end of the program: no thread can take a snapshot any more, and those that are held are waited for, up
+/// to [`RELEASE_TIMEOUT`]. A snapshot that a thread still reads then is released by its keeper when this process ends,
+/// which closes the pipe.
 pub fn finish() {
-    let deadline = Instant::now() + RELEASE;
+    let deadline = Instant::now() + RELEASE_TIMEOUT;
     let mut keepers = keepers();
     keepers.ending = true;
-    let waited = FEWER.wait_timeout_while(keepers, RELEASE, |keepers| keepers.in_use > 0);
+    let waited = RELEASED.wait_timeout_while(keepers, RELEASE_TIMEOUT, |keepers| keepers.in_use > 0);
     let mut left = std::mem::take(&mut waited.unwrap_or_else(PoisonError::into_inner).0.left);
     for keeper in &mut left {
         keeper.has_ended(deadline);
     }
 }
 
-/// Releases what killed processes left held, at the first call in this process, which waits that long for it. Only root
-/// can read the directory of the records.
+/// Releases the snapshots that killed processes left held. Only the first call in a process does so; it waits for up to
+/// `wait`. Does nothing unless the caller is root, because only root can read the directory of the records.
 pub fn recover_once(wait: Duration) {
     static RECOVERED: Once = Once::new();
     RECOVERED.call_once(|| recover(wait));
@@ -76,14 +79,14 @@ fn recover(wait: Duration) {
     }
 }
 
-/// Counts a snapshot as in use.
+/// Counts a snapshot as in use until it is dropped.
 struct InUse;
 
 impl InUse {
-    /// `None` at the end of the program.
+    /// `None` when the program ends.
     fn begin() -> Option<Self> {
         let mut keepers = keepers();
-        // Those that ended since must not stay as zombies.
+        // Waits for the keepers that ended, so that they do not stay as zombies.
         keepers.left.retain_mut(|keeper| !keeper.has_ended(Instant::now()));
         if keepers.ending {
             return None;
@@ -96,58 +99,58 @@ impl InUse {
 impl Drop for InUse {
     fn drop(&mut self) {
         keepers().in_use -= 1;
-        FEWER.notify_all();
+        RELEASED.notify_all();
     }
 }
 
 /// The metadata snapshot of a pool, held by a keeper of this process. Dropping it releases it.
-pub struct Snapshot {
+pub struct MetadataSnapshot {
     root: MetaBlock,
     keeper: Option<Keeper>,
     _in_use: InUse,
 }
 
-impl Snapshot {
-    /// Takes the metadata snapshot of `pool`, which commits first; `None` when somebody has it, and when it takes too
-    /// long.
+impl MetadataSnapshot {
+    /// Takes the metadata snapshot of `pool`, for which the pool commits. `None` when another process holds it, or it
+    /// takes longer than [`TAKE_TIMEOUT`].
     ///
     /// # Errors
-    /// When no keeper can be started, or the pool does not give it (a pool that does not write its metadata cannot).
+    /// When no keeper can be started, or the pool refuses: a pool that does not write its metadata does.
     pub fn reserve(control: &Control, pool: DeviceId) -> io::Result<Option<Self>> {
-        // To its end, if that is soon: the keeper that recovers a pool has locked its record.
-        recover_once(RELEASE);
-        // What is held while no process of ours has a record is another tool's.
-        if record::held_root(control, pool)?.is_some() && !record::exists(&Identity::of(pool)?) {
+        // The keeper that recovers has the pool's record locked for a moment, so the next one waits for its end.
+        recover_once(RELEASE_TIMEOUT);
+        // A snapshot without a record was taken by another program.
+        if record::held_root(control, pool)?.is_some() && !record::exists(&PoolIdentity::of(pool)?) {
             return Ok(None);
         }
         let Some(in_use) = InUse::begin() else { return Ok(None) };
         let mut keeper = Keeper::start(&[&pool.to_string()])?;
-        let answer = keeper.answer(Instant::now() + TAKE);
-        if let Some(Answer::Held(root)) = answer {
+        let report = keeper.next_report(Instant::now() + TAKE_TIMEOUT);
+        if let Some(KeeperReport::Held(root)) = report {
             return Ok(Some(Self { root, keeper: Some(keeper), _in_use: in_use }));
         }
-        // Without an answer it may wait for the pool.
-        let patience = if answer.is_some() { RELEASE } else { Duration::ZERO };
-        keeper.leave(Instant::now() + patience);
-        match answer {
-            Some(Answer::Failed(reason)) => Err(io::Error::other(reason)),
+        // A keeper without a report may wait for the pool, which can take very long.
+        let wait = if report.is_some() { RELEASE_TIMEOUT } else { Duration::ZERO };
+        keeper.leave(Instant::now() + wait);
+        match report {
+            Some(KeeperReport::Failed(reason)) => Err(io::Error::other(reason)),
             _ => Ok(None),
         }
     }
 
-    /// Where the snapshot's superblock is.
+    /// The block of the snapshot's superblock.
     pub fn root(&self) -> MetaBlock {
         self.root
     }
 }
 
-impl Drop for Snapshot {
+impl Drop for MetadataSnapshot {
     fn drop(&mut self) {
         let Some(mut keeper) = self.keeper.take() else { return };
-        if !keeper.has_ended(Instant::now() + RELEASE) {
+        if !keeper.has_ended(Instant::now() + RELEASE_TIMEOUT) {
             keepers().left.push(keeper);
         } else if !keeper.has_released {
-            // It was killed, or has said why it cannot.
+            // It was killed, or could not release the snapshot and has logged why.
             recover(Duration::ZERO);
         }
     }
@@ -156,33 +159,35 @@ impl Drop for Snapshot {
 /// A process that holds a metadata snapshot until its standard input ends.
 struct Keeper {
     process: Child,
-    orders: Option<ChildStdin>,
-    answers: ChildStdout,
-    /// What was read of an answer.
+    /// Its standard input. The keeper releases the snapshot when this is closed.
+    stdin: Option<ChildStdin>,
+    /// Its standard output, which it writes reports to.
+    stdout: ChildStdout,
+    /// The part of the next report that was read already.
     line: Vec<u8>,
-    /// Whether it has answered that nothing is held any more.
+    /// Whether it has reported [`KeeperReport::Released`].
     has_released: bool,
 }
 
 impl Keeper {
-    fn start(words: &[&str]) -> io::Result<Self> {
+    fn start(arguments: &[&str]) -> io::Result<Self> {
         let mut command = Command::new(PROGRAM);
-        command.arg0("blkholefs").arg(COMMAND).args(words);
-        // A group of its own: the terminal's signals end the daemon, not the keeper.
+        command.arg0("blkholefs").arg(COMMAND).args(arguments);
+        // A process group of its own, so that the terminal's signals do not reach the keeper.
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         let mut process = command.spawn()?;
         let missing = || io::Error::from(io::ErrorKind::BrokenPipe);
-        let orders = process.stdin.take();
-        let answers = process.stdout.take().ok_or_else(missing)?;
-        Ok(Self { process, orders, answers, line: Vec::new(), has_released: false })
+        let stdin = process.stdin.take();
+        let stdout = process.stdout.take().ok_or_else(missing)?;
+        Ok(Self { process, stdin, stdout, line: Vec::new(), has_released: false })
     }
 
-    /// Its next answer; `None` when it has ended without one, and when none came in time.
-    fn answer(&mut self, deadline: Instant) -> Option<Answer> {
+    /// Its next report. `None` when it ends without one, or the deadline passes.
+    fn next_report(&mut self, deadline: Instant) -> Option<KeeperReport> {
         loop {
             if let Some(end) = self.line.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.line.drain(..=end).collect();
-                return str::from_utf8(&line[..end]).ok()?.parse().ok();
+                return KeeperReport::parse(str::from_utf8(&line[..end]).ok()?);
             }
             let mut some = [0; 256];
             match self.read(&mut some, deadline) {
@@ -193,18 +198,18 @@ impl Keeper {
     }
 
     fn read(&mut self, buffer: &mut [u8], deadline: Instant) -> io::Result<usize> {
-        wait_readable(&self.answers, deadline)?;
-        self.answers.read(buffer)
+        wait_readable(&self.stdout, deadline)?;
+        self.stdout.read(buffer)
     }
 
-    /// Closes its standard input, so that it releases what it holds, and waits until it has ended or the deadline has
-    /// passed. Returns whether it has ended; no zombie stays then.
+    /// Closes its standard input, so that it releases the snapshot, and waits until it ends or the deadline passes.
+    /// Returns whether it has ended; then no zombie is left.
     fn has_ended(&mut self, deadline: Instant) -> bool {
-        self.orders = None;
-        while let Some(answer) = self.answer(deadline) {
-            self.has_released |= answer == Answer::Released;
+        self.stdin = None;
+        while let Some(report) = self.next_report(deadline) {
+            self.has_released |= report == KeeperReport::Released;
         }
-        // Whatever else it writes: its last descriptor closes right before its end.
+        // The pipe is closed right before the process ends, so the rest of the output is skipped.
         loop {
             match self.read(&mut [0; 256], deadline) {
                 Ok(0) => break,
@@ -212,12 +217,13 @@ impl Keeper {
                 Err(_) => return false,
             }
         }
-        // Fails with ECHILD where SIGCHLD is ignored: then there are no zombies.
+        // Fails with ECHILD if SIGCHLD is ignored. Then there are no zombies.
         let _ = self.process.wait();
         true
     }
 
-    /// Lets it go its own way: it releases what it holds as soon as it can.
+    /// Closes its standard input and waits until the deadline. A keeper that still runs then is kept in
+    /// [`Keepers::left`].
     fn leave(mut self, deadline: Instant) {
         if !self.has_ended(deadline) {
             keepers().left.push(self);
@@ -225,7 +231,10 @@ impl Keeper {
     }
 }
 
-/// Waits until there is something to read, or the writer is gone.
+/// Waits until the pipe has something to read or its write end is closed.
+///
+/// # Errors
+/// When the deadline passes, or as poll(2).
 fn wait_readable(pipe: &impl AsFd, deadline: Instant) -> io::Result<()> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());

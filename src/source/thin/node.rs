@@ -1,7 +1,7 @@
 //! A node of a B+tree (`struct btree_node` of `drivers/md/persistent-data/dm-btree-internal.h`).
 
 use super::error::Damage;
-use super::{Details, METADATA_BLOCK, MetaBlock, RawBlock, checksum_ok, u32_at, u64_at};
+use super::{DeviceDetails, METADATA_BLOCK, MetaBlock, RawBlock, checksum_ok, u32_at, u64_at};
 
 /// `BTREE_CSUM_XOR` of `drivers/md/persistent-data/dm-btree-spine.c`.
 pub const SALT: u32 = 121_107;
@@ -10,25 +10,25 @@ const HEADER: usize = 32;
 /// Bytes of a key.
 const KEY: usize = 8;
 
-/// Whether a node points to nodes or holds values (`enum node_flags`).
+/// The kind of a node (`enum node_flags`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeKind {
-    /// Its values are block numbers of children.
+    /// Its values are the block numbers of its children.
     Internal,
-    /// Its values are the tree's.
+    /// Its values are those of the tree, see [`LeafValues`].
     Leaf,
 }
 
-/// What the leaves of a tree hold.
+/// The format of the values in the leaves of a tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Values {
-    /// 64-bit numbers: roots in the top-level tree, `data block << 24 | time` in a mapping tree.
+pub enum LeafValues {
+    /// 64-bit numbers: roots of mapping trees in the top-level tree, `data block << 24 | time` in a mapping tree.
     Numbers,
     /// `struct disk_device_details`.
     Details,
 }
 
-impl Values {
+impl LeafValues {
     fn size(self) -> usize {
         match self {
             Self::Numbers => 8,
@@ -37,30 +37,30 @@ impl Values {
     }
 }
 
-/// What the checks of a node found, all that is needed to read it again without them.
+/// The positions in a node that its checks found. With them, the node can be read again without the checks.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct NodeShape {
     kind: NodeKind,
     entries: usize,
-    /// Where the values start.
+    /// The position of the first value.
     values: usize,
 }
 
 /// A node that passed every check that can be made without its parent.
 #[derive(Clone, Copy, Debug)]
-pub struct Node<'a> {
+pub struct TreeNode<'a> {
     block: &'a RawBlock,
-    shape: Shape,
+    shape: NodeShape,
 }
 
-impl<'a> Node<'a> {
-    /// Reads the node that was found at `location`, in a tree whose leaves hold `values`.
+impl<'a> TreeNode<'a> {
+    /// Checks the node at `location` of a tree with these leaf values.
     ///
     /// # Errors
-    /// What is wrong with it: checksum, location, exactly one of the two kinds, the size of values for its kind, room
-    /// for its entries, keys that strictly ascend. A node with few entries is fine, the kernel leaves such behind; one
-    /// without any is fine as a leaf, where only an empty tree's root may be one (the caller knows).
-    pub fn parse(block: &'a RawBlock, location: MetaBlock, values: Values) -> Result<Self, Damage> {
+    /// When its checksum, block number, kind, size of values or number of entries is wrong, or its keys are not
+    /// strictly ascending. A node with few entries is valid, because the kernel makes such nodes. A leaf without
+    /// entries is valid here. It may only be the root of an empty tree, which the caller must check.
+    pub fn parse(block: &'a RawBlock, location: MetaBlock, values: LeafValues) -> Result<Self, Damage> {
         if !checksum_ok(block, SALT) {
             return Err(Damage::Checksum);
         }
@@ -68,7 +68,7 @@ impl<'a> Node<'a> {
             return Err(Damage::Location);
         }
         let (kind, value_size) = match u32_at(block, 4) {
-            1 => (NodeKind::Internal, Values::Numbers.size()),
+            1 => (NodeKind::Internal, LeafValues::Numbers.size()),
             2 => (NodeKind::Leaf, values.size()),
             _ => return Err(Damage::Kind),
         };
@@ -78,28 +78,28 @@ impl<'a> Node<'a> {
         let room = (METADATA_BLOCK - HEADER) / (KEY + value_size);
         let max = usize::try_from(u32_at(block, 20)).map_err(|_| Damage::Entries)?;
         let entries = usize::try_from(u32_at(block, 16)).map_err(|_| Damage::Entries)?;
-        // `calc_max_entries` makes it a multiple of three, so that two nodes can be rebalanced into three.
+        // `calc_max_entries` makes the maximum a multiple of three, so that two nodes can be rebalanced into three.
         if max > room || !max.is_multiple_of(3) || entries > max || (entries == 0 && kind == NodeKind::Internal) {
             return Err(Damage::Entries);
         }
-        let node = Self { block, shape: Shape { kind, entries, values: HEADER + KEY * max } };
+        let node = Self { block, shape: NodeShape { kind, entries, values: HEADER + KEY * max } };
         if !node.keys_ascend() {
             return Err(Damage::KeyOrder);
         }
         Ok(node)
     }
 
-    /// The node in a `block` in which the checks found `shape`, and which did not change since.
-    pub(super) fn checked(block: &'a RawBlock, shape: Shape) -> Self {
+    /// The node in a `block` that passed the checks before, with the result `shape`, and has not changed since.
+    pub(super) fn checked(block: &'a RawBlock, shape: NodeShape) -> Self {
         Self { block, shape }
     }
 
-    /// What the checks found.
-    pub(super) fn shape(&self) -> Shape {
+    /// The result of the checks.
+    pub(super) fn shape(&self) -> NodeShape {
         self.shape
     }
 
-    /// Without an early end, which the compiler turns into faster code; damage is rare.
+    /// Compares all keys, without an early end: the compiler makes faster code for that, and damage is rare.
     fn keys_ascend(&self) -> bool {
         let keys = self.raw_keys();
         let following = keys.get(1..).unwrap_or_default();
@@ -110,7 +110,7 @@ impl<'a> Node<'a> {
         self.block[HEADER..HEADER + KEY * self.shape.entries].as_chunks().0
     }
 
-    /// Whether it is a leaf.
+    /// Whether it is a leaf or an internal node.
     pub fn kind(&self) -> NodeKind {
         self.shape.kind
     }
@@ -147,7 +147,7 @@ impl<'a> Node<'a> {
         self.raw_keys().get(index).map(|key| u64::from_le_bytes(*key))
     }
 
-    /// The value of entry `index`, of an internal node or where the leaves hold [`Values::Numbers`].
+    /// The value of entry `index` of an internal node, or of a leaf with [`LeafValues::Numbers`].
     pub fn number(&self, index: usize) -> Option<u64> {
         (index < self.shape.entries).then(|| u64_at(self.block, self.shape.values + 8 * index))
     }
@@ -157,10 +157,10 @@ impl<'a> Node<'a> {
         self.number(index).map(MetaBlock::new)
     }
 
-    /// The value of entry `index` of a leaf that holds [`Values::Details`].
-    pub fn details(&self, index: usize) -> Option<Details> {
+    /// The value of entry `index` of a leaf with [`LeafValues::Details`].
+    pub fn details(&self, index: usize) -> Option<DeviceDetails> {
         (index < self.shape.entries)
-            .then(|| Details { mapped_blocks: u64_at(self.block, self.shape.values + 24 * index) })
+            .then(|| DeviceDetails { mapped_blocks: u64_at(self.block, self.shape.values + 24 * index) })
     }
 }
 
@@ -169,7 +169,7 @@ pub(super) mod tests {
     use super::super::superblock::tests::stamp;
     use super::*;
 
-    /// A node with a right checksum.
+    /// A node with a valid checksum.
     pub(crate) fn node(kind: u32, location: u64, max: u32, value_size: u32, entries: &[(u64, u64)]) -> RawBlock {
         let mut block = [0; METADATA_BLOCK];
         block[4..8].copy_from_slice(&kind.to_le_bytes());
@@ -191,27 +191,30 @@ pub(super) mod tests {
     #[test]
     fn a_leaf_and_an_internal_node() {
         let leaf = node(2, 7, 252, 8, &[(3, 30), (5, 50), (9, 90)]);
-        let leaf = Node::parse(&leaf, MetaBlock::new(7), Values::Numbers).unwrap();
+        let leaf = TreeNode::parse(&leaf, MetaBlock::new(7), LeafValues::Numbers).unwrap();
         assert_eq!((leaf.kind(), leaf.len(), leaf.bounds()), (NodeKind::Leaf, 3, Some((3, 9))));
         assert_eq!(leaf.keys().collect::<Vec<_>>(), [3, 5, 9]);
         assert_eq!((0..4).map(|at| leaf.number(at)).collect::<Vec<_>>(), [Some(30), Some(50), Some(90), None]);
         assert_eq!([0, 3, 4, 9, 10].map(|key| leaf.lower_bound(key)), [0, 0, 1, 2, 3]);
 
         let internal = node(1, 8, 252, 8, &[(0, 7)]);
-        let internal = Node::parse(&internal, MetaBlock::new(8), Values::Details).unwrap();
+        let internal = TreeNode::parse(&internal, MetaBlock::new(8), LeafValues::Details).unwrap();
         assert_eq!((internal.kind(), internal.child(0)), (NodeKind::Internal, Some(MetaBlock::new(7))));
 
         let details = node(2, 9, 126, 24, &[(1, 11), (2, 22)]);
-        let details = Node::parse(&details, MetaBlock::new(9), Values::Details).unwrap();
-        assert_eq!(details.details(1), Some(Details { mapped_blocks: 22 }));
+        let details = TreeNode::parse(&details, MetaBlock::new(9), LeafValues::Details).unwrap();
+        assert_eq!(details.details(1), Some(DeviceDetails { mapped_blocks: 22 }));
         assert_eq!(details.details(2), None);
     }
 
     #[test]
     fn a_full_leaf_and_an_empty_one() {
         let entries: Vec<_> = (0..252).map(|at| (at, at)).collect();
-        assert_eq!(Node::parse(&node(2, 1, 252, 8, &entries), MetaBlock::new(1), Values::Numbers).unwrap().len(), 252);
-        assert!(Node::parse(&node(2, 1, 252, 8, &[]), MetaBlock::new(1), Values::Numbers).unwrap().is_empty());
+        assert_eq!(
+            TreeNode::parse(&node(2, 1, 252, 8, &entries), MetaBlock::new(1), LeafValues::Numbers).unwrap().len(),
+            252
+        );
+        assert!(TreeNode::parse(&node(2, 1, 252, 8, &[]), MetaBlock::new(1), LeafValues::Numbers).unwrap().is_empty());
     }
 
     #[test]
@@ -234,10 +237,10 @@ pub(super) mod tests {
             (node(2, 1, 252, 8, &[(2, 1), (2, 2)]), Damage::KeyOrder),
             (node(1, 1, 252, 8, &[(2, 1), (1, 2)]), Damage::KeyOrder),
         ] {
-            assert_eq!(Node::parse(&block, MetaBlock::new(1), Values::Numbers).err(), Some(damage));
+            assert_eq!(TreeNode::parse(&block, MetaBlock::new(1), LeafValues::Numbers).err(), Some(damage));
             let mut unstamped = block;
             unstamped[4095] ^= 1;
-            let error = Node::parse(&unstamped, MetaBlock::new(1), Values::Numbers).err();
+            let error = TreeNode::parse(&unstamped, MetaBlock::new(1), LeafValues::Numbers).err();
             assert_eq!(error, Some(Damage::Checksum));
         }
     }

@@ -1,8 +1,9 @@
-//! Volumes of a pool that is not active: read through its mapping trees, without device-mapper.
+//! Volumes of a pool that is not active. Their bytes are read through the mapping trees, without device-mapper.
 //!
-//! Here the mapping is the device, so the metadata must not change while it is used. A metadata device is held
-//! exclusively, which the kernel refuses while a pool is active on it; an image is watched by its [`Stamp`]. Where that
-//! proves nothing (a file system with another machine's clock, a clock that was set) the volume is all data.
+//! The mapping decides which bytes a volume has, so the metadata must not change while a volume is open. A metadata
+//! device is opened exclusively, which the kernel refuses while a pool is active on it. A metadata image has a
+//! [`Stamp`], which shows whether it was written. If the stamp proves nothing (the times of the file system are set by
+//! another machine, or the clock was set), all of the volume is data.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,21 +26,23 @@ use crate::sys::stamp::{Stamp, later_than_before};
 use crate::sys::{block, device, file};
 use crate::units::Bytes;
 
-/// Nodes kept for look-ups, of 4 KiB each: all internal nodes of a volume of tens of millions of mappings.
+/// The number of nodes of 4 KiB in the cache for look-ups: all internal nodes of a volume of tens of millions of
+/// mappings.
 const NODES: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 /// The least alignment of direct reads.
 const DIRECT_ALIGN: Bytes = Bytes::new(4096);
-/// Threads that read a mapping tree.
-const WALKERS: usize = 2;
-/// A mapping's value: the data block, above 24 bits of time (`unpack_block_time` of `drivers/md/dm-thin-metadata.c`).
+/// The number of threads that read a mapping tree.
+const THREADS: usize = 2;
+/// The low bits of a mapping's value, which are a time. The bits above are the data block (`unpack_block_time` of
+/// `drivers/md/dm-thin-metadata.c`).
 const TIME_BITS: u32 = 24;
 
 /// The metadata and the data of a pool that is not active.
 pub struct OfflinePool {
     metadata: Metadata,
     metadata_path: PathBuf,
-    watched: File,
-    /// Of an image, before anything of it was read; nothing for a device.
+    metadata_file: File,
+    /// The stamp of a metadata image before any of it was read. `None` for a device.
     stamp: Option<Stamp>,
     data: Data,
     opened: SystemTime,
@@ -48,7 +51,8 @@ pub struct OfflinePool {
 /// The data of a pool.
 struct Data {
     file: File,
-    /// For the reads of a device: an active pool writes past its page cache, which lives as long as anybody has it open.
+    /// For reads of a device: its descriptor with O_DIRECT, and the alignment of reads. An active pool writes past the
+    /// page cache of the device, and that cache is kept as long as the device is open anywhere.
     direct: Option<(File, Bytes)>,
 }
 
@@ -76,7 +80,7 @@ impl Data {
     }
 }
 
-/// An offline pool by its paths: opened when it is looked at, shared by all that have it open.
+/// The paths of an offline pool. The pool is opened when it is needed, and then shared as long as one user has it open.
 pub struct OfflinePools {
     metadata: PathBuf,
     data: PathBuf,
@@ -109,11 +113,11 @@ impl OfflinePools {
     }
 }
 
-/// What the pool knows of one of its volumes.
+/// One entry of the list of a pool's volumes.
 pub struct Found {
-    /// The volume.
+    /// The number of the volume in the pool.
     pub id: ThinId,
-    /// It, or why it cannot be shown.
+    /// The volume, or why it cannot be opened.
     pub volume: Result<Volume>,
 }
 
@@ -121,24 +125,25 @@ impl OfflinePool {
     /// Opens a pool by its metadata and data, each a device or an image.
     ///
     /// # Errors
-    /// When one cannot be opened, the metadata is in use (its pool is active), or is no pool's.
+    /// When one of them cannot be opened, or the metadata is in use by an active pool or is not thin metadata.
     pub fn open(metadata_path: &Path, data_path: &Path) -> Result<Self> {
         let failed = |path: &Path, error: io::Error| Error::failed("cannot open").on(path).because(error);
-        let watched = open_unused(metadata_path).map_err(|error| {
+        let metadata_file = open_unused(metadata_path).map_err(|error| {
             let busy = error.raw_os_error() == Some(libc::EBUSY);
             let error = failed(metadata_path, error);
             if busy { error.hint("its pool is active: mount its volumes instead") } else { error }
         })?;
         let opened = |error| failed(metadata_path, error);
-        let is_image = watched.metadata().map_err(opened)?.is_file();
-        let stamp = if is_image { Some(Stamp::settled(&watched).map_err(opened)?) } else { None };
-        // What was proven to be unused is what is read, whatever its path leads to by now.
-        let reader = MetadataReader::reopen(&watched).map_err(opened)?;
+        let is_image = metadata_file.metadata().map_err(opened)?.is_file();
+        let stamp = if is_image { Some(Stamp::settled(&metadata_file).map_err(opened)?) } else { None };
+        // The file that was found to be unused is opened again, and not its path, which may lead to another file by
+        // now.
+        let reader = MetadataReader::reopen(&metadata_file).map_err(opened)?;
         let metadata = Metadata::open(reader, MetaBlock::SUPERBLOCK)
-            .map_err(|error| Error::failed(format!("cannot read thin metadata: {error}")).on(metadata_path))?;
+            .map_err(|error| Error::failed("cannot read thin metadata").on(metadata_path).because(error))?;
         let data = Data::open(data_path).map_err(|error| failed(data_path, error))?;
         let opened = later_than_before();
-        Ok(Self { metadata, metadata_path: metadata_path.to_owned(), watched, stamp, data, opened })
+        Ok(Self { metadata, metadata_path: metadata_path.to_owned(), metadata_file, stamp, data, opened })
     }
 
     /// The path of the metadata.
@@ -148,7 +153,7 @@ impl OfflinePool {
 
     /// The open metadata.
     pub fn metadata_file(&self) -> &File {
-        &self.watched
+        &self.metadata_file
     }
 
     /// The open data.
@@ -164,62 +169,64 @@ impl OfflinePool {
     /// The volumes of the pool, in the order of their ids.
     ///
     /// # Errors
-    /// When the tree of volumes is damaged. A volume's own damage is its own.
+    /// When one of the trees that list the volumes is damaged. The damage of one volume is in its [`Found`].
     pub fn volumes(self: &Arc<Self>) -> Result<Vec<Found>> {
         let devices = self.metadata.devices();
-        let devices = devices
-            .map_err(|error| Error::failed(format!("cannot list the volumes: {error}")).on(&self.metadata_path))?;
+        let devices =
+            devices.map_err(|error| Error::failed("cannot list the volumes").on(&self.metadata_path).because(error))?;
         Ok(devices.into_iter().map(|id| Found { id, volume: self.volume(id) }).collect())
     }
 
-    /// One volume. Its length is stored nowhere: it ends with its last mapped block.
+    /// One volume. The metadata does not have its length, so it ends with its last mapped block.
     ///
     /// # Errors
-    /// ENOENT when the pool has no such volume, EIO when what the pool knows of it is damaged.
+    /// ENOENT when the pool has no such volume, EIO when its metadata is damaged.
     pub fn volume(self: &Arc<Self>, id: ThinId) -> Result<Volume> {
-        let wrong = |what: &dyn std::fmt::Display| {
-            Error::failed(format!("cannot read volume {id}: {what}")).on(&self.metadata_path)
-        };
+        let failed =
+            |cause: io::Error| Error::failed(format!("cannot read volume {id}")).on(&self.metadata_path).because(cause);
+        let damaged = |what: &str| failed(io::Error::other(what));
         let (tree, details) = match (self.metadata.mapping_tree(id), self.metadata.details(id)) {
             (Ok(tree), Ok(details)) => (tree, details),
             (Err(ThinError::Unknown(_)), Err(ThinError::Unknown(_))) => {
-                let missing = io::Error::from_raw_os_error(libc::ENOENT);
-                return Err(Error::failed(format!("cannot read volume {id}")).on(&self.metadata_path).because(missing));
+                return Err(failed(io::Error::from_raw_os_error(libc::ENOENT)));
             }
-            // A volume is in both trees: one that is in one of them only is damaged, not absent.
-            (Err(ThinError::Unknown(_)), _) => return Err(wrong(&"it has no mapping tree")),
-            (_, Err(ThinError::Unknown(_))) => return Err(wrong(&"it has no details")),
-            (Err(error), _) | (_, Err(error)) => return Err(wrong(&error)),
+            // A volume that is in only one of the two trees is damaged, and not absent.
+            (Err(ThinError::Unknown(_)), _) => return Err(damaged("it has no mapping tree")),
+            (_, Err(ThinError::Unknown(_))) => return Err(damaged("it has no details")),
+            (Err(error), _) | (_, Err(error)) => return Err(failed(error.into())),
         };
         let nodes = NodeCache::new(NODES);
-        let last = tree.leaf(u64::MAX - 1, self.metadata.reader(), &nodes).map_err(|error| wrong(&error))?;
+        let last = tree.leaf(u64::MAX - 1, self.metadata.reader(), &nodes).map_err(|error| failed(error.into()))?;
         let node = last.node();
         let blocks = node.len().checked_sub(1).and_then(|index| node.key(index)).map_or(0, |key| key.saturating_add(1));
         let block = self.metadata.superblock().data_block_size.bytes();
         let len = blocks.checked_mul(block.get()).filter(|len| i64::try_from(*len).is_ok());
-        let len = Bytes::new(len.ok_or_else(|| wrong(&"it is longer than a file can be"))?);
+        let len = Bytes::new(len.ok_or_else(|| damaged("it is longer than a file can be"))?);
         Ok(Volume { pool: self.clone(), id, tree, nodes, len, block, mapped: details.mapped_blocks })
     }
 
-    /// Whether it is proven that the metadata is still what was opened. A device is held exclusively, so that no pool can
-    /// start on it.
+    /// Whether it is proven that the metadata has not changed since it was opened. This is always so for a device: it
+    /// is open exclusively, so that no pool can become active on it.
     pub fn is_unchanged(&self) -> bool {
-        self.stamp.is_none_or(|stamp| stamp.proves_unchanged(&self.watched))
+        self.stamp.is_none_or(|stamp| stamp.proves_unchanged(&self.metadata_file))
     }
 
-    /// Whether nothing is seen of a change.
+    /// Whether the metadata shows no sign of a change. This is less than a proof.
     pub fn looks_unchanged(&self) -> bool {
-        self.stamp.is_none_or(|stamp| stamp.looks_unchanged(&self.watched))
+        self.stamp.is_none_or(|stamp| stamp.looks_unchanged(&self.metadata_file))
     }
 }
 
-/// Opens a file, or a device that nobody uses.
+/// Opens a file, or a device that is not in use.
+///
+/// # Errors
+/// As open(2): EBUSY when the device is mounted or part of an active stack.
 fn open_unused(path: &Path) -> io::Result<File> {
     let file = device::open(path, false)?;
     if !file.metadata()?.file_type().is_block_device() {
         return Ok(file);
     }
-    // Without O_CREAT, O_EXCL on a block device fails while it is mounted or part of an active stack.
+    // O_EXCL without O_CREAT opens a block device exclusively.
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_EXCL;
     OpenOptions::new().read(true).custom_flags(flags).open(device::own_path(&file))
 }
@@ -241,7 +248,7 @@ impl Volume {
         self.len
     }
 
-    /// Whether nothing was ever written to it.
+    /// Whether it has no mapped block.
     pub fn is_empty(&self) -> bool {
         self.len == Bytes::ZERO
     }
@@ -261,23 +268,23 @@ impl Volume {
         self.block
     }
 
-    /// Bytes that are mapped, as its details state.
+    /// The size of its mapped blocks, as its details state it.
     pub fn mapped(&self) -> Option<Bytes> {
         self.mapped.checked_mul(self.block.get()).map(Bytes::new)
     }
 
-    /// Reads its whole mapping tree.
+    /// Reads its complete mapping tree.
     ///
     /// # Errors
-    /// What is damaged.
+    /// When the metadata is damaged or cannot be read.
     pub fn map(&self) -> std::result::Result<FillMap, ThinError> {
-        self.pool.metadata.map(self.id, self.len, WALKERS)
+        self.pool.metadata.map(self.id, self.len, THREADS)
     }
 
-    /// Where the data of virtual block `block` is; `None` when it is not mapped.
+    /// The data block of the volume's block `block`; `None` when it is not mapped.
     fn data_block(&self, block: u64) -> io::Result<Option<u64>> {
         let reader = self.pool.metadata.reader();
-        let leaf = self.tree.leaf(block, reader, &self.nodes).map_err(io::Error::other)?;
+        let leaf = self.tree.leaf(block, reader, &self.nodes)?;
         let node = leaf.node();
         let index = node.lower_bound(block);
         let value = node.number(index).filter(|_| node.key(index) == Some(block));
@@ -296,7 +303,7 @@ impl Volume {
             let within = at % block;
             let left = (place.len() - done) as u64;
             let mut run = (block - within).min(left);
-            // Blocks that follow each other here and there are one read.
+            // Blocks that are adjacent both in the volume and on the data device are one read.
             while run < left {
                 let next = self.data_block((at + run) / block)?;
                 let follows = match first {
@@ -322,7 +329,7 @@ impl Volume {
     fn read_data(&self, part: &mut [u8], block: u64, within: u64) -> io::Result<()> {
         let position = block.checked_mul(self.block.get()).and_then(|start| start.checked_add(within));
         let position = Bytes::new(position.ok_or(io::ErrorKind::InvalidData)?);
-        // A mapping past the end of the data device is an error, never zeros.
+        // A mapping past the end of the data device is an error, and must not be read as zeros.
         match self.pool.data.read(part, position)? {
             count if count == part.len() => Ok(()),
             _ => Err(io::ErrorKind::UnexpectedEof.into()),

@@ -1,5 +1,5 @@
-//! Table and status lines of the targets `thin` and `thin-pool`, as the kernel prints them
-//! (`Documentation/admin-guide/device-mapper/thin-provisioning.rst`). Pure and total.
+//! Parsers of the table and status lines of the targets `thin` and `thin-pool`, as the kernel prints them
+//! (`Documentation/admin-guide/device-mapper/thin-provisioning.rst`).
 
 use super::{DataBlockSize, MetaBlock, ThinId};
 use crate::sys::device::DeviceId;
@@ -12,11 +12,11 @@ pub struct ThinTable {
     pub pool: DeviceId,
     /// The device's number in the pool.
     pub id: ThinId,
-    /// The device that unmapped blocks are read from, instead of as zeros.
+    /// The external origin: unmapped blocks are read from it. Without one they read as zeros.
     pub origin: Option<DeviceId>,
 }
 
-/// The arguments of `thin-pool` that a reader needs.
+/// The arguments of `thin-pool`, as far as they are needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolTable {
     /// The metadata device.
@@ -25,36 +25,36 @@ pub struct PoolTable {
     pub block: DataBlockSize,
 }
 
-/// The status of a thin device.
+/// The mapped blocks of a thin device, as its status reports them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapped {
-    /// Sectors in mapped blocks, those past the device's end included.
+    /// Their size, including blocks past the end of the device.
     pub sectors: Sectors,
-    /// The end of the last mapped block; zero where none is mapped.
+    /// The end of the last mapped block. Zero when no block is mapped.
     pub end: Sectors,
 }
 
-/// Whether the pool still writes its metadata.
+/// Whether a pool writes its metadata.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// It does; it may be out of space for data.
+    /// It does. It may be out of space for data.
     ReadWrite,
-    /// It does not: what is on disk stays as it is.
+    /// It does not, so the metadata on disk does not change.
     ReadOnly,
 }
 
 /// The status of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolStatus {
-    /// Where the held metadata snapshot is.
+    /// The block of the metadata snapshot, if one is held.
     pub held_root: Option<MetaBlock>,
     /// Whether the pool writes its metadata.
     pub mode: Mode,
-    /// The kernel found the metadata inconsistent.
+    /// Whether the kernel found the metadata inconsistent.
     pub needs_check: bool,
 }
 
-/// Reads `<pool> <device id> [<external origin>]`.
+/// Parses the arguments of `thin`, `<pool> <device id> [<external origin>]`.
 pub fn thin_table(params: &str) -> Option<ThinTable> {
     let mut words = params.split_ascii_whitespace();
     let pool = words.next()?.parse().ok()?;
@@ -66,7 +66,7 @@ pub fn thin_table(params: &str) -> Option<ThinTable> {
     Some(ThinTable { pool, id, origin: origin.flatten() })
 }
 
-/// Reads `<metadata> <data> <block size> <low water mark> ...`.
+/// Parses the arguments of `thin-pool`, `<metadata> <data> <block size> <low water mark> ...`.
 pub fn pool_table(params: &str) -> Option<PoolTable> {
     let mut words = params.split_ascii_whitespace();
     let metadata = words.next()?.parse().ok()?;
@@ -75,7 +75,8 @@ pub fn pool_table(params: &str) -> Option<PoolTable> {
     Some(PoolTable { metadata, block })
 }
 
-/// Reads `<mapped sectors> <highest mapped sector or ->`; `None` for `Fail`, `Error` and anything else.
+/// Parses the status of `thin`, `<mapped sectors> <highest mapped sector or ->`. `None` for `Fail`, `Error` and any
+/// other text.
 pub fn thin_status(status: &str) -> Option<Mapped> {
     let mut words = status.split_ascii_whitespace();
     let sectors = Sectors::new(number(words.next()?)?);
@@ -89,10 +90,10 @@ pub fn thin_status(status: &str) -> Option<Mapped> {
     Some(Mapped { sectors, end: Sectors::new(end) })
 }
 
-/// Reads `<transaction id> <used>/<total> <used>/<total> <held root or -> <mode> ...`.
+/// Parses the status of `thin-pool`, `<transaction id> <used>/<total> <used>/<total> <held root or -> <mode> ...`.
 ///
 /// # Errors
-/// For a pool whose metadata is not to be read: the word that says so, such as `Fail`, or the whole line.
+/// The status itself, when it is that of a pool whose metadata must not be read, such as `Fail`, or is not understood.
 pub fn pool_status(status: &str) -> Result<PoolStatus, String> {
     try_pool_status(status).ok_or_else(|| status.trim().to_owned())
 }
@@ -118,14 +119,14 @@ fn try_pool_status(status: &str) -> Option<PoolStatus> {
     Some(PoolStatus { held_root, mode, needs_check: options.contains(&"needs_check") })
 }
 
-/// A number without a sign, which Rust's own parser would take.
+/// Parses a number as the kernel prints it: `FromStr` alone would accept a sign.
 fn number(word: &str) -> Option<u64> {
     word.bytes().all(|byte| byte.is_ascii_digit()).then(|| word.parse().ok())?
 }
 
 impl Mapped {
-    /// Bytes of a device of `len` bytes that are in mapped blocks, where its status says it exactly: blocks that are
-    /// mapped behind its end are counted in one sum with the others.
+    /// The size of the mapped blocks inside a device of `len` bytes. `None` when the status does not determine it: if
+    /// blocks past the end of the device are mapped, the status has only the size of both together.
     pub fn inside(&self, len: Bytes, block: DataBlockSize) -> Option<Bytes> {
         let (bytes, end) = (self.sectors.bytes()?, self.end.bytes()?);
         let overhang = end.saturating_sub(len);

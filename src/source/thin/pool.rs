@@ -1,28 +1,30 @@
-//! Reads the metadata of a live pool without disturbing it.
+//! Reads the metadata of a live pool without holding up its users.
 //!
-//! A transaction of the pool writes only to blocks that were free in the last committed state, so that a crash finds
-//! that state whole. A tree is therefore read whole when no commit happened meanwhile. The proof is made of the metadata
-//! device itself: no write is in flight at either end of the reading, its counters of writes stand still in between, and
-//! the superblock is the same. (Equal superblocks alone would not do: after two commits the roots can be back in the
-//! same blocks, with other leaves.) Counters can be switched off: they are used only while it is certain that they are on,
-//! and where reading the superblock moves the one of reads.
+//! A transaction of a pool writes only to metadata blocks that are free in the last committed transaction, so that the
+//! pool can recover from a crash. So the trees of that transaction stay complete until the next commit, and a read is
+//! valid if no commit happened during it. Three observations of the metadata device prove that: no write is in flight
+//! before and after the read, its counters of writes are the same, and the superblock is the same. (Equal superblocks
+//! alone prove nothing: after two commits the roots can be in the same blocks again, with other leaves.) I/O counters
+//! can be disabled, so they are used only while it is certain that they are enabled, and only if the read of the
+//! superblock increased the counter of reads.
 //!
-//! A pool that commits faster than its tree can be read is read from a metadata snapshot, which is taken for that long.
-//! There is one for each pool and everybody shares it; when somebody else holds it, the quiet way is tried some more.
+//! If the pool commits during each attempt, its metadata snapshot is taken for the time of one read. A pool has only
+//! one, which all programs share. If another program holds it, more attempts without it follow.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::debug;
 
-use super::error::{Result as ThinResult, ThinError};
-use super::held::Snapshot;
+use super::error::{ThinError, ThinResult};
+use super::held::MetadataSnapshot;
 use super::metadata::{Metadata, read_superblock};
 use super::params::{self, Mode, PoolTable};
 use super::reader::MetadataReader;
-use super::turns::{self, Turns};
+use super::shared_reads::{SharedReads, SharedReadsByPool};
 use super::{MetaBlock, ThinId};
-use crate::error::{Error, Result, plain};
+use crate::error::plain;
 use crate::map::FillMap;
 use crate::reason::DenseReason;
 use crate::sys::device::{self, DeviceId};
@@ -31,60 +33,44 @@ use crate::sys::iostats::Counting;
 use crate::sys::sysfs::{self, Activity, StatFile};
 use crate::units::{Bytes, Sectors};
 
-/// Readings that are tried before the metadata snapshot is taken.
-const QUIET_TRIES: usize = 3;
-/// Readings that are tried when it cannot be taken.
+/// The number of attempts before the metadata snapshot is taken.
+const FIRST_TRIES: usize = 3;
+/// The number of attempts when the metadata snapshot cannot be taken.
 const MORE_TRIES: usize = 8;
-/// No other reading begins after this long: a large tree is not read again and again.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// Threads of one reading. More gain nothing: a second one already reads while the first one checks.
+/// No further attempt begins after this time, so that a large tree is not read again and again.
+const TRIES_TIME: Duration = Duration::from_secs(1);
+/// The number of threads of one read. More than two gain nothing: one reads while the other one checks.
 const THREADS: usize = 2;
-/// Sectors that reading a superblock takes.
+/// The size of a superblock in sectors, by which its read increases the counter of the metadata device.
 const SUPERBLOCK_SECTORS: u64 = 8;
 
-/// What readers of live pools share.
-pub type Readers = turns::Pools<Wanted, ThinResult<FillMap>>;
+/// The reads of live pools that threads share.
+pub type Readers = SharedReadsByPool<Wanted, ThinResult<FillMap>>;
 
 /// A live pool.
-pub struct Pool {
+pub struct LivePool {
     control: Arc<Control>,
     id: DeviceId,
-    turns: Arc<Turns<Wanted, ThinResult<FillMap>>>,
+    reads: Arc<SharedReads<Wanted, ThinResult<FillMap>>>,
 }
 
-/// The device whose map is wanted.
+/// A request for the map of one thin device.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
-    /// Its number in the pool.
+    /// The number of the device in the pool.
     pub id: ThinId,
-    /// Its length.
+    /// The length of the device.
     pub len: Bytes,
-    /// How much of it is mapped, as the kernel says.
+    /// The size of its mapped blocks, as its status reports it.
     pub mapped: Sectors,
 }
 
-/// What one reading gave for each device that it came to.
+/// The results of one read, in the order of the requests. There may be fewer results than requests.
 type Maps = Vec<ThinResult<FillMap>>;
 
-impl From<ThinError> for DenseReason {
-    fn from(error: ThinError) -> Self {
-        match error {
-            ThinError::Behind => Self::NotNow("its pool is read-only, and knows more than its metadata on disk".into()),
-            ThinError::Io(..) => Self::Unsupported(Error::from(error).to_string().into()),
-            damage => Self::Damaged(damage.to_string().into()),
-        }
-    }
-}
-
-impl From<Error> for DenseReason {
-    fn from(error: Error) -> Self {
-        Self::Unsupported(error.to_string().into())
-    }
-}
-
-/// The pool as its tables and status say it is now. Looked at anew for each reading: metadata devices are swapped and
+/// The tables and the status of a pool. They are read again for each attempt, because metadata devices are replaced and
 /// extended while the pool is in use.
-struct Live {
+struct PoolState {
     name: String,
     params: String,
     table: PoolTable,
@@ -92,152 +78,154 @@ struct Live {
     mode: Mode,
 }
 
-/// One reading.
-enum Reading {
-    /// What it gave for the first device that was wanted, and for the others if it came to them: true maps, or true
-    /// failures.
-    Whole(Maps),
-    /// Something was written meanwhile: whatever was read means nothing.
-    Torn,
+/// The outcome of one attempt to read the last committed transaction.
+enum Attempt {
+    /// No commit happened during the read, so its results, including the failures, are valid.
+    Valid(Maps),
+    /// A commit may have happened during the read, so its results are not valid.
+    Interrupted,
 }
 
-impl Pool {
+impl LivePool {
     /// The pool `id`.
     pub fn new(control: Arc<Control>, id: DeviceId, readers: &Readers) -> Self {
-        Self { control, id, turns: readers.of(id) }
+        Self { control, id, reads: readers.of(id) }
     }
 
-    /// The mapped blocks of a thin device: all those that were written to by any write that completed before this is
-    /// called.
+    /// The mapped blocks of a thin device. They include each block that was written by a write that completed before
+    /// the call.
     ///
     /// # Errors
-    /// When the pool has failed, wants to be checked or is suspended, when its metadata is damaged, and when it changes
-    /// too fast.
-    pub fn map(&self, wanted: &Wanted) -> std::result::Result<FillMap, DenseReason> {
-        let map = self.turns.take(*wanted, |wanted| self.maps(wanted))?;
+    /// When the pool has failed, needs a check or is suspended, when its metadata is damaged, and when it commits too
+    /// often.
+    pub fn map(&self, wanted: &Wanted) -> Result<FillMap, DenseReason> {
+        let map = self.reads.take(*wanted, |wanted| self.maps(wanted))?;
         Ok(map.ok_or_else(|| DenseReason::NotNow("its pool commits faster than its metadata can be read".into()))??)
     }
 
-    /// The maps of several devices from one reading; fewer when it came to nothing.
-    fn maps(&self, wanted: &[Wanted]) -> std::result::Result<Maps, DenseReason> {
-        if let Some(maps) = self.quietly(QUIET_TRIES, wanted)? {
+    /// The maps of several devices from one read. There are none when the pool commits too often.
+    fn maps(&self, wanted: &[Wanted]) -> Result<Maps, DenseReason> {
+        if let Some(maps) = self.read_committed(FIRST_TRIES, wanted)? {
             return Ok(maps);
         }
-        if let Some(maps) = self.with_snapshot(wanted)? {
+        if let Some(maps) = self.read_snapshot(wanted)? {
             return Ok(maps);
         }
-        Ok(self.quietly(MORE_TRIES, wanted)?.unwrap_or_default())
+        Ok(self.read_committed(MORE_TRIES, wanted)?.unwrap_or_default())
     }
 
-    /// Some readings of the last committed state; `None` when the pool committed during each.
-    fn quietly(&self, tries: usize, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, DenseReason> {
+    /// Reads the last committed transaction, in up to `tries` attempts. `None` when the pool may have committed during
+    /// each of them.
+    fn read_committed(&self, tries: usize, wanted: &[Wanted]) -> Result<Option<Maps>, DenseReason> {
         let start = Instant::now();
-        for _ in (0..tries).take_while(|_| start.elapsed() < PATIENCE) {
-            // Makes the pool commit: every completed write is on disk from here on.
-            let live = self.look(Commit::Yes)?;
-            match self.read_quietly(&live, wanted)? {
-                Reading::Whole(maps) => return Ok(Some(maps)),
-                Reading::Torn => debug!("{}: committed while its metadata was read", live.name),
+        for _ in (0..tries).take_while(|_| start.elapsed() < TRIES_TIME) {
+            // The pool commits for this status, so that the metadata on disk has all writes that completed before.
+            let state = self.state(Commit::Yes)?;
+            match self.try_read(&state, wanted)? {
+                Attempt::Valid(maps) => return Ok(Some(maps)),
+                Attempt::Interrupted => debug!("{}: committed while its metadata was read", state.name),
             }
         }
         Ok(None)
     }
 
-    fn read_quietly(&self, live: &Live, wanted: &[Wanted]) -> Result<Reading> {
-        let unreadable = |error| Error::failed("cannot read the I/O counters of the metadata device").because(error);
-        let reader = live.open_metadata()?;
-        let Some(before) = Still::begin(live.table.metadata).map_err(unreadable)? else {
-            return Ok(Reading::Torn);
+    fn try_read(&self, state: &PoolState, wanted: &[Wanted]) -> Result<Attempt, DenseReason> {
+        let unreadable = |error| DenseReason::cannot("read the I/O counters of the metadata device", &error);
+        let reader = state.open_metadata()?;
+        let Some(idle) = IdleDevice::new(state.table.metadata).map_err(unreadable)? else {
+            return Ok(Attempt::Interrupted);
         };
-        let reads_before = before.stat.sectors_read().map_err(unreadable)?;
+        let reads_before = idle.stat.sectors_read().map_err(unreadable)?;
         let metadata = match Metadata::open(reader, MetaBlock::SUPERBLOCK) {
             Ok(metadata) => metadata,
-            // A superblock that is read while it is written is no sign of damage.
+            // A superblock that is written during its read looks damaged, and is not.
             Err(error) => {
-                let still = before.lasts().map_err(unreadable)?;
-                return Ok(if still { Reading::Whole(vec![Err(error)]) } else { Reading::Torn });
+                let still_idle = idle.is_still_idle().map_err(unreadable)?;
+                return Ok(if still_idle { Attempt::Valid(vec![Err(error)]) } else { Attempt::Interrupted });
             }
         };
-        if before.stat.sectors_read().map_err(unreadable)?.get() < reads_before.get() + SUPERBLOCK_SECTORS {
-            debug!("{}: its metadata device counts nothing", live.name);
-            return Ok(Reading::Torn);
+        if idle.stat.sectors_read().map_err(unreadable)?.get() < reads_before.get() + SUPERBLOCK_SECTORS {
+            debug!("{}: its metadata device does not count reads", state.name);
+            return Ok(Attempt::Interrupted);
         }
-        let maps = wanted.iter().map(|wanted| live.read(&metadata, wanted)).collect();
+        let maps = wanted.iter().map(|wanted| state.read(&metadata, wanted)).collect();
         let same = read_superblock(metadata.reader(), MetaBlock::SUPERBLOCK)
             .is_ok_and(|(_, raw)| *raw == *metadata.raw_superblock());
-        // A pool that was suspended in the very moment of its status did not commit for it.
-        let whole = same && before.lasts().map_err(unreadable)? && self.is_still(live);
-        Ok(if whole { Reading::Whole(maps) } else { Reading::Torn })
+        // The pool's table is read again too: a pool that was suspended right before its status did not commit for it.
+        let is_valid = same && idle.is_still_idle().map_err(unreadable)? && self.is_still(state);
+        Ok(if is_valid { Attempt::Valid(maps) } else { Attempt::Interrupted })
     }
 
-    /// Whether the pool is what it was, and not suspended.
-    fn is_still(&self, live: &Live) -> bool {
+    /// Whether the pool has the same table as in `state`, and is not suspended.
+    fn is_still(&self, state: &PoolState) -> bool {
         let table = self.control.table(self.id);
-        table.is_ok_and(|table| !table.suspended && only_target(table).is_ok_and(|(_, params)| params == live.params))
+        table.is_ok_and(|table| !table.suspended && only_target(table).is_ok_and(|(_, params)| params == state.params))
     }
 
-    /// A reading of the metadata snapshot, taken for it; `None` when it cannot be had, or not be kept.
-    fn with_snapshot(&self, wanted: &[Wanted]) -> std::result::Result<Option<Maps>, DenseReason> {
-        let live = self.look(Commit::No)?;
-        if live.mode == Mode::ReadOnly {
+    /// Reads the metadata snapshot, which is taken for that. `None` when it cannot be taken, or was released by another
+    /// program during the read.
+    fn read_snapshot(&self, wanted: &[Wanted]) -> Result<Option<Maps>, DenseReason> {
+        let state = self.state(Commit::No)?;
+        if state.mode == Mode::ReadOnly {
             return Ok(None);
         }
-        let snapshot = match Snapshot::reserve(&self.control, self.id) {
+        let snapshot = match MetadataSnapshot::reserve(&self.control, self.id) {
             Ok(Some(snapshot)) => snapshot,
             Ok(None) => return Ok(None),
             Err(error) => {
-                debug!("{}: no metadata snapshot: {}", live.name, plain(&error));
+                debug!("{}: cannot take its metadata snapshot: {}", state.name, plain(&error));
                 return Ok(None);
             }
         };
-        let maps = live.open_metadata().map_err(DenseReason::from).and_then(|reader| {
+        let maps = state.open_metadata().and_then(|reader| {
             let metadata = Metadata::open(reader, snapshot.root())?;
-            Ok(wanted.iter().map(|wanted| live.read(&metadata, wanted)).collect())
+            Ok(wanted.iter().map(|wanted| state.read(&metadata, wanted)).collect())
         });
-        // Whoever released our snapshot made its blocks free, and what was read of them worthless.
-        let ours = self.look(Commit::No)?.held_root == Some(snapshot.root());
-        if ours { Ok(Some(maps?)) } else { Ok(None) }
+        // If another program released the snapshot, its blocks were free and may have been written during the read.
+        let is_held = self.state(Commit::No)?.held_root == Some(snapshot.root());
+        if is_held { Ok(Some(maps?)) } else { Ok(None) }
     }
 
-    /// The pool now.
-    fn look(&self, commit: Commit) -> std::result::Result<Live, DenseReason> {
+    /// The state of the pool now.
+    fn state(&self, commit: Commit) -> Result<PoolState, DenseReason> {
         let suspended = || DenseReason::NotNow("its pool is suspended".into());
-        let failed = |what: &str, error| Error::failed(what).because(error);
-        let table = self.control.table(self.id).map_err(|error| failed("cannot read its pool's table", error))?;
+        let not_understood =
+            |what: &'static str, text: &str| DenseReason::NotUnderstood { what: what.into(), text: text.to_owned() };
+        let table =
+            self.control.table(self.id).map_err(|error| DenseReason::cannot("read its pool's table", &error))?;
         if table.suspended {
             return Err(suspended());
         }
         let (name, params) = only_target(table)?;
-        let table = params::pool_table(&params)
-            .ok_or_else(|| Error::failed(format!("its pool's table is not understood: {params}")))?;
-        let status =
-            self.control.status(self.id, commit).map_err(|error| failed("cannot read its pool's status", error))?;
-        // A suspended pool answers without a commit.
+        let table = params::pool_table(&params).ok_or_else(|| not_understood("its pool's table is", &params))?;
+        let status = self.control.status(self.id, commit);
+        let status = status.map_err(|error| DenseReason::cannot("read its pool's status", &error))?;
+        // A suspended pool reports its status without a commit.
         if status.suspended {
             return Err(suspended());
         }
         let (_, status) = only_target(status)?;
-        let status =
-            params::pool_status(&status).map_err(|status| Error::failed(format!("its pool's status is: {status}")))?;
+        let status = params::pool_status(&status)
+            .map_err(|status| DenseReason::State(format!("its pool's status is: {status}").into()))?;
         if status.needs_check {
-            return Err(Error::failed("its pool's metadata needs a check (thin_check)").into());
+            return Err(DenseReason::Damaged("its pool's metadata needs a check (thin_check)".into()));
         }
-        Ok(Live { name, params, table, held_root: status.held_root, mode: status.mode })
+        Ok(PoolState { name, params, table, held_root: status.held_root, mode: status.mode })
     }
 }
 
-/// The name of a pool, and the text of its one target.
-fn only_target(table: Table) -> Result<(String, String)> {
+/// The name of a pool, and the text of its only target.
+fn only_target(table: Table) -> Result<(String, String), DenseReason> {
     match <[_; 1]>::try_from(table.targets) {
         Ok([target]) if target.kind == "thin-pool" => Ok((table.name, target.params)),
-        _ => Err(Error::failed("its pool is not a thin pool")),
+        _ => Err("its pool is not a thin pool".into()),
     }
 }
 
-impl Live {
-    fn open_metadata(&self) -> Result<MetadataReader> {
+impl PoolState {
+    fn open_metadata(&self) -> Result<MetadataReader, DenseReason> {
         let id = self.table.metadata;
-        let failed = |error| Error::failed(format!("cannot open the metadata device {id}")).because(error);
+        let failed = |error| DenseReason::cannot(format!("open the metadata device {id}"), &error);
         let (file, _) = device::open_id(id, true).map_err(failed)?;
         MetadataReader::new(file).map_err(failed)
     }
@@ -252,7 +240,7 @@ impl Live {
         }
         let block = self.table.block.sectors().get();
         let mapped = metadata.details(wanted.id)?.mapped_blocks.checked_mul(block).map(Sectors::new);
-        // Such a pool does not commit, and may have stopped in the middle of a transaction.
+        // A read-only pool does not commit, and may have become read-only in the middle of a transaction.
         if self.mode == Mode::ReadOnly && mapped != Some(wanted.mapped) {
             return Err(ThinError::Behind);
         }
@@ -260,17 +248,17 @@ impl Live {
     }
 }
 
-/// A device that nobody was writing to, at a moment, and that counts everything since then.
-struct Still {
+/// The I/O counters of a device that had no write in flight when this was made.
+struct IdleDevice {
     id: DeviceId,
     stat: StatFile,
     seen: Activity,
     counting: Counting,
 }
 
-impl Still {
-    /// `None` when a write is under way, or not everything may be counted.
-    fn begin(id: DeviceId) -> std::io::Result<Option<Self>> {
+impl IdleDevice {
+    /// `None` when a write is in flight, or it is not certain that all I/O is counted.
+    fn new(id: DeviceId) -> io::Result<Option<Self>> {
         let stat = StatFile::open(id)?;
         let counting = match Counting::of(id) {
             Ok(counting) => counting,
@@ -283,9 +271,9 @@ impl Still {
         Ok(seen.is_idle().then_some(Self { id, stat, seen, counting }))
     }
 
-    /// Whether nobody wrote since, and nobody does now. The writes in flight before the counters, in the opposite order: a
-    /// write that is not in flight any more is counted.
-    fn lasts(&self) -> std::io::Result<bool> {
+    /// Whether no write completed since, and none is in flight now. The writes in flight are read before the counters,
+    /// in the opposite order to [`IdleDevice::new`]: a write that is no longer in flight has been counted.
+    fn is_still_idle(&self) -> io::Result<bool> {
         let idle = sysfs::writes_in_flight(self.id)? == 0;
         Ok(idle && self.seen.lasts(self.id, &self.stat)? && self.counting.goes_on())
     }

@@ -5,7 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::error::{Result, ThinError};
+use super::error::{ThinError, ThinResult};
 use super::{METADATA_BLOCK, MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device;
@@ -21,11 +21,11 @@ pub struct MetadataReader {
 }
 
 impl MetadataReader {
-    /// Reads from `file`. For the metadata device of an active pool it must be open with `O_DIRECT`: the kernel writes
-    /// the device below its page cache, which may hold blocks from long ago.
+    /// Reads from `file`. The metadata device of an active pool must be open with `O_DIRECT`, because the kernel writes
+    /// past the device's page cache, which may have old blocks.
     ///
     /// # Errors
-    /// When the size cannot be found out.
+    /// When the size cannot be read.
     pub fn new(mut file: File) -> io::Result<Self> {
         let blocks = file.seek(SeekFrom::End(0))? / METADATA_BLOCK as u64;
         Ok(Self { file, blocks, reads: AtomicU64::new(0) })
@@ -39,8 +39,8 @@ impl MetadataReader {
         Self::reopen(&device::open(path, false)?)
     }
 
-    /// Opens an open device or image once more with `O_DIRECT`, or without it where a regular file's file system has no
-    /// direct I/O: there the page cache is the truth.
+    /// Opens an open device or image again with `O_DIRECT`. A regular file in a file system without direct I/O is
+    /// opened without it: all programs read and write such a file through the page cache.
     ///
     /// # Errors
     /// When it cannot be opened, or is a device without direct I/O.
@@ -63,11 +63,16 @@ impl MetadataReader {
         self.reads.load(Relaxed)
     }
 
-    /// Reads `count` blocks from `first` on, through `buffer`.
+    /// Reads `count` blocks from `first` on into `buffer`.
     ///
     /// # Errors
-    /// When the device refuses, or ends before.
-    pub fn read<'b>(&self, first: MetaBlock, count: usize, buffer: &'b mut AlignedBuffer) -> Result<&'b [RawBlock]> {
+    /// When the read fails, or the device ends before.
+    pub fn read<'b>(
+        &self,
+        first: MetaBlock,
+        count: usize,
+        buffer: &'b mut AlignedBuffer,
+    ) -> ThinResult<&'b [RawBlock]> {
         self.reads.fetch_add(1, Relaxed);
         self.try_read(first, buffer.resize(count * METADATA_BLOCK)).map_err(|error| ThinError::Io(first, error))?;
         Ok(buffer.bytes().as_chunks().0)
@@ -87,7 +92,7 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn reads_whole_blocks_and_no_further_than_the_end() {
+    fn only_complete_blocks_are_read() {
         let mut image = tempfile::NamedTempFile::new().unwrap();
         for value in 0..3 {
             image.write_all(&[value; METADATA_BLOCK]).unwrap();

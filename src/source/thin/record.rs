@@ -1,8 +1,10 @@
-//! The record of a metadata snapshot that was taken: it survives the process that holds the snapshot.
+//! Records of the metadata snapshots that this program takes: a file for each pool, which survives the process that
+//! holds the snapshot.
 //!
-//! The file is locked while that process lives. A record that is not locked was left behind, and the next start releases
-//! the snapshot that the record names, if that one is still held. A process that was killed inside its reserve message
-//! left a record that names none; then nothing distinguishes its snapshot from another tool's, and the user decides.
+//! The file is locked as long as that process lives. A record without a lock was left by a process that was killed. The
+//! next process releases the snapshot that the record names, if the pool still holds it. A process that was killed
+//! inside its reserve message left a record that names no snapshot. Then a held snapshot may be its own or another
+//! program's, and the log asks the user to decide.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -19,13 +21,13 @@ use crate::sys::device::DeviceId;
 use crate::sys::dm::{Commit, Control};
 use crate::sys::sysfs;
 
-/// Where the records are: gone with the next boot, as are the processes.
+/// The directory of the records. It is empty after a boot, when no process holds a snapshot either.
 pub const DIRECTORY: &str = "/run/blkholefs.thin";
 
-/// The root of the metadata snapshot that a pool has now, whichever process took it.
+/// The block of the metadata snapshot that a pool holds now, whichever process took it.
 ///
 /// # Errors
-/// When the pool's status cannot be read, or is that of a pool that failed.
+/// When the pool's status cannot be read, or the pool has failed.
 pub fn held_root(control: &Control, pool: DeviceId) -> io::Result<Option<MetaBlock>> {
     let status = control.status(pool, Commit::No)?;
     let line = status.targets.first().map(|target| target.params.as_str()).unwrap_or_default();
@@ -35,22 +37,22 @@ pub fn held_root(control: &Control, pool: DeviceId) -> io::Result<Option<MetaBlo
 /// Releases the metadata snapshot of a pool, whichever process took it.
 ///
 /// # Errors
-/// As the message: `EOPNOTSUPP` when the pool does not write its metadata.
+/// As the ioctl: `EOPNOTSUPP` when the pool does not write its metadata.
 pub fn release(control: &Control, pool: DeviceId) -> io::Result<()> {
     match control.message(pool, "release_metadata_snap") {
-        // EINVAL: there is none, which is what we want.
+        // EINVAL means that the pool holds none.
         Err(error) if error.raw_os_error() != Some(libc::EINVAL) => Err(error),
         _ => Ok(()),
     }
 }
 
-/// Says that a snapshot of ours stays held, and what can be done about it.
-pub fn tell_leftover(pool: &str, error: &io::Error) {
+/// Logs that a snapshot of this program is still held, and what the user can do.
+pub fn log_leftover(pool: &str, error: &io::Error) {
     error!("{pool}: cannot release the metadata snapshot: {}", plain(error));
-    error!("{pool}: the next start tries again; by hand: dmsetup message {pool} 0 release_metadata_snap");
+    error!("{pool}: the next mount tries again; to do it by hand: dmsetup message {pool} 0 release_metadata_snap");
 }
 
-/// Releases what killed processes left held, in all pools.
+/// Releases the snapshots that killed processes left held, in all pools.
 pub fn recover_all(control: &Control) {
     let Ok(entries) = fs::read_dir(DIRECTORY) else { return };
     for name in entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()) {
@@ -61,24 +63,24 @@ pub fn recover_all(control: &Control) {
 }
 
 fn recover(control: &Control, pool: DeviceId) {
-    let Ok(identity) = Identity::of(pool) else { return };
+    let Ok(identity) = PoolIdentity::of(pool) else { return };
     if !exists(&identity) {
         return;
     }
-    // One that is locked by a process that lives is none of ours.
-    if let Ok(Some(mut record)) = Record::open(Path::new(DIRECTORY), &identity)
+    // A record that is locked belongs to a process that lives.
+    if let Ok(Some(mut record)) = SnapshotRecord::open(Path::new(DIRECTORY), &identity)
         && record.recover(control, pool)
     {
         record.remove();
     }
 }
 
-/// Whether there is a record of the pool, of a process that lives or was killed.
-pub fn exists(pool: &Identity) -> bool {
+/// Whether the pool has a record, of a process that lives or was killed.
+pub fn exists(pool: &PoolIdentity) -> bool {
     Path::new(DIRECTORY).join(&pool.name).exists()
 }
 
-/// The device-mapper device with that name. A device that does not answer is not taken for it: its record stays.
+/// The device-mapper device with that name. A device whose attributes cannot be read is skipped, and its record stays.
 fn device_named(name: &str) -> Option<DeviceId> {
     let devices = fs::read_dir("/sys/block").ok()?;
     devices.filter_map(Result::ok).find_map(|entry| {
@@ -87,19 +89,19 @@ fn device_named(name: &str) -> Option<DeviceId> {
     })
 }
 
-/// What a pool is recognised by after a restart: its minor number may have changed.
+/// The name and the uuid of a pool. They identify it when its device number has changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Identity {
+pub struct PoolIdentity {
     /// Its name.
     pub name: String,
     uuid: String,
 }
 
-impl Identity {
-    /// The pool that has this number now.
+impl PoolIdentity {
+    /// The identity of the device that has this number now.
     ///
     /// # Errors
-    /// When it is gone, or its name or uuid cannot be read.
+    /// When there is no such device, or its name or uuid cannot be read.
     pub fn of(pool: DeviceId) -> io::Result<Self> {
         let name = sysfs::dm_name(pool).ok_or(io::ErrorKind::NotFound)?;
         let uuid = fs::read_to_string(sysfs::directory(pool).join("dm/uuid"))?;
@@ -107,30 +109,30 @@ impl Identity {
     }
 }
 
-/// How far a process came.
+/// A step of taking a snapshot, as a record has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// It was about to take the snapshot, and may have taken it.
+pub enum RecordedStep {
+    /// The reserve message is sent after this, so the snapshot may have been taken: `wanted`.
     Wanted,
-    /// It has the snapshot with this root.
+    /// The snapshot at this block was taken: `held BLOCK`.
     Held(MetaBlock),
 }
 
-/// The record of one pool: its uuid, then a line for each step.
-pub struct Record {
+/// The record of one pool, open and locked: a line with the pool's uuid, then a line for each step.
+pub struct SnapshotRecord {
     path: PathBuf,
     file: Flock<File>,
     uuid: String,
-    /// What a process that is gone left here.
-    left: Option<Step>,
+    /// The last step of the process that left this record.
+    left: Option<RecordedStep>,
 }
 
-impl Record {
-    /// Opens and locks the record of a pool; `None` when another process has it.
+impl SnapshotRecord {
+    /// Opens and locks the record of a pool. `None` when another process has it locked.
     ///
     /// # Errors
-    /// When the directory or the file cannot be made.
-    pub fn open(directory: &Path, pool: &Identity) -> io::Result<Option<Self>> {
+    /// When the directory or the file cannot be created, opened or read.
+    pub fn open(directory: &Path, pool: &PoolIdentity) -> io::Result<Option<Self>> {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let path = directory.join(&pool.name);
         loop {
@@ -141,7 +143,7 @@ impl Record {
                 Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
                 Err((_, errno)) => return Err(errno.into()),
             };
-            // Its holder removes it, and may have done so since it was opened.
+            // The process that had it locked may have removed it after it was opened here.
             if is_at(&file, &path) {
                 let mut text = String::new();
                 file.read_to_string(&mut text)?;
@@ -150,65 +152,67 @@ impl Record {
         }
     }
 
-    /// Adds a step; [`Step::Wanted`] begins the record anew.
+    /// Adds a step. [`RecordedStep::Wanted`] overwrites the record.
     ///
     /// # Errors
     /// As write(2).
-    pub fn write(&mut self, step: Step) -> io::Result<()> {
+    pub fn write(&mut self, step: RecordedStep) -> io::Result<()> {
         let line = match step {
-            Step::Wanted => {
+            RecordedStep::Wanted => {
                 self.file.set_len(0)?;
                 format!("{}\nwanted\n", self.uuid)
             }
-            Step::Held(root) => format!("held {}\n", root.get()),
+            RecordedStep::Held(root) => format!("held {}\n", root.get()),
         };
         self.file.write_all(line.as_bytes())
     }
 
-    /// Removes the record: nothing is held any more.
+    /// Removes the record, when no snapshot is held any more.
     pub fn remove(&self) {
         if let Err(error) = fs::remove_file(&self.path) {
             warn!("{}: cannot remove: {}", self.path.display(), plain(&error));
         }
     }
 
-    /// Releases what the process that left this record held, if that is what is held now. False when that cannot be done
-    /// now: the record must stay as it is.
+    /// Releases the snapshot of the process that left this record, if the pool still holds it. Returns `false` when
+    /// that fails; then the record must stay as it is.
     pub fn recover(&mut self, control: &Control, pool: DeviceId) -> bool {
         let Some(left) = self.left.take() else { return true };
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
         let result = held_root(control, pool).and_then(|held| match (left, held) {
             (_, None) => Ok(()),
-            (Step::Held(root), Some(held)) if root != held => Ok(()),
-            (Step::Held(_), Some(_)) => {
+            (RecordedStep::Held(root), Some(held)) if root != held => Ok(()),
+            (RecordedStep::Held(_), Some(_)) => {
                 release(control, pool)?;
                 info!("{name}: released the metadata snapshot that a killed process had left");
                 Ok(())
             }
-            (Step::Wanted, Some(_)) => {
+            (RecordedStep::Wanted, Some(_)) => {
                 warn!(
-                    "{name}: somebody holds its metadata snapshot: perhaps a process of ours that was killed, perhaps \
-                     another tool. If no tool is at work: dmsetup message {name} 0 release_metadata_snap"
+                    "{name}: its metadata snapshot is held by another tool, or was left by a killed blkholefs process. \
+                     If no tool uses it: dmsetup message {name} 0 release_metadata_snap"
                 );
                 Ok(())
             }
         });
-        result.inspect_err(|error| tell_leftover(&name, error)).is_ok()
+        result.inspect_err(|error| log_leftover(&name, error)).is_ok()
     }
 }
 
-/// The last whole line of a record of the pool with `uuid`.
-pub fn parse(text: &str, uuid: &str) -> Option<Step> {
+/// Parses a record. Returns its last step; `None` when it has no complete line of a step, or is of another pool than
+/// the one with `uuid`.
+pub fn parse(text: &str, uuid: &str) -> Option<RecordedStep> {
     let whole = &text[..text.rfind('\n')?];
     let (recorded, steps) = whole.split_once('\n')?;
     let last = steps.lines().last().filter(|_| recorded == uuid)?;
     match last.split_once(' ') {
-        None if last == "wanted" => Some(Step::Wanted),
-        Some(("held", root)) => root.parse().ok().map(|root| Step::Held(MetaBlock::new(root))),
+        None if last == "wanted" => Some(RecordedStep::Wanted),
+        Some(("held", root)) => root.parse().ok().map(|root| RecordedStep::Held(MetaBlock::new(root))),
         _ => None,
     }
 }
 
+/// Whether `path` leads to the open `file`.
 fn is_at(file: &File, path: &Path) -> bool {
     match (file.metadata(), fs::symlink_metadata(path)) {
         (Ok(open), Ok(named)) => (open.dev(), open.ino()) == (named.dev(), named.ino()),
@@ -220,45 +224,45 @@ fn is_at(file: &File, path: &Path) -> bool {
 mod tests {
     use super::*;
 
-    fn pool(uuid: &str) -> Identity {
-        Identity { name: "vg-pool-tpool".to_owned(), uuid: uuid.to_owned() }
+    fn pool(uuid: &str) -> PoolIdentity {
+        PoolIdentity { name: "vg-pool-tpool".to_owned(), uuid: uuid.to_owned() }
     }
 
     #[test]
-    fn a_record_says_how_far_its_writer_came() {
+    fn a_record_has_the_last_step_of_its_writer() {
         let dir = tempfile::tempdir().unwrap();
-        let left = |uuid: &str| Record::open(dir.path(), &pool(uuid)).unwrap().unwrap().left;
+        let left = |uuid: &str| SnapshotRecord::open(dir.path(), &pool(uuid)).unwrap().unwrap().left;
         assert_eq!(left("LVM-1"), None);
-        let mut record = Record::open(dir.path(), &pool("LVM-1")).unwrap().unwrap();
-        for step in [Step::Wanted, Step::Held(MetaBlock::new(112))] {
+        let mut record = SnapshotRecord::open(dir.path(), &pool("LVM-1")).unwrap().unwrap();
+        for step in [RecordedStep::Wanted, RecordedStep::Held(MetaBlock::new(112))] {
             record.write(step).unwrap();
-            assert!(Record::open(dir.path(), &pool("LVM-1")).unwrap().is_none(), "it is locked");
+            assert!(SnapshotRecord::open(dir.path(), &pool("LVM-1")).unwrap().is_none(), "it is locked");
             let text = fs::read_to_string(&record.path).unwrap();
             assert_eq!(parse(&text, "LVM-1"), Some(step));
         }
         drop(record);
-        assert_eq!(left("LVM-1"), Some(Step::Held(MetaBlock::new(112))));
+        assert_eq!(left("LVM-1"), Some(RecordedStep::Held(MetaBlock::new(112))));
         assert_eq!(left("LVM-2"), None, "another pool of that name");
-        Record::open(dir.path(), &pool("LVM-1")).unwrap().unwrap().remove();
+        SnapshotRecord::open(dir.path(), &pool("LVM-1")).unwrap().unwrap().remove();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
-    fn an_unfinished_line_does_not_count() {
+    fn an_incomplete_line_is_ignored() {
         for (text, step) in [
             ("", None),
             ("u", None),
             ("u\n", None),
             ("u\nwanted", None),
-            ("u\nwanted\n", Some(Step::Wanted)),
-            ("u\nwanted\nheld 1", Some(Step::Wanted)),
-            ("u\nwanted\nheld 12\n", Some(Step::Held(MetaBlock::new(12)))),
+            ("u\nwanted\n", Some(RecordedStep::Wanted)),
+            ("u\nwanted\nheld 1", Some(RecordedStep::Wanted)),
+            ("u\nwanted\nheld 12\n", Some(RecordedStep::Held(MetaBlock::new(12)))),
             ("u\nwanted\nheld x\n", None),
             ("v\nwanted\nheld 12\n", None),
             ("\n\n", None),
         ] {
             assert_eq!(parse(text, "u"), step, "{text:?}");
         }
-        assert_eq!(parse("\nheld 3\n", ""), Some(Step::Held(MetaBlock::new(3))), "a pool without a uuid");
+        assert_eq!(parse("\nheld 3\n", ""), Some(RecordedStep::Held(MetaBlock::new(3))), "a pool without a uuid");
     }
 }

@@ -10,32 +10,32 @@ pub const SALT: u32 = 160_774;
 const MAGIC: u64 = 27_022_010;
 /// `THIN_METADATA_NEEDS_CHECK_FLAG`.
 const NEEDS_CHECK: u32 = 1;
-/// Metadata blocks that a pool can use, rounded up (`THIN_METADATA_MAX_SECTORS` is 255 * 2^14 of them).
+/// The maximum number of metadata blocks of a pool, rounded up (`THIN_METADATA_MAX_SECTORS` is 255 * 2^14 blocks).
 pub const MAX_METADATA_BLOCKS: u64 = 1 << 22;
 
 /// The fields of a superblock that a reader needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Superblock {
-    /// The kernel found the metadata inconsistent and wants it repaired.
+    /// Whether the kernel found the metadata inconsistent, so that it must be repaired.
     pub needs_check: bool,
-    /// The copy of a superblock that is held as the metadata snapshot.
+    /// The block of the metadata snapshot, which is a copy of a superblock.
     pub held_root: Option<MetaBlock>,
-    /// Data blocks of the pool; zero in a held copy.
+    /// The number of data blocks of the pool. Zero in a metadata snapshot.
     pub data_blocks: u64,
-    /// The root of the tree of devices.
+    /// The root of the top-level tree, which has the roots of the mapping trees.
     pub mapping_root: MetaBlock,
-    /// The root of the tree of details.
+    /// The root of the details tree.
     pub details_root: MetaBlock,
     /// The size of a data block.
     pub data_block_size: DataBlockSize,
 }
 
 impl Superblock {
-    /// Reads the superblock, or the held copy of one, that was found at `location`.
+    /// Checks and reads the superblock at `location`.
     ///
     /// # Errors
-    /// What is wrong with it: the checks of the kernel (`sb_check`, `__check_incompat_features`), and that all sizes
-    /// and roots are possible.
+    /// When it fails the checks of the kernel (`sb_check`, `__check_incompat_features`), or a size or root is out of
+    /// range.
     pub fn parse(block: &RawBlock, location: MetaBlock) -> Result<Self, Damage> {
         if u64_at(block, 32) != MAGIC {
             return Err(Damage::Magic);
@@ -46,7 +46,7 @@ impl Superblock {
         if u64_at(block, 8) != location.get() {
             return Err(Damage::Location);
         }
-        // Versions 1 and 2 have one layout; the kernel tells readers of a newer one by the incompatible features.
+        // Versions 1 and 2 have the same layout. The kernel marks a newer layout by incompatible features.
         if !(1..=2).contains(&u32_at(block, 40)) || u32_at(block, 360) != 0 {
             return Err(Damage::Features);
         }
@@ -54,8 +54,8 @@ impl Superblock {
             return Err(Damage::Sizes);
         }
         let data_block_size = DataBlockSize::new(Sectors::new(u64::from(u32_at(block, 336)))).ok_or(Damage::Sizes)?;
-        // The field `metadata_nr_blocks` is the size that the device was formatted with: `dm_pool_resize_metadata_dev` does
-        // not bring it up to date. So the size of the device is the limit, and that is the reader's to check.
+        // The field `metadata_nr_blocks` is the size at the time of formatting: `dm_pool_resize_metadata_dev` does not
+        // update it. So the limit of block numbers is the size of the device, which the reader checks.
         let pointer = |at| {
             let number = u64_at(block, at);
             (number < MAX_METADATA_BLOCKS).then_some(MetaBlock::new(number)).ok_or(Damage::Pointer)
@@ -123,7 +123,7 @@ pub(super) mod tests {
             (336, 100, 4, Some(Damage::Sizes)),
             (336, 0, 4, Some(Damage::Sizes)),
             (340, 16, 4, Some(Damage::Sizes)),
-            // Behind the size that it was formatted with.
+            // Roots past the size at the time of formatting.
             (344, 1, 8, None),
             (360, 1, 4, Some(Damage::Features)),
         ] {

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::DataBlockSize;
-use super::alone::AloneGuard;
 use super::guard::WriteGuard;
 use super::params::{self, Mapped, ThinTable};
-use super::pool::{Pool, Wanted};
+use super::pool::{LivePool, Wanted};
+use super::single_activation::SingleActivationGuard;
 use crate::map::{Clip, Concat, FillMap, HoleMap, Kind, Overlay, Uniform};
 use crate::reason::DenseReason;
 use crate::source::target::{TargetContext, TargetLayer};
@@ -24,11 +24,11 @@ pub fn layer(target: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<
     // Before anything is read of the device: a write from here on makes its extents void.
     let guard = WriteGuard::new(target.device);
     resolver.guard(guard.map_err(|error| DenseReason::cannot("use its I/O counters", &error))?);
-    let guard = AloneGuard::new(control.clone(), target.events, target.device.id, table);
+    let guard = SingleActivationGuard::new(control.clone(), target.events, target.device.id, table);
     let guard = guard.map_err(|error| DenseReason::cannot("look for its other devices", &error))?;
-    let alone = guard.alone();
+    let is_single = guard.is_single();
     resolver.guard(guard);
-    if !alone {
+    if !is_single {
         return Err(DenseReason::State("the volume is active as another device too, or about to be".into()));
     }
     let mapped = mapped(&control, target)?;
@@ -37,7 +37,7 @@ pub fn layer(target: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<
     // Neither is tried while one of them is suspended.
     let waits = resolver.waits_on(table.pool);
     waits.map_err(|error| DenseReason::cannot("find out whether its pool is suspended", &error))?;
-    let pool = Pool::new(control, table.pool, &resolver.context.thin);
+    let pool = LivePool::new(control, table.pool, &resolver.context.thin);
     let wanted = Wanted { id: table.id, len: target.len, mapped: mapped.sectors };
     let allocated = mapped.inside(target.len, block);
     let volume = resolver.stored(target.len, block.bytes(), allocated, MappingTree { pool, wanted });
@@ -83,7 +83,7 @@ fn over_origin(volume: Arc<StoredExtents>, origin: Arc<Layer>) -> Result<TargetL
 
 /// The mapping tree of a thin device. What stat(2) reports is known from the status of the device, without the tree.
 struct MappingTree {
-    pool: Pool,
+    pool: LivePool,
     wanted: Wanted,
 }
 

@@ -1,73 +1,74 @@
-//! Reads a whole tree, level by level, each level in the order in which it lies on disk.
+//! Reads a complete tree, level by level, each level in the order of its blocks on disk.
 //!
-//! Nodes of one tree are scattered over the metadata, so a walk in key order would be a random read per node. Here the
-//! few internal nodes come first; then all leaves, sorted by position, are read in requests of up to 1 MiB, and foreign
-//! blocks between them are read too where that saves a request. Nothing is kept of a leaf but what its visitor takes.
+//! The nodes of a tree are scattered over the metadata, so a walk in the order of keys would be a random read for each
+//! node. Here the few internal nodes are read first. Then all leaves are read in the order of their blocks, in requests
+//! of up to 1 MiB. A request includes blocks between two nodes that do not belong to the tree, if that saves a request.
+//! A leaf is not kept after the visitor has seen it.
 //!
-//! Every node is checked by itself (see [`Node::parse`]) and against its parent: its block is one of the metadata's and
-//! is reached once, so there is no loop and no work beyond the metadata's size; its keys are in the range that the
-//! parent gives it; all leaves are equally deep. The first failure ends the walk with an error.
+//! Each node is checked by itself (see [`TreeNode::parse`]) and against its parent. Its block is inside the metadata
+//! and is visited only once, so that a loop is an error and the work is bounded by the size of the metadata. Its keys
+//! are in the range that the parent states. All leaves have the same depth. The first failure ends the walk with an
+//! error.
 //!
-//! An earlier walk is never reused in part, tempting as it is to skip a subtree whose top is the same block with the
-//! same content as before. A parent holds its children's block numbers but not their checksums, and blocks that are
-//! freed are used again: after two commits the same parent in the same place, byte for byte, can lead to a child that was
-//! freed, and rewritten with other keys. Equal block numbers prove equal subtrees only from one commit to the very
-//! next, or while a metadata snapshot holds the blocks; the first cannot be seen from outside, the second costs the
-//! pool space. So a map is reused whole, while the counters of its devices prove that nothing was written (see
-//! [`crate::source::Guard`]), or read anew.
+//! No part of an earlier walk is reused, not even a subtree whose root is the same block with the same content. A
+//! parent has the block numbers of its children, but not their checksums, and freed blocks are used again. After two
+//! commits, an identical parent in the same block can point to a child that was freed and rewritten with other keys.
+//! Equal block numbers prove equal subtrees only between two consecutive commits, which cannot be observed from
+//! outside, or while a metadata snapshot holds the blocks, which costs space in the pool. So a map is reused only as a
+//! whole, as long as the counters of its devices prove that nothing was written (see [`crate::source::Guard`]).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use super::error::{Damage, Result, ThinError};
-use super::node::{Node, NodeKind, Values};
+use super::error::{Damage, ThinError, ThinResult};
+use super::node::{LeafValues, NodeKind, TreeNode};
 use super::reader::MetadataReader;
 use super::{MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
 
-/// Blocks of one read request: 1 MiB.
+/// The maximum number of blocks in one read request: 1 MiB.
 const REQUEST: usize = 256;
-/// Foreign blocks between two nodes that are read rather than split the request.
+/// The maximum number of blocks between two nodes of one read request.
 const GAP: u64 = 8;
-/// Levels of a tree (`MAX_SPINE_DEPTH` is 64 in `drivers/md/persistent-data/dm-btree-internal.h`; a tree of 2^64 keys
-/// in thinly filled nodes has fewer).
+/// The maximum number of levels of a tree (`MAX_SPINE_DEPTH` of `drivers/md/persistent-data/dm-btree-internal.h`). A
+/// tree of 2^64 keys has fewer, even if its nodes have few entries.
 pub(super) const MAX_DEPTH: usize = 64;
 
 /// A tree of the metadata.
 #[derive(Clone, Copy, Debug)]
 pub struct Tree {
-    /// Its topmost node.
+    /// The block of its root node.
     pub root: MetaBlock,
-    /// What its leaves hold.
-    pub values: Values,
-    /// The number of metadata blocks, none of whose numbers is as large.
+    /// The format of the values in its leaves.
+    pub values: LeafValues,
+    /// The number of metadata blocks. Each block number of a node is smaller.
     pub blocks: u64,
 }
 
-/// A node that a parent points to: where it is, and which keys it may have.
+/// A pointer to a node: its block, and the range of keys that its parent states for it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Child {
+pub(super) struct ChildNode {
     pub(super) block: MetaBlock,
     pub(super) low: u64,
-    /// Half-open, so that no node may have a key of `u64::MAX`; no device has so many blocks.
+    /// Exclusive, so no node may have the key `u64::MAX`. No device has that many blocks.
     pub(super) high: u64,
 }
 
 impl Tree {
-    pub(super) fn root(&self) -> Child {
-        Child { block: self.root, low: 0, high: u64::MAX }
+    pub(super) fn root(&self) -> ChildNode {
+        ChildNode { block: self.root, low: 0, high: u64::MAX }
     }
 
-    /// The node that `child` points to, read from `block`.
-    pub(super) fn parse<'b>(&self, child: &Child, block: &'b RawBlock) -> Result<Node<'b>> {
+    /// Checks the node that `child` points to, whose bytes are in `block`.
+    pub(super) fn parse<'b>(&self, child: &ChildNode, block: &'b RawBlock) -> ThinResult<TreeNode<'b>> {
         let damaged = |damage| ThinError::Damaged(child.block, damage);
-        let node = Node::parse(block, child.block, self.values).map_err(damaged)?;
+        let node = TreeNode::parse(block, child.block, self.values).map_err(damaged)?;
         self.check_range(child, &node)?;
         Ok(node)
     }
 
-    /// Whether `node` has keys, unless it is the root, and only those that its parent gives it.
-    pub(super) fn check_range(&self, child: &Child, node: &Node<'_>) -> Result<()> {
+    /// Checks that `node` has only keys in the range that its parent states, and at least one unless it is the root.
+    pub(super) fn check_range(&self, child: &ChildNode, node: &TreeNode<'_>) -> ThinResult<()> {
         match node.bounds() {
             Some((first, last)) if first < child.low || last >= child.high => {
                 Err(ThinError::Damaged(child.block, Damage::KeyRange))
@@ -77,34 +78,34 @@ impl Tree {
         }
     }
 
-    /// Entry `index` of an internal `node`, which `parent` points to.
-    pub(super) fn child(&self, parent: &Child, node: &Node<'_>, index: usize) -> Result<Child> {
+    /// The pointer in entry `index` of an internal `node`, to which `parent` points.
+    pub(super) fn child(&self, parent: &ChildNode, node: &TreeNode<'_>, index: usize) -> ThinResult<ChildNode> {
         let damaged = |damage| ThinError::Damaged(parent.block, damage);
         let block = node.child(index).ok_or(damaged(Damage::Entries))?;
         if block == MetaBlock::SUPERBLOCK || block.get() >= self.blocks {
             return Err(damaged(Damage::Pointer));
         }
         let low = node.key(index).ok_or(damaged(Damage::Entries))?;
-        Ok(Child { block, low, high: node.key(index + 1).unwrap_or(parent.high) })
+        Ok(ChildNode { block, low, high: node.key(index + 1).unwrap_or(parent.high) })
     }
 
-    /// Shows every leaf once, in no order, to one of the visitors: `visitor` makes one for each of at most `threads`
-    /// threads.
+    /// Calls a visitor once for each leaf, in no particular order. `visitor` makes one visitor for each of up to
+    /// `threads` threads.
     ///
     /// # Errors
-    /// When a node cannot be read or fails a check. Visitors may have seen any part of the tree by then.
-    pub fn walk<V: FnMut(&Node<'_>)>(
+    /// When a node cannot be read or fails a check. The visitors may have been called for any part of the tree by then.
+    pub fn walk<V: FnMut(&TreeNode<'_>)>(
         &self,
         reader: &MetadataReader,
         threads: usize,
         visitor: impl Fn() -> V + Sync,
-    ) -> Result<()> {
-        let visited = Visited::new(self.blocks);
+    ) -> ThinResult<()> {
+        let visited = VisitedBlocks::new(self.blocks);
         visited.mark(self.root)?;
         let mut level = vec![self.root()];
         for _ in 0..MAX_DEPTH {
             level.sort_unstable_by_key(|child| child.block);
-            let work = Level { tree: self, reader, nodes: &level, visited: &visited, kind: OnceLock::new() };
+            let work = LevelWalk { tree: self, reader, nodes: &level, visited: &visited, kind: OnceLock::new() };
             level = work.read(threads, &visitor)?;
             if level.is_empty() {
                 return Ok(());
@@ -114,15 +115,15 @@ impl Tree {
     }
 }
 
-/// The blocks that a walk has come to.
-struct Visited(Vec<AtomicU64>);
+/// A bitmap of the blocks that a walk has found pointers to.
+struct VisitedBlocks(Vec<AtomicU64>);
 
-impl Visited {
+impl VisitedBlocks {
     fn new(blocks: u64) -> Self {
         Self((0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
     }
 
-    fn mark(&self, block: MetaBlock) -> Result<()> {
+    fn mark(&self, block: MetaBlock) -> ThinResult<()> {
         let bit = 1 << (block.get() % 64);
         let word = usize::try_from(block.get() / 64).ok().and_then(|word| self.0.get(word));
         match word.map(|word| word.fetch_or(bit, Relaxed) & bit) {
@@ -134,18 +135,22 @@ impl Visited {
 }
 
 /// The nodes of one depth, sorted by block.
-struct Level<'a> {
+struct LevelWalk<'a> {
     tree: &'a Tree,
     reader: &'a MetadataReader,
-    nodes: &'a [Child],
-    visited: &'a Visited,
-    /// What the first node was; the others must be the same.
+    nodes: &'a [ChildNode],
+    visited: &'a VisitedBlocks,
+    /// The kind of the first node that was read. All nodes of a level have one kind.
     kind: OnceLock<NodeKind>,
 }
 
-impl Level<'_> {
-    /// Reads all nodes; the children of those that have some.
-    fn read<V: FnMut(&Node<'_>)>(&self, threads: usize, visitor: &(impl Fn() -> V + Sync)) -> Result<Vec<Child>> {
+impl LevelWalk<'_> {
+    /// Reads all nodes. Returns the pointers of internal nodes to the next level.
+    fn read<V: FnMut(&TreeNode<'_>)>(
+        &self,
+        threads: usize,
+        visitor: &(impl Fn() -> V + Sync),
+    ) -> ThinResult<Vec<ChildNode>> {
         let next = Mutex::new(0);
         let failed = AtomicBool::new(false);
         let work = || {
@@ -153,7 +158,7 @@ impl Level<'_> {
             failed.fetch_or(result.is_err(), Relaxed);
             result
         };
-        // A thread costs about what reading a few requests does.
+        // Starting a thread takes about as long as a few read requests.
         let helpers = threads.min(self.nodes.len() / REQUEST).saturating_sub(1);
         std::thread::scope(|scope| {
             let helpers: Vec<_> = (0..helpers)
@@ -171,18 +176,18 @@ impl Level<'_> {
         })
     }
 
-    /// Takes one request after the other until none is left, or another thread failed.
+    /// Reads one request after the other until none is left or another thread has failed.
     fn read_requests(
         &self,
         next: &Mutex<usize>,
         failed: &AtomicBool,
-        mut visit: impl FnMut(&Node<'_>),
-    ) -> Result<Vec<Child>> {
+        mut visit: impl FnMut(&TreeNode<'_>),
+    ) -> ThinResult<Vec<ChildNode>> {
         let mut buffer = AlignedBuffer::new();
         let mut children = Vec::new();
         while let Some(request) = self.next_request(next).filter(|_| !failed.load(Relaxed)) {
             let first = request[0].block.get();
-            let index = |child: &Child| usize::try_from(child.block.get() - first).unwrap_or(usize::MAX);
+            let index = |child: &ChildNode| usize::try_from(child.block.get() - first).unwrap_or(usize::MAX);
             let count = request.last().map_or(0, index) + 1;
             let blocks = self.reader.read(request[0].block, count, &mut buffer)?;
             for child in request {
@@ -199,7 +204,7 @@ impl Level<'_> {
         Ok(children)
     }
 
-    fn add_children(&self, parent: &Child, node: &Node<'_>, children: &mut Vec<Child>) -> Result<()> {
+    fn add_children(&self, parent: &ChildNode, node: &TreeNode<'_>, children: &mut Vec<ChildNode>) -> ThinResult<()> {
         children.reserve(node.len());
         for index in 0..node.len() {
             let child = self.tree.child(parent, node, index)?;
@@ -209,8 +214,8 @@ impl Level<'_> {
         Ok(())
     }
 
-    /// The next nodes that one read request brings.
-    fn next_request(&self, next: &Mutex<usize>) -> Option<&[Child]> {
+    /// The nodes of the next read request.
+    fn next_request(&self, next: &Mutex<usize>) -> Option<&[ChildNode]> {
         let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);
         let rest = self.nodes.get(*next..)?;
         let first = rest.first()?.block.get();

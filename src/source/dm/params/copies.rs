@@ -24,8 +24,8 @@ pub fn mirror(params: &str) -> Option<Legs> {
     words.end(legs).filter(|legs| !legs.is_empty())
 }
 
-/// Parses the status of `mirror`, `<number of legs> <device>... <in sync>/<regions> 1 <health> ...`. Returns whether all
-/// regions are in sync and all legs alive.
+/// Parses the status of `mirror`, `<number of legs> <device>... <in sync>/<regions> 1 <health> ...`. Returns whether
+/// all regions are in sync and all legs alive.
 pub fn mirror_is_in_sync(status: &str, legs: usize) -> bool {
     let read = || {
         let mut words = Words::new(status);

@@ -26,8 +26,8 @@ pub enum Store {
     Transient,
 }
 
-/// Parses the arguments of `snapshot`, `<origin> <COW device> <P|PO|N> <chunk>`. A line with features is `None`: features
-/// change how the store is used.
+/// Parses the arguments of `snapshot`, `<origin> <COW device> <P|PO|N> <chunk>`. A line with features is `None`:
+/// features change how the store is used.
 pub fn snapshot(params: &str) -> Option<SnapshotParams> {
     let mut words = Words::new(params);
     let (origin, cow) = (words.device()?, words.device()?);
@@ -40,8 +40,8 @@ pub fn snapshot(params: &str) -> Option<SnapshotParams> {
     words.end(SnapshotParams { origin, cow, store, chunk })
 }
 
-/// Parses the status of `snapshot`, `<allocated>/<size> <of these metadata>`. Returns how much of the store is allocated.
-/// The status of a snapshot that is invalid or has overflowed is a word, and `None`.
+/// Parses the status of `snapshot`, `<allocated>/<size> <of these metadata>`. Returns how much of the store is
+/// allocated. The status of a snapshot that is invalid or has overflowed is a word, and `None`.
 pub fn allocated(status: &str) -> Option<Sectors> {
     let mut words = Words::new(status);
     let (allocated, _size) = fraction(words.word()?)?;

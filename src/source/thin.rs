@@ -1,15 +1,15 @@
 //! dm-thin: the holes of thin volumes, read from the metadata of their pool.
 //!
-//! The metadata is an array of 4096-byte blocks (`drivers/md/dm-thin-metadata.c`). Block 0 is the [`superblock`]; it
-//! names the root of the top-level tree (device id to the root of that device's mapping tree) and of the details tree
-//! (device id to [`Details`]). The trees are B+trees of one [`node`] format, copied on write, so a committed root is
-//! whole until the blocks that only it uses are freed and used again.
+//! The metadata is an array of 4096-byte blocks (`drivers/md/dm-thin-metadata.c`). Block 0 is the [`superblock`]. It
+//! has the root of the top-level tree, which maps device ids to the roots of mapping trees, and the root of the details
+//! tree, which maps device ids to [`DeviceDetails`]. All trees are B+trees with one format of [`node`]s. They are
+//! copied on write, so the trees below a committed root are complete until the blocks that only they use are freed and
+//! used again.
 //!
-//! [`reader`] reads blocks, [`lookup`] finds single keys, [`walk`] reads whole trees. A key that is present in a mapping
-//! tree is a mapped block and so data; an absent one reads as zeros (or as the external origin). That makes a missing
-//! key dangerous and a missing check fatal: a tree that fails any check is an error, never a shorter list of mappings.
+//! [`reader`] reads blocks, [`lookup`] finds single keys, and [`walk`] reads complete trees. The keys of a mapping tree
+//! are the mapped blocks, which are data. Blocks without a key read as zeros, or as the external origin. A key that is
+//! overlooked would be a false hole, so a tree that fails any check is an error and not a shorter list of mappings.
 
-pub mod alone;
 pub mod error;
 pub mod guard;
 pub mod held;
@@ -22,8 +22,9 @@ pub mod params;
 pub mod pool;
 pub mod reader;
 pub mod record;
+pub mod shared_reads;
+pub mod single_activation;
 pub mod superblock;
-pub mod turns;
 pub mod volume;
 pub mod walk;
 
@@ -42,7 +43,7 @@ pub type RawBlock = [u8; METADATA_BLOCK];
 pub struct MetaBlock(u64);
 
 impl MetaBlock {
-    /// Where the superblock is (`THIN_SUPERBLOCK_LOCATION`).
+    /// The block of the superblock (`THIN_SUPERBLOCK_LOCATION`).
     pub const SUPERBLOCK: Self = Self(0);
 
     /// The block with this number.
@@ -67,10 +68,10 @@ impl fmt::Display for MetaBlock {
 pub struct ThinId(u32);
 
 impl ThinId {
-    /// The largest (`MAX_DEV_ID` of `drivers/md/dm-thin.c`).
+    /// The largest number (`MAX_DEV_ID` of `drivers/md/dm-thin.c`).
     pub const MAX: u32 = (1 << 24) - 1;
 
-    /// The device with this number, if there can be one.
+    /// The device with this number. `None` when the number is out of range.
     pub const fn new(id: u32) -> Option<Self> {
         if id <= Self::MAX { Some(Self(id)) } else { None }
     }
@@ -92,7 +93,7 @@ impl fmt::Display for ThinId {
 pub struct DataBlockSize(u32);
 
 impl DataBlockSize {
-    /// A size of `sectors`, if a pool can have it: 64 KiB to 1 GiB in steps of 64 KiB
+    /// A size of `sectors`. `None` unless it is from 64 KiB to 1 GiB and a multiple of 64 KiB
     /// (`DATA_DEV_BLOCK_SIZE_MIN_SECTORS` and `_MAX_SECTORS` of `drivers/md/dm-thin.c`).
     pub fn new(sectors: Sectors) -> Option<Self> {
         let sectors = u32::try_from(sectors.get()).ok()?;
@@ -104,20 +105,23 @@ impl DataBlockSize {
         Sectors::new(self.0.into())
     }
 
-    /// The size in bytes; never zero, not always a power of two.
+    /// The size in bytes. It is never zero, and not always a power of two.
     pub fn bytes(self) -> Bytes {
         Bytes::new(u64::from(self.0) * Sectors::SIZE.get())
     }
 }
 
-/// What the details tree knows of a device (`struct disk_device_details`).
+/// An entry of the details tree (`struct disk_device_details`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Details {
-    /// Data blocks that the device maps, those past its end included.
+pub struct DeviceDetails {
+    /// The number of blocks that the device has mapped, including those past its end.
     pub mapped_blocks: u64,
 }
 
-/// The `len` bytes at `at`, which the caller knows to be inside the block.
+/// The `N` bytes at `at`.
+///
+/// # Panics
+/// When they are not inside the block.
 fn bytes_at<const N: usize>(block: &RawBlock, at: usize) -> [u8; N] {
     *block[at..].first_chunk().expect("fields end inside the block")
 }
@@ -130,10 +134,10 @@ fn u64_at(block: &RawBlock, at: usize) -> u64 {
     u64::from_le_bytes(bytes_at(block, at))
 }
 
-/// Whether the checksum of `block` is right for the kind of block that `salt` stands for.
+/// Whether the checksum of `block` matches. `salt` is the number of its kind of block.
 ///
-/// The kernel stores CRC-32C of all that follows the checksum, without the final inversion, mixed with a number per
-/// kind of block (`dm_bm_checksum` of `drivers/md/persistent-data/dm-block-manager.c`).
+/// The checksum is the CRC-32C of the bytes after it, without the final inversion, XORed with the salt
+/// (`dm_bm_checksum` of `drivers/md/persistent-data/dm-block-manager.c`).
 fn checksum_ok(block: &RawBlock, salt: u32) -> bool {
     !crc32c::crc32c(&block[4..]) ^ salt == u32_at(block, 0)
 }
