@@ -143,7 +143,7 @@ impl FileSystem {
     /// ENOENT when there is none.
     pub fn lookup(&self, parent: Ino, name: &OsStr) -> Result<Attributes> {
         let directory = self.nodes.path(parent)?;
-        let path = self.spec.child(&directory, name).ok_or_else(not_found)?;
+        let path = self.spec.child(&directory, name).ok_or_else(|| Error::from_errno(libc::ENOENT))?;
         let target = self.spec.target(&path)?;
         let ino = {
             let handles = self.lock_handles();
@@ -193,7 +193,7 @@ impl FileSystem {
                 Ok(backing) if backing.identity() == identity => {
                     Arc::new(Handle::glance(backing, self.context.clone()))
                 }
-                Ok(_) => return Err(errno(libc::ESTALE)),
+                Ok(_) => return Err(Error::from_errno(libc::ESTALE)),
                 // What is short here says nothing of the device, and its length could not be read from sysfs either.
                 Err(error) if matches!(error.errno(), libc::EMFILE | libc::ENFILE | libc::ENOMEM) => return Err(error),
                 // One device that cannot be opened must not spoil the listing of the others.
@@ -243,7 +243,7 @@ impl FileSystem {
     /// EBADF when there is no such open directory.
     pub fn readdir(&self, fh: Fh) -> Result<Arc<[Entry]>> {
         let listings = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
-        listings.get(&fh.0).cloned().ok_or_else(|| errno(libc::EBADF))
+        listings.get(&fh.0).cloned().ok_or_else(|| Error::from_errno(libc::EBADF))
     }
 
     /// Closes an open directory.
@@ -263,10 +263,10 @@ impl FileSystem {
     /// EROFS for any other way of opening; as open(2) on the device.
     pub fn open(&self, ino: Ino, for_writing: bool) -> Result<Fh> {
         if for_writing {
-            return Err(errno(libc::EROFS));
+            return Err(Error::from_errno(libc::EROFS));
         }
         let Target::File(place, node) = self.spec.target(&self.nodes.path(ino)?)? else {
-            return Err(errno(libc::EISDIR));
+            return Err(Error::from_errno(libc::EISDIR));
         };
         let handle = self.share(ino, &place, node.as_ref())?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
@@ -284,7 +284,7 @@ impl FileSystem {
         // Without the lock: a device may take long to open, and one that stands on a file of ours asks us for that.
         let backing = self.spec.open(place)?;
         if backing.identity() != identity {
-            return Err(errno(libc::ESTALE));
+            return Err(Error::from_errno(libc::ESTALE));
         }
         let mut new = Handle::new(backing, self.context.clone(), self.maps.clone());
         let mut handles = self.lock_handles();
@@ -310,7 +310,7 @@ impl FileSystem {
                 shared.opens += 1;
                 Ok(Some(shared.handle.clone()))
             }
-            Some(shared) if shared.handle.backing().identity() != identity => Err(errno(libc::ESTALE)),
+            Some(shared) if shared.handle.backing().identity() != identity => Err(Error::from_errno(libc::ESTALE)),
             _ => Ok(None),
         }
     }
@@ -320,7 +320,7 @@ impl FileSystem {
     /// # Errors
     /// EBADF when there is no such open file.
     pub fn handle(&self, fh: Fh) -> Result<Arc<Handle>> {
-        self.open.handle(fh).ok_or_else(|| errno(libc::EBADF))
+        self.open.handle(fh).ok_or_else(|| Error::from_errno(libc::EBADF))
     }
 
     fn handle_of(&self, ino: Ino) -> Option<Arc<Handle>> {
@@ -383,13 +383,4 @@ impl FileSystem {
 /// Whether an open device is the one that an open would find now.
 fn is_same(handle: &Handle, found: Option<Identity>) -> bool {
     handle.backing().identity() == found && handle.backing().is_current()
-}
-
-/// An error that is nothing but an errno: the kernel's own message for it says all.
-fn errno(code: i32) -> Error {
-    Error::failed("refused").because(std::io::Error::from_raw_os_error(code))
-}
-
-fn not_found() -> Error {
-    errno(libc::ENOENT)
 }

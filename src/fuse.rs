@@ -24,7 +24,7 @@ use fuser::{
     ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
     ReplyXattr, Request, TimeOrNow,
 };
-use log::{debug, warn};
+use log::log;
 
 use crate::deadline;
 use crate::error::Error;
@@ -102,18 +102,10 @@ impl BlkHoleFs {
     }
 }
 
-/// The errno of a failure. What a user should know of is logged with its cause; a plain refusal is not.
+/// Logs the failure of a request, and returns the errno of its reply.
 fn errno(operation: &str, error: &Error) -> Errno {
-    match error.errno() {
-        code @ (libc::ENOENT | libc::EROFS | libc::EISDIR | libc::ESTALE) => {
-            debug!("{operation}: {error}");
-            Errno::from_i32(code)
-        }
-        code => {
-            warn!("{operation}: {error}");
-            Errno::from_i32(code)
-        }
-    }
+    log!(error.level(), "{operation}: {error}");
+    Errno::from_i32(error.errno())
 }
 
 fn read(handle: &Handle, buffers: &Buffers, offset: Bytes, size: usize, reply: ReplyData) {
