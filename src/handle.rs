@@ -23,7 +23,7 @@ use log::{Level, log};
 
 use crate::error::{Result, shown};
 use crate::map::view::{self, Whence};
-use crate::map::{Extent, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind as Kind, HoleMap};
 use crate::source::{Backing, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::memory;

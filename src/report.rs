@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
-use crate::map::{Extent, HoleMap, Kind, view};
+use crate::map::{Extent, ExtentKind as Kind, HoleMap, view};
 use crate::source::thin::offline::Found;
 use crate::source::{Layer, Stack};
 use crate::units::Bytes;
@@ -29,11 +29,13 @@ pub struct MapPrinter<W: Write> {
     holes: Bytes,
 }
 
-/// The words of `nbdinfo` for the two kinds, and the bits of NBD's `base:allocation` that they are of.
+/// The bits of NBD's `base:allocation` for a kind, and the word for it: that of `nbdinfo`, for the kinds that it has.
 fn words(kind: Kind) -> (u8, &'static str) {
     match kind {
         Kind::Data => (0, "data"),
         Kind::Hole => (3, "hole,zero"),
+        Kind::Unchanged => (3, "unchanged"),
+        Kind::Free => (3, "free"),
     }
 }
 
@@ -49,10 +51,8 @@ impl<W: Write> MapPrinter<W> {
     /// As the output.
     pub fn run(&mut self, start: Bytes, run: Extent) -> io::Result<()> {
         let length = run.end.saturating_sub(start);
-        match run.kind {
-            Kind::Data => self.sums(length, Bytes::ZERO),
-            Kind::Hole => self.sums(Bytes::ZERO, length),
-        }
+        let (data, holes) = if run.kind.is_data() { (length, Bytes::ZERO) } else { (Bytes::ZERO, length) };
+        self.sums(data, holes);
         self.runs += 1;
         match self.format {
             MapFormat::Plain => {
@@ -64,7 +64,7 @@ impl<W: Write> MapPrinter<W> {
                     length = length.get()
                 )
             }
-            MapFormat::Json => self.json(start, length, run.kind == Kind::Data),
+            MapFormat::Json => self.json(start, length, run.kind.is_data()),
             MapFormat::Totals => Ok(()),
         }
     }
@@ -254,6 +254,19 @@ mod tests {
             "         0     1048576    3  hole,zero\n   1048576       65536    0  data\n   1114112     9371648    3  hole,zero\n"
         );
         assert_eq!(printed(MapFormat::Totals, &RUNS), "     65536   0.6%   0 data\n  10420224  99.4%   3 hole,zero\n");
+    }
+
+    #[test]
+    fn every_kind_of_hole_has_a_word_and_counts_as_hole() {
+        let runs = [(0, 512, Kind::Unchanged), (512, 1024, Kind::Free), (1024, 2048, Kind::Data)];
+        let plain = printed(MapFormat::Plain, &runs);
+        assert_eq!(
+            plain.lines().map(|line| line.trim()).collect::<Vec<_>>(),
+            ["0         512    3  unchanged", "512         512    3  free", "1024        1024    0  data"]
+        );
+        let totals = printed(MapFormat::Totals, &runs);
+        assert_eq!(totals, "      1024  50.0%   0 data\n      1024  50.0%   3 hole,zero\n");
+        assert_eq!(printed(MapFormat::Json, &runs).matches("\"data\": false").count(), 2);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use blkholefs::map::{FillMap, HoleMap, Kind};
+use blkholefs::map::{ExtentKind as Kind, FillMap, HoleMap};
 use blkholefs::source::thin::error::{Damage, Result, ThinError};
 use blkholefs::source::thin::lookup::NodeCache;
 use blkholefs::source::thin::metadata::Metadata;

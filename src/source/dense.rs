@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::map::{Extent, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind as Kind, HoleMap};
 use crate::source::Layer;
 use crate::units::Bytes;
 

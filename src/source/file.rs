@@ -15,7 +15,7 @@ use std::sync::Arc;
 use log::warn;
 
 use crate::error::{plain, shown};
-use crate::map::{self, Extent, HoleMap, Kind};
+use crate::map::{self, Extent, ExtentKind as Kind, HoleMap};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
 use crate::sys::file::{Seeks, end, len_now, next_data, next_hole, reads_from_server};
@@ -95,11 +95,11 @@ impl HoleMap for FileMap {
     }
 
     fn next_data(&self, offset: Bytes) -> Bytes {
-        self.quick_data(offset).unwrap_or_else(|| map::next_data_by_runs(self, offset))
+        self.quick_data(offset).unwrap_or_else(|| map::next_data_by_extents(self, offset))
     }
 
     fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
-        self.quick_hole(offset).or_else(|| map::next_hole_by_runs(self, offset))
+        self.quick_hole(offset).or_else(|| map::next_hole_by_extents(self, offset))
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -250,8 +250,8 @@ mod tests {
                     _ => file.write_all_at(&vec![1; usize::try_from(len).unwrap()], start).unwrap(),
                 }
                 let at = Bytes::new(random(LEN));
-                assert_eq!(map.next_data(at), map::next_data_by_runs(&map, at), "round {round}, data at {at}");
-                let (quick, slow) = (map.next_hole(at), map::next_hole_by_runs(&map, at));
+                assert_eq!(map.next_data(at), map::next_data_by_extents(&map, at), "round {round}, data at {at}");
+                let (quick, slow) = (map.next_hole(at), map::next_hole_by_extents(&map, at));
                 assert_eq!(quick.is_some(), slow.is_some(), "round {round}, hole at {at}");
                 for (quick, slow) in quick.into_iter().zip(slow) {
                     assert!(quick.start == slow.start && quick.end <= slow.end, "{quick:?} of {slow:?}");

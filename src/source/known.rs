@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::map::{Extent, Kind};
+use crate::map::{Extent, ExtentKind as Kind};
 use crate::sys::sysfs::IoCounters;
 use crate::units::Bytes;
 

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::map::{Extent, Kind};
+use crate::map::{Extent, ExtentKind as Kind};
 use crate::units::Bytes;
 
 /// How long the other side may take to tell one run.
@@ -42,9 +42,9 @@ impl Walk {
     /// How much is to be called data instead of asking on, of `len` bytes, once more; `None` while there is time.
     pub(super) fn respite(self, len: Bytes) -> Option<Bytes> {
         let share = match self.kind {
-            // SEEK_DATA ends here, and comes back for more.
-            Some(Kind::Hole) | None => RESPITE,
             Some(Kind::Data) => RESPITE.max(Bytes::new(len.get() / RESPITES)),
+            // SEEK_DATA ends here, and comes back for more.
+            _ => RESPITE,
         };
         (self.spent >= PATIENCE).then_some(share)
     }

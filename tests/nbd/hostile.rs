@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind as Kind;
 use blkholefs::source::nbd::{Client, Patience, Uri};
 
 use crate::fake::{BLOCK, CONTEXT, Dialect, Fake, Message, Spoil, Step, Then, chunk, option_reply, status_reply};

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blkholefs::map::view;
-use blkholefs::map::{HoleMap, Kind};
+use blkholefs::map::{ExtentKind as Kind, HoleMap};
 use blkholefs::source::nbd::{self, Client, Patience, Uri};
 use blkholefs::units::Bytes;
 

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use blkholefs::deadline;
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind as Kind;
 
 use crate::common::check::{self, check_same_bytes, map_holes};
 use crate::common::mount::Mount;

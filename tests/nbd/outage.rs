@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind as Kind;
 use blkholefs::source::nbd::{NbdExport, Patience, Uri};
 
 use crate::common::nbd::{Server, directory, image};

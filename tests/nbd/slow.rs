@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use blkholefs::deadline;
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind as Kind;
 use blkholefs::source::nbd::{NbdExport, Patience, Uri, layer};
 use blkholefs::units::Bytes;
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind as Kind;
 use blkholefs::source::nbd::{NbdMap, Settling};
 
 use crate::fake::{BLOCK, Dialect, Fake, Message, Step, Then, refusal, set_export};

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind as Kind;
 use blkholefs::source::nbd::{Client, Uri};
 
 use crate::common::nbd::{Server, directory};

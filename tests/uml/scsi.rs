@@ -21,7 +21,7 @@ const SIZE: u64 = 32 * MIB;
 
 /// The map of a resolved device, to the byte.
 fn map(stack: &Stack) -> Vec<Extent> {
-    let kind = |kind| if kind == blkholefs::map::Kind::Hole { Kind::Hole } else { Kind::Data };
+    let kind = |kind| if kind == blkholefs::map::ExtentKind::Hole { Kind::Hole } else { Kind::Data };
     let all = Bytes::ZERO..stack.map().len();
     let runs = view::runs(stack.map(), Bytes::new(1), all);
     runs.map(|(start, run)| Extent(kind(run.kind), start.get()..run.end.get())).collect()

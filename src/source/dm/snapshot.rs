@@ -14,7 +14,7 @@ use super::exceptions::{self, Layout};
 use super::params::{self, Place, Store};
 use super::segment::{Asked, Known, Segment, all_of_it};
 use crate::error::plain;
-use crate::map::{Block, Extent, FillBuilder, FillMap, HoleMap, Kind, Overlay};
+use crate::map::{Block, Extent, ExtentKind as Kind, FillBuilder, FillMap, HoleMap, Overlay};
 use crate::source::{Guard, Resolver};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device;

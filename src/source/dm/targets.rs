@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::params;
 use super::segment::{Asked, Known, Segment, window};
 use super::{copies, passing, snapshot};
-use crate::map::{HoleMap, Kind, Stripe, Uniform};
+use crate::map::{ExtentKind as Kind, HoleMap, Stripe, Uniform};
 use crate::source::device::BlockDevice;
 use crate::source::{Layer, Resolver, dense, thin::volume};
 use crate::sys::dm::{Events, TableTarget};

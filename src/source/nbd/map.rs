@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use super::client::Client;
 use super::reply::Failure;
-use crate::map::{Extent, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind as Kind, HoleMap};
 use crate::source::known::KnownData;
 use crate::source::walks::Walks;
 use crate::sys::sysfs::IoCounters;

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::frame::Dialect;
 use super::proto::{Fields, Violation};
-use crate::map::{Extent, Kind};
+use crate::map::{Extent, ExtentKind as Kind};
 use crate::units::Bytes;
 
 /// `NBD_REPLY_FLAG_DONE`: the last chunk of its reply.

@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use self::target::{Failure, Target};
 use crate::error::{Error, plain};
-use crate::map::{Extent, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind as Kind, HoleMap};
 use crate::source::known::{Counters, KnownData};
 use crate::source::walks::Walks;
 use crate::source::{BlockDevice, Layer, dense};

@@ -5,7 +5,7 @@
 //! value or an error, and no value calls a block a hole unless the bytes say so beyond doubt.
 
 use crate::error::{Error, Result};
-use crate::map::{Extent, Kind};
+use crate::map::{Extent, ExtentKind as Kind};
 use crate::units::Bytes;
 
 /// Vital product data page 00h: which pages there are.

@@ -20,7 +20,7 @@ use super::reader::MetadataReader;
 use super::walk::Tree;
 use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result};
-use crate::map::{Extent, FillMap, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind as Kind, FillMap, HoleMap};
 use crate::source::backing::{MIN_ALIGN, Medium, Node};
 use crate::source::dense::Dense;
 use crate::source::{Context, Guard, Layer, Stack};

@@ -10,7 +10,7 @@ use super::guard::WriteGuard;
 use super::params::{self, Mapped, ThinTable};
 use super::pool::{NoMap, Pool, Wanted};
 use crate::error::plain;
-use crate::map::{Clip, Concat, Extent, FillMap, HoleMap, Kind, Overlay, Uniform};
+use crate::map::{Clip, Concat, Extent, ExtentKind as Kind, FillMap, HoleMap, Overlay, Uniform};
 use crate::source::dm::segment::{Asked, Known, Segment};
 use crate::source::{Layer, Resolver};
 use crate::sys::dm::{Commit, Control};

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind as Kind;
 use blkholefs::source::nbd::Uri;
 use blkholefs::source::nbd::frame::{Dialect, HEAD, Head};
 use blkholefs::source::nbd::proto::{Greeting, Info, MAX_OPTION_REPLY, Opt, meta_context, option_reply};

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind as Kind;
 use blkholefs::source::scsi::pages;
 use blkholefs::units::Bytes;
 
