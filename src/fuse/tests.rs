@@ -1,4 +1,4 @@
-//! Faults that only a test can make, over a real mount.
+//! Panics in a source, over a real mount.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +15,7 @@ use crate::source::backing::{Backing, MIN_ALIGN, Medium, Node};
 use crate::source::{Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 
-/// A source with a fault: whatever is asked of its bytes or its holes panics.
+/// A device on which every operation but its size panics.
 struct Faulty;
 
 impl Medium for Faulty {
@@ -28,21 +28,21 @@ impl Medium for Faulty {
     }
 
     fn read(&self, _buffer: &mut AlignedBuffer, _offset: Bytes, _size: usize) -> io::Result<Range<usize>> {
-        panic!("a fault of a test, in a read");
+        panic!("panic of a test, in a read");
     }
 
     fn resolve(&self, _context: &Context) -> Stack {
-        panic!("a fault of a test, in a source");
+        panic!("panic of a test, in a source");
     }
 
     fn node(&self) -> io::Result<Node> {
-        panic!("a fault of a test, in a node");
+        panic!("panic of a test, in a node");
     }
 }
 
-/// More panics than there are session threads: each is EIO for one request, and the mount serves as before.
+/// Causes more panics than there are session threads. Each request fails with EIO, and the mount continues to serve.
 #[test]
-fn a_panic_in_a_source_is_eio_and_the_mount_goes_on() {
+fn a_panic_in_a_source_is_eio_and_the_mount_continues() {
     if !geteuid().is_root() || !Path::new("/dev/fuse").exists() {
         assert!(std::env::var_os("CI").is_none_or(|value| value.is_empty()), "this test needs root and /dev/fuse");
         return;
