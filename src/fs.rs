@@ -143,7 +143,7 @@ impl FileSystem {
     /// ENOENT when there is none.
     pub fn lookup(&self, parent: Ino, name: &OsStr) -> Result<Attributes> {
         let directory = self.nodes.path(parent)?;
-        let path = self.spec.child(&directory, name).ok_or_else(not_found)?;
+        let path = self.spec.child(&directory, name).ok_or_else(|| Error::from_errno(libc::ENOENT))?;
         let target = self.spec.target(&path)?;
         let ino = {
             let devices = self.lock_devices();
@@ -193,7 +193,7 @@ impl FileSystem {
                 Ok(backing) if backing.identity() == identity => {
                     Arc::new(Handle::for_attributes(backing, self.context.clone()))
                 }
-                Ok(_) => return Err(errno(libc::ESTALE)),
+                Ok(_) => return Err(Error::from_errno(libc::ESTALE)),
                 // A shortage of descriptors or memory is no property of the device.
                 Err(error) if matches!(error.errno(), libc::EMFILE | libc::ENFILE | libc::ENOMEM) => return Err(error),
                 // A device that cannot be opened must not make a listing of all devices fail.
@@ -243,7 +243,7 @@ impl FileSystem {
     /// EBADF when there is no such open directory.
     pub fn readdir(&self, fh: Fh) -> Result<Arc<[DirectoryEntry]>> {
         let listings = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
-        listings.get(&fh.0).cloned().ok_or_else(|| errno(libc::EBADF))
+        listings.get(&fh.0).cloned().ok_or_else(|| Error::from_errno(libc::EBADF))
     }
 
     /// Closes an open directory.
@@ -263,10 +263,10 @@ impl FileSystem {
     /// EROFS for any other way of opening; as open(2) on the device.
     pub fn open(&self, ino: Ino, for_writing: bool) -> Result<Fh> {
         if for_writing {
-            return Err(errno(libc::EROFS));
+            return Err(Error::from_errno(libc::EROFS));
         }
         let Target::File(place, node) = self.spec.target(&self.nodes.path(ino)?)? else {
-            return Err(errno(libc::EISDIR));
+            return Err(Error::from_errno(libc::EISDIR));
         };
         let handle = self.share(ino, &place, node.as_ref())?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
@@ -284,7 +284,7 @@ impl FileSystem {
         // Without the lock: opening a device may take long, and a device that uses a file of this mount sends requests to it.
         let backing = self.spec.open(place)?;
         if backing.identity() != identity {
-            return Err(errno(libc::ESTALE));
+            return Err(Error::from_errno(libc::ESTALE));
         }
         let mut new = Handle::new(backing, self.context.clone(), self.maps.clone());
         let mut devices = self.lock_devices();
@@ -313,7 +313,7 @@ impl FileSystem {
                 device.opens += 1;
                 Ok(Some(device.handle.clone()))
             }
-            Some(device) if device.handle.export().identity() != identity => Err(errno(libc::ESTALE)),
+            Some(device) if device.handle.export().identity() != identity => Err(Error::from_errno(libc::ESTALE)),
             _ => Ok(None),
         }
     }
@@ -323,7 +323,7 @@ impl FileSystem {
     /// # Errors
     /// EBADF when there is no such open file.
     pub fn handle(&self, fh: Fh) -> Result<Arc<Handle>> {
-        self.open.handle(fh).ok_or_else(|| errno(libc::EBADF))
+        self.open.handle(fh).ok_or_else(|| Error::from_errno(libc::EBADF))
     }
 
     fn handle_of(&self, ino: Ino) -> Option<Arc<Handle>> {
@@ -386,13 +386,4 @@ impl FileSystem {
 /// Whether an open device is the one that a new open would find now.
 fn is_same(handle: &Handle, found: Option<FileIdentity>) -> bool {
     handle.export().identity() == found && handle.export().is_current()
-}
-
-/// An error that is nothing but an errno: the kernel's own message for it says all.
-fn errno(code: i32) -> Error {
-    Error::failed("refused").because(std::io::Error::from_raw_os_error(code))
-}
-
-fn not_found() -> Error {
-    errno(libc::ENOENT)
 }

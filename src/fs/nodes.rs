@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Spec, errno, not_found};
+use super::Spec;
 use crate::error::{Error, Result};
 use crate::export::HostNode;
 use crate::sys::memory;
@@ -139,7 +139,11 @@ impl Nodes {
     /// # Errors
     /// ENOENT for a number that was not given out, or was dropped.
     pub fn path(&self, ino: Ino) -> Result<PathBuf> {
-        self.lock().by_ino.get(&ino).map(|entry| entry.path.to_path_buf()).ok_or_else(not_found)
+        self.lock()
+            .by_ino
+            .get(&ino)
+            .map(|entry| entry.path.to_path_buf())
+            .ok_or_else(|| Error::from_errno(libc::ENOENT))
     }
 
     /// The inode number that a lookup of this path would give.
@@ -180,8 +184,8 @@ impl Nodes {
     /// ESTALE when that needs a number of its own.
     pub fn renew(&self, ino: Ino, now: Option<&HostNode>) -> Result<()> {
         let mut table = self.lock();
-        let entry = table.by_ino.get_mut(&ino).ok_or_else(not_found)?;
-        if entry.take(now, false) { Ok(()) } else { Err(errno(libc::ESTALE)) }
+        let entry = table.by_ino.get_mut(&ino).ok_or_else(|| Error::from_errno(libc::ENOENT))?;
+        if entry.take(now, false) { Ok(()) } else { Err(Error::from_errno(libc::ESTALE)) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Names> {

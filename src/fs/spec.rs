@@ -10,7 +10,7 @@ use std::sync::Arc;
 use log::error;
 
 use super::root::Root;
-use super::{FileKind, Options, not_found};
+use super::{FileKind, Options};
 use crate::error::{Error, Result};
 use crate::export::{self, Export, HostNode, VolumeExport};
 use crate::source::Context;
@@ -147,8 +147,8 @@ impl Spec {
         match self {
             Self::File { place, name, .. } if path == Path::new(name) => place.clone().file(),
             Self::File { place, .. } if path.as_os_str().is_empty() => place.directory(),
-            Self::File { .. } => Err(not_found()),
-            Self::Directory(root) => match root.shown(path).ok_or_else(not_found)? {
+            Self::File { .. } => Err(Error::from_errno(libc::ENOENT)),
+            Self::Directory(root) => match root.shown(path).ok_or_else(|| Error::from_errno(libc::ENOENT))? {
                 FileKind::File => Place::Path(root.path.join(path)).file(),
                 FileKind::Directory => directory(&root.path.join(path)),
             },
@@ -156,7 +156,9 @@ impl Spec {
             Self::Pool(pools) => {
                 let id = path.to_str().and_then(|name| name.parse().ok()).and_then(ThinId::new);
                 // Only the plain spelling is a name: 01 is not 1.
-                let id = id.filter(|id| Path::new(&id.to_string()) == path).ok_or_else(not_found)?;
+                let id = id
+                    .filter(|id| Path::new(&id.to_string()) == path)
+                    .ok_or_else(|| Error::from_errno(libc::ENOENT))?;
                 pools.open()?.volume(id)?;
                 Place::Volume(id).file()
             }
@@ -191,7 +193,7 @@ impl Spec {
             (_, Place::Path(path)) => export::open(path),
             (_, Place::Export(export)) => Ok(Arc::new(export.open()?)),
             (Self::Pool(pools), Place::Volume(id)) => Ok(Arc::new(VolumeExport::new(pools.open()?.volume(*id)?))),
-            (_, Place::Volume(_)) => Err(not_found()),
+            (_, Place::Volume(_)) => Err(Error::from_errno(libc::ENOENT)),
         }
     }
 }
@@ -202,7 +204,7 @@ impl Place {
         match self {
             Self::Path(path) => parent(path),
             Self::Export(_) => directory(Path::new("/")),
-            Self::Volume(_) => Err(not_found()),
+            Self::Volume(_) => Err(Error::from_errno(libc::ENOENT)),
         }
     }
 
@@ -235,7 +237,7 @@ fn tell_damage(volumes: Vec<Found>) -> Result<()> {
 /// What stat(2) says of a device, image or directory of the host. Only what does not exist is absent.
 fn node(path: &Path) -> Result<HostNode> {
     HostNode::at(path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => not_found(),
+        io::ErrorKind::NotFound => Error::from_errno(libc::ENOENT),
         _ => Error::failed("cannot stat").on(path).because(error),
     })
 }

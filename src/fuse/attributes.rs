@@ -1,4 +1,4 @@
-//! The attributes of a file, as the library takes them.
+//! Conversion of attributes to the types of the FUSE library.
 
 use fuser::{FileAttr, FileType, INodeNo};
 

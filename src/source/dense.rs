@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::map::{Extent, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::Layer;
 use crate::units::Bytes;
@@ -27,7 +27,7 @@ impl HoleMap for Dense {
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        Extent { end: self.len.max(offset.saturating_add(Bytes::new(1))), kind: Kind::Data }
+        Extent { end: self.len.max(offset.saturating_add(Bytes::new(1))), kind: ExtentKind::Data }
     }
 
     fn allocated(&self) -> Option<Bytes> {

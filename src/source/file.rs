@@ -15,7 +15,7 @@ use std::sync::Arc;
 use log::warn;
 
 use crate::error::{plain, shown};
-use crate::map::{self, Extent, HoleMap, Kind};
+use crate::map::{self, Extent, ExtentKind, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
@@ -49,18 +49,18 @@ impl FileMap {
         let size = self.size()?;
         if offset >= size {
             // Past the end of a file that was cut short: a loop device answers such reads with an error, not with zeros.
-            return Ok(Extent { end: self.len, kind: Kind::Data });
+            return Ok(Extent { end: self.len, kind: ExtentKind::Data });
         }
         let end_of_map = size.min(self.len);
         match next_data(&self.file, offset)? {
-            Some(data) if data > offset => Ok(Extent { end: data.min(end_of_map), kind: Kind::Hole }),
+            Some(data) if data > offset => Ok(Extent { end: data.min(end_of_map), kind: ExtentKind::Hole }),
             Some(_) => {
                 let data_end = next_hole(&self.file, offset)?.unwrap_or(end_of_map);
-                Ok(Extent { end: data_end.min(end_of_map), kind: Kind::Data })
+                Ok(Extent { end: data_end.min(end_of_map), kind: ExtentKind::Data })
             }
             // "No more data" and "past the end" have the same errno. With an unchanged size it is the former.
-            None if self.size()? == size => Ok(Extent { end: end_of_map, kind: Kind::Hole }),
-            None => Ok(Extent { end: end_of_map, kind: Kind::Data }),
+            None if self.size()? == size => Ok(Extent { end: end_of_map, kind: ExtentKind::Hole }),
+            None => Ok(Extent { end: end_of_map, kind: ExtentKind::Data }),
         }
     }
 
@@ -90,17 +90,17 @@ impl HoleMap for FileMap {
             Ok(run) => Extent { end: run.end.max(one_more), kind: run.kind },
             Err(error) => {
                 warn!("lseek on the backing file failed at {offset}: {}: shown as data", plain(&error));
-                Extent { end: self.len.max(one_more), kind: Kind::Data }
+                Extent { end: self.len.max(one_more), kind: ExtentKind::Data }
             }
         }
     }
 
     fn next_data(&self, offset: Bytes) -> Bytes {
-        self.quick_data(offset).unwrap_or_else(|| map::next_data_by_runs(self, offset))
+        self.quick_data(offset).unwrap_or_else(|| map::next_data_by_extents(self, offset))
     }
 
     fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
-        self.quick_hole(offset).or_else(|| map::next_hole_by_runs(self, offset))
+        self.quick_hole(offset).or_else(|| map::next_hole_by_extents(self, offset))
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -218,16 +218,16 @@ mod tests {
         file.write_all_at(&[1; 4096], 256 << 10).unwrap();
         let map = FileMap::new(file.try_clone().unwrap(), Bytes::new(1 << 20));
         let run = |at: u64| (map.extent_at(Bytes::new(at)).end.get(), map.extent_at(Bytes::new(at)).kind);
-        assert_eq!(run(0), (256 << 10, Kind::Hole));
-        assert_eq!(run((256 << 10) - 1), (256 << 10, Kind::Hole));
-        assert_eq!(run(256 << 10), ((256 << 10) + 4096, Kind::Data));
-        assert_eq!(run((256 << 10) + 4096), (1 << 20, Kind::Hole));
+        assert_eq!(run(0), (256 << 10, ExtentKind::Hole));
+        assert_eq!(run((256 << 10) - 1), (256 << 10, ExtentKind::Hole));
+        assert_eq!(run(256 << 10), ((256 << 10) + 4096, ExtentKind::Data));
+        assert_eq!(run((256 << 10) + 4096), (1 << 20, ExtentKind::Hole));
         // A write is seen at once; what is past the end of a shorter file is data.
         file.write_all_at(&[1; 4096], 0).unwrap();
-        assert_eq!(run(0), (4096, Kind::Data));
+        assert_eq!(run(0), (4096, ExtentKind::Data));
         file.set_len(512 << 10).unwrap();
-        assert_eq!(run(300 << 10), (512 << 10, Kind::Hole));
-        assert_eq!(run(512 << 10), (1 << 20, Kind::Data));
+        assert_eq!(run(300 << 10), (512 << 10, ExtentKind::Hole));
+        assert_eq!(run(512 << 10), (1 << 20, ExtentKind::Data));
     }
 
     /// Compares the quick answers with those found extent by extent, on file systems for which quick answers are used.
@@ -252,8 +252,8 @@ mod tests {
                     _ => file.write_all_at(&vec![1; usize::try_from(len).unwrap()], start).unwrap(),
                 }
                 let at = Bytes::new(random(LEN));
-                assert_eq!(map.next_data(at), map::next_data_by_runs(&map, at), "round {round}, data at {at}");
-                let (quick, slow) = (map.next_hole(at), map::next_hole_by_runs(&map, at));
+                assert_eq!(map.next_data(at), map::next_data_by_extents(&map, at), "round {round}, data at {at}");
+                let (quick, slow) = (map.next_hole(at), map::next_hole_by_extents(&map, at));
                 assert_eq!(quick.is_some(), slow.is_some(), "round {round}, hole at {at}");
                 for (quick, slow) in quick.into_iter().zip(slow) {
                     assert!(quick.start == slow.start && quick.end <= slow.end, "{quick:?} of {slow:?}");

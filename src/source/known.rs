@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::map::{Extent, Kind};
+use crate::map::{Extent, ExtentKind};
 use crate::sys::sysfs::IoCounters;
 use crate::units::Bytes;
 
@@ -50,7 +50,7 @@ impl KnownData {
     /// Adds what is data in runs that follow each other from `start`.
     pub(super) fn add(&mut self, mut start: Bytes, runs: &[Extent]) {
         for run in runs {
-            if run.kind == Kind::Data && self.seen.is_some() {
+            if run.kind == ExtentKind::Data && self.seen.is_some() {
                 self.insert(start, run.end);
             }
             start = run.end;
@@ -110,7 +110,7 @@ mod tests {
     fn without_accounting_nothing_is_remembered() {
         let mut known = KnownData::new(Box::new(|| None));
         known.refresh();
-        known.add(Bytes::ZERO, &[Extent { end: Bytes::new(10), kind: Kind::Data }]);
+        known.add(Bytes::ZERO, &[Extent { end: Bytes::new(10), kind: ExtentKind::Data }]);
         assert_eq!(known.end_of(Bytes::ZERO), None);
     }
 
@@ -119,7 +119,7 @@ mod tests {
         let mut known = KnownData::new(Box::new(|| Some(IoCounters::default())));
         let long_ago = Instant::now().checked_sub(2 * LIFE).expect("the machine is up for longer");
         known.seen = Some((IoCounters::default(), long_ago));
-        known.add(Bytes::ZERO, &[Extent { end: Bytes::new(10), kind: Kind::Data }]);
+        known.add(Bytes::ZERO, &[Extent { end: Bytes::new(10), kind: ExtentKind::Data }]);
         assert!(known.end_of(Bytes::ZERO).is_some());
         known.refresh();
         assert_eq!(known.end_of(Bytes::ZERO), None);
@@ -131,7 +131,7 @@ mod tests {
         let counters = || Some(IoCounters { writes: WRITES.load(Ordering::Relaxed), ..IoCounters::default() });
         let mut known = KnownData::new(Box::new(counters));
         known.refresh();
-        known.add(Bytes::ZERO, &[Extent { end: Bytes::new(10), kind: Kind::Data }]);
+        known.add(Bytes::ZERO, &[Extent { end: Bytes::new(10), kind: ExtentKind::Data }]);
         known.refresh();
         assert!(known.end_of(Bytes::ZERO).is_some());
         WRITES.fetch_add(1, Ordering::Relaxed);

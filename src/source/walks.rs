@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::map::{Extent, Kind};
+use crate::map::{Extent, ExtentKind};
 use crate::units::Bytes;
 
 /// How long the other side may take to tell one run.
@@ -23,7 +23,7 @@ const WALKS: usize = 32;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Walk {
     at: Bytes,
-    kind: Option<Kind>,
+    kind: Option<ExtentKind>,
     spent: Duration,
 }
 
@@ -35,16 +35,16 @@ impl Walk {
     }
 
     /// Of which kind the run is, unless this is a new walk.
-    pub(super) fn kind(self) -> Option<Kind> {
+    pub(super) fn kind(self) -> Option<ExtentKind> {
         self.kind
     }
 
     /// How much is to be called data instead of asking on, of `len` bytes, once more; `None` while there is time.
     pub(super) fn respite(self, len: Bytes) -> Option<Bytes> {
         let share = match self.kind {
+            Some(ExtentKind::Data) => RESPITE.max(Bytes::new(len.get() / RESPITES)),
             // SEEK_DATA ends here, and comes back for more.
-            Some(Kind::Hole) | None => RESPITE,
-            Some(Kind::Data) => RESPITE.max(Bytes::new(len.get() / RESPITES)),
+            _ => RESPITE,
         };
         (self.spent >= PATIENCE).then_some(share)
     }
@@ -76,19 +76,19 @@ mod tests {
 
     const LEN: Bytes = Bytes::new(1 << 40);
 
-    fn run(end: u64, kind: Kind) -> Extent {
+    fn run(end: u64, kind: ExtentKind) -> Extent {
         Extent { end: Bytes::new(end), kind }
     }
 
     #[test]
     fn the_time_of_a_run_adds_up_and_ends() {
         let second = Duration::from_secs(1);
-        for (kind, respite) in [(Kind::Hole, RESPITE), (Kind::Data, Bytes::new((1 << 40) / 16))] {
+        for (kind, respite) in [(ExtentKind::Hole, RESPITE), (ExtentKind::Data, Bytes::new((1 << 40) / 16))] {
             let walk = Walk::default().on(run(10, kind), second);
             assert_eq!(walk.respite(LEN), None);
             assert_eq!(walk.on(run(20, kind), second).respite(LEN), Some(respite));
         }
-        let other = Walk::default().on(run(10, Kind::Hole), second).on(run(20, Kind::Data), second);
+        let other = Walk::default().on(run(10, ExtentKind::Hole), second).on(run(20, ExtentKind::Data), second);
         assert_eq!(other.respite(LEN), None, "another run");
     }
 
@@ -96,7 +96,7 @@ mod tests {
     fn walks_are_told_apart_and_bounded() {
         let mut walks = Walks::default();
         for end in 1..=1 + WALKS as u64 {
-            walks.put(Walk::default().on(run(end, Kind::Hole), Duration::from_secs(1)));
+            walks.put(Walk::default().on(run(end, ExtentKind::Hole), Duration::from_secs(1)));
         }
         assert_eq!(walks.0.len(), WALKS);
         assert_eq!(walks.take(Bytes::new(1)), Walk::default(), "the oldest is forgotten");

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use super::client::Client;
 use super::reply::Failure;
-use crate::map::{Extent, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::known::KnownData;
 use crate::source::walks::Walks;
@@ -82,13 +82,13 @@ impl NbdMap {
                 self.window.fetch_min(FIRST_WINDOW, Ordering::Relaxed);
                 // What the server cannot tell of one place it may know of others; what is away knows nothing.
                 let told = matches!(failure, Failure::Server(_)).then(|| windows.last().map(|window| window.end));
-                vec![Extent { end: told.flatten().unwrap_or(self.len()), kind: Kind::Data }]
+                vec![Extent { end: told.flatten().unwrap_or(self.len()), kind: ExtentKind::Data }]
             }
         };
         let few = runs.len().min(usize::try_from(ENOUGH_RUNS).unwrap_or(usize::MAX));
         self.known().add(start, &runs[..few]);
         let block_end = start.saturating_add(block).min(self.len());
-        runs.into_iter().find(|run| run.end > offset).unwrap_or(Extent { end: block_end, kind: Kind::Data })
+        runs.into_iter().find(|run| run.end > offset).unwrap_or(Extent { end: block_end, kind: ExtentKind::Data })
     }
 
     /// The ranges to ask about from `start` on: one, or several where a run of the longest windows goes on.
@@ -141,7 +141,7 @@ impl NbdMap {
     fn give_respite(&self, offset: Bytes, respite: Bytes) -> Extent {
         let uri = self.client.uri();
         log::warn!("{uri}: too slow to tell where a run ends: {respite} bytes of data at byte {offset}");
-        let run = Extent { end: offset.saturating_add(respite).min(self.len()), kind: Kind::Data };
+        let run = Extent { end: offset.saturating_add(respite).min(self.len()), kind: ExtentKind::Data };
         self.known().add(offset, &[run]);
         run
     }
@@ -158,12 +158,12 @@ impl HoleMap for NbdMap {
             return Extent::outside(offset);
         }
         if self.client.no_status().is_some() {
-            return Extent { end: len, kind: Kind::Data };
+            return Extent { end: len, kind: ExtentKind::Data };
         }
         let walk = self.walks().take(offset);
         let begin = Instant::now();
         let run = match (self.known_data(offset), walk.respite(len)) {
-            (Some(end), _) => Extent { end, kind: Kind::Data },
+            (Some(end), _) => Extent { end, kind: ExtentKind::Data },
             (None, Some(respite)) => return self.give_respite(offset, respite),
             (None, None) => self.ask(offset, walk.kind().is_some()),
         };
@@ -208,8 +208,8 @@ mod tests {
     fn answers_are_joined_up_to_the_first_gap() {
         let bytes = Bytes::new;
         let windows = [0..10, 10..20, 20..30].map(|window: Range<u64>| bytes(window.start)..bytes(window.end));
-        let hole = |end| Extent { end: bytes(end), kind: Kind::Hole };
-        let data = |end| Extent { end: bytes(end), kind: Kind::Data };
+        let hole = |end| Extent { end: bytes(end), kind: ExtentKind::Hole };
+        let data = |end| Extent { end: bytes(end), kind: ExtentKind::Data };
         for (answers, wanted) in [
             ([Ok(vec![hole(10)]), Ok(vec![hole(20)]), Ok(vec![data(30)])], Ok(vec![hole(20), data(30)])),
             ([Ok(vec![hole(9)]), Ok(vec![hole(20)]), Ok(vec![hole(30)])], Ok(vec![hole(9)])),

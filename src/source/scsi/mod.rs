@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use self::target::{Failure, Target};
 use crate::error::{Error, plain};
-use crate::map::{Extent, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::known::{Counters, KnownData};
 use crate::source::walks::Walks;
@@ -122,7 +122,7 @@ impl ScsiMap {
                         log::debug!("GET LBA STATUS at byte {start}: {fault}: data from there on");
                     }
                     self.known().add(start, &status.runs);
-                    if status.runs.first().is_some_and(|run| run.kind == Kind::Hole) {
+                    if status.runs.first().is_some_and(|run| run.kind == ExtentKind::Hole) {
                         self.target.zeros(self.len, self.block)?;
                     }
                     return Ok(status.runs.first().copied().unwrap_or_else(|| self.data_to(self.len)));
@@ -149,7 +149,7 @@ impl ScsiMap {
     }
 
     fn data_to(&self, end: Bytes) -> Extent {
-        Extent { end: end.min(self.len), kind: Kind::Data }
+        Extent { end: end.min(self.len), kind: ExtentKind::Data }
     }
 
     /// Calls what follows data, and remembers it, so that the next question finds the same.

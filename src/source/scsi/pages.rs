@@ -5,7 +5,7 @@
 //! value or an error, and no value calls a block a hole unless the bytes say so beyond doubt.
 
 use crate::error::{Error, Result};
-use crate::map::{Extent, Kind};
+use crate::map::{Extent, ExtentKind};
 use crate::units::Bytes;
 
 /// Vital product data page 00h: which pages there are.
@@ -188,7 +188,7 @@ fn run(descriptor: &[u8; DESCRIPTOR], start: Bytes, block: Bytes) -> std::result
     let end = blocks.checked_mul(block.get()).and_then(|len| start.checked_add(Bytes::new(len)));
     // Status 1 is deallocated and 2 is anchored. The upper half of the byte and the next one tell of blocks that
     // cannot be read: whatever they say, such a block is not known to read as zeros.
-    let kind = if matches!(status, 1 | 2) && additional == 0 { Kind::Hole } else { Kind::Data };
+    let kind = if matches!(status, 1 | 2) && additional == 0 { ExtentKind::Hole } else { ExtentKind::Data };
     Ok(Extent { end: end.ok_or("a descriptor goes beyond 64 bits")?, kind })
 }
 

@@ -119,7 +119,7 @@ fn walk(map: &ScsiMap) -> Vec<(u64, bool)> {
         let run = map.extent_at(at);
         assert!(run.end > at && run.end <= map.len());
         at = run.end;
-        let (end, hole) = (run.end.get() / BLOCK, run.kind == Kind::Hole);
+        let (end, hole) = (run.end.get() / BLOCK, run.kind == ExtentKind::Hole);
         match runs.last_mut() {
             Some(last) if last.1 == hole => last.0 = end,
             _ => runs.push((end, hole)),
@@ -142,14 +142,14 @@ fn the_map_is_the_disks_with_any_number_of_descriptors() {
         // In the middle of a block and of a run, and the last byte.
         assert_eq!(
             map.extent_at(Bytes::new(99 * BLOCK + 511)),
-            Extent { end: Bytes::new(100 * BLOCK), kind: Kind::Hole }
+            Extent { end: Bytes::new(100 * BLOCK), kind: ExtentKind::Hole }
         );
         assert_eq!(
             map.extent_at(Bytes::new(300 * BLOCK + 1)),
-            Extent { end: Bytes::new(301 * BLOCK), kind: Kind::Data }
+            Extent { end: Bytes::new(301 * BLOCK), kind: ExtentKind::Data }
         );
-        assert_eq!(map.extent_at(LEN.saturating_sub(Bytes::new(1))), Extent { end: LEN, kind: Kind::Data });
-        assert_eq!(map.extent_at(LEN), Extent { end: LEN.saturating_add(Bytes::new(1)), kind: Kind::Data });
+        assert_eq!(map.extent_at(LEN.saturating_sub(Bytes::new(1))), Extent { end: LEN, kind: ExtentKind::Data });
+        assert_eq!(map.extent_at(LEN), Extent { end: LEN.saturating_add(Bytes::new(1)), kind: ExtentKind::Data });
     }
 }
 
@@ -159,13 +159,13 @@ fn a_hole_is_asked_again_and_data_is_not() {
     disk.set(0..100, 0);
     let map = disk.map().unwrap();
     let hole = Bytes::new(500 * BLOCK);
-    assert_eq!(map.extent_at(hole).kind, Kind::Hole);
+    assert_eq!(map.extent_at(hole).kind, ExtentKind::Hole);
     // Another host writes; this one's counters do not move.
     disk.set(100..1000, 0);
-    assert_eq!(map.extent_at(hole).kind, Kind::Data);
+    assert_eq!(map.extent_at(hole).kind, ExtentKind::Data);
     let before = disk.asked.load(Ordering::Relaxed);
     for block in [0, 50, 99, 500, 999] {
-        assert_eq!(map.extent_at(Bytes::new(block * BLOCK)).kind, Kind::Data);
+        assert_eq!(map.extent_at(Bytes::new(block * BLOCK)).kind, ExtentKind::Data);
     }
     assert_eq!(disk.asked.load(Ordering::Relaxed), before, "all of it was known");
     assert!(map.memory() > Bytes::ZERO);
@@ -206,7 +206,7 @@ fn a_failed_command_is_the_last() {
         let map = disk.map().unwrap();
         assert_eq!(map.dense_because(), None);
         disk.sense.lock().unwrap().push(sense);
-        assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+        assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
         let asked = disk.asked.load(Ordering::Relaxed);
         assert_eq!(walk(&map), [(1000, false)]);
         assert_eq!(disk.asked.load(Ordering::Relaxed), asked);
@@ -219,10 +219,10 @@ fn after_an_event_the_promise_is_asked_again() {
     let disk = Arc::new(Disk::default());
     let map = disk.map().unwrap();
     disk.sense.lock().unwrap().push((6, 0x2a));
-    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Hole });
+    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Hole });
     disk.sense.lock().unwrap().push((6, 0x2a));
     disk.flags.store(0x80, Ordering::Relaxed);
-    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
     assert!(map.dense_because().unwrap().to_string().contains("LBPRZ"));
 }
 
@@ -231,9 +231,9 @@ fn after_an_event_the_promise_is_asked_again() {
 fn a_promise_that_is_withdrawn_without_an_event_is_seen() {
     let disk = Arc::new(Disk::default());
     let map = disk.map().unwrap();
-    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Hole });
+    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Hole });
     disk.flags.store(0x80, Ordering::Relaxed);
-    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
     assert!(map.dense_because().unwrap().to_string().contains("LBPRZ"));
 }
 
@@ -242,16 +242,16 @@ fn a_walk_that_takes_too_long_is_data_for_a_while() {
     let disk = Arc::new(Disk::default());
     let map = disk.map().unwrap();
     let at = Bytes::new(10 * BLOCK);
-    let hole = Extent { end: at, kind: Kind::Hole };
+    let hole = Extent { end: at, kind: ExtentKind::Hole };
     map.walks().put(Walk::default().on(hole, Duration::from_secs(3600)));
-    assert_eq!(map.extent_at(at).kind, Kind::Data);
-    assert_eq!(map.extent_at(at).kind, Kind::Data, "the same for who asks again");
-    assert_eq!(map.extent_at(Bytes::ZERO).kind, Kind::Hole);
+    assert_eq!(map.extent_at(at).kind, ExtentKind::Data);
+    assert_eq!(map.extent_at(at).kind, ExtentKind::Data, "the same for who asks again");
+    assert_eq!(map.extent_at(Bytes::ZERO).kind, ExtentKind::Hole);
 }
 
 #[test]
 fn what_is_no_scsi_disk_is_dense() {
     let layer = layer("null", Arc::new(File::open("/dev/null").unwrap()), LEN, Bytes::new(BLOCK));
     assert!(layer.map.dense_because().unwrap().to_string().contains("cannot send INQUIRY"));
-    assert_eq!(layer.map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+    assert_eq!(layer.map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
 }

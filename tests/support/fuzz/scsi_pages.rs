@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind;
 use blkholefs::source::scsi::pages;
 use blkholefs::units::Bytes;
 
@@ -24,7 +24,7 @@ pub fn run(input: &[u8]) {
         assert!(status.runs.iter().all(|run| asked < run.end && run.end <= len));
         let mut start = asked;
         for run in status.runs {
-            assert!(run.kind == Kind::Data || is_deallocated(data, start..run.end, block), "a hole from {start}");
+            assert!(run.kind == ExtentKind::Data || is_deallocated(data, start..run.end, block), "a hole from {start}");
             start = run.end;
         }
     }

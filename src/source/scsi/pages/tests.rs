@@ -18,7 +18,10 @@ fn answer(descriptors: &[(u64, u32, u8)]) -> Vec<u8> {
 /// The runs as (end in blocks of 512, hole), and whether the list was at fault.
 fn read(data: &[u8], lba: u64) -> (Vec<(u64, bool)>, bool) {
     let status = lba_status(data, Bytes::new(lba * 512), BLOCK, LEN);
-    (status.runs.iter().map(|run| (run.end.get() / 512, run.kind == Kind::Hole)).collect(), status.fault.is_some())
+    (
+        status.runs.iter().map(|run| (run.end.get() / 512, run.kind == ExtentKind::Hole)).collect(),
+        status.fault.is_some(),
+    )
 }
 
 #[test]
@@ -96,7 +99,10 @@ fn blocks_of_4096_bytes_and_beyond_32_bits() {
     let status = lba_status(&data, Bytes::new(first * 4096), block, Bytes::MAX);
     let end = (first + u64::from(u32::MAX)) * 4096;
     let run = |end, kind| Extent { end: Bytes::new(end), kind };
-    assert_eq!(status, LbaStatus { runs: vec![run(end, Kind::Hole), run(end + 4096, Kind::Data)], fault: None });
+    assert_eq!(
+        status,
+        LbaStatus { runs: vec![run(end, ExtentKind::Hole), run(end + 4096, ExtentKind::Data)], fault: None }
+    );
 }
 
 #[test]
