@@ -106,9 +106,9 @@ fn raid1(legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Overlay, DenseReason
 
 /// A raid10 of layout "near": the copies of a chunk are on adjacent legs (`raid10_find_phys` of `drivers/md/raid10.c`).
 fn raid10(array: &Array, legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Stripe, DenseReason> {
-    let copies = array.near_copies().ok_or("its layout is not one of near copies alone")?;
+    let copies = array.near_copies().ok_or("its layout has other copies than near ones")?;
     if !legs.len().is_multiple_of(copies) {
-        return Err("its copies do not divide its disks".into());
+        return Err("its number of copies does not divide its number of disks".into());
     }
     let leg_len = array.component.align_down(array.chunk);
     if legs.iter().any(|leg| leg.len() < leg_len) {

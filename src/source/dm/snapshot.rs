@@ -6,6 +6,7 @@
 //! allocated size stays the same, every other chunk is read from the origin. This holds until the table is reloaded: a
 //! new table may have another store with the same number of exceptions.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -63,18 +64,18 @@ struct ExceptionStore {
 impl LoadExtents for ExceptionStore {
     /// Each failure is temporary: an exception that is being made becomes complete without a change of the status.
     fn load(&self) -> Result<FillMap, DenseReason> {
-        self.read().map_err(|reason| DenseReason::NotNow(reason.into()))
+        self.read().map_err(DenseReason::NotNow)
     }
 }
 
 impl ExceptionStore {
-    fn read(&self) -> Result<FillMap, String> {
+    fn read(&self) -> Result<FillMap, Cow<'static, str>> {
         if self.suspended.as_ref().is_some_and(SuspendFile::is_suspended) {
-            return Err("its store is suspended".to_owned());
+            return Err("its store is suspended".into());
         }
         let mut buffer = AlignedBuffer::new();
         if !self.layout.is_header(self.chunk(Bytes::ZERO, &mut buffer)?) {
-            return Err("its store has no valid header".to_owned());
+            return Err("its store has no valid header".into());
         }
         let builder = FillBuilder::new(self.len, self.layout.chunk());
         let mut filler = builder.filler();
@@ -92,13 +93,13 @@ impl ExceptionStore {
         }
         drop(filler);
         if found != self.count {
-            return Err(format!("its store lists {found} exceptions and has allocated {}", self.count));
+            return Err(format!("its store lists {found} exceptions and has allocated {}", self.count).into());
         }
-        builder.finish().ok_or_else(|| "it has more exceptions than fit into memory".to_owned())
+        builder.finish().ok_or_else(|| "it has more exceptions than fit into memory".into())
     }
 
     /// Reads a chunk of the store.
-    fn chunk<'a>(&self, at: Bytes, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8], String> {
+    fn chunk<'a>(&self, at: Bytes, buffer: &'a mut AlignedBuffer) -> Result<&'a [u8], Cow<'static, str>> {
         let len = usize::try_from(self.layout.chunk().get()).map_err(|_| "the size of its chunks is out of range")?;
         let read = self.cow.read_exact_at(buffer.resize(len), at.get());
         read.map_err(|error| format!("cannot read its store at byte {at}: {}", plain(&error)))?;

@@ -50,7 +50,7 @@ fn keepers() -> MutexGuard<'static, Keepers> {
 }
 
 /// Prepares the end of the program: no thread can take a snapshot any more, and those that are held are waited for, up
-/// to [`RELEASE_TIMEOUT`]. A snapshot that a thread still reads then is released by its keeper when this process ends,
+/// to two seconds. A snapshot that a thread still reads then is released by its keeper when this process ends,
 /// which closes the pipe.
 pub fn finish() {
     let deadline = Instant::now() + RELEASE_TIMEOUT;
@@ -112,7 +112,7 @@ pub struct MetadataSnapshot {
 
 impl MetadataSnapshot {
     /// Takes the metadata snapshot of `pool`, for which the pool commits. `None` when another process holds it, or it
-    /// takes longer than [`TAKE_TIMEOUT`].
+    /// takes longer than five seconds.
     ///
     /// # Errors
     /// When no keeper can be started, or the pool refuses: a pool that does not write its metadata does.

@@ -79,7 +79,7 @@ struct PoolState {
 }
 
 /// The outcome of one attempt to read the last committed transaction.
-enum Attempt {
+enum ReadAttempt {
     /// No commit happened during the read, so its results, including the failures, are valid.
     Valid(Maps),
     /// A commit may have happened during the read, so its results are not valid.
@@ -122,18 +122,18 @@ impl LivePool {
             // The pool commits for this status, so that the metadata on disk has all writes that completed before.
             let state = self.state(Commit::Yes)?;
             match self.try_read(&state, wanted)? {
-                Attempt::Valid(maps) => return Ok(Some(maps)),
-                Attempt::Interrupted => debug!("{}: committed while its metadata was read", state.name),
+                ReadAttempt::Valid(maps) => return Ok(Some(maps)),
+                ReadAttempt::Interrupted => debug!("{}: committed while its metadata was read", state.name),
             }
         }
         Ok(None)
     }
 
-    fn try_read(&self, state: &PoolState, wanted: &[Wanted]) -> Result<Attempt, DenseReason> {
+    fn try_read(&self, state: &PoolState, wanted: &[Wanted]) -> Result<ReadAttempt, DenseReason> {
         let unreadable = |error| DenseReason::cannot("read the I/O counters of the metadata device", &error);
         let reader = state.open_metadata()?;
         let Some(idle) = IdleDevice::new(state.table.metadata).map_err(unreadable)? else {
-            return Ok(Attempt::Interrupted);
+            return Ok(ReadAttempt::Interrupted);
         };
         let reads_before = idle.stat.sectors_read().map_err(unreadable)?;
         let metadata = match Metadata::open(reader, MetaBlock::SUPERBLOCK) {
@@ -141,19 +141,19 @@ impl LivePool {
             // A superblock that is written during its read looks damaged, and is not.
             Err(error) => {
                 let still_idle = idle.is_still_idle().map_err(unreadable)?;
-                return Ok(if still_idle { Attempt::Valid(vec![Err(error)]) } else { Attempt::Interrupted });
+                return Ok(if still_idle { ReadAttempt::Valid(vec![Err(error)]) } else { ReadAttempt::Interrupted });
             }
         };
         if idle.stat.sectors_read().map_err(unreadable)?.get() < reads_before.get() + SUPERBLOCK_SECTORS {
             debug!("{}: its metadata device does not count reads", state.name);
-            return Ok(Attempt::Interrupted);
+            return Ok(ReadAttempt::Interrupted);
         }
         let maps = wanted.iter().map(|wanted| state.read(&metadata, wanted)).collect();
         let same = read_superblock(metadata.reader(), MetaBlock::SUPERBLOCK)
             .is_ok_and(|(_, raw)| *raw == *metadata.raw_superblock());
         // The pool's table is read again too: a pool that was suspended right before its status did not commit for it.
         let is_valid = same && idle.is_still_idle().map_err(unreadable)? && self.is_still(state);
-        Ok(if is_valid { Attempt::Valid(maps) } else { Attempt::Interrupted })
+        Ok(if is_valid { ReadAttempt::Valid(maps) } else { ReadAttempt::Interrupted })
     }
 
     /// Whether the pool has the same table as in `state`, and is not suspended.
