@@ -1,10 +1,9 @@
-//! `blkholefs COMMAND`: what people type; mount(8) comes in through [`crate::mount`].
+//! The commands `blkholefs map`, `info` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
 
 mod demo;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, BufWriter, Write};
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -14,12 +13,14 @@ use lexopt::prelude::{Long, Short, Value};
 use crate::error::{Error, Result};
 use crate::export::{self, Export, VolumeExport};
 use crate::handle::Handle;
-use crate::mount::options::{self, MountOptions, Unknown};
+use crate::mount::argv::CommandLine;
+use crate::mount::options;
 use crate::report::{self, MapFormat, MapPrinter};
 use crate::source::Context;
-use crate::source::nbd::{Beside, NbdExport, Uri};
+use crate::source::nbd::{Beside, NbdExport};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::OfflinePool;
+use crate::spec::{SourceOptions, Spec, SpecKind};
 use crate::units::Bytes;
 
 const HELP: &str = "\
@@ -34,22 +35,22 @@ Usage:
 
 Commands:
   mount    shows SPEC (a device, an image, or a directory of devices) at DIR
-  umount   unmounts DIR and waits until the device was let go
-  map      prints the data and holes of a device, without mounting it
-  info     prints what a device stands on, and where its holes come from
-  demo     shows it all on a sparse image of its own, and cleans up
+  umount   unmounts DIR and waits until the daemon has closed the device
+  map      prints the data and holes of a device, without a mount
+  info     prints the layers of a device, and where their holes come from
+  demo     mounts and copies a sparse image that it makes, and removes everything
 
 Options:
-  -o thin_metadata=META   DEVICE holds the data of a thin pool that is not active
+  -o thin_metadata=META   DEVICE is the data of a thin pool that is not active
       --volume ID         the volume of that pool
-  -o nbd=URI              the export that the kernel's NBD device is connected to
-  -h, --help      this text
-  -V, --version   the version
+  -o nbd=URI              the export that the NBD device of the kernel is connected to
+  -h, --help              prints this text
+  -V, --version           prints the version
 
 See blkholefs(8) and mount.blkholefs(8).
 ";
 
-/// Runs every command but `mount` and `umount`, from the words after the program's name.
+/// Runs `map`, `info`, `demo`, `--help` or `--version`, from the words after the program's name.
 pub fn main(words: &[OsString]) -> ExitCode {
     let (command, arguments) = words.split_first().map_or((None, words), |(first, rest)| (first.to_str(), rest));
     let result = match command {
@@ -67,7 +68,7 @@ pub fn main(words: &[OsString]) -> ExitCode {
     }
 }
 
-/// Prints a failure as one line, with its hint on the next; answers its exit code.
+/// Prints an error on one line and its hint, if any, on the next. Returns its exit code.
 fn report_error(error: &Error) -> ExitCode {
     eprintln!("blkholefs: {error}");
     if let Some(hint) = error.hint_text() {
@@ -80,7 +81,7 @@ fn print(text: &str) -> Result<()> {
     written(io::stdout().write_all(text.as_bytes()))
 }
 
-/// A reader that went away, as `head` does, is no failure.
+/// Turns a failed write into an error. A pipe whose reader has exited, as `head` does, is no error.
 fn written(result: io::Result<()>) -> Result<()> {
     match result {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
@@ -90,109 +91,120 @@ fn written(result: io::Result<()>) -> Result<()> {
     }
 }
 
-/// What `map` and `info` are told.
-#[derive(Default)]
-struct Asked {
-    device: PathBuf,
+/// The command line of `map` and of `info`.
+struct MapArguments {
+    spec: Spec,
+    source: SourceOptions,
     json: bool,
     totals: bool,
     offset: Bytes,
     length: Option<Bytes>,
-    options: MountOptions,
-    volume: Option<ThinId>,
 }
 
-impl Asked {
-    /// What the options say of the sources below.
-    fn context(&self, shown: &dyn Export) -> Result<Context> {
-        let uri = self.options.nbd.as_deref().map(Uri::parse).transpose()?;
-        let nbd = uri.map(|uri| Beside::new(uri, &shown.stack(&Context::default()), shown.name())).transpose()?;
+impl MapArguments {
+    /// The context for an open export, with the option `nbd`.
+    fn context(&self, export: &dyn Export) -> Result<Context> {
+        let beside = |uri| Beside::new(uri, &export.stack(&Context::default()), export.name());
+        let nbd = self.source.nbd.clone().map(beside).transpose()?;
         Ok(Context { nbd, ..Context::default() })
     }
 
-    /// Opens what was asked for.
+    /// Opens the device, the image, the NBD export or the volume of a pool that is not active.
     fn open(&self) -> Result<Arc<dyn Export>> {
-        if let Some(text) = self.device.to_str().filter(|text| Uri::looks_like(text)) {
-            return Ok(Arc::new(NbdExport::new(Uri::parse(text)?).open()?));
-        }
-        let Some(metadata) = &self.options.thin_metadata else { return export::open(&self.device) };
-        let pool = Arc::new(OfflinePool::open(metadata, &self.device)?);
-        let id = match (self.volume, pool.volumes()?.as_slice()) {
+        let path = match self.spec.kind() {
+            SpecKind::Nbd(uri) => return Ok(Arc::new(NbdExport::new(uri.clone()).open()?)),
+            SpecKind::Path(path) => path,
+        };
+        let Some(metadata) = &self.source.thin_metadata else { return export::open(path) };
+        let pool = Arc::new(OfflinePool::open(metadata, path)?);
+        let id = match (self.source.volume, pool.volumes()?.as_slice()) {
             (Some(id), _) => id,
             (None, [only]) => only.id,
-            (None, _) => return Err(Error::usage("which volume of the pool? name it with --volume")),
+            (None, _) => return Err(Error::usage("the pool has no volume, or several: choose one with --volume")),
         };
         Ok(Arc::new(VolumeExport::new(pool.volume(id)?)))
     }
+
+    fn format(&self) -> MapFormat {
+        match (self.json, self.totals) {
+            (true, _) => MapFormat::Json,
+            (_, true) => MapFormat::Totals,
+            _ => MapFormat::Plain,
+        }
+    }
 }
 
-fn parse(arguments: &[OsString], command: &str) -> Result<Asked> {
+/// Parses the words after `map` or `info`.
+///
+/// # Errors
+/// A usage error: an unknown flag, an option of mounts, a wrong value, no device or more than one.
+fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArguments>> {
     let usage = |error: lexopt::Error| Error::usage(error.to_string()).hint("see blkholefs --help");
     let mut parser = lexopt::Parser::from_args(arguments.iter().cloned());
-    let mut asked = Asked::default();
-    let mut devices = Vec::new();
+    let (mut json, mut totals, mut offset, mut length) = (false, false, Bytes::ZERO, None);
+    let (mut list, mut volume, mut devices) = (OsString::new(), None, Vec::new());
     let is_map = command == "map";
     while let Some(argument) = parser.next().map_err(usage)? {
         match argument {
-            Long("json") => asked.json = true,
-            Long("totals") if is_map => asked.totals = true,
-            Long("offset") if is_map => asked.offset = size(&parser.value().map_err(usage)?)?,
-            Long("length") if is_map => asked.length = Some(size(&parser.value().map_err(usage)?)?),
-            Short('o') => asked.options = options::parse(&parser.value().map_err(usage)?, Unknown::Refused)?,
+            Long("json") => json = true,
+            Long("totals") if is_map => totals = true,
+            Long("offset") if is_map => offset = size(&parser.value().map_err(usage)?)?,
+            Long("length") if is_map => length = Some(size(&parser.value().map_err(usage)?)?),
+            Short('o') => options::append(&mut list, &parser.value().map_err(usage)?),
             Long("volume") => {
                 let id: u32 = parser.value().and_then(|value| value.parse()).map_err(usage)?;
-                asked.volume = Some(ThinId::new(id).ok_or_else(|| Error::usage(format!("no volume has the id {id}")))?);
+                volume = Some(ThinId::new(id).ok_or_else(|| Error::usage(format!("no volume has the id {id}")))?);
             }
-            Short('h') | Long("help") => {
-                print(HELP)?;
-                std::process::exit(0);
-            }
+            Short('h') | Long("help") => return Ok(CommandLine::Help),
             Value(device) => devices.push(device),
             other => return Err(usage(other.unexpected())),
         }
     }
-    if asked.json && asked.totals {
+    if json && totals {
         return Err(Error::usage("--json and --totals exclude each other"));
     }
-    match devices.len() {
-        1 => Ok(Asked { device: devices.remove(0).into(), ..asked }),
-        0 => Err(Error::usage(format!("{command}: a device is missing")).hint("see blkholefs --help")),
+    let source = SourceOptions { volume, ..options::parse_source(&list, command)? };
+    if volume.is_some() && source.thin_metadata.is_none() {
+        return Err(Error::usage("--volume is the volume of a thin pool, and needs -o thin_metadata=META"));
+    }
+    match devices.as_slice() {
+        [device] => {
+            let spec = Spec::parse(device)?;
+            Ok(CommandLine::Run(MapArguments { spec, source, json, totals, offset, length }))
+        }
+        [] => Err(Error::usage(format!("{command}: a device is missing")).hint("see blkholefs --help")),
         _ => Err(Error::usage(format!("{command}: one device at a time"))),
     }
 }
 
-/// Reads a number of bytes with an optional binary suffix: `4096`, `64K`, `1G`.
+/// Parses a size in bytes: `4096`, `64K`, `1G`.
 fn size(text: &OsStr) -> Result<Bytes> {
     let size = text.to_str().and_then(options::parse_size);
     size.ok_or_else(|| Error::usage(format!("not a size: {}", text.display())))
 }
 
-/// `blkholefs map`: the same answers that a seek through a mount gets.
+/// `blkholefs map`: prints the data and holes that lseek(2) would find in the file of a mount.
 fn map(arguments: &[OsString]) -> Result<()> {
-    let asked = parse(arguments, "map")?;
-    let export = asked.open()?;
-    let context = asked.context(&*export)?;
+    let CommandLine::Run(arguments) = parse(arguments, "map")? else { return print(HELP) };
+    let export = arguments.open()?;
+    let context = arguments.context(&*export)?;
     let handle = Handle::new(export, Arc::new(context), Arc::default());
     let len = handle.export().len()?;
-    let end = asked.length.and_then(|length| asked.offset.checked_add(length)).unwrap_or(len).min(len);
-    let format = match (asked.json, asked.totals) {
-        (true, _) => MapFormat::Json,
-        (_, true) => MapFormat::Totals,
-        _ => MapFormat::Plain,
-    };
+    let end = arguments.length.and_then(|length| arguments.offset.checked_add(length)).unwrap_or(len).min(len);
+    let format = arguments.format();
     let mut printer = MapPrinter::new(BufWriter::new(io::stdout().lock()), format);
-    let mut at = asked.offset;
+    let mut at = arguments.offset;
     if format == MapFormat::Totals
         && at < end
         && let Some(data) = handle.count_data(&(at..end))
     {
-        printer.sums(data, end.saturating_sub(at).saturating_sub(data));
+        printer.add(data, end.saturating_sub(at).saturating_sub(data));
         at = end;
     }
     while at < end {
-        for (start, run) in handle.extents(at..end)? {
-            at = run.end;
-            if printer.run(start, run).is_err() {
+        for (start, extent) in handle.extents(at..end)? {
+            at = extent.end;
+            if printer.extent(start, extent).is_err() {
                 return written(printer.finish());
             }
         }
@@ -200,15 +212,17 @@ fn map(arguments: &[OsString]) -> Result<()> {
     written(printer.finish())
 }
 
-/// `blkholefs info`: what a device stands on.
+/// `blkholefs info`: prints the layers of a device, and where the holes of each layer come from.
 fn info(arguments: &[OsString]) -> Result<()> {
-    let asked = parse(arguments, "info")?;
-    if let (Some(metadata), None) = (&asked.options.thin_metadata, asked.volume) {
-        let volumes = Arc::new(OfflinePool::open(metadata, &asked.device)?).volumes()?;
-        return print(&if asked.json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
+    let CommandLine::Run(arguments) = parse(arguments, "info")? else { return print(HELP) };
+    if let (Some(metadata), None, Some(data)) =
+        (&arguments.source.thin_metadata, arguments.source.volume, arguments.spec.path())
+    {
+        let volumes = Arc::new(OfflinePool::open(metadata, data)?).volumes()?;
+        return print(&if arguments.json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
     }
-    let export = asked.open()?;
-    let stack = export.stack(&asked.context(&*export)?);
+    let export = arguments.open()?;
+    let stack = export.stack(&arguments.context(&*export)?);
     stack.write_back();
-    print(&if asked.json { report::json(&stack) } else { report::tree(&stack) })
+    print(&if arguments.json { report::json(&stack) } else { report::tree(&stack) })
 }

@@ -4,22 +4,21 @@
 //! with a file for each block device in it. A device is open only while one of its files is open.
 
 mod attributes;
+mod catalog;
 mod change;
 mod nodes;
 mod open;
 mod root;
-mod spec;
 mod usage;
 
-pub use attributes::{Attributes, FileKind};
+pub use attributes::{Attributes, FileKind, Ownership};
+pub use catalog::{Catalog, CatalogEntry, FileSource};
 pub use nodes::{Ino, ROOT};
 pub use root::Root;
-pub use spec::{Place, Spec, Target};
 pub use usage::Usage;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -29,30 +28,12 @@ use crate::error::{Error, Result, shown};
 use crate::export::{FileIdentity, HostNode};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
-use crate::source::nbd::Uri;
+use crate::spec::{SourceOptions, Spec};
 use crate::units::Bytes;
-use attributes::Ownership;
 use change::Changes;
 use nodes::Nodes;
 use open::{OpenFile, OpenFiles};
 use usage::UsageCache;
-
-/// What the user chose for the whole mount.
-#[derive(Clone, Debug, Default)]
-pub struct Options {
-    /// The owner of every file, instead of that of its device node.
-    pub uid: Option<u32>,
-    /// The group of every file, instead of that of its device node.
-    pub gid: Option<u32>,
-    /// The permissions that a file may have at most.
-    pub mode: Option<u32>,
-    /// The metadata of an offline pool, whose data the SPEC is.
-    pub thin_metadata: Option<PathBuf>,
-    /// The export that the kernel's NBD device is connected to.
-    pub nbd: Option<Uri>,
-    /// The bytes that the maps of all open files may hold.
-    pub map_cache: Option<Bytes>,
-}
 
 /// An open file's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -71,7 +52,7 @@ pub struct DirectoryEntry {
 
 /// The mounted file system.
 pub struct FileSystem {
-    spec: Spec,
+    catalog: Catalog,
     ownership: Ownership,
     context: Arc<Context>,
     maps: Arc<MapCache>,
@@ -94,20 +75,21 @@ struct OpenDevice {
 }
 
 impl FileSystem {
-    /// Makes the file system of a SPEC. What the SPEC names must exist and be readable now.
+    /// Makes the file system of a SPEC. What the SPEC names must exist and be readable now. The maps of all open files may
+    /// use `map_cache` bytes of memory together.
     ///
     /// # Errors
-    /// When it is missing, unreadable, or nothing that can be shown.
-    pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
-        let spec = Spec::new(spec, options)?;
-        let nbd = options.nbd.clone().map(|uri| spec.connection_of(uri)).transpose()?;
+    /// As [`Catalog::new`] and [`Catalog::connection_of`].
+    pub fn new(spec: &Spec, options: &SourceOptions, ownership: Ownership, map_cache: Option<Bytes>) -> Result<Self> {
+        let catalog = Catalog::new(spec, options)?;
+        let nbd = options.nbd.clone().map(|uri| catalog.connection_of(uri)).transpose()?;
         let context = Context { nbd, ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),
-            spec,
-            ownership: Ownership::new(options),
+            catalog,
+            ownership,
             context: Arc::new(context),
-            maps: Arc::new(MapCache::new(options.map_cache)),
+            maps: Arc::new(MapCache::new(map_cache)),
             changes: Changes::default(),
             usage: UsageCache::default(),
             open: OpenFiles::default(),
@@ -124,17 +106,12 @@ impl FileSystem {
         }
     }
 
-    /// What is mounted.
-    pub fn spec(&self) -> &Spec {
-        &self.spec
-    }
-
     /// Shows the one device as the root itself, for a mount on a regular file.
     ///
     /// # Errors
     /// When the SPEC is a directory.
     pub fn show_as_file(&mut self) -> Result<()> {
-        self.nodes.root_is_file(&self.spec)
+        self.nodes.root_is_file(&self.catalog)
     }
 
     /// The entry `name` of a directory.
@@ -143,8 +120,8 @@ impl FileSystem {
     /// ENOENT when there is none.
     pub fn lookup(&self, parent: Ino, name: &OsStr) -> Result<Attributes> {
         let directory = self.nodes.path(parent)?;
-        let path = self.spec.child(&directory, name).ok_or_else(|| Error::from_errno(libc::ENOENT))?;
-        let target = self.spec.target(&path)?;
+        let path = self.catalog.child(&directory, name).ok_or_else(|| Error::from_errno(libc::ENOENT))?;
+        let target = self.catalog.find(&path)?;
         let ino = {
             let devices = self.lock_devices();
             self.nodes.look_up(&path, target.node(), |ino| devices.contains_key(&ino))
@@ -164,7 +141,7 @@ impl FileSystem {
     /// # Errors
     /// ENOENT when it is gone, ESTALE when its name is to be looked up again, and when an open device no longer answers.
     pub fn getattr(&self, ino: Ino) -> Result<Attributes> {
-        let target = self.nodes.path(ino).and_then(|path| self.spec.target(&path));
+        let target = self.nodes.path(ino).and_then(|path| self.catalog.find(&path));
         match self.handle_of(ino) {
             Some(handle) => {
                 let node = target.ok().and_then(|target| target.node().copied());
@@ -179,17 +156,17 @@ impl FileSystem {
         }
     }
 
-    fn attributes(&self, ino: Ino, target: &Target) -> Result<Attributes> {
-        let (place, node) = match target {
-            Target::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
-            Target::File(place, node) => (place, *node),
+    fn attributes(&self, ino: Ino, target: &CatalogEntry) -> Result<Attributes> {
+        let (source, node) = match target {
+            CatalogEntry::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
+            CatalogEntry::File(source, node) => (source, *node),
         };
         let identity = node.and_then(|node| node.identity);
         // An open device is used through its handle. Any other is opened only for this answer.
         let open = self.handle_of(ino).filter(|handle| is_same(handle, identity));
         let handle = match open {
             Some(handle) => handle,
-            None => match self.spec.open(place) {
+            None => match self.catalog.open(source) {
                 Ok(backing) if backing.identity() == identity => {
                     Arc::new(Handle::for_attributes(backing, self.context.clone()))
                 }
@@ -216,7 +193,7 @@ impl FileSystem {
 
     /// The sizes for statfs(2). Opens no device.
     pub fn usage(&self) -> Usage {
-        self.usage.of(&self.spec)
+        self.usage.of(&self.catalog)
     }
 
     /// Opens a directory. Its entries are read once, with `.` and `..` first, so that a listing in several calls is consistent.
@@ -227,8 +204,8 @@ impl FileSystem {
         let directory = self.nodes.path(ino)?;
         let dot = |name: &str, ino| DirectoryEntry { ino, kind: FileKind::Directory, name: name.into() };
         let mut entries = vec![dot(".", ino), dot("..", self.parent(ino))];
-        for (name, kind) in self.spec.entries(&directory)? {
-            if let Some(path) = self.spec.child(&directory, &name) {
+        for (name, kind) in self.catalog.entries(&directory)? {
+            if let Some(path) = self.catalog.child(&directory, &name) {
                 entries.push(DirectoryEntry { ino: self.nodes.number(&path), kind, name });
             }
         }
@@ -265,24 +242,24 @@ impl FileSystem {
         if for_writing {
             return Err(Error::from_errno(libc::EROFS));
         }
-        let Target::File(place, node) = self.spec.target(&self.nodes.path(ino)?)? else {
+        let CatalogEntry::File(source, node) = self.catalog.find(&self.nodes.path(ino)?)? else {
             return Err(Error::from_errno(libc::EISDIR));
         };
-        let handle = self.share(ino, &place, node.as_ref())?;
+        let handle = self.share(ino, &source, node.as_ref())?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
         self.open.insert(Fh(fh), OpenFile { ino, handle });
-        debug!("open {place:?} as {fh}");
+        debug!("open {source:?} as {fh}");
         Ok(Fh(fh))
     }
 
     /// The handle for one more open of a device: that of its other opens, or a new one.
-    fn share(&self, ino: Ino, place: &Place, node: Option<&HostNode>) -> Result<Arc<Handle>> {
+    fn share(&self, ino: Ino, source: &FileSource, node: Option<&HostNode>) -> Result<Arc<Handle>> {
         let identity = node.and_then(|node| node.identity);
         if let Some(handle) = self.join(&mut self.lock_devices(), ino, identity)? {
             return Ok(handle);
         }
         // Without the lock: opening a device may take long, and a device that uses a file of this mount sends requests to it.
-        let backing = self.spec.open(place)?;
+        let backing = self.catalog.open(source)?;
         if backing.identity() != identity {
             return Err(Error::from_errno(libc::ESTALE));
         }

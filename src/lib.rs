@@ -53,5 +53,6 @@ pub mod mount;
 pub mod reason;
 pub mod report;
 pub mod source;
+pub mod spec;
 pub mod sys;
 pub mod units;

@@ -1,4 +1,4 @@
-//! Texts for people and programs: the map of a device, and what it is made of.
+//! The output of `blkholefs map` and `blkholefs info`.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -11,26 +11,27 @@ use crate::units::Bytes;
 /// How a map is printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MapFormat {
-    /// One run a line, as `nbdinfo --map` prints it.
+    /// One line for each extent, as `nbdinfo --map` prints it.
     #[default]
     Plain,
-    /// What `qemu-img map --output=json` prints of the same bytes.
+    /// The output of `qemu-img map --output=json` for the same bytes.
     Json,
-    /// The sums of data and holes, as `nbdinfo --map --totals` prints them.
+    /// The sums of data and holes in bytes, as `nbdinfo --map --totals` prints them.
     Totals,
 }
 
-/// Prints runs as they come, so that a large map needs no memory.
+/// Prints extents one by one: the memory that it takes does not depend on their number.
 pub struct MapPrinter<W: Write> {
     out: W,
     format: MapFormat,
-    runs: u64,
+    extents: u64,
     data: Bytes,
     holes: Bytes,
 }
 
-/// The bits of NBD's `base:allocation` for a kind, and the word for it: that of `nbdinfo`, for the kinds that it has.
-fn words(kind: ExtentKind) -> (u8, &'static str) {
+/// The status flags of NBD's metadata context `base:allocation` for a kind of extent, and the word for them in the output
+/// of `nbdinfo`.
+fn status(kind: ExtentKind) -> (u8, &'static str) {
     match kind {
         ExtentKind::Data => (0, "data"),
         ExtentKind::Hole => (3, "hole,zero"),
@@ -42,21 +43,21 @@ fn words(kind: ExtentKind) -> (u8, &'static str) {
 impl<W: Write> MapPrinter<W> {
     /// A printer to `out`.
     pub fn new(out: W, format: MapFormat) -> Self {
-        Self { out, format, runs: 0, data: Bytes::ZERO, holes: Bytes::ZERO }
+        Self { out, format, extents: 0, data: Bytes::ZERO, holes: Bytes::ZERO }
     }
 
-    /// Prints the run from `start`.
+    /// Prints the extent that begins at `start`.
     ///
     /// # Errors
-    /// As the output.
-    pub fn run(&mut self, start: Bytes, run: Extent) -> io::Result<()> {
-        let length = run.end.saturating_sub(start);
-        let (data, holes) = if run.kind.is_data() { (length, Bytes::ZERO) } else { (Bytes::ZERO, length) };
-        self.sums(data, holes);
-        self.runs += 1;
+    /// As write(2).
+    pub fn extent(&mut self, start: Bytes, extent: Extent) -> io::Result<()> {
+        let length = extent.end.saturating_sub(start);
+        let (data, holes) = if extent.kind.is_data() { (length, Bytes::ZERO) } else { (Bytes::ZERO, length) };
+        self.add(data, holes);
+        self.extents += 1;
         match self.format {
             MapFormat::Plain => {
-                let (bits, word) = words(run.kind);
+                let (bits, word) = status(extent.kind);
                 writeln!(
                     self.out,
                     "{start:>10} {length:>11} {bits:>4}  {word}",
@@ -64,13 +65,13 @@ impl<W: Write> MapPrinter<W> {
                     length = length.get()
                 )
             }
-            MapFormat::Json => self.json(start, length, run.kind.is_data()),
+            MapFormat::Json => self.json(start, length, extent.kind.is_data()),
             MapFormat::Totals => Ok(()),
         }
     }
 
     fn json(&mut self, start: Bytes, length: Bytes, data: bool) -> io::Result<()> {
-        let before = if self.runs == 1 { "[" } else { ",\n" };
+        let before = if self.extents == 1 { "[" } else { ",\n" };
         write!(
             self.out,
             "{before}{{ \"start\": {start}, \"length\": {length}, \"depth\": 0, \"present\": true, \"zero\": {zero}, \
@@ -79,25 +80,25 @@ impl<W: Write> MapPrinter<W> {
         )
     }
 
-    /// Takes the sums of what is not told run by run.
-    pub fn sums(&mut self, data: Bytes, holes: Bytes) {
+    /// Adds to the sums, for a range whose extents are not printed one by one.
+    pub fn add(&mut self, data: Bytes, holes: Bytes) {
         self.data = self.data.saturating_add(data);
         self.holes = self.holes.saturating_add(holes);
     }
 
-    /// Prints what comes after the last run.
+    /// Prints what follows the last extent, and flushes the output.
     ///
     /// # Errors
-    /// As the output.
+    /// As write(2).
     pub fn finish(mut self) -> io::Result<()> {
         match self.format {
             MapFormat::Plain => {}
-            MapFormat::Json => writeln!(self.out, "{}]", if self.runs == 0 { "[" } else { "" })?,
+            MapFormat::Json => writeln!(self.out, "{}]", if self.extents == 0 { "[" } else { "" })?,
             MapFormat::Totals => {
                 let all = self.data.saturating_add(self.holes).get().max(1);
                 for (sum, kind) in [(self.data, ExtentKind::Data), (self.holes, ExtentKind::Hole)] {
-                    let (bits, word) = words(kind);
-                    // Rounded to tenths in integers: a sum of bytes is exact only as one.
+                    let (bits, word) = status(kind);
+                    // Tenths of a percent, rounded in integers: a sum of bytes may have too many digits for a float.
                     let tenths = (u128::from(sum.get()) * 1000 + u128::from(all) / 2) / u128::from(all);
                     let (whole, tenth) = (tenths / 10, tenths % 10);
                     writeln!(self.out, "{sum:>10} {whole:>3}.{tenth}% {bits:>3} {word}", sum = sum.get())?;
@@ -108,7 +109,7 @@ impl<W: Write> MapPrinter<W> {
     }
 }
 
-/// A stack as a tree: each layer, its length, and where its holes come from or why it has none.
+/// A stack as a tree of text: the name, kind and length of each layer, and where its holes come from or why it has none.
 pub fn tree(stack: &Stack) -> String {
     let loaded = stack.load();
     let sparse = view::has_hole(loaded.map(), Bytes::new(4096));
@@ -133,7 +134,7 @@ fn branch(layer: &Layer, lead: &str, below_lead: &str, text: &mut String) {
     }
 }
 
-/// Where a layer's holes come from, or why it has none.
+/// Where the holes of a layer come from, or why it has none.
 fn holes(layer: &Layer) -> String {
     match layer.map.dense_because() {
         Some(reason) => format!("dense: {reason}"),
@@ -141,18 +142,18 @@ fn holes(layer: &Layer) -> String {
     }
 }
 
-/// The volumes of an offline pool, a line each; for a damaged one, what is wrong. Reads all of their mapping trees.
+/// The volumes of an offline pool, one on each line; for a damaged volume, the damage. Reads all of their mapping trees.
 pub fn volumes(found: &[Found]) -> String {
-    let line = |found: &Found| match looked_at(found) {
+    let line = |found: &Found| match volume_sizes(found) {
         Ok((len, data)) => format!("volume {}  thin, {}, {} of it data\n", found.id, human(len), human(data)),
         Err(damage) => format!("volume {}  damaged: {damage}\n", found.id),
     };
     found.iter().map(line).collect()
 }
 
-/// The same as JSON: `[{"volume","size","data"}]`, and `"damaged"` instead of the last two.
+/// The volumes of an offline pool as JSON: `[{"volume","size","data"}]`, or `{"volume","damaged"}` for a damaged volume.
 pub fn volumes_json(found: &[Found]) -> String {
-    let object = |found: &Found| match looked_at(found) {
+    let object = |found: &Found| match volume_sizes(found) {
         Ok((len, data)) => format!("{{ \"volume\": {}, \"size\": {len}, \"data\": {data}}}", found.id),
         Err(damage) => format!("{{ \"volume\": {}, \"damaged\": {}}}", found.id, quoted(&damage)),
     };
@@ -160,8 +161,11 @@ pub fn volumes_json(found: &[Found]) -> String {
     format!("[{}]\n", objects.join(",\n"))
 }
 
-/// The length of a volume and how much of it is data, or what is damaged.
-fn looked_at(found: &Found) -> Result<(Bytes, Bytes), String> {
+/// The length of a volume and its bytes of data.
+///
+/// # Errors
+/// The damage.
+fn volume_sizes(found: &Found) -> Result<(Bytes, Bytes), String> {
     let volume = found.volume.as_ref().map_err(ToString::to_string)?;
     let map = volume.map().map_err(|error| error.to_string())?;
     Ok((volume.len(), map.allocated().unwrap_or(volume.len())))
@@ -215,7 +219,7 @@ fn quoted(text: &str) -> String {
     quoted
 }
 
-/// A length as people say it: `1.5GiB`.
+/// A length in binary units with one decimal place, rounded down: `1.5GiB`.
 pub fn human(bytes: Bytes) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut unit = 0;
@@ -234,17 +238,17 @@ pub fn human(bytes: Bytes) -> String {
 mod tests {
     use super::*;
 
-    fn printed(format: MapFormat, runs: &[(u64, u64, ExtentKind)]) -> String {
+    fn printed(format: MapFormat, extents: &[(u64, u64, ExtentKind)]) -> String {
         let mut out = Vec::new();
         let mut printer = MapPrinter::new(&mut out, format);
-        for (start, end, kind) in runs {
-            printer.run(Bytes::new(*start), Extent { end: Bytes::new(*end), kind: *kind }).unwrap();
+        for (start, end, kind) in extents {
+            printer.extent(Bytes::new(*start), Extent { end: Bytes::new(*end), kind: *kind }).unwrap();
         }
         printer.finish().unwrap();
         String::from_utf8(out).unwrap()
     }
 
-    const RUNS: [(u64, u64, ExtentKind); 3] = [
+    const EXTENTS: [(u64, u64, ExtentKind); 3] = [
         (0, 1_048_576, ExtentKind::Hole),
         (1_048_576, 1_114_112, ExtentKind::Data),
         (1_114_112, 10_485_760, ExtentKind::Hole),
@@ -253,10 +257,13 @@ mod tests {
     #[test]
     fn plain_and_totals_look_like_nbdinfo() {
         assert_eq!(
-            printed(MapFormat::Plain, &RUNS),
+            printed(MapFormat::Plain, &EXTENTS),
             "         0     1048576    3  hole,zero\n   1048576       65536    0  data\n   1114112     9371648    3  hole,zero\n"
         );
-        assert_eq!(printed(MapFormat::Totals, &RUNS), "     65536   0.6%   0 data\n  10420224  99.4%   3 hole,zero\n");
+        assert_eq!(
+            printed(MapFormat::Totals, &EXTENTS),
+            "     65536   0.6%   0 data\n  10420224  99.4%   3 hole,zero\n"
+        );
     }
 
     #[test]
@@ -274,7 +281,7 @@ mod tests {
 
     #[test]
     fn json_looks_like_qemu_img() {
-        let text = printed(MapFormat::Json, &RUNS);
+        let text = printed(MapFormat::Json, &EXTENTS);
         assert!(text.starts_with(
             "[{ \"start\": 0, \"length\": 1048576, \"depth\": 0, \"present\": true, \"zero\": true, \"data\": false, \
              \"compressed\": false, \"offset\": 0},\n{ \"start\": 1048576,"

@@ -2,8 +2,8 @@
 
 use std::time::SystemTime;
 
+use super::Ino;
 use super::change::FileTimes;
-use super::{Ino, Options};
 use crate::error::Result;
 use crate::export::{FileIdentity, HostNode};
 use crate::handle::Handle;
@@ -53,19 +53,15 @@ pub struct Attributes {
     pub gid: u32,
 }
 
-/// Owner, group and permissions of all files: those of their devices, unless options change them.
-#[derive(Clone, Copy, Debug)]
+/// Owner, group and permissions of all files, where options of the mount change those of the devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ownership {
-    uid: Option<u32>,
-    gid: Option<u32>,
-    mode: u32,
-}
-
-impl Ownership {
-    /// The ownership that the options ask for.
-    pub fn new(options: &Options) -> Self {
-        Self { uid: options.uid, gid: options.gid, mode: options.mode.unwrap_or(0o777) }
-    }
+    /// The owner of every file, instead of the device node's.
+    pub uid: Option<u32>,
+    /// The group of every file, instead of the device node's.
+    pub gid: Option<u32>,
+    /// The permission bits that a file may have at most.
+    pub mode: u32,
 }
 
 impl Attributes {

@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Spec;
+use super::Catalog;
 use crate::error::{Error, Result};
 use crate::export::HostNode;
 use crate::sys::memory;
@@ -128,8 +128,8 @@ impl Nodes {
     ///
     /// # Errors
     /// When the SPEC is a directory.
-    pub fn root_is_file(&mut self, spec: &Spec) -> Result<()> {
-        let file = spec.only_file().ok_or_else(|| Error::failed("a directory cannot be mounted on a file"))?;
+    pub fn root_is_file(&mut self, catalog: &Catalog) -> Result<()> {
+        let file = catalog.only_file().ok_or_else(|| Error::failed("a directory cannot be mounted on a file"))?;
         *self.0.get_mut().unwrap_or_else(PoisonError::into_inner) = Names::new(&file);
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{FileKind, Place, Root, Spec};
+use super::{Catalog, FileKind, FileSource, Root};
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs;
 use crate::units::Bytes;
@@ -32,13 +32,13 @@ pub struct UsageCache(Mutex<Option<(Instant, Usage)>>);
 
 impl UsageCache {
     /// The sum for a SPEC.
-    pub fn of(&self, spec: &Spec) -> Usage {
+    pub fn of(&self, catalog: &Catalog) -> Usage {
         let last = *self.lock();
         if let Some((_, usage)) = last.filter(|(made, _)| made.elapsed() < LIFE) {
             return usage;
         }
         // Without the lock: a directory of a network file system may take long.
-        let usage = Usage::of(spec);
+        let usage = Usage::of(catalog);
         *self.lock() = Some((Instant::now(), usage));
         usage
     }
@@ -50,17 +50,17 @@ impl UsageCache {
 
 impl Usage {
     /// Opens no device: the lengths come from sysfs. A file whose length cannot be found counts as empty.
-    fn of(spec: &Spec) -> Self {
-        match spec {
-            Spec::File { place, export_len, .. } => {
-                let len = match place {
-                    Place::Path(path) => len_at(path).map_or(Bytes::ZERO, |(_, len)| len),
-                    Place::Export(_) | Place::Volume(_) => *export_len,
+    fn of(catalog: &Catalog) -> Self {
+        match catalog {
+            Catalog::File { source, export_len, .. } => {
+                let len = match source {
+                    FileSource::Path(path) => len_at(path).map_or(Bytes::ZERO, |(_, len)| len),
+                    FileSource::Export(_) | FileSource::Volume(_) => *export_len,
                 };
                 Self { bytes: len, entries: 2 }
             }
-            Spec::Directory(root) => Self::of_directory(root),
-            Spec::Pool(pools) => {
+            Catalog::Directory(root) => Self::of_directory(root),
+            Catalog::Pool(pools) => {
                 let found = pools.open().and_then(|pool| pool.volumes()).unwrap_or_default();
                 let lens = found.iter().filter_map(|found| found.volume.as_ref().ok()).map(|volume| volume.len());
                 Self { bytes: lens.fold(Bytes::ZERO, Bytes::saturating_add), entries: 1 + found.len() as u64 }

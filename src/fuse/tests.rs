@@ -10,9 +10,10 @@ use nix::unistd::{Whence, geteuid, lseek};
 
 use super::*;
 use crate::export::{Export, HostNode, MIN_ALIGN};
-use crate::fs::Options;
+use crate::fs::Ownership;
 use crate::handle::MapCache;
 use crate::source::{Context, Stack};
+use crate::spec::{SourceOptions, Spec};
 use crate::sys::buffer::AlignedBuffer;
 
 /// A device on which every operation but its size panics.
@@ -56,7 +57,9 @@ fn a_panic_in_a_source_is_eio_and_the_mount_continues() {
     File::create(&image).unwrap().set_len(1 << 20).unwrap();
     let point = directory.path().join("mount");
     std::fs::create_dir(&point).unwrap();
-    let fs = Arc::new(FileSystem::new(image.as_os_str(), &Options::default()).unwrap());
+    let spec = Spec::parse(image.as_os_str()).unwrap();
+    let ownership = Ownership { uid: None, gid: None, mode: 0o777 };
+    let fs = Arc::new(FileSystem::new(&spec, &SourceOptions::default(), ownership, None).unwrap());
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
     let session = fuser::spawn_mount(BlkHoleFs::new(fs.clone(), false), &point, &config).unwrap();

@@ -11,10 +11,11 @@ use lexopt::Arg::{Long, Short, Value};
 
 use crate::error::{Error, Result};
 use crate::mount::mountinfo::FS_TYPE;
+use crate::mount::options;
 
 /// What a command line asks for.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Command<T> {
+pub enum CommandLine<T> {
     /// To do the work.
     Run(T),
     /// To print how it is called.
@@ -63,7 +64,7 @@ pub struct UmountRequest {
 ///
 /// # Errors
 /// A usage error: an unknown flag, a missing or a third operand, a type that is not ours.
-pub fn mount_helper(args: &[OsString]) -> Result<Command<MountRequest>> {
+pub fn mount_helper(args: &[OsString]) -> Result<CommandLine<MountRequest>> {
     let mut request = MountRequest::default();
     let mut operands = Vec::new();
     let mut parser = lexopt::Parser::from_args(args);
@@ -76,9 +77,9 @@ pub fn mount_helper(args: &[OsString]) -> Result<Command<MountRequest>> {
             Short('v') => request.verbose = true,
             Short('N') => request.namespace = Some(parser.value().map_err(wrong)?.into()),
             Short('t') => check_type(&parser.value().map_err(wrong)?)?,
-            Short('o') => push_options(&mut request.options, &parser.value().map_err(wrong)?),
-            Short('h') | Long("help") => return Ok(Command::Help),
-            Short('V') | Long("version") => return Ok(Command::Version),
+            Short('o') => options::append(&mut request.options, &parser.value().map_err(wrong)?),
+            Short('h') | Long("help") => return Ok(CommandLine::Help),
+            Short('V') | Long("version") => return Ok(CommandLine::Version),
             Value(operand) => operands.push(operand),
             other => return Err(wrong(other.unexpected())),
         }
@@ -90,7 +91,7 @@ pub fn mount_helper(args: &[OsString]) -> Result<Command<MountRequest>> {
 ///
 /// # Errors
 /// A usage error, as for [`mount_helper`].
-pub fn mount_command(args: &[OsString]) -> Result<Command<MountRequest>> {
+pub fn mount_command(args: &[OsString]) -> Result<CommandLine<MountRequest>> {
     let mut request = MountRequest::default();
     let mut operands = Vec::new();
     let mut parser = lexopt::Parser::from_args(args);
@@ -98,9 +99,9 @@ pub fn mount_command(args: &[OsString]) -> Result<Command<MountRequest>> {
         match arg {
             Short('f') | Long("foreground") => request.foreground = true,
             Short('v') | Long("verbose") => request.verbose = true,
-            Short('o') | Long("options") => push_options(&mut request.options, &parser.value().map_err(wrong)?),
-            Short('h') | Long("help") => return Ok(Command::Help),
-            Short('V') | Long("version") => return Ok(Command::Version),
+            Short('o') | Long("options") => options::append(&mut request.options, &parser.value().map_err(wrong)?),
+            Short('h') | Long("help") => return Ok(CommandLine::Help),
+            Short('V') | Long("version") => return Ok(CommandLine::Version),
             Value(operand) => operands.push(operand),
             other => return Err(wrong(other.unexpected())),
         }
@@ -112,7 +113,7 @@ pub fn mount_command(args: &[OsString]) -> Result<Command<MountRequest>> {
 ///
 /// # Errors
 /// A usage error: an unknown flag, no operand or more than one, a type that is not ours.
-pub fn umount(args: &[OsString]) -> Result<Command<UmountRequest>> {
+pub fn umount(args: &[OsString]) -> Result<CommandLine<UmountRequest>> {
     let mut request = UmountRequest::default();
     let mut operands = Vec::new();
     let mut parser = lexopt::Parser::from_args(args);
@@ -127,32 +128,25 @@ pub fn umount(args: &[OsString]) -> Result<Command<UmountRequest>> {
             Short('t') => check_type(&parser.value().map_err(wrong)?)?,
             // umount(8) has no file system options; some versions pass on what it read in its table.
             Short('o') => drop(parser.value().map_err(wrong)?),
-            Short('h') | Long("help") => return Ok(Command::Help),
-            Short('V') | Long("version") => return Ok(Command::Version),
+            Short('h') | Long("help") => return Ok(CommandLine::Help),
+            Short('V') | Long("version") => return Ok(CommandLine::Version),
             Value(operand) => operands.push(operand),
             other => return Err(wrong(other.unexpected())),
         }
     }
     match <[OsString; 1]>::try_from(operands) {
-        Ok([target]) if !target.is_empty() => Ok(Command::Run(UmountRequest { target: target.into(), ..request })),
+        Ok([target]) if !target.is_empty() => Ok(CommandLine::Run(UmountRequest { target: target.into(), ..request })),
         _ => Err(Error::usage("expected one directory to unmount")),
     }
 }
 
-fn finish_mount(request: MountRequest, operands: Vec<OsString>) -> Result<Command<MountRequest>> {
+fn finish_mount(request: MountRequest, operands: Vec<OsString>) -> Result<CommandLine<MountRequest>> {
     match <[OsString; 2]>::try_from(operands) {
         Ok([spec, dir]) if !spec.is_empty() && !dir.is_empty() => {
-            Ok(Command::Run(MountRequest { spec, dir: dir.into(), ..request }))
+            Ok(CommandLine::Run(MountRequest { spec, dir: dir.into(), ..request }))
         }
         _ => Err(Error::usage("expected a device and a directory")),
     }
-}
-
-fn push_options(options: &mut OsString, more: &OsStr) {
-    if !options.is_empty() {
-        options.push(",");
-    }
-    options.push(more);
 }
 
 /// Accepts the names that mount(8) can have found this program by.
@@ -180,7 +174,7 @@ mod tests {
 
     fn helper(line: &str) -> MountRequest {
         match mount_helper(&words(line)) {
-            Ok(Command::Run(request)) => request,
+            Ok(CommandLine::Run(request)) => request,
             other => panic!("{line}: {other:?}"),
         }
     }
@@ -214,9 +208,9 @@ mod tests {
     #[test]
     fn the_subcommand_has_another_f() {
         let parsed = mount_command(&words("-f -o ro /dev/x /m")).unwrap();
-        assert_eq!(parsed, Command::Run(MountRequest { foreground: true, ..expected("ro") }));
+        assert_eq!(parsed, CommandLine::Run(MountRequest { foreground: true, ..expected("ro") }));
         let parsed = mount_command(&words("/dev/x /m --foreground --options=ro -v")).unwrap();
-        assert_eq!(parsed, Command::Run(MountRequest { foreground: true, verbose: true, ..expected("ro") }));
+        assert_eq!(parsed, CommandLine::Run(MountRequest { foreground: true, verbose: true, ..expected("ro") }));
         assert!(mount_command(&words("-s /dev/x /m")).is_err());
     }
 
@@ -224,10 +218,10 @@ mod tests {
     fn umount_lines() {
         let request = UmountRequest { target: "/m".into(), ..UmountRequest::default() };
         for line in ["/m", "/m -n", "/m -t fuse.blkholefs", "-nr -t blkholefs /m", "/m -o x"] {
-            assert_eq!(umount(&words(line)).unwrap(), Command::Run(request.clone()), "{line}");
+            assert_eq!(umount(&words(line)).unwrap(), CommandLine::Run(request.clone()), "{line}");
         }
         let flags = UmountRequest { force: true, lazy: true, verbose: true, namespace: Some("/n".into()), ..request };
-        assert_eq!(umount(&words("/m -flv -N /n")).unwrap(), Command::Run(flags));
+        assert_eq!(umount(&words("/m -flv -N /n")).unwrap(), CommandLine::Run(flags));
         for line in ["", "/a /b", "/m -x", "/m -t ext4"] {
             assert_eq!(umount(&words(line)).unwrap_err().exit_code(), 1, "{line}");
         }
@@ -236,10 +230,11 @@ mod tests {
 
     #[test]
     fn help_and_version_win_over_missing_operands() {
-        for (line, expected) in [("-h", Command::Help), ("--help", Command::Help), ("-V", Command::Version)] {
+        for (line, expected) in [("-h", CommandLine::Help), ("--help", CommandLine::Help), ("-V", CommandLine::Version)]
+        {
             assert_eq!(mount_helper(&words(line)).unwrap(), expected, "{line}");
         }
-        assert_eq!(umount(&words("--version")).unwrap(), Command::Version);
+        assert_eq!(umount(&words("--version")).unwrap(), CommandLine::Version);
     }
 
     #[test]

@@ -1,15 +1,14 @@
 //! What is mounted: the file system of a SPEC, ready to serve, and what signals ask of it.
 
-use std::ffi::OsStr;
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::fs::{FileSystem, Options};
+use crate::fs::FileSystem;
 use crate::fuse::BlkHoleFs;
-use crate::mount::options::MountOptions;
+use crate::mount::options::ParsedOptions;
 use crate::mount::point::Shape;
 use crate::mount::serve::Hooks;
-use crate::source::nbd::Uri;
+use crate::spec::Spec;
 
 /// A file system that is ready to be mounted.
 pub struct Opened {
@@ -23,18 +22,9 @@ pub struct Opened {
 ///
 /// # Errors
 /// When `spec` cannot be shown, or is a directory and `shape` is not.
-pub fn open(spec: &OsStr, shape: Shape, options: &MountOptions) -> Result<Opened> {
-    let umask = options.umask.unwrap_or(0);
-    let mode = options.mode.unwrap_or(0o777) & !umask;
-    let chosen = Options {
-        uid: options.uid,
-        gid: options.gid,
-        mode: Some(mode),
-        thin_metadata: options.thin_metadata.clone(),
-        nbd: options.nbd.as_deref().map(Uri::parse).transpose()?.map(Uri::absolute).transpose()?,
-        map_cache: options.map_cache,
-    };
-    let mut fs = FileSystem::new(spec, &chosen)?;
+pub fn open(spec: &Spec, shape: Shape, options: &ParsedOptions) -> Result<Opened> {
+    let mount = &options.mount;
+    let mut fs = FileSystem::new(spec, &options.source, mount.ownership(), mount.map_cache)?;
     if shape == Shape::File {
         fs.show_as_file()?;
     }
@@ -44,5 +34,5 @@ pub fn open(spec: &OsStr, shape: Shape, options: &MountOptions) -> Result<Opened
         drop_maps: Box::new(move || dropper.drop_maps()),
         log_counters: Box::new(move || counter.log_counters()),
     };
-    Ok(Opened { filesystem: BlkHoleFs::new(fs, options.direct_io), hooks })
+    Ok(Opened { filesystem: BlkHoleFs::new(fs, mount.direct_io), hooks })
 }

@@ -1,22 +1,22 @@
 //! `mount.blkholefs`, which mount(8) runs, and `blkholefs mount`.
 
-use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use log::LevelFilter;
 use nix::unistd::{getegid, geteuid, getgid, getuid};
 
 use crate::error::{Error, Result};
-use crate::mount::argv::{self, Command, MountRequest};
+use crate::mount::argv::{self, CommandLine, MountRequest};
 use crate::mount::daemon::{self, Ready};
 use crate::mount::filesystem;
 use crate::mount::logging::{self, one_line};
 use crate::mount::namespace::Namespace;
-use crate::mount::options::{self, MountOptions, Unknown};
+use crate::mount::options::{self, ParsedOptions, UnknownOptions};
 use crate::mount::point::MountPoint;
 use crate::mount::serve::Service;
 use crate::mount::session;
+use crate::spec::{Spec, absolute};
 use crate::sys::process;
 
 const HELPER_USAGE: &str = "\
@@ -56,19 +56,19 @@ pub fn command(args: &[OsString]) -> ExitCode {
 pub(super) fn finish<T>(
     name: &str,
     usage: &str,
-    command: Result<Command<T>>,
+    command: Result<CommandLine<T>>,
     run: impl FnOnce(&str, T) -> Result<u8>,
 ) -> ExitCode {
     let result = match command {
-        Ok(Command::Help) => {
+        Ok(CommandLine::Help) => {
             println!("{usage}");
             Ok(0)
         }
-        Ok(Command::Version) => {
+        Ok(CommandLine::Version) => {
             println!("{name} {}", env!("CARGO_PKG_VERSION"));
             Ok(0)
         }
-        Ok(Command::Run(request)) => refuse_setuid().and_then(|()| run(name, request)),
+        Ok(CommandLine::Run(request)) => refuse_setuid().and_then(|()| run(name, request)),
         Err(error) => Err(error.hint(usage.lines().next().unwrap_or_default())),
     };
     match result {
@@ -97,30 +97,30 @@ fn refuse_setuid() -> Result<()> {
 fn run(name: &str, request: MountRequest) -> Result<u8> {
     logging::start(name, if request.verbose { LevelFilter::Debug } else { LevelFilter::Warn });
     let options = parse_options(&request)?;
-    // Both paths are made absolute first: a visit to another namespace ends in the root directory.
-    let spec = absolute_spec(&request.spec)?;
+    // All paths are made absolute first: entering another mount namespace changes the current directory.
+    let spec = Spec::parse(&request.spec)?;
     let dir = absolute(&request.dir)?;
-    if options.nofail && is_missing(&spec) {
-        log::debug!("{} does not exist, and nofail says that this is no failure", spec.display());
+    if options.mount.nofail && spec.is_missing() {
+        log::debug!("{spec} does not exist, and with nofail that is no failure");
         return Ok(0);
     }
     let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
-    let mut paths = std::iter::once(Path::new(&spec)).chain(options.thin_metadata.as_deref());
+    let mut paths = spec.path().into_iter().chain(options.source.thin_metadata.as_deref());
     paths.try_for_each(|path| point.leaves(path))?;
     let opened = filesystem::open(&spec, point.shape(), &options)?;
     if request.verbose {
         let does = if request.fake { "would mount" } else { "mounting" };
-        eprintln!("{name}: {does} {} on {}", one_line(&spec.to_string_lossy()), one_line(&dir.to_string_lossy()));
+        eprintln!("{name}: {does} {} on {}", one_line(&spec.to_string()), one_line(&dir.to_string_lossy()));
     }
     if request.fake {
         return Ok(0);
     }
     let place = point.clone();
-    let service = Service { spec: &request.spec, options: &options, hooks: opened.hooks };
+    let service = Service { spec: &spec, options: &options, hooks: opened.hooks };
     let serve = |ready: &mut Ready| {
         logging::serve();
         service.run(point, ready, |spec, claim, options| {
-            let (session, mounted) = session::mount(opened.filesystem, spec, claim, options)?;
+            let (session, mounted) = session::mount(opened.filesystem, spec.typed(), claim, options)?;
             Ok((move || session.run(), mounted))
         })
     };
@@ -131,35 +131,14 @@ fn run(name: &str, request: MountRequest) -> Result<u8> {
     daemon::background(|error| complaint(name, error), serve, || place.remove_dead_mount())
 }
 
-fn parse_options(request: &MountRequest) -> Result<MountOptions> {
-    let unknown = if request.sloppy { Unknown::Tolerated } else { Unknown::Refused };
-    let mut options = options::parse(&request.options, unknown)?;
+fn parse_options(request: &MountRequest) -> Result<ParsedOptions> {
+    let unknown = if request.sloppy { UnknownOptions::Warn } else { UnknownOptions::Refuse };
+    let options = options::parse(&request.options, unknown)?;
     for warning in &options.warnings {
         log::warn!("{warning}");
     }
-    if !geteuid().is_root() && (options.uid.is_some() || options.gid.is_some()) {
+    if !geteuid().is_root() && (options.mount.uid.is_some() || options.mount.gid.is_some()) {
         return Err(Error::usage("only root can give the files to another user: uid= and gid= are for root"));
     }
-    if let Some(path) = options.thin_metadata.take() {
-        options.thin_metadata = Some(absolute(&path)?);
-    }
     Ok(options)
-}
-
-/// The device's path from the root, or the URI as it is.
-fn absolute_spec(spec: &OsStr) -> Result<OsString> {
-    if is_uri(spec) { Ok(spec.to_owned()) } else { Ok(absolute(Path::new(spec))?.into()) }
-}
-
-fn is_uri(spec: &OsStr) -> bool {
-    spec.to_str().is_some_and(|spec| spec.contains("://"))
-}
-
-/// Whether a device is not there at all, as one that is not plugged in.
-fn is_missing(spec: &OsStr) -> bool {
-    !is_uri(spec) && matches!(std::fs::metadata(spec), Err(error) if error.kind() == std::io::ErrorKind::NotFound)
-}
-
-fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).map_err(|e| Error::failed("cannot find the current directory").on(path).because(e))
 }

@@ -1,46 +1,45 @@
 //! The grammar of `-o`: words between commas, as mount(8) and fstab(5) write them.
 //!
-//! A comma inside double quotes, or after a backslash, belongs to the word; mount(8) hands both on unchanged.
+//! A comma inside double quotes, or after a backslash, belongs to the word. mount(8) passes quotes and backslashes on
+//! unchanged.
 
+use std::borrow::Cow;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::Path;
 
 use nix::mount::MsFlags;
 
 use crate::error::{Error, Result};
+use crate::fs::Ownership;
 use crate::mount::words;
+use crate::source::nbd::Uri;
+use crate::spec::{SourceOptions, absolute};
 use crate::units::Bytes;
 
-/// What `-o` asked for.
+/// The options of a mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
-    /// Flags of mount(2): always read-only; nosuid, nodev and noexec unless asked otherwise.
+    /// Flags of mount(2): always read-only, and nosuid, nodev and noexec unless suid, dev or exec is given.
     pub flags: MsFlags,
-    /// Whether users other than the mount's owner may look inside.
+    /// Whether users other than the mount's owner may access it.
     pub allow_other: bool,
-    /// The largest read request that the kernel may send.
+    /// The largest read request that the kernel may send, in bytes.
     pub max_read: Option<Bytes>,
     /// The owner of every file, instead of the device node's.
     pub uid: Option<u32>,
     /// The group of every file, instead of the device node's.
     pub gid: Option<u32>,
-    /// Permission bits that a file keeps at most.
+    /// The permission bits that a file may have at most.
     pub mode: Option<u32>,
-    /// Permission bits that a file loses.
+    /// The permission bits that are removed from every file.
     pub umask: Option<u32>,
-    /// The memory that maps of devices which are not open may use.
+    /// The memory that the maps of all open files may use together, in bytes.
     pub map_cache: Option<Bytes>,
-    /// The metadata device or file to read thin mappings from.
-    pub thin_metadata: Option<PathBuf>,
-    /// The NBD server's URI.
-    pub nbd: Option<String>,
     /// Whether a SPEC that does not exist is no failure (fstab(5)).
     pub nofail: bool,
     /// Whether reads bypass the page cache of the mount.
     pub direct_io: bool,
-    /// What the user should know although the mount goes on, each a line.
-    pub warnings: Vec<String>,
 }
 
 impl Default for MountOptions {
@@ -54,104 +53,159 @@ impl Default for MountOptions {
             mode: None,
             umask: None,
             map_cache: None,
-            thin_metadata: None,
-            nbd: None,
             nofail: false,
             direct_io: false,
-            warnings: Vec::new(),
         }
     }
 }
 
-/// What an unknown word does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Unknown {
-    /// It is an error.
-    Refused,
-    /// It is a warning, mount(8)'s `-s`.
-    Tolerated,
+impl MountOptions {
+    /// The owner, the group and the permissions of the files.
+    pub fn ownership(&self) -> Ownership {
+        let mode = self.mode.unwrap_or(0o777) & !self.umask.unwrap_or(0);
+        Ownership { uid: self.uid, gid: self.gid, mode }
+    }
 }
 
-/// Parses the list of words after `-o`.
+/// What a list of options contains.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ParsedOptions {
+    /// Options of the mount.
+    pub mount: MountOptions,
+    /// Options of what is shown.
+    pub source: SourceOptions,
+    /// Problems that do not prevent the mount, each on a line of its own.
+    pub warnings: Vec<String>,
+}
+
+/// What happens to an unknown option.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnknownOptions {
+    /// It is an error.
+    Refuse,
+    /// It is a warning (`-s` of mount(8)).
+    Warn,
+}
+
+/// Parses the options of a mount.
 ///
 /// # Errors
-/// A usage error names the word that is unknown, refused, or has a wrong value.
-pub fn parse(list: &OsStr, unknown: Unknown) -> Result<MountOptions> {
-    let mut options = MountOptions::default();
+/// A usage error that names the option that is unknown, refused, or has a wrong value.
+pub fn parse(list: &OsStr, unknown: UnknownOptions) -> Result<ParsedOptions> {
+    let mut options = ParsedOptions::default();
     for (position, word) in split(list.as_bytes())?.iter().enumerate() {
-        if let Err(error) = options.apply(position, word) {
-            match (error, unknown) {
-                (Fault::Wrong(error), _) | (Fault::Unknown(error), Unknown::Refused) => return Err(error),
-                (Fault::Unknown(error), Unknown::Tolerated) => options.warnings.push(format!("{error}, ignored")),
+        match (options.apply(position, &Word::new(word)), unknown) {
+            (Ok(()), _) => {}
+            (Err(WordError::Invalid(error)), _) | (Err(WordError::Unknown(error)), UnknownOptions::Refuse) => {
+                return Err(error);
+            }
+            (Err(WordError::Unknown(error)), UnknownOptions::Warn) => {
+                options.warnings.push(format!("{error}, ignored"));
             }
         }
     }
     Ok(options)
 }
 
-/// Why a word cannot be used.
-enum Fault {
-    Unknown(Error),
-    Wrong(Error),
+/// Parses the options of a `command` that mounts nothing.
+///
+/// # Errors
+/// A usage error as for [`parse`], and for every option of a mount.
+pub fn parse_source(list: &OsStr, command: &str) -> Result<SourceOptions> {
+    let mut options = ParsedOptions::default();
+    for word in split(list.as_bytes())?.iter().filter(|word| !word.is_empty()) {
+        let word = Word::new(word);
+        if !words::SOURCE.contains(&&*word.name) && words::is_known(&word.name) {
+            let error = Error::usage(format!("option '{}' is for mounts, and means nothing to {command}", word.name));
+            return Err(error.hint(format!("{command} accepts {}", words::SOURCE.join("=, ") + "=")));
+        }
+        options.apply(0, &word).map_err(|(WordError::Unknown(error) | WordError::Invalid(error))| error)?;
+    }
+    Ok(options.source)
 }
 
-impl From<Error> for Fault {
-    fn from(error: Error) -> Self {
-        Self::Wrong(error)
+/// Appends the options of one more `-o` to a list.
+pub fn append(list: &mut OsString, more: &OsStr) {
+    if !list.is_empty() {
+        list.push(",");
+    }
+    list.push(more);
+}
+
+/// One option: `NAME` or `NAME=VALUE`.
+struct Word<'a> {
+    name: Cow<'a, str>,
+    value: Option<&'a [u8]>,
+}
+
+impl<'a> Word<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        let (name, value) = match bytes.iter().position(|byte| *byte == b'=') {
+            Some(at) => (&bytes[..at], Some(&bytes[at + 1..])),
+            None => (bytes, None),
+        };
+        Self { name: String::from_utf8_lossy(name), value }
     }
 }
 
-impl MountOptions {
-    fn apply(&mut self, position: usize, word: &[u8]) -> std::result::Result<(), Fault> {
-        let (name, value) = match word.iter().position(|byte| *byte == b'=') {
-            Some(at) => (&word[..at], Some(&word[at + 1..])),
-            None => (word, None),
-        };
-        let name = String::from_utf8_lossy(name);
-        let name = name.as_ref();
-        if name.starts_with("x-") || name.starts_with("X-") {
-            return Ok(());
-        }
-        match value {
+/// Why an option cannot be used.
+enum WordError {
+    /// There is no such option.
+    Unknown(Error),
+    /// Its value is wrong, or the option is not possible.
+    Invalid(Error),
+}
+
+impl From<Error> for WordError {
+    fn from(error: Error) -> Self {
+        Self::Invalid(error)
+    }
+}
+
+impl ParsedOptions {
+    fn apply(&mut self, position: usize, word: &Word<'_>) -> std::result::Result<(), WordError> {
+        let name = &*word.name;
+        match word.value {
+            _ if words::is_comment(name) => Ok(()),
             None => self.apply_plain(position, name),
             Some(_) if words::IGNORED_WITH_VALUE.contains(&name) => Ok(()),
             Some(value) => self.apply_value(name, value),
         }
     }
 
-    fn apply_plain(&mut self, position: usize, name: &str) -> std::result::Result<(), Fault> {
+    fn apply_plain(&mut self, position: usize, name: &str) -> std::result::Result<(), WordError> {
         if let Some((_, set, clear)) = words::FLAGS.iter().find(|flag| flag.0 == name) {
-            self.flags = (self.flags | *set).difference(*clear);
-            // mount(8) puts rw first on its own when nobody asked for ro.
+            self.mount.flags = (self.mount.flags | *set).difference(*clear);
+            // mount(8) itself puts rw first when the user gave no ro.
             if name == "rw" && position != 0 {
                 self.warnings.push("the file system is read-only, rw is ignored".to_owned());
             }
             return Ok(());
         }
         if let Some((_, reason)) = words::REFUSED.iter().find(|refused| refused.0 == name) {
-            return Err(Fault::Wrong(Error::usage(format!("option '{name}' is not possible: {reason}"))));
+            return Err(Error::usage(format!("option '{name}' is not possible: {reason}")).into());
         }
         match name {
-            "allow_other" | "allow-other" => self.allow_other = true,
-            "direct_io" => self.direct_io = true,
-            "nofail" => self.nofail = true,
+            "allow_other" | "allow-other" => self.mount.allow_other = true,
+            "direct_io" => self.mount.direct_io = true,
+            "nofail" => self.mount.nofail = true,
             _ if words::IGNORED.contains(&name) => {}
-            _ if words::WITH_VALUE.contains(&name) => {
-                return Err(Fault::Wrong(Error::usage(format!("option '{name}' needs a value: {name}=..."))));
+            _ if words::MOUNT_WITH_VALUE.contains(&name) || words::SOURCE.contains(&name) => {
+                return Err(Error::usage(format!("option '{name}' needs a value: {name}=...")).into());
             }
-            _ => return Err(Fault::Unknown(unknown_word(name))),
+            _ => return Err(WordError::Unknown(unknown_option(name))),
         }
         Ok(())
     }
 
-    fn apply_value(&mut self, name: &str, value: &[u8]) -> std::result::Result<(), Fault> {
+    fn apply_value(&mut self, name: &str, value: &[u8]) -> std::result::Result<(), WordError> {
         let text = std::str::from_utf8(value).ok();
         let wrong = |expected: &str| {
             let value = String::from_utf8_lossy(value);
-            Fault::Wrong(Error::usage(format!("option '{name}={value}': expected {expected}")))
+            WordError::Invalid(Error::usage(format!("option '{name}={value}': expected {expected}")))
         };
         let number = |radix, most, expected| match text.map(|text| u32::from_str_radix(text, radix)) {
-            // from_str_radix takes a sign, which no mount option has.
+            // from_str_radix accepts a sign, which no mount option has.
             Some(Ok(number)) if number <= most && value.first() != Some(&b'+') => Ok(Some(number)),
             _ => Err(wrong(expected)),
         };
@@ -159,30 +213,29 @@ impl MountOptions {
             Some(size) if size <= most => Ok(Some(size)),
             _ => Err(wrong("a size such as 65536, 64K, 16M or 1G")),
         };
-        let not_empty = |expected| if value.is_empty() { Err(wrong(expected)) } else { Ok(()) };
         match name {
             // The largest id means "no id" to the kernel.
-            "uid" => self.uid = number(10, u32::MAX - 1, "a user's number")?,
-            "gid" => self.gid = number(10, u32::MAX - 1, "a group's number")?,
-            "mode" => self.mode = number(8, 0o777, "octal permission bits such as 0440")?,
-            "umask" => self.umask = number(8, 0o777, "octal permission bits such as 0027")?,
-            "max_read" => self.max_read = size(Bytes::new(u64::from(u32::MAX)))?,
-            "map_cache" => self.map_cache = size(Bytes::MAX)?,
+            "uid" => self.mount.uid = number(10, u32::MAX - 1, "a user's number")?,
+            "gid" => self.mount.gid = number(10, u32::MAX - 1, "a group's number")?,
+            "mode" => self.mount.mode = number(8, 0o777, "octal permission bits such as 0440")?,
+            "umask" => self.mount.umask = number(8, 0o777, "octal permission bits such as 0027")?,
+            "max_read" => self.mount.max_read = size(Bytes::new(u64::from(u32::MAX)))?,
+            "map_cache" => self.mount.map_cache = size(Bytes::MAX)?,
+            "thin_metadata" if value.is_empty() => return Err(wrong("a device or a file")),
             "thin_metadata" => {
-                not_empty("a device or a file")?;
-                self.thin_metadata = Some(OsString::from_vec(value.to_vec()).into());
+                self.source.thin_metadata = Some(absolute(Path::new(&OsString::from_vec(value.to_vec())))?);
             }
             "nbd" => {
-                not_empty("an NBD URI")?;
-                self.nbd = Some(text.ok_or_else(|| wrong("an NBD URI"))?.to_owned());
+                let uri = text.filter(|text| !text.is_empty()).ok_or_else(|| wrong("an NBD URI"))?;
+                self.source.nbd = Some(Uri::parse(uri)?);
             }
-            _ => return Err(Fault::Unknown(unknown_word(name))),
+            _ => return Err(WordError::Unknown(unknown_option(name))),
         }
         Ok(())
     }
 }
 
-fn unknown_word(name: &str) -> Error {
+fn unknown_option(name: &str) -> Error {
     let error = Error::usage(format!("unknown option '{name}'"));
     match words::near(name).as_slice() {
         [] => error,
@@ -190,8 +243,8 @@ fn unknown_word(name: &str) -> Error {
     }
 }
 
-/// Parses a size: a decimal number with at most one suffix K, M, G or T, which are powers of 1024. `None` when it is
-/// something else or does not fit.
+/// Parses a size: a decimal number of bytes, or of K, M, G or T (powers of 1024). `None` for other text, and for a size
+/// that does not fit.
 pub fn parse_size(text: &str) -> Option<Bytes> {
     let shift = match text.as_bytes().last()? {
         b'k' | b'K' => 10,
@@ -207,7 +260,7 @@ pub fn parse_size(text: &str) -> Option<Bytes> {
     digits.parse::<u64>().ok()?.checked_mul(1 << shift).map(Bytes::new)
 }
 
-/// Splits at the commas that are neither quoted nor after a backslash, and takes the quoting away.
+/// Splits at the commas that are neither quoted nor after a backslash, and removes the quoting.
 fn split(list: &[u8]) -> Result<Vec<Vec<u8>>> {
     let mut words = Vec::new();
     let mut word = Vec::new();

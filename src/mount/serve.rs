@@ -1,6 +1,5 @@
 //! The life of a daemon: everything that can fail, the report, then requests and signals until the unmount.
 
-use std::ffi::OsStr;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
@@ -10,12 +9,13 @@ use nix::unistd::geteuid;
 
 use crate::error::{Error, ErrorKind, Result, plain};
 use crate::mount::daemon::Ready;
-use crate::mount::options::MountOptions;
+use crate::mount::options::{MountOptions, ParsedOptions};
 use crate::mount::point::{Claim, MountPoint, Mounted, Unmounted};
 use crate::mount::record::{self, Record};
 use crate::mount::signals::{Signals, Wish};
 use crate::mount::{logging, resources, session};
-use crate::source::nbd::{Transport, Uri};
+use crate::source::nbd::Uri;
+use crate::spec::Spec;
 use crate::sys::process::{self, Capability};
 
 /// How long requests under way may take after TERM, when the mount is still in use.
@@ -38,9 +38,9 @@ pub struct Hooks {
 /// One mount to serve.
 pub struct Service<'a> {
     /// What was mounted, as typed.
-    pub spec: &'a OsStr,
+    pub spec: &'a Spec,
     /// The words of `-o`.
-    pub options: &'a MountOptions,
+    pub options: &'a ParsedOptions,
     /// What signals do.
     pub hooks: Hooks,
 }
@@ -60,7 +60,7 @@ impl Service<'_> {
         self,
         point: MountPoint,
         ready: &mut Ready,
-        mount: impl FnOnce(&OsStr, &Claim, &MountOptions) -> Result<(R, Mounted)>,
+        mount: impl FnOnce(&Spec, &Claim, &MountOptions) -> Result<(R, Mounted)>,
     ) -> Result<()>
     where
         R: FnOnce() -> io::Result<()> + Send + 'static,
@@ -72,7 +72,7 @@ impl Service<'_> {
         resources::check()?;
         let claim = point.claim()?;
         let signals = Signals::hold(ready.is_foreground())?;
-        let (session, mounted) = mount(self.spec, &claim, self.options)?;
+        let (session, mounted) = mount(self.spec, &claim, &self.options.mount)?;
         let record = create_record(&mounted);
         let started = self.drop_privileges(&mounted).and_then(|()| start(session, signals));
         let events = match started.and_then(|events| ready.report().map(|()| events)) {
@@ -81,7 +81,7 @@ impl Service<'_> {
         };
         drop(claim);
         crate::source::thin::held::recover_once(std::time::Duration::ZERO);
-        log::info!("{} is mounted on {}", self.spec.display(), mounted.dir().display());
+        log::info!("{} is mounted on {}", self.spec.typed().display(), mounted.dir().display());
         let result = self.watch(&mounted, &events);
         log::info!("{} is unmounted", mounted.dir().display());
         // The mount's number may be another one's from now on.
@@ -130,9 +130,7 @@ impl Service<'_> {
 
     /// Whether an NBD server is reached by a Unix socket.
     fn connects_to_socket(&self) -> bool {
-        let uris = [self.spec.to_str(), self.options.nbd.as_deref()].into_iter().flatten();
-        let mut uris = uris.filter_map(|text| Uri::parse(text).ok());
-        uris.any(|uri| matches!(uri.transport(), Transport::Unix { .. }))
+        self.spec.nbd_uri().into_iter().chain(&self.options.source.nbd).any(Uri::has_unix_socket)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Every option word that is known, as data.
+//! Every option that the program knows, as data.
 
 use nix::mount::MsFlags;
 
@@ -7,8 +7,8 @@ pub const MS_NOSYMFOLLOW: MsFlags = MsFlags::from_bits_retain(256);
 
 const NONE: MsFlags = MsFlags::empty();
 
-/// Words that change the flags of mount(2): name, flags to set, flags to clear (mount(8), "FILESYSTEM-INDEPENDENT MOUNT
-/// OPTIONS"). `rw` is here and clears nothing: the file system has no writes. `mand` sets nothing: FUSE refuses it, and
+/// Options that change the flags of mount(2): name, flags to set, flags to clear (mount(8), "FILESYSTEM-INDEPENDENT MOUNT
+/// OPTIONS"). `rw` clears nothing, because the mount is always read-only. `mand` sets nothing, because FUSE refuses it and
 /// Linux 5.15 dropped it.
 pub const FLAGS: &[(&str, MsFlags, MsFlags)] = &[
     ("ro", MsFlags::MS_RDONLY, NONE),
@@ -42,8 +42,8 @@ pub const FLAGS: &[(&str, MsFlags, MsFlags)] = &[
     ("nosymfollow", MS_NOSYMFOLLOW, NONE),
 ];
 
-/// Words that say nothing to a file system: they speak to mount(8), systemd or fusermount3, or ask for what is so anyway.
-/// The empty word is what mount(8) leaves at the end of a list when it takes a word of its own out.
+/// Options that this program accepts and ignores: they are for mount(8), systemd or fusermount3, or request what this
+/// program always does. The empty one is left at the end of a list from which mount(8) removed an option of its own.
 pub const IGNORED: &[&str] = &[
     "",
     "defaults",
@@ -62,29 +62,44 @@ pub const IGNORED: &[&str] = &[
     "default_permissions",
 ];
 
-/// The same with a value: `comment=backup`.
+/// Options that this program accepts with a value and ignores, such as `comment=backup`.
 pub const IGNORED_WITH_VALUE: &[&str] = &["user", "comment", "helper", "uhelper", "fsname", "subtype"];
 
-/// Words that are understood and refused, with the reason.
+/// Options that this program knows and refuses, with the reason.
 pub const REFUSED: &[(&str, &str)] = &[
     ("remount", "a mount cannot be changed: unmount it and mount it again"),
-    ("auto_unmount", "the daemon unmounts when it is told to end; auto_unmount can unmount what others put there"),
+    ("auto_unmount", "the daemon unmounts on SIGTERM; auto_unmount could unmount another mount at the same place"),
 ];
 
-/// Words that we act on and that take a value.
-pub const WITH_VALUE: &[&str] = &["uid", "gid", "mode", "umask", "max_read", "map_cache", "thin_metadata", "nbd"];
+/// Options of a mount that have a value.
+pub const MOUNT_WITH_VALUE: &[&str] = &["uid", "gid", "mode", "umask", "max_read", "map_cache"];
 
-/// Words that we act on and that take none.
-pub const PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io", "nofail"];
+/// Options of what is shown. Each has a value.
+pub const SOURCE: &[&str] = &["thin_metadata", "nbd"];
 
-/// The known words that a misspelt `word` may have meant, nearest first.
+/// Options of a mount that have no value.
+pub const MOUNT_PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io", "nofail"];
+
+/// Whether an option is a comment, which only other programs read (`X-` and `x-`, mount(8)).
+pub fn is_comment(name: &str) -> bool {
+    name.starts_with("x-") || name.starts_with("X-")
+}
+
+/// Whether this program knows an option, whatever it does with it.
+pub fn is_known(name: &str) -> bool {
+    let lists = [IGNORED, IGNORED_WITH_VALUE, MOUNT_WITH_VALUE, SOURCE, MOUNT_PLAIN];
+    let mut pairs = FLAGS.iter().map(|flag| flag.0).chain(REFUSED.iter().map(|refused| refused.0));
+    is_comment(name) || lists.iter().any(|list| list.contains(&name)) || pairs.any(|known| known == name)
+}
+
+/// The known options with a similar spelling, nearest first, three at most.
 pub fn near(word: &str) -> Vec<&'static str> {
     const LONGEST: usize = 24;
     if word.len() > LONGEST {
         return Vec::new();
     }
     let flags = FLAGS.iter().map(|flag| flag.0);
-    let known = flags.chain([IGNORED, WITH_VALUE, PLAIN].into_iter().flatten().copied());
+    let known = flags.chain([IGNORED, MOUNT_WITH_VALUE, SOURCE, MOUNT_PLAIN].into_iter().flatten().copied());
     let mut found: Vec<_> = known
         .filter(|name| !name.is_empty())
         .map(|name| (distance(word.as_bytes(), name.as_bytes()), name))
@@ -94,7 +109,7 @@ pub fn near(word: &str) -> Vec<&'static str> {
     found.into_iter().map(|(_, name)| name).take(3).collect()
 }
 
-/// The number of bytes to insert, delete or replace to make one word the other (Levenshtein).
+/// The number of bytes to insert, delete or replace to turn one word into the other (the Levenshtein distance).
 fn distance(a: &[u8], b: &[u8]) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.iter().enumerate() {
@@ -124,9 +139,9 @@ mod tests {
     }
 
     #[test]
-    fn the_man_page_names_our_words() {
+    fn the_man_page_has_every_option() {
         let page = include_str!("../../mount-helpers/man/mount.blkholefs.8");
-        for word in [WITH_VALUE, &["allow_other", "direct_io", "nofail"]].concat() {
+        for word in [MOUNT_WITH_VALUE, SOURCE, &["allow_other", "direct_io", "nofail"]].concat() {
             let lists = |line: &str| line.split([' ', '=', '\\']).any(|part| part == word);
             assert!(page.lines().any(|line| line.starts_with(".B") && lists(line)), "{word}");
         }

@@ -161,6 +161,35 @@ fn wrong_input() {
     bench.run("blkholefs", ["mount", "-s", device, "mnt"]).fails(1, "blkholefs: invalid option '-s'");
 }
 
+/// `map` and `info` mount nothing: an option of a mount is an error, and so is an option without the one that it needs.
+#[test]
+fn commands_without_a_mount_refuse_options_of_mounts() {
+    if !requires_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let device = bench.device.path().to_str().unwrap();
+    for command in ["map", "info"] {
+        for (words, text) in [
+            (&["-o", "allow_other"][..], format!("option 'allow_other' is for mounts, and means nothing to {command}")),
+            (&["-o", "ro"], format!("option 'ro' is for mounts, and means nothing to {command}")),
+            (
+                &["-o", "nbd=nbd://h/", "-o", "uid=1"],
+                format!("option 'uid' is for mounts, and means nothing to {command}"),
+            ),
+            (&["-o", "frob"], "unknown option 'frob'".to_owned()),
+            (&["-o", "nbd=http://h/"], "the scheme http is not supported".to_owned()),
+            (&["--volume", "1"], "--volume is the volume of a thin pool, and needs -o thin_metadata=META".to_owned()),
+        ] {
+            bench.run("blkholefs", [command].iter().chain(words).chain([&device])).fails(1, &text);
+        }
+        bench.run("blkholefs", [command, "nbd+vsock://1/"]).fails(1, "the scheme nbd+vsock is not supported");
+        let ran = bench.run("blkholefs", [command, device]);
+        assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{ran:?}");
+    }
+    bench.run("mount.blkholefs", ["http://h/x", "mnt", "-o", "nofail"]).fails(1, "the scheme http is not supported");
+}
+
 #[test]
 fn directory_is_mounted_once() {
     if !requires_root() {

@@ -1,11 +1,12 @@
 use super::*;
+use crate::source::nbd::Transport;
 
-fn parsed(list: &str) -> MountOptions {
-    parse(OsStr::new(list), Unknown::Refused).unwrap_or_else(|error| panic!("{list}: {error}"))
+fn parsed(list: &str) -> ParsedOptions {
+    parse(OsStr::new(list), UnknownOptions::Refuse).unwrap_or_else(|error| panic!("{list}: {error}"))
 }
 
 fn refused(list: &str) -> (String, Option<String>) {
-    let error = parse(OsStr::new(list), Unknown::Refused).expect_err(list);
+    let error = parse(OsStr::new(list), UnknownOptions::Refuse).expect_err(list);
     assert_eq!(error.exit_code(), 1, "{list}");
     (error.to_string(), error.hint_text().map(str::to_owned))
 }
@@ -14,17 +15,17 @@ fn refused(list: &str) -> (String, Option<String>) {
 fn every_flag_word_sets_or_clears_its_flag() {
     let default = MountOptions::default().flags;
     for (name, set, clear) in words::FLAGS {
-        let flags = parsed(name).flags;
+        let flags = parsed(name).mount.flags;
         assert_eq!(flags, (default | *set).difference(*clear), "{name}");
         assert!(flags.contains(MsFlags::MS_RDONLY), "{name}: never writable");
     }
-    assert_eq!(parsed("exec,suid,dev").flags, MsFlags::MS_RDONLY);
-    assert_eq!(parsed("suid,nosuid").flags, default, "the last word wins");
-    assert_eq!(parsed("nosymfollow").flags.bits() & 256, 256);
+    assert_eq!(parsed("exec,suid,dev").mount.flags, MsFlags::MS_RDONLY);
+    assert_eq!(parsed("suid,nosuid").mount.flags, default, "the last word wins");
+    assert_eq!(parsed("nosymfollow").mount.flags.bits() & 256, 256);
 }
 
 #[test]
-fn words_for_others_change_nothing() {
+fn options_for_other_programs_change_nothing() {
     for word in [
         "",
         ",",
@@ -54,38 +55,38 @@ fn words_for_others_change_nothing() {
         "X-foo",
         "rw",
     ] {
-        assert_eq!(parsed(word), MountOptions::default(), "{word:?}");
+        assert_eq!(parsed(word), ParsedOptions::default(), "{word:?}");
     }
 }
 
 /// The lists that mount(8) of util-linux 2.38.1 was seen to pass.
 #[test]
 fn lists_that_mount_passes() {
-    assert_eq!(parsed("rw"), MountOptions::default());
+    assert_eq!(parsed("rw"), ParsedOptions::default());
     let odd = parsed("rw,nosuid,nodev,mode=0440,user,nofail,_netdev,exec");
-    assert_eq!(odd.mode, Some(0o440));
-    assert_eq!(odd.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV);
+    assert_eq!(odd.mount.mode, Some(0o440));
+    assert_eq!(odd.mount.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV);
     assert_eq!(odd.warnings, [""; 0], "rw comes first from mount(8) itself");
     let nofail = MountOptions { nofail: true, ..MountOptions::default() };
-    assert_eq!(parsed("ro,noexec,nosuid,nodev,user,nofail"), nofail);
-    assert!(parsed("rw,allow_other,").allow_other, "a trailing comma is left where a word was taken out");
+    assert_eq!(parsed("ro,noexec,nosuid,nodev,user,nofail").mount, nofail);
+    assert!(parsed("rw,allow_other,").mount.allow_other, "a trailing comma is left where a word was taken out");
     assert_eq!(parsed("ro,rw").warnings.len(), 1);
 }
 
 #[test]
-fn our_words() {
-    assert!(parsed("allow_other").allow_other);
-    assert!(parsed("allow-other").allow_other);
-    assert!(parsed("direct_io").direct_io);
-    assert_eq!(parsed("uid=0,gid=4294967294").uid, Some(0));
-    assert_eq!(parsed("uid=0,gid=4294967294").gid, Some(u32::MAX - 1));
-    assert_eq!(parsed("mode=444,umask=0027").mode, Some(0o444));
-    assert_eq!(parsed("mode=444,umask=0027").umask, Some(0o27));
-    assert_eq!(parsed("max_read=128K").max_read, Some(Bytes::new(131_072)));
-    assert_eq!(parsed("map_cache=0").map_cache, Some(Bytes::ZERO));
-    assert_eq!(parsed("map_cache=16M").map_cache, Some(Bytes::new(16 << 20)));
-    assert_eq!(parsed("thin_metadata=/dev/vg/meta=1").thin_metadata, Some("/dev/vg/meta=1".into()));
-    assert_eq!(parsed("nbd=nbd://host/x").nbd.as_deref(), Some("nbd://host/x"));
+fn options_of_this_program() {
+    assert!(parsed("allow_other").mount.allow_other);
+    assert!(parsed("allow-other").mount.allow_other);
+    assert!(parsed("direct_io").mount.direct_io);
+    assert_eq!(parsed("uid=0,gid=4294967294").mount.uid, Some(0));
+    assert_eq!(parsed("uid=0,gid=4294967294").mount.gid, Some(u32::MAX - 1));
+    assert_eq!(parsed("mode=444,umask=0027").mount.mode, Some(0o444));
+    assert_eq!(parsed("mode=444,umask=0027").mount.umask, Some(0o27));
+    assert_eq!(parsed("max_read=128K").mount.max_read, Some(Bytes::new(131_072)));
+    assert_eq!(parsed("map_cache=0").mount.map_cache, Some(Bytes::ZERO));
+    assert_eq!(parsed("map_cache=16M").mount.map_cache, Some(Bytes::new(16 << 20)));
+    assert_eq!(parsed("thin_metadata=/dev/vg/meta=1").source.thin_metadata, Some("/dev/vg/meta=1".into()));
+    assert_eq!(parsed("nbd=nbd://host/x").source.nbd, Some(Uri::parse("nbd://host/x").unwrap()));
 }
 
 #[test]
@@ -99,12 +100,12 @@ fn quoting() {
         (r"thin_metadata=/a\b", r"/a\b"),
         (r"thin_metadata=/a\", r"/a\"),
     ] {
-        assert_eq!(parsed(list).thin_metadata, Some(expected.into()), "{list}");
+        assert_eq!(parsed(list).source.thin_metadata, Some(expected.into()), "{list}");
     }
     assert!(refused("thin_metadata=\"/a").0.contains("not closed"));
     let path = OsStr::from_bytes(b"thin_metadata=/a\xff");
-    let options = parse(path, Unknown::Refused).unwrap();
-    assert_eq!(options.thin_metadata.unwrap().as_os_str().as_bytes(), b"/a\xff");
+    let options = parse(path, UnknownOptions::Refuse).unwrap();
+    assert_eq!(options.source.thin_metadata.unwrap().as_os_str().as_bytes(), b"/a\xff");
 }
 
 #[test]
@@ -132,7 +133,7 @@ fn wrong_values_say_what_was_expected() {
         let (message, _) = refused(list);
         assert!(message.contains(list) && message.contains("expected"), "{message}");
     }
-    for name in words::WITH_VALUE {
+    for name in words::MOUNT_WITH_VALUE.iter().chain(words::SOURCE) {
         assert!(refused(name).0.contains("needs a value"), "{name}");
     }
 }
@@ -154,10 +155,46 @@ fn unknown_words_are_named_with_their_neighbours() {
 
 #[test]
 fn sloppy_turns_unknown_words_into_warnings_and_nothing_else() {
-    let options = parse(OsStr::new("frob,thing=1,ro"), Unknown::Tolerated).unwrap();
+    let options = parse(OsStr::new("frob,thing=1,ro"), UnknownOptions::Warn).unwrap();
     assert_eq!(options.warnings, ["unknown option 'frob', ignored", "unknown option 'thing', ignored"]);
-    assert!(parse(OsStr::new("uid=x"), Unknown::Tolerated).is_err());
-    assert!(parse(OsStr::new("remount"), Unknown::Tolerated).is_err());
+    assert!(parse(OsStr::new("uid=x"), UnknownOptions::Warn).is_err());
+    assert!(parse(OsStr::new("remount"), UnknownOptions::Warn).is_err());
+}
+
+#[test]
+fn paths_become_absolute() {
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(parsed("thin_metadata=meta").source.thin_metadata, Some(here.join("meta")));
+    let uri = parsed("nbd=nbd+unix:///?socket=s").source.nbd.unwrap();
+    assert_eq!(uri.transport(), &Transport::Unix { socket: here.join("s") });
+    assert!(refused("nbd=http://h/").0.contains("http"));
+}
+
+#[test]
+fn mode_and_umask_make_the_permissions() {
+    for (list, mode) in [("", 0o777), ("mode=444", 0o444), ("umask=027", 0o750), ("mode=444,umask=0027", 0o440)] {
+        assert_eq!(parsed(list).mount.ownership(), Ownership { uid: None, gid: None, mode }, "{list}");
+    }
+}
+
+#[test]
+fn a_command_without_a_mount_refuses_options_of_mounts() {
+    let source = |list: &str| parse_source(OsStr::new(list), "map");
+    assert_eq!(source(",").unwrap(), SourceOptions::default());
+    assert_eq!(source("thin_metadata=/m,nbd=nbd://h/x").unwrap(), parsed("thin_metadata=/m,nbd=nbd://h/x").source);
+    let known = words::FLAGS.iter().map(|flag| flag.0).chain(words::REFUSED.iter().map(|refused| refused.0));
+    let lists = [words::IGNORED, words::IGNORED_WITH_VALUE, words::MOUNT_WITH_VALUE, words::MOUNT_PLAIN];
+    for name in
+        known.chain(lists.into_iter().flatten().copied().filter(|name| !name.is_empty())).chain(["x-systemd.automount"])
+    {
+        for list in [name.to_owned(), format!("{name}=1"), format!("thin_metadata=/m,{name}")] {
+            let error = source(&list).unwrap_err();
+            assert_eq!(error.to_string(), format!("option '{name}' is for mounts, and means nothing to map"));
+            assert_eq!((error.exit_code(), error.hint_text()), (1, Some("map accepts thin_metadata=, nbd=")));
+        }
+    }
+    assert_eq!(source("frob").unwrap_err().to_string(), "unknown option 'frob'");
+    assert!(source("nbd").unwrap_err().to_string().contains("needs a value"));
 }
 
 #[test]
@@ -177,8 +214,8 @@ fn any_bytes_give_a_value_or_an_error() {
             let at = usize::try_from(next()).unwrap() % bytes.len();
             bytes[at] = b",=\\\"\0\xff0K-"[usize::try_from(next() % 9).unwrap()];
         }
-        if let Ok(options) = parse(OsStr::from_bytes(&bytes), Unknown::Tolerated) {
-            assert!(options.flags.contains(MsFlags::MS_RDONLY));
+        if let Ok(options) = parse(OsStr::from_bytes(&bytes), UnknownOptions::Warn) {
+            assert!(options.mount.flags.contains(MsFlags::MS_RDONLY));
         }
     }
 }

@@ -80,7 +80,7 @@ impl Client {
     ///
     /// As [`Client::open`].
     pub fn open_patiently(uri: &Uri, patience: Patience) -> Result<Self> {
-        let pool = Pool::open(uri.clone().absolute()?, patience)?;
+        let pool = Pool::open(uri.clone(), patience)?;
         let no_status = OnceLock::new();
         if pool.first().context.is_none() {
             no_status.get_or_init(|| Failure::NoContext.to_string());

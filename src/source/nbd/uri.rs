@@ -1,4 +1,4 @@
-//! NBD URIs, as `doc/uri.md` of the NBD project and libnbd's `nbd_connect_uri(3)` define them. Pure and total.
+//! NBD URIs, as `doc/uri.md` of the NBD project and libnbd's `nbd_connect_uri(3)` define them.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -6,15 +6,16 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::spec::absolute;
 
 /// The port that IANA assigned to NBD.
 const PORT: u16 = 10809;
-/// The longest string of the protocol in bytes, export names included ("Values" in `doc/proto.md`).
+/// The most bytes that a string of the protocol has, such as an export name ("Values" in `doc/proto.md`).
 const MAX_STRING: usize = 4096;
-/// The longest URI in bytes: an export name and a socket path with each byte written as `%XX` still fit.
+/// The most bytes that a URI has: enough for an export name and a socket path with each byte written as `%XX`.
 const MAX_URI: usize = 32 * 1024;
 
-/// One export of one server.
+/// The URI of one export of one server. Its paths are absolute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Uri {
     text: String,
@@ -35,37 +36,32 @@ pub enum Transport {
     },
     /// A socket of the file system, or, when it begins with a NUL byte, of the abstract namespace (unix(7)).
     Unix {
-        /// Its path as the URI gives it.
+        /// Its absolute path, or its abstract name.
         socket: PathBuf,
     },
 }
 
-/// What `nbds` asks of the encryption.
+/// The TLS parameters of an `nbds` URI.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tls {
-    /// Directory of `ca-cert.pem` and, for a server that asks for one, `client-cert.pem` and `client-key.pem`.
+    /// Absolute path of the directory of `ca-cert.pem` and, for a server that requests a client certificate,
+    /// `client-cert.pem` and `client-key.pem`.
     pub certificates: Option<PathBuf>,
-    /// The name that the server's certificate must have, when it is not the host's.
+    /// The name that the server's certificate must have, if that is not the name of the host.
     pub hostname: Option<String>,
-    /// Whether the server must prove who it is. Only `tls-verify-peer=0` says no.
+    /// Whether the server's certificate is verified. Only `tls-verify-peer=0` switches that off.
     pub verify_peer: bool,
 }
 
 impl Uri {
-    /// Whether `text` begins as an NBD URI does, rather than as a path.
-    pub fn looks_like(text: &str) -> bool {
-        text.split_once("://").is_some_and(|(scheme, _)| {
-            ["nbd", "nbds"].contains(&scheme.split('+').next().unwrap_or_default().to_ascii_lowercase().as_str())
-        })
-    }
-
-    /// Reads a URI.
+    /// Parses a URI, and makes its paths absolute.
     ///
     /// # Errors
-    ///
-    /// A usage error that names the part that is wrong, missing, unknown or not supported.
+    /// A usage error that names the part that is wrong, missing, unknown or not supported. A failure for a relative path
+    /// when the current directory was removed.
     pub fn parse(text: &str) -> Result<Self> {
-        parse(text).map_err(|problem| Error::usage(format!("not a usable NBD URI: {problem}")).on(text))
+        let uri = parse(text).map_err(|problem| Error::usage(format!("not a usable NBD URI: {problem}")).on(text))?;
+        uri.with_absolute_paths()
     }
 
     /// How the server is reached.
@@ -73,17 +69,18 @@ impl Uri {
         &self.transport
     }
 
-    /// The export's name; the empty one is the server's default.
+    /// The export's name; an empty name is the server's default export.
     pub fn export(&self) -> &str {
         &self.export
     }
 
-    /// The encryption that is demanded, or `None` for none.
+    /// The TLS parameters; `None` for a connection without encryption.
     pub fn tls(&self) -> Option<&Tls> {
         self.tls.as_ref()
     }
 
-    /// A name for the file that shows this export: the last part of the export's name, or `nbd`.
+    /// The name of the file that shows this export: the last part of the export's name, or `nbd` where that is no file
+    /// name.
     pub fn file_name(&self) -> &str {
         match self.export.rsplit('/').find(|part| !part.is_empty()) {
             None | Some("." | "..") => "nbd",
@@ -91,25 +88,19 @@ impl Uri {
         }
     }
 
-    /// The same URI with paths that no later change of the working directory can move.
-    ///
-    /// # Errors
-    ///
-    /// A relative path while the working directory is gone.
-    pub fn absolute(mut self) -> Result<Self> {
-        let fix = |path: &mut PathBuf| -> Result<()> {
-            let abstract_name = path.as_os_str().as_encoded_bytes().first() == Some(&0);
-            if !abstract_name {
-                *path = std::path::absolute(&path)
-                    .map_err(|error| Error::failed("cannot make absolute").on(&path).because(error))?;
-            }
-            Ok(())
-        };
-        if let Transport::Unix { socket } = &mut self.transport {
-            fix(socket)?;
+    /// Whether the server is reached through a Unix socket.
+    pub fn has_unix_socket(&self) -> bool {
+        matches!(self.transport, Transport::Unix { .. })
+    }
+
+    fn with_absolute_paths(mut self) -> Result<Self> {
+        if let Transport::Unix { socket } = &mut self.transport
+            && socket.as_os_str().as_encoded_bytes().first() != Some(&0)
+        {
+            *socket = absolute(socket)?;
         }
         if let Some(directory) = self.tls.as_mut().and_then(|tls| tls.certificates.as_mut()) {
-            fix(directory)?;
+            *directory = absolute(directory)?;
         }
         Ok(self)
     }
@@ -134,14 +125,14 @@ fn parse(text: &str) -> std::result::Result<Uri, String> {
         other => return Err(format!("the scheme {other} is not supported")),
     };
     if rest.contains('#') {
-        return Err("a fragment (#) has no meaning; write %23 in a name".to_owned());
+        return Err("a fragment (#) is not supported; write %23 in a name".to_owned());
     }
     let (hierarchy, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, path) = hierarchy.split_once('/').unwrap_or((hierarchy, ""));
     let parameters = Parameters::parse(query)?;
     let export = text_of(path, "export name")?;
     if export.len() > MAX_STRING || export.contains('\0') {
-        return Err(format!("an export name has no NUL and at most {MAX_STRING} bytes"));
+        return Err(format!("an export name cannot have a NUL byte, nor more than {MAX_STRING} bytes"));
     }
     let transport = if unix {
         if !authority.is_empty() {
@@ -193,7 +184,7 @@ fn parse_authority(authority: &str) -> std::result::Result<(String, u16), String
     Ok((host, port))
 }
 
-/// The query, each parameter at most once.
+/// The parameters of the query. Each may be given once.
 #[derive(Default)]
 struct Parameters {
     socket: Option<PathBuf>,
@@ -218,7 +209,7 @@ impl Parameters {
                 other => return Err(format!("the parameter {other} is not supported")),
             };
             if twice {
-                return Err(format!("the parameter {key} is there twice"));
+                return Err(format!("the parameter {key} is given twice"));
             }
         }
         Ok(all)
@@ -236,7 +227,10 @@ impl Parameters {
         }
         let verify_peer = self.verify_peer.unwrap_or(true);
         if verify_peer && self.certificates.is_none() {
-            return Err("TLS needs tls-certificates=DIR, where DIR/ca-cert.pem says whom to trust".to_owned());
+            return Err(
+                "TLS needs tls-certificates=DIR, where DIR/ca-cert.pem has the certificates of the trusted authorities"
+                    .to_owned(),
+            );
         }
         Ok(Some(Tls { certificates: self.certificates, hostname: self.hostname, verify_peer }))
     }
@@ -263,7 +257,7 @@ fn text_of(encoded: &str, what: &str) -> std::result::Result<String, String> {
     String::from_utf8(decode(encoded, what)?).map_err(|_| format!("the {what} is not UTF-8"))
 }
 
-/// Undoes `%XX` (RFC 3986, 2.1).
+/// Decodes `%XX` (RFC 3986, section 2.1).
 fn decode(encoded: &str, what: &str) -> std::result::Result<Vec<u8>, String> {
     let digit =
         |byte: Option<u8>| byte.and_then(|byte| char::from(byte).to_digit(16)).and_then(|d| u8::try_from(d).ok());

@@ -7,13 +7,14 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use blkholefs::mount::options::{self, Unknown};
+use blkholefs::mount::options::{self, UnknownOptions};
 use blkholefs::mount::{argv, mountinfo};
 
 pub fn run(input: &[u8]) {
     let list = OsStr::from_bytes(input);
-    for unknown in [Unknown::Refused, Unknown::Tolerated] {
+    for unknown in [UnknownOptions::Refuse, UnknownOptions::Warn] {
         if let Ok(options) = options::parse(list, unknown) {
+            let options = options.mount;
             assert!([options.uid, options.gid].into_iter().flatten().all(|id| id < u32::MAX));
             assert!([options.mode, options.umask].into_iter().flatten().all(|mode| mode <= 0o777));
             assert!(options.max_read.is_none_or(|size| u32::try_from(size.get()).is_ok()));

@@ -12,6 +12,7 @@ use blkholefs::source::nbd::Uri;
 use blkholefs::source::nbd::frame::{Dialect, HEAD, Head};
 use blkholefs::source::nbd::proto::{Greeting, Info, MAX_OPTION_REPLY, Opt, meta_context, option_reply};
 use blkholefs::source::nbd::reply::{Answer, Content};
+use blkholefs::spec::Spec;
 use blkholefs::units::Bytes;
 
 const EXPORT: u64 = 100_000;
@@ -33,7 +34,7 @@ pub fn run(input: &[u8]) {
 fn uri(text: &str) {
     if let Ok(uri) = Uri::parse(text) {
         assert!(uri.export().len() <= 4096 && !uri.file_name().contains('/'));
-        assert!(Uri::looks_like(text));
+        assert!(Spec::parse(text.as_ref()).is_ok_and(|spec| spec.nbd_uri() == Some(&uri)));
     }
 }
 

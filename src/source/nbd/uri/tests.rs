@@ -4,8 +4,13 @@ fn tcp(host: &str, port: u16) -> Transport {
     Transport::Tcp { host: host.to_owned(), port }
 }
 
-fn unix(socket: &str) -> Transport {
-    Transport::Unix { socket: PathBuf::from(socket) }
+fn unix(socket: impl Into<PathBuf>) -> Transport {
+    Transport::Unix { socket: socket.into() }
+}
+
+/// The absolute path of a name in the current directory.
+fn here(name: &str) -> PathBuf {
+    std::env::current_dir().unwrap().join(name)
 }
 
 #[test]
@@ -19,20 +24,19 @@ fn the_forms_of_the_standard() {
         ("NBD://[::1]:1/a", tcp("::1", 1), "a"),
         ("nbd://[fe80::1%25eth0]/%C3%A9", tcp("fe80::1%eth0", 10809), "\u{e9}"),
         ("nbd+unix:///x?socket=/run/a%26b", unix("/run/a&b"), "x"),
-        ("nbd+unix://?socket=nbd.sock", unix("nbd.sock"), ""),
+        ("nbd+unix://?socket=nbd.sock", unix(here("nbd.sock")), ""),
         ("nbd+unix:///?socket=%00/abstract", unix("\0/abstract"), ""),
     ] {
         let uri = Uri::parse(text).unwrap();
         assert_eq!((uri.transport(), uri.export(), uri.tls()), (&transport, export, None), "{text}");
         assert_eq!(uri.to_string(), text);
-        assert!(Uri::looks_like(text));
     }
 }
 
 #[test]
 fn tls_parameters() {
     let tls = |certificates: Option<&str>, hostname: Option<&str>, verify_peer| Tls {
-        certificates: certificates.map(PathBuf::from),
+        certificates: certificates.map(here),
         hostname: hostname.map(str::to_owned),
         verify_peer,
     };
@@ -100,11 +104,10 @@ fn a_file_is_named_after_the_export() {
 
 #[test]
 fn paths_become_absolute() {
-    let uri = Uri::parse("nbds+unix:///?socket=s&tls-certificates=p").unwrap().absolute().unwrap();
-    let here = std::env::current_dir().unwrap();
-    assert_eq!(uri.transport(), &Transport::Unix { socket: here.join("s") });
-    assert_eq!(uri.tls().unwrap().certificates, Some(here.join("p")));
-    let hidden = Uri::parse("nbd+unix:///?socket=%00s").unwrap().absolute().unwrap();
+    let uri = Uri::parse("nbds+unix:///?socket=s&tls-certificates=p").unwrap();
+    assert_eq!(uri.transport(), &unix(here("s")));
+    assert_eq!(uri.tls().unwrap().certificates, Some(here("p")));
+    let hidden = Uri::parse("nbd+unix:///?socket=%00s").unwrap();
     assert_eq!(hidden.transport(), &unix("\0s"));
 }
 
@@ -113,7 +116,6 @@ proptest::proptest! {
     #[test]
     fn noise(scheme in "nbds?(\\+unix)?://", rest in "[a-z0-9%:@/?&=;#.\\[\\]\\PC-]{0,80}", end in "(\\?socket=[a-z%0-9]{1,9})?") {
         let text = format!("{scheme}{rest}{end}");
-        proptest::prop_assert!(Uri::looks_like(&text));
         if let Ok(uri) = Uri::parse(&text) {
             proptest::prop_assert!(uri.export().len() <= MAX_STRING && !uri.export().contains('\0'));
             proptest::prop_assert!(!uri.file_name().is_empty() && !uri.file_name().contains('/'));
