@@ -4,18 +4,13 @@
 //! with a file for each block device in it. A device is open only while one of its files is open.
 
 mod attributes;
-mod catalog;
 mod change;
 mod nodes;
 mod open;
-mod root;
 mod usage;
 
-pub use attributes::{Attributes, FileKind, Ownership};
-pub use catalog::{Catalog, CatalogEntry, FileSource};
+pub use attributes::{Attributes, Ownership};
 pub use nodes::{Ino, ROOT};
-pub use root::Root;
-pub use usage::Usage;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -25,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::{debug, info};
 
 use crate::error::{Error, Result, shown};
-use crate::export::{FileIdentity, HostNode};
+use crate::export::{Catalog, CatalogEntry, FileIdentity, FileKind, FileSource, HostNode, Usage};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
 use crate::spec::{SourceOptions, Spec};
@@ -167,8 +162,8 @@ impl FileSystem {
         let handle = match open {
             Some(handle) => handle,
             None => match self.catalog.open(source) {
-                Ok(backing) if backing.identity() == identity => {
-                    Arc::new(Handle::for_attributes(backing, self.context.clone()))
+                Ok(export) if export.identity() == identity => {
+                    Arc::new(Handle::for_attributes(export, self.context.clone()))
                 }
                 Ok(_) => return Err(Error::from_errno(libc::ESTALE)),
                 // A shortage of descriptors or memory is no property of the device.
@@ -259,11 +254,11 @@ impl FileSystem {
             return Ok(handle);
         }
         // Without the lock: opening a device may take long, and a device that uses a file of this mount sends requests to it.
-        let backing = self.catalog.open(source)?;
-        if backing.identity() != identity {
+        let export = self.catalog.open(source)?;
+        if export.identity() != identity {
             return Err(Error::from_errno(libc::ESTALE));
         }
-        let mut new = Handle::new(backing, self.context.clone(), self.maps.clone());
+        let mut new = Handle::new(export, self.context.clone(), self.maps.clone());
         let mut devices = self.lock_devices();
         // The device may be open by another name.
         let same = |device: &&OpenDevice| identity.is_some() && device.handle.export().identity() == identity;

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use super::Ino;
 use super::change::FileTimes;
 use crate::error::Result;
-use crate::export::{FileIdentity, HostNode};
+use crate::export::{FileIdentity, FileKind, HostNode};
 use crate::handle::Handle;
 use crate::sys::sysfs;
 use crate::units::Bytes;
@@ -18,15 +18,6 @@ const MAX_DIRECTORY_MODE: u32 = 0o555;
 /// with `lseek` on the descriptor goes wrong when that is larger than an extent. Readers that want more choose it
 /// themselves: cp takes 128 KiB or 256 KiB at least.
 const BLOCK_SIZE: u32 = 4096;
-
-/// The kinds of files in a mount.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum FileKind {
-    /// A directory of devices.
-    Directory,
-    /// A device, shown as a regular file.
-    File,
-}
 
 /// The attributes of a file or directory.
 #[derive(Clone, Debug, PartialEq, Eq)]

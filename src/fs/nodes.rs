@@ -14,8 +14,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Catalog;
 use crate::error::{Error, Result};
+use crate::export::Catalog;
 use crate::export::HostNode;
 use crate::sys::memory;
 

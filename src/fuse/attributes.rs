@@ -2,7 +2,8 @@
 
 use fuser::{FileAttr, FileType, INodeNo};
 
-use crate::fs::{Attributes, FileKind};
+use crate::export::FileKind;
+use crate::fs::Attributes;
 
 pub(super) fn file_type(kind: FileKind) -> FileType {
     match kind {

@@ -21,16 +21,16 @@ use crate::sys::statx::{self, Kind, Links};
 
 /// A directory of devices.
 #[derive(Clone, Debug)]
-pub struct Root {
+pub struct DeviceDirectory {
     /// Its path on the host.
     pub path: PathBuf,
     /// The file system that it was on when it was mounted.
     pub file_system: DeviceId,
 }
 
-impl Root {
+impl DeviceDirectory {
     /// How the path `path` below this directory is shown; `None` when it is not.
-    pub(super) fn shown(&self, path: &Path) -> Option<FileKind> {
+    pub fn shown(&self, path: &Path) -> Option<FileKind> {
         if path.as_os_str().is_empty() {
             return self.is_shown_directory(path).then_some(FileKind::Directory);
         }
@@ -42,7 +42,7 @@ impl Root {
     ///
     /// # Errors
     /// As readdir(3); ENOENT for a directory that is not shown.
-    pub(super) fn entries(&self, path: &Path) -> Result<Vec<(OsString, FileKind)>> {
+    pub fn entries(&self, path: &Path) -> Result<Vec<(OsString, FileKind)>> {
         let directory = self.path.join(path);
         let failed = |error: io::Error| Error::failed("cannot read the directory").on(&directory).because(error);
         if !self.is_shown_directory(path) {

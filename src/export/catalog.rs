@@ -9,10 +9,8 @@ use std::sync::Arc;
 
 use log::error;
 
-use super::FileKind;
-use super::root::Root;
+use super::{DeviceDirectory, Export, FileKind, HostNode, VolumeExport};
 use crate::error::{Error, Result};
-use crate::export::{self, Export, HostNode, VolumeExport};
 use crate::source::Context;
 use crate::source::nbd::{Beside, NbdExport, Uri};
 use crate::source::thin::ThinId;
@@ -34,7 +32,7 @@ pub enum Catalog {
         export_len: Bytes,
     },
     /// The block devices of a directory of the host.
-    Directory(Root),
+    Directory(DeviceDirectory),
     /// The volumes of a pool that is not active. The name of each file is the id of its volume.
     Pool(OfflinePools),
 }
@@ -102,7 +100,7 @@ impl Catalog {
         if kind.is_dir() {
             fs::read_dir(path).map_err(|error| failed("cannot read the directory", error))?;
             let file_system = DeviceId::from_dev(found.dev());
-            return Ok(Self::Directory(Root { path: path.to_owned(), file_system }));
+            return Ok(Self::Directory(DeviceDirectory { path: path.to_owned(), file_system }));
         }
         if !kind.is_block_device() && !kind.is_file() {
             return Err(Error::failed("is neither a block device, nor a regular file, nor a directory").on(path));
@@ -199,7 +197,7 @@ impl Catalog {
     /// When it cannot be opened for reading.
     pub fn open(&self, source: &FileSource) -> Result<Arc<dyn Export>> {
         match (self, source) {
-            (_, FileSource::Path(path)) => export::open(path),
+            (_, FileSource::Path(path)) => super::open(path),
             (_, FileSource::Export(export)) => Ok(Arc::new(export.open()?)),
             (Self::Pool(pools), FileSource::Volume(id)) => Ok(Arc::new(VolumeExport::new(pools.open()?.volume(*id)?))),
             (_, FileSource::Volume(_)) => Err(Error::from_errno(libc::ENOENT)),
