@@ -15,8 +15,8 @@ use std::time::SystemTime;
 use crate::handle::Handle;
 use crate::source::BlockDevice;
 use crate::sys::device::DeviceId;
-use crate::sys::iostats::Counting;
-use crate::sys::stamp::later_than_before;
+use crate::sys::iostats::CompleteAccounting;
+use crate::sys::stamp::increasing_now;
 use crate::sys::sysfs::{Activity, StatFile};
 
 /// The times of a file.
@@ -51,10 +51,10 @@ impl Trace {
     /// `None` when something is not known.
     fn of(device: &BlockDevice, handle: &Handle) -> Option<Self> {
         let id = device.id;
-        let counting = Counting::of(id).ok()?;
+        let counting = CompleteAccounting::of(id).ok()?;
         let stat = StatFile::open(id).ok()?;
         let (attribute, activity) = (stat.inode().ok()?, Activity::now(id, &stat).ok()?);
-        Some(Self { attribute, activity, stack: handle.trace()? }).filter(|_| counting.goes_on())
+        Some(Self { attribute, activity, stack: handle.trace()? }).filter(|_| counting.holds())
     }
 }
 
@@ -65,7 +65,7 @@ impl Changes {
         let backing = handle.backing();
         let Some(device) = backing.device() else {
             let unknown = |_| {
-                let now = later_than_before();
+                let now = increasing_now();
                 Changed { mtime: now, ctime: now }
             };
             return backing.node().map_or_else(unknown, |node| Changed { mtime: node.mtime, ctime: node.ctime });
@@ -75,7 +75,7 @@ impl Changes {
         let since = match seen.get(&device.id) {
             Some(seen) if trace.is_some() && seen.trace == trace => seen.since,
             // Later than what was shown before, also on a kernel whose clock stands still between two looks.
-            _ => later_than_before(),
+            _ => increasing_now(),
         };
         seen.insert(device.id, Seen { trace, since });
         Changed { mtime: since, ctime: since }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::source::{BlockDevice, Guard};
 use crate::sys::device::DeviceId;
-use crate::sys::iostats::Counting;
+use crate::sys::iostats::CompleteAccounting;
 use crate::sys::sysfs::{Activity, StatFile};
 
 /// Writes and discards of a device. As long as none completes, no block of it is mapped.
@@ -18,7 +18,7 @@ pub struct WriteGuard {
     id: DeviceId,
     stat: StatFile,
     seen: Activity,
-    counting: Counting,
+    counting: CompleteAccounting,
     again: Arc<AtomicBool>,
 }
 
@@ -30,7 +30,7 @@ impl WriteGuard {
     /// When the device has no counters, or they may stand still.
     pub fn new(device: &BlockDevice, again: Arc<AtomicBool>) -> io::Result<Self> {
         let stat = StatFile::open(device.id)?;
-        let counting = Counting::of(device.id)?;
+        let counting = CompleteAccounting::of(device.id)?;
         Ok(Self { id: device.id, seen: Activity::now(device.id, &stat)?, stat, counting, again })
     }
 }
@@ -38,7 +38,7 @@ impl WriteGuard {
 impl Guard for WriteGuard {
     fn unchanged(&self) -> bool {
         // The counters before the switch: they are valid if it was on up to then.
-        !self.again.load(Relaxed) && self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.goes_on()
+        !self.again.load(Relaxed) && self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.holds()
     }
 
     fn is_of_content(&self) -> bool {

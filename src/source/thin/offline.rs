@@ -25,7 +25,7 @@ use crate::source::backing::{MIN_ALIGN, Medium, Node};
 use crate::source::dense::Dense;
 use crate::source::{Context, Guard, Layer, Stack};
 use crate::sys::buffer::AlignedBuffer;
-use crate::sys::stamp::{Stamp, later_than_before};
+use crate::sys::stamp::{Stamp, increasing_now};
 use crate::sys::{block, device, file};
 use crate::units::Bytes;
 
@@ -145,7 +145,7 @@ impl OfflinePool {
         let metadata = Metadata::open(reader, MetaBlock::SUPERBLOCK)
             .map_err(|error| Error::failed(format!("cannot read thin metadata: {error}")).on(metadata_path))?;
         let data = Data::open(data_path).map_err(|error| failed(data_path, error))?;
-        let opened = later_than_before();
+        let opened = increasing_now();
         Ok(Self { metadata, metadata_path: metadata_path.to_owned(), watched, stamp, data, opened })
     }
 

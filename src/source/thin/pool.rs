@@ -26,7 +26,7 @@ use crate::error::{Error, Result, plain};
 use crate::map::FillMap;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::dm::{Commit, Control, Table};
-use crate::sys::iostats::Counting;
+use crate::sys::iostats::CompleteAccounting;
 use crate::sys::sysfs::{self, Activity, StatFile};
 use crate::units::{Bytes, Sectors};
 
@@ -272,14 +272,14 @@ struct Still {
     id: DeviceId,
     stat: StatFile,
     seen: Activity,
-    counting: Counting,
+    counting: CompleteAccounting,
 }
 
 impl Still {
     /// `None` when a write is under way, or not everything may be counted.
     fn begin(id: DeviceId) -> std::io::Result<Option<Self>> {
         let stat = StatFile::open(id)?;
-        let counting = match Counting::of(id) {
+        let counting = match CompleteAccounting::of(id) {
             Ok(counting) => counting,
             Err(error) => {
                 debug!("cannot use the I/O counters of the metadata device {id}: {}", plain(&error));
@@ -294,6 +294,6 @@ impl Still {
     /// write that is not in flight any more is counted.
     fn lasts(&self) -> std::io::Result<bool> {
         let idle = sysfs::writes_in_flight(self.id)? == 0;
-        Ok(idle && self.seen.lasts(self.id, &self.stat)? && self.counting.goes_on())
+        Ok(idle && self.seen.lasts(self.id, &self.stat)? && self.counting.holds())
     }
 }
