@@ -63,7 +63,7 @@ impl Error {
 
     /// The refusal of a request with `errno`. Its message is the text that the system has for `errno`.
     pub fn from_errno(errno: i32) -> Self {
-        Self::failed(plain(&io::Error::from_raw_os_error(errno))).seen_as(errno)
+        Self::failed(plain(&io::Error::from_raw_os_error(errno))).with_errno(errno)
     }
 
     /// Adds the device or file on which the operation was tried.
@@ -94,7 +94,7 @@ impl Error {
 
     /// Sets the errno of the FUSE reply, which then replaces that of the cause.
     #[must_use]
-    pub fn seen_as(mut self, errno: i32) -> Self {
+    pub fn with_errno(mut self, errno: i32) -> Self {
         self.reply = Some(errno);
         self
     }
@@ -109,7 +109,7 @@ impl Error {
         self.hint.as_deref()
     }
 
-    /// The errno of the FUSE reply: the one that [`Error::seen_as`] set, else that of the cause, else EIO.
+    /// The errno of the FUSE reply: the one that [`Error::with_errno`] set, else that of the cause, else EIO.
     ///
     /// It is never zero, ENXIO or ENOSYS. The FUSE client takes ENXIO of an lseek for "no data from here on", and after
     /// ENOSYS the kernel sends no more requests of that type. Either would make a copy skip data.
@@ -259,7 +259,7 @@ mod tests {
         assert_eq!(nested.errno(), libc::EACCES);
         assert_eq!(nested.to_string(), "cannot mount: /dev/x: cannot open: Permission denied");
         assert!(nested.source().is_none(), "every cause is in the text already");
-        assert_eq!(Error::failed("x").because(denied()).seen_as(libc::ENODEV).errno(), libc::ENODEV);
+        assert_eq!(Error::failed("x").because(denied()).with_errno(libc::ENODEV).errno(), libc::ENODEV);
     }
 
     #[test]

@@ -154,7 +154,7 @@ impl dyn Export + '_ {
     pub fn read<'a>(&self, buffer: &'a mut AlignedBuffer, offset: Bytes, size: usize) -> Result<&'a [u8]> {
         match self.read_range(buffer, offset, size) {
             Ok(range) => Ok(&buffer.bytes()[range]),
-            Err(error) => Err(error.seen_as(if self.is_gone() { libc::ENODEV } else { libc::EIO })),
+            Err(error) => Err(error.with_errno(if self.is_gone() { libc::ENODEV } else { libc::EIO })),
         }
     }
 

@@ -113,6 +113,7 @@ fn errno(operation: &str, error: &Error) -> Errno {
     Errno::from_i32(error.errno())
 }
 
+/// Replies to a read request.
 fn read(handle: &Handle, buffers: &Buffers, offset: Bytes, size: usize, reply: ReplyData) {
     // The memory of the device's concurrent reads is limited. A read that waits for its share holds no buffer yet.
     let _permit = handle.wait_for_read_memory(size);

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use super::FileKind;
 use crate::error::{Error, Result};
 use crate::sys::device::DeviceId;
-use crate::sys::statx::{self, Kind, Links};
+use crate::sys::statx::{self, Links, PathInfo};
 
 /// A directory of devices.
 #[derive(Clone, Debug)]
@@ -61,7 +61,7 @@ impl DeviceDirectory {
     /// How something in a directory that is shown is shown itself.
     fn shown_in_shown(&self, path: &Path) -> Option<FileKind> {
         let path = self.path.join(path);
-        let own = statx::kind(&path, Links::Own).ok()?;
+        let own = statx::path_info(&path, Links::Own).ok()?;
         match own.file_type {
             libc::S_IFBLK => Some(FileKind::File),
             libc::S_IFDIR => self.is_own(own).then_some(FileKind::Directory),
@@ -74,15 +74,15 @@ impl DeviceDirectory {
     /// that no path is walked through another file system.
     fn is_shown_directory(&self, path: &Path) -> bool {
         // The SPEC itself may be a link.
-        let root = statx::kind(&self.path, Links::Follow);
+        let root = statx::path_info(&self.path, Links::Follow);
         let mut below = path.ancestors().filter(|path| !path.as_os_str().is_empty()).collect::<Vec<_>>();
         below.reverse();
         let is_own =
-            |kind: io::Result<Kind>| kind.is_ok_and(|kind| kind.file_type == libc::S_IFDIR && self.is_own(kind));
-        is_own(root) && below.into_iter().all(|path| is_own(statx::kind(&self.path.join(path), Links::Own)))
+            |kind: io::Result<PathInfo>| kind.is_ok_and(|kind| kind.file_type == libc::S_IFDIR && self.is_own(kind));
+        is_own(root) && below.into_iter().all(|path| is_own(statx::path_info(&self.path.join(path), Links::Own)))
     }
 
-    fn is_own(&self, kind: Kind) -> bool {
+    fn is_own(&self, kind: PathInfo) -> bool {
         kind.device == self.file_system
     }
 }

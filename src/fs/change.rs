@@ -14,8 +14,8 @@ use std::time::SystemTime;
 use crate::handle::Handle;
 use crate::source::BlockDevice;
 use crate::sys::device::DeviceId;
-use crate::sys::iostats::Counting;
-use crate::sys::stamp::later_than_before;
+use crate::sys::iostats::CompleteAccounting;
+use crate::sys::stamp::increasing_now;
 use crate::sys::sysfs::{Activity, StatFile};
 
 /// The times of a file.
@@ -50,10 +50,10 @@ impl DeviceState {
     /// `None` when some of it is not known.
     fn of(device: &BlockDevice, handle: &Handle) -> Option<Self> {
         let id = device.id;
-        let counting = Counting::of(id).ok()?;
+        let counting = CompleteAccounting::of(id).ok()?;
         let stat = StatFile::open(id).ok()?;
         let (attribute, activity) = (stat.inode().ok()?, Activity::now(id, &stat).ok()?);
-        Some(Self { attribute, activity, stack: handle.trace()? }).filter(|_| counting.goes_on())
+        Some(Self { attribute, activity, stack: handle.trace()? }).filter(|_| counting.holds())
     }
 }
 
@@ -64,7 +64,7 @@ impl Changes {
         let export = handle.export();
         let Some(device) = export.device() else {
             let unknown = |_| {
-                let now = later_than_before();
+                let now = increasing_now();
                 FileTimes { mtime: now, ctime: now }
             };
             return export.node().map_or_else(unknown, |node| FileTimes { mtime: node.mtime, ctime: node.ctime });
@@ -74,7 +74,7 @@ impl Changes {
         let since = match last_changes.get(&device.id) {
             Some(last) if state.is_some() && last.state == state => last.since,
             // Later than the time before, also on a kernel whose clock stands still between two calls.
-            _ => later_than_before(),
+            _ => increasing_now(),
         };
         last_changes.insert(device.id, LastChange { state, since });
         FileTimes { mtime: since, ctime: since }

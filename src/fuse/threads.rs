@@ -24,8 +24,8 @@ use std::time::Duration;
 use log::{error, warn};
 use nix::unistd::gettid;
 
-/// The largest number of worker threads, and so of requests that can block at the same time. It is far above what a client
-/// needs whose devices answer, and bounds the threads and the memory of one whose devices do not.
+/// The largest number of worker threads. It is far above the number of requests that are in progress when all devices
+/// respond, and limits the threads and the memory when devices do not respond.
 const MAX_WORKERS: usize = 4096;
 
 /// How long a worker thread waits for another request before it ends.

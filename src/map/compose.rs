@@ -147,12 +147,13 @@ impl HoleMap for Concat {
     }
 }
 
-/// A device that reads any of its layers, without the map knowing which: a thin device over its external origin, the
-/// exceptions of a snapshot over its origin, the legs of a mirror.
+/// A device of several layers, each byte of which is read from one of the layers: a thin device over its external origin,
+/// the exceptions of a snapshot over its origin, the legs of a mirror.
 ///
-/// A range is a hole only where every layer has a hole. The hole is of the kind that all layers have in common, or a plain
-/// [`ExtentKind::Hole`] where their kinds differ. Beyond its end a layer is data; a caller that knows that a layer reads
-/// as zeros there appends a [`Uniform`] hole to it. A device without any layers is data.
+/// The map does not depend on which layer a byte is read from: a range is a hole only where every layer has a hole. The hole
+/// is of the kind that all layers have in common, or a plain [`ExtentKind::Hole`] where their kinds differ. Beyond its end a
+/// layer is data; where it is known to read as zeros, the caller appends a [`Uniform`] hole to it. A device without any
+/// layers is data.
 pub struct Overlay {
     /// The layers. A layer is queried only where all layers before it have holes.
     pub layers: Vec<Arc<dyn HoleMap>>,

@@ -44,9 +44,9 @@ pub struct FillBuilder {
     /// The number of blocks of the device.
     blocks: u64,
     max_chunks: usize,
-    /// The chunks of which single blocks were set, by index.
+    /// The chunks in which single blocks were marked, by index.
     mixed: Mutex<BTreeMap<u64, Arc<ChunkBuilder>>>,
-    /// Ranges of chunks that were set as a whole.
+    /// Ranges of chunks that were marked as a whole.
     full: Mutex<Vec<Range<u64>>>,
     /// Whether a chunk was dropped, since there were `max_chunks` already.
     overflow: AtomicBool,
@@ -73,7 +73,7 @@ impl FillBuilder {
         Filler { builder: self, chunk: None }
     }
 
-    /// The map of all blocks that the fillers have set, or `None` if it takes more than [`MAX_CHUNKS`].
+    /// The map of all marked blocks, or `None` if it takes more than [`MAX_CHUNKS`].
     pub fn finish(self) -> Option<FillMap> {
         if self.overflow.into_inner() {
             return None;

@@ -300,16 +300,16 @@ fn an_invalid_answer_is_data_to_the_end() {
     for from in [0, MIB, INVALID_LEN - 1] {
         let ends = [0, from.saturating_sub(1), from, INVALID_LEN + 1, u64::MAX];
         for answer in ends.into_iter().flat_map(|end| [Data, Hole].map(|kind| Extent { end: Bytes::new(end), kind })) {
-            let broken: Arc<dyn HoleMap> = Arc::new(InvalidMap { from, answer });
+            let invalid: Arc<dyn HoleMap> = Arc::new(InvalidMap { from, answer });
             let expected = ExpectedRuns::new([(from, Hole), (INVALID_LEN - from, Data)]);
-            expected.check_view(&*broken, 4096);
+            expected.check_view(&*invalid, 4096);
             let len = Bytes::new(INVALID_LEN);
             let over: [Arc<dyn HoleMap>; 5] = [
-                Arc::new(Clip { inner: broken.clone(), start: Bytes::ZERO, len }),
-                Arc::new(Concat::new(vec![broken.clone()]).expect("fits")),
-                Arc::new(Overlay { layers: vec![uniform(INVALID_LEN, Hole), broken.clone()], len }),
-                Arc::new(Stripe::new(vec![broken.clone()], Bytes::new(65536), len).expect("has a leg")),
-                Arc::new(Unstripe::new(broken.clone(), Bytes::new(65536), 1, 0, len).expect("has a leg")),
+                Arc::new(Clip { inner: invalid.clone(), start: Bytes::ZERO, len }),
+                Arc::new(Concat::new(vec![invalid.clone()]).expect("fits")),
+                Arc::new(Overlay { layers: vec![uniform(INVALID_LEN, Hole), invalid.clone()], len }),
+                Arc::new(Stripe::new(vec![invalid.clone()], Bytes::new(65536), len).expect("has a leg")),
+                Arc::new(Unstripe::new(invalid.clone(), Bytes::new(65536), 1, 0, len).expect("has a leg")),
             ];
             for map in over {
                 expected.check(&*map);

@@ -145,7 +145,7 @@ impl Guard for Times {
     fn trace(&self, mut trace: &mut dyn Hasher) {
         match Stamp::of(&self.0) {
             Ok(stamp) => stamp.hash(&mut trace),
-            Err(_) => stamp::later_than_before().hash(&mut trace),
+            Err(_) => stamp::increasing_now().hash(&mut trace),
         }
     }
 }

@@ -10,7 +10,7 @@ const SUMMARY: usize = WORDS / 64;
 /// Blocks in a chunk.
 pub(super) const CHUNK: u64 = 64 * WORDS as u64;
 
-/// A chunk into which blocks are being set, by any number of threads at once.
+/// A chunk in which blocks are being marked, by any number of threads at once.
 pub(super) struct ChunkBuilder([AtomicU64; WORDS]);
 
 impl ChunkBuilder {
@@ -19,7 +19,7 @@ impl ChunkBuilder {
         Self([const { AtomicU64::new(0) }; WORDS])
     }
 
-    /// Sets the blocks of `word` whose bits are set in `bits`.
+    /// Marks those blocks of `word` whose bits are set in `bits`.
     pub(super) fn set(&self, word: usize, bits: u64) {
         if bits == u64::MAX {
             // A plain store is enough: it sets every bit that another thread may have set.

@@ -29,7 +29,7 @@ use crate::map::FillMap;
 use crate::reason::DenseReason;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::dm::{Commit, Control, Table};
-use crate::sys::iostats::Counting;
+use crate::sys::iostats::CompleteAccounting;
 use crate::sys::sysfs::{self, Activity, StatFile};
 use crate::units::{Bytes, Sectors};
 
@@ -253,14 +253,14 @@ struct IdleDevice {
     id: DeviceId,
     stat: StatFile,
     seen: Activity,
-    counting: Counting,
+    counting: CompleteAccounting,
 }
 
 impl IdleDevice {
     /// `None` when a write is in flight, or it is not certain that all I/O is counted.
     fn new(id: DeviceId) -> io::Result<Option<Self>> {
         let stat = StatFile::open(id)?;
-        let counting = match Counting::of(id) {
+        let counting = match CompleteAccounting::of(id) {
             Ok(counting) => counting,
             Err(error) => {
                 debug!("cannot use the I/O counters of the metadata device {id}: {}", plain(&error));
@@ -275,6 +275,6 @@ impl IdleDevice {
     /// in the opposite order to [`IdleDevice::new`]: a write that is no longer in flight has been counted.
     fn is_still_idle(&self) -> io::Result<bool> {
         let idle = sysfs::writes_in_flight(self.id)? == 0;
-        Ok(idle && self.seen.lasts(self.id, &self.stat)? && self.counting.goes_on())
+        Ok(idle && self.seen.lasts(self.id, &self.stat)? && self.counting.holds())
     }
 }
