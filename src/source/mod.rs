@@ -23,15 +23,15 @@ pub mod dense;
 pub mod device;
 pub mod dm;
 pub mod file;
-mod known;
+mod live;
 pub mod loop_device;
 pub mod md;
 pub mod nbd;
+pub mod nvme;
 pub mod partition;
 mod resolve;
 pub mod scsi;
 pub mod thin;
-mod walks;
 
 pub use backing::Backing;
 pub use device::BlockDevice;

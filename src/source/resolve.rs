@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::map::{Clip, HoleMap};
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
 use crate::source::file::Reads;
-use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, partition, scsi, thin};
+use crate::source::{Guard, Layer, dense, dm, file, loop_device, md, nbd, nvme, partition, scsi, thin};
 use crate::sys::device::DeviceId;
 use crate::sys::file::write_through;
 use crate::sys::sysfs::SuspendFile;
@@ -244,7 +244,7 @@ impl Resolver<'_> {
             Kind::DeviceMapper => dm::layer(device, self),
             Kind::Md => md::layer(device, self),
             Kind::Scsi => scsi::disk_layer(device),
-            Kind::Nvme => scsi::nvme_layer(&device.name(), device.len),
+            Kind::Nvme => nvme::layer(device),
             Kind::Loop | Kind::Other => {
                 dense::layer(device.name(), "block device", device.len, "this kind of device does not tell its holes")
             }
@@ -288,7 +288,7 @@ impl Kind {
             _ if sysfs::bytes(id, "dm/name")?.is_some() => Self::DeviceMapper,
             _ if md::is_array(id)? => Self::Md,
             _ if scsi::is_disk(id) => Self::Scsi,
-            _ if scsi::is_nvme(id) => Self::Nvme,
+            _ if nvme::is_nvme(id) => Self::Nvme,
             _ => Self::Other,
         })
     }
