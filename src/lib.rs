@@ -1,8 +1,8 @@
 //! Shows block devices as regular files whose holes are real.
 //!
-//! Linux answers `lseek(SEEK_HOLE)` on a block device with EINVAL. This program is a FUSE daemon that answers it, from
-//! those who know the holes: the file behind a loop device, device-mapper tables, dm-thin metadata, SCSI disks, NBD
-//! servers.
+//! Linux answers `lseek(SEEK_HOLE)` on a block device with EINVAL. This program is a FUSE daemon that answers it with the
+//! holes that are known elsewhere: in the file below a loop device, in device-mapper tables and dm-thin metadata, to SCSI
+//! disks and NBD servers.
 //!
 //! # The one rule
 //!
@@ -24,8 +24,9 @@
 //! | [`map`] | runs of data and holes, their compositions, and the exact answers of lseek; knows no devices |
 //! | [`source`] | each kind of device to a map, in a folder or file of its own; [`source::Resolver`] goes down a stack |
 //! | [`sys`] | system calls, ioctls and sysfs as safe functions: the only unsafe code |
-//! | [`mount`] | mount(8)'s words, the mount itself, the daemon, umount |
-//! | [`cli`], [`report`] | the other commands, and what they print |
+//! | [`spec`] | the SPEC of a command line, parsed once, and the options that belong to it |
+//! | [`mount`] | the commands `mount` and `umount`, their options, and the daemon |
+//! | [`cli`], [`report`] | the other commands, and their output |
 //! | [`error`], [`units`] | one error with one errno and one exit code; bytes and sectors as types |
 //! | [`reason`] | why a device is shown without holes |
 //! | [`deadline`] | how long a request may wait for servers |

@@ -9,7 +9,7 @@ use blkholefs::mount::{helper, logging, umount};
 use blkholefs::source::thin::keeper;
 use blkholefs::sys::process;
 
-/// "Internal error" of mount(8).
+/// The exit code for an internal error (mount(8)).
 const INTERNAL: u8 = 4;
 
 fn main() -> ExitCode {
@@ -19,14 +19,14 @@ fn main() -> ExitCode {
     std::panic::catch_unwind(|| dispatch(name, words)).unwrap_or(ExitCode::from(INTERNAL))
 }
 
-/// The name that the program is called by chooses what it is.
+/// Runs the command that the name of the program, or else the first word, stands for.
 fn dispatch(name: &str, words: &[OsString]) -> ExitCode {
     match (name, words.first().and_then(|word| word.to_str())) {
         ("mount.blkholefs" | "mount.fuse.blkholefs", _) => helper::main(name, words),
         ("umount.blkholefs" | "umount.fuse.blkholefs", _) => umount::main(name, words),
         (_, Some("mount")) => helper::command(&words[1..]),
         (_, Some("umount")) => umount::main("blkholefs", &words[1..]),
-        // Started by the program itself.
+        // This program starts itself with this command.
         (_, Some(keeper::COMMAND)) => {
             process::close_inherited_descriptors();
             logging::start_helper("blkholefs");

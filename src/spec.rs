@@ -88,7 +88,7 @@ impl fmt::Display for Spec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.kind {
             SpecKind::Path(path) => shown(path).fmt(f),
-            SpecKind::Nbd(uri) => uri.fmt(f),
+            SpecKind::Nbd(_) => shown(&self.typed).fmt(f),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `blkholefs demo`: the main job on a sparse image of its own. Everything it makes, it takes away.
+//! `blkholefs demo`: mounts and copies a sparse image that it makes, and removes everything.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -18,23 +18,24 @@ use crate::units::{Bytes, Sectors};
 
 /// The length of the image.
 const IMAGE: Bytes = Bytes::new(1 << 30);
-/// Its data: this many extents of this length, spread evenly.
+/// The number of its extents of data, which are at equal distances.
 const EXTENTS: u64 = 256;
+/// The length of each of them in bytes.
 const EXTENT: usize = 64 << 10;
 
 /// Runs the demonstration.
 ///
 /// # Errors
-/// When a step fails; what was made is taken away all the same.
+/// When a step fails. Everything that was made is removed all the same.
 pub fn run() -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Error::usage("the demo makes a loop device, which needs root"));
     }
-    // An interrupted demo still cleans up: the signal is delivered when this returns.
-    let held = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
-    let _ = held.thread_block();
+    // The signals are delivered after the clean-up.
+    let blocked = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+    let _ = blocked.thread_block();
     let result = Scratch::new().and_then(|scratch| show(&scratch));
-    let _ = held.thread_unblock();
+    let _ = blocked.thread_unblock();
     result
 }
 
@@ -43,41 +44,41 @@ fn show(scratch: &Scratch) -> Result<()> {
     make_image(&image)?;
     let device = LoopDevice::bind(&image)?;
     let data = Bytes::new(EXTENTS * EXTENT as u64);
-    say(&format!("image   {} with {} of data, on {}", human(IMAGE), human(data), device.path.display()));
+    print(&format!("image   {} with {} of data, on {}", human(IMAGE), human(data), device.path.display()));
 
     let mount = Mount::new(&device.path, scratch.path("mnt"))?;
     let shown = mount.file(&device.path);
-    say(&format!("mount   blkholefs mount {} {}", device.path.display(), mount.directory.display()));
+    print(&format!("mount   blkholefs mount {} {}", device.path.display(), mount.directory.display()));
 
     let (from_device, from_mount) = (scratch.path("from-device"), scratch.path("from-mount"));
     let whole = device.timed_copy(&device.path, &from_device)?;
     let sparse = device.timed_copy(&shown, &from_mount)?;
-    say(&format!("cp from the device   read {:>8} in {:.2} s", human(whole.read), whole.took.as_secs_f64()));
-    say(&format!("cp from the mount    read {:>8} in {:.2} s", human(sparse.read), sparse.took.as_secs_f64()));
+    print(&format!("cp from the device   read {:>8} in {:.2} s", human(whole.read), whole.took.as_secs_f64()));
+    print(&format!("cp from the mount    read {:>8} in {:.2} s", human(sparse.read), sparse.took.as_secs_f64()));
 
     for copy in [&from_device, &from_mount] {
         if !identical(&image, copy)? {
             return Err(Error::failed("differs from the image").on(copy));
         }
     }
-    say("copies  identical to the image, byte for byte");
+    print("copies  identical to the image, byte for byte");
     mount.end()?;
     device.end()
 }
 
-fn say(line: &str) {
-    // A reader that went away does not stop the clean-up.
+fn print(line: &str) {
+    // A closed pipe must not prevent the clean-up.
     let _ = writeln!(io::stdout(), "{line}");
 }
 
-/// A directory that is removed at the end.
+/// A temporary directory. Dropping it removes it.
 struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> Result<Self> {
         let base = std::env::temp_dir().join("blkholefs-demo-XXXXXX");
         let made = nix::unistd::mkdtemp(&base);
-        made.map(Self).map_err(|error| Error::failed("cannot make a directory").on(&base).because(error))
+        made.map(Self).map_err(|error| Error::failed("cannot create a directory").on(&base).because(error))
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -93,7 +94,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Writes extents of bytes that do not compress to zeros, spread over a sparse file.
+/// Creates a sparse file with extents of bytes that are not zero.
 fn make_image(path: &Path) -> Result<()> {
     let failed = |error: io::Error| Error::failed("cannot write").on(path).because(error);
     let file = File::create_new(path).map_err(failed)?;
@@ -108,15 +109,16 @@ fn make_image(path: &Path) -> Result<()> {
     file.sync_all().map_err(failed)
 }
 
-/// A loop device that is detached at the end.
+/// A loop device. Dropping it detaches it.
 struct LoopDevice {
     path: PathBuf,
     id: DeviceId,
     bound: bool,
 }
 
-/// What a copy cost.
+/// The cost of a copy.
 struct Cost {
+    /// The bytes that were read from the device.
     read: Bytes,
     took: Duration,
 }
@@ -129,7 +131,7 @@ impl LoopDevice {
         Ok(Self { path, id, bound: true })
     }
 
-    /// Copies with cp(1) and tells what was read of the device meanwhile.
+    /// Copies a file with cp(1).
     fn timed_copy(&self, from: &Path, to: &Path) -> Result<Cost> {
         let failed = |error: io::Error| Error::failed("cannot read its counters").on(&self.path).because(error);
         let stat = StatFile::open(self.id).map_err(failed)?;
@@ -162,7 +164,7 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A mount that is unmounted at the end.
+/// A mount. Dropping it unmounts it.
 struct Mount {
     directory: PathBuf,
     mounted: bool,
@@ -170,7 +172,8 @@ struct Mount {
 
 impl Mount {
     fn new(device: &Path, directory: PathBuf) -> Result<Self> {
-        fs::create_dir(&directory).map_err(|error| Error::failed("cannot make it").on(&directory).because(error))?;
+        fs::create_dir(&directory)
+            .map_err(|error| Error::failed("cannot create the directory").on(&directory).because(error))?;
         output(own_program()?.arg("mount").arg(device).arg(&directory))?;
         Ok(Self { directory, mounted: true })
     }
@@ -206,7 +209,7 @@ fn own_program() -> Result<Command> {
         .map_err(|error| Error::new(crate::error::ErrorKind::System, "cannot find the program").because(error))
 }
 
-/// Runs a program; what it prints, or a failure with what it said.
+/// Runs a program. Returns its standard output, or an error with its standard error.
 fn output(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_owned();
     let output = command.stdin(Stdio::null()).output();
@@ -214,11 +217,11 @@ fn output(command: &mut Command) -> Result<String> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(Error::failed(format!("failed ({}): {}", output.status, said.trim())).on(&name))
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    Err(Error::failed(format!("failed ({}): {}", output.status, stderr.trim())).on(&name))
 }
 
-/// Whether two files hold the same bytes.
+/// Whether two files have the same contents.
 fn identical(one: &Path, other: &Path) -> Result<bool> {
     let open = |path: &Path| File::open(path).map_err(|error| Error::failed("cannot open").on(path).because(error));
     let (one_file, other_file) = (open(one)?, open(other)?);

@@ -1,7 +1,7 @@
-//! The command lines: what mount(8) passes to its helper, what umount(8) passes, and our own subcommands.
+//! The command lines of `mount.blkholefs`, `umount.blkholefs`, `blkholefs mount` and `blkholefs umount`.
 //!
 //! mount(8) calls `mount.blkholefs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]`; people write the operands
-//! last. Both orders, bundled flags and several `-o` are understood.
+//! last. Both orders, bundled flags and several `-o` are accepted.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -13,14 +13,14 @@ use crate::error::{Error, Result};
 use crate::mount::mountinfo::FS_TYPE;
 use crate::mount::options;
 
-/// What a command line asks for.
+/// A parsed command line.
 #[derive(Debug, PartialEq, Eq)]
 pub enum CommandLine<T> {
-    /// To do the work.
+    /// Run the command.
     Run(T),
-    /// To print how it is called.
+    /// Print the usage.
     Help,
-    /// To print the version.
+    /// Print the version.
     Version,
 }
 
@@ -31,13 +31,13 @@ pub struct MountRequest {
     pub spec: OsString,
     /// Where, as typed.
     pub dir: PathBuf,
-    /// The words of all `-o`, joined by commas.
+    /// The options of all `-o`, joined by commas.
     pub options: OsString,
     /// Do everything but mount (`-f` of mount(8)).
     pub fake: bool,
-    /// Tolerate unknown options (`-s`).
+    /// Warn about unknown options instead of failing (`-s`).
     pub sloppy: bool,
-    /// Say what is done (`-v`).
+    /// Print what is done (`-v`).
     pub verbose: bool,
     /// Serve in the calling process, and log to its standard error.
     pub foreground: bool,
@@ -48,13 +48,13 @@ pub struct MountRequest {
 /// One mount to end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UmountRequest {
-    /// The mount's directory, or what was mounted.
+    /// The directory of the mount, or its SPEC.
     pub target: PathBuf,
-    /// Abort requests that wait (`-f`).
+    /// Abort pending requests (`-f`).
     pub force: bool,
-    /// Detach now, end when the last user is gone (`-l`).
+    /// Detach the mount now, although it is in use (`-l`).
     pub lazy: bool,
-    /// Say what is done (`-v`).
+    /// Print what is done (`-v`).
     pub verbose: bool,
     /// The mount namespace to unmount in (`-N`).
     pub namespace: Option<PathBuf>,
@@ -63,7 +63,7 @@ pub struct UmountRequest {
 /// Parses what mount(8) passes to `mount.blkholefs`.
 ///
 /// # Errors
-/// A usage error: an unknown flag, a missing or a third operand, a type that is not ours.
+/// A usage error: an unknown flag, a missing or a third operand, the type of another file system.
 pub fn mount_helper(args: &[OsString]) -> Result<CommandLine<MountRequest>> {
     let mut request = MountRequest::default();
     let mut operands = Vec::new();
@@ -72,7 +72,7 @@ pub fn mount_helper(args: &[OsString]) -> Result<CommandLine<MountRequest>> {
         match arg {
             Short('f') => request.fake = true,
             Short('s') => request.sloppy = true,
-            // There is no mtab to keep the mount out of.
+            // `-n` suppresses an entry in /etc/mtab, and this program writes none.
             Short('n') => {}
             Short('v') => request.verbose = true,
             Short('N') => request.namespace = Some(parser.value().map_err(wrong)?.into()),
@@ -112,7 +112,7 @@ pub fn mount_command(args: &[OsString]) -> Result<CommandLine<MountRequest>> {
 /// Parses what umount(8) passes to `umount.blkholefs`, and the words after `blkholefs umount`.
 ///
 /// # Errors
-/// A usage error: an unknown flag, no operand or more than one, a type that is not ours.
+/// A usage error: an unknown flag, no operand or more than one, the type of another file system.
 pub fn umount(args: &[OsString]) -> Result<CommandLine<UmountRequest>> {
     let mut request = UmountRequest::default();
     let mut operands = Vec::new();
@@ -121,12 +121,12 @@ pub fn umount(args: &[OsString]) -> Result<CommandLine<UmountRequest>> {
         match arg {
             Short('f') => request.force = true,
             Short('l') => request.lazy = true,
-            // No mtab, and what is read-only already needs no remount when it is busy.
+            // `-n` is for /etc/mtab, and `-r` remounts a busy file system read-only. This one is read-only.
             Short('n' | 'r') => {}
             Short('v') => request.verbose = true,
             Short('N') => request.namespace = Some(parser.value().map_err(wrong)?.into()),
             Short('t') => check_type(&parser.value().map_err(wrong)?)?,
-            // umount(8) has no file system options; some versions pass on what it read in its table.
+            // umount(8) has no such option; some versions pass the options of the mount table.
             Short('o') => drop(parser.value().map_err(wrong)?),
             Short('h') | Long("help") => return Ok(CommandLine::Help),
             Short('V') | Long("version") => return Ok(CommandLine::Version),
@@ -149,12 +149,12 @@ fn finish_mount(request: MountRequest, operands: Vec<OsString>) -> Result<Comman
     }
 }
 
-/// Accepts the names that mount(8) can have found this program by.
+/// Checks that a type is one of those for which mount(8) runs this program.
 fn check_type(name: &OsStr) -> Result<()> {
     let plain = FS_TYPE.as_bytes().strip_prefix(b"fuse.").unwrap_or_default();
     let name = name.as_bytes();
-    let name_of_ours = name.strip_prefix(b"fuse.").unwrap_or(name);
-    match name_of_ours.strip_prefix(plain) {
+    let own_name = name.strip_prefix(b"fuse.").unwrap_or(name);
+    match own_name.strip_prefix(plain) {
         Some(b"" | [b'.', ..]) => Ok(()),
         _ => Err(Error::usage(format!("file system type '{}' is not {FS_TYPE}", String::from_utf8_lossy(name)))),
     }
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_mount_passes() {
+    fn command_lines_of_mount() {
         assert_eq!(helper("/dev/x /m -o rw"), expected("rw"));
         assert_eq!(helper("/dev/x /m -f -o rw"), MountRequest { fake: true, ..expected("rw") });
         let verbose = MountRequest { sloppy: true, verbose: true, ..expected("ro,nosuid,") };
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn what_people_type() {
+    fn command_lines_of_people() {
         assert_eq!(helper("-o ro -oallow_other /dev/x /m"), expected("ro,allow_other"));
         assert_eq!(helper("-o ro /dev/x /m -o uid=1"), expected("ro,uid=1"));
         assert_eq!(helper("/dev/x -sfnv /m"), MountRequest { sloppy: true, fake: true, verbose: true, ..expected("") });
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn the_subcommand_has_another_f() {
+    fn the_flag_f_of_the_subcommand_is_foreground() {
         let parsed = mount_command(&words("-f -o ro /dev/x /m")).unwrap();
         assert_eq!(parsed, CommandLine::Run(MountRequest { foreground: true, ..expected("ro") }));
         let parsed = mount_command(&words("/dev/x /m --foreground --options=ro -v")).unwrap();
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn umount_lines() {
+    fn command_lines_of_umount() {
         let request = UmountRequest { target: "/m".into(), ..UmountRequest::default() };
         for line in ["/m", "/m -n", "/m -t fuse.blkholefs", "-nr -t blkholefs /m", "/m -o x"] {
             assert_eq!(umount(&words(line)).unwrap(), CommandLine::Run(request.clone()), "{line}");

@@ -1,4 +1,4 @@
-//! From a command to a daemon: fork, a pipe over which the daemon says how its start went, and the signals after it.
+//! The daemon's process: the fork, and the pipe over which the daemon reports how its start ended.
 
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -14,87 +14,88 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mount::logging;
 use crate::sys::process::{self, Fork};
 
-/// How a daemon says that it serves.
-#[derive(Debug)]
-pub struct Ready {
-    /// To the waiting command; `None` in the foreground, and after the report.
-    pipe: Option<PipeWriter>,
+/// The two processes after [`fork`].
+pub enum Forked {
+    /// This is the mount command, and the daemon is its child.
+    Command(StartingDaemon),
+    /// This is the daemon.
+    Daemon(StartReport),
 }
 
-impl Ready {
-    /// For a service that stays in the foreground.
-    pub fn foreground() -> Self {
-        Self { pipe: None }
-    }
-
-    /// Whether nobody waits in another process.
-    pub fn is_foreground(&self) -> bool {
-        self.pipe.is_none()
-    }
-
-    /// Says that the mount is there: the command that waits for it returns, the service manager goes on. From here on a
-    /// daemon has no terminal and a session of its own.
-    ///
-    /// # Errors
-    /// Interrupted, when the command that waited is gone: nobody knows of the mount.
-    pub fn report(&mut self) -> Result<()> {
-        let Some(pipe) = &mut self.pipe else { return notify_manager() };
-        leave_terminal()?;
-        let gone = |e| Error::new(ErrorKind::Interrupted, "the mount command was ended").because(e);
-        // Before the session is left: then a command that is gone is noticed while its signals still come here too.
-        pipe.write_all(&[0]).map_err(gone)?;
-        setsid().map_err(|e| Error::new(ErrorKind::System, "cannot leave the session").because(e))?;
-        pipe.write_all(&[0]).map_err(gone)?;
-        // The command returns when the pipe ends.
-        self.pipe = None;
-        Ok(())
-    }
-}
-
-/// Runs `work` in a daemon and waits until it reports; returns the exit code, 0 when it serves. `complain` makes the
-/// text of an error that the user sees. `clear_away` runs when the daemon died without a report.
+/// Forks a daemon.
 ///
-/// Until the report the daemon stays in the process group of the caller. autofs knows the mount command by that group
-/// (`fs/autofs/autofs_i.h: autofs_oz_mode`): any other process that looks up the mountpoint, and the daemon's mount(2)
-/// does, waits until the automount daemon knows that the mount command ended.
+/// Until [`StartReport::serving`] the daemon stays in the process group of the mount command. autofs recognises the mount
+/// command by its process group (`fs/autofs/autofs_i.h: autofs_oz_mode`). A lookup of the mountpoint by any other process
+/// waits until the automount daemon knows that the mount command has ended, and the daemon's mount(2) is such a lookup.
 ///
 /// # Errors
-/// When no daemon can be started, or it died.
-pub fn background(
-    complain: impl Fn(&Error) -> String,
-    work: impl FnOnce(&mut Ready) -> Result<()>,
-    clear_away: impl FnOnce() -> Result<()>,
-) -> Result<u8> {
+/// When there is no memory or no process left.
+pub fn fork() -> Result<Forked> {
     let cannot = |e: io::Error| Error::new(ErrorKind::System, "cannot start a daemon").because(e);
     let (reader, writer) = io::pipe().map_err(cannot)?;
-    match process::fork().map_err(cannot)? {
-        Fork::Parent(child) => {
-            drop(writer);
-            wait_for_report(reader, child, clear_away)
-        }
-        Fork::Child => {
-            drop(reader);
-            let mut ready = Ready { pipe: Some(writer) };
-            let code = match leave_directory().and_then(|()| work(&mut ready)) {
-                Ok(()) => 0,
-                Err(error) => {
-                    give_up(&mut ready, &complain(&error), error.exit_code());
-                    error.exit_code()
-                }
-            };
-            std::process::exit(code.into())
-        }
-    }
+    Ok(match process::fork().map_err(cannot)? {
+        Fork::Parent(process) => Forked::Command(StartingDaemon { process, pipe: reader }),
+        Fork::Child => Forked::Daemon(StartReport { pipe: Some(writer) }),
+    })
 }
 
-fn leave_directory() -> Result<()> {
+/// Enters the root directory and clears the file mode creation mask, so that the daemon keeps no file system busy.
+///
+/// # Errors
+/// As chdir(2).
+pub fn leave_directory() -> Result<()> {
     chdir("/").map_err(|e| Error::new(ErrorKind::System, "cannot enter the root directory").because(e))?;
     umask(Mode::empty());
     Ok(())
 }
 
-/// The standard descriptors stay open, on /dev/null: closed, they would be given to the next file that is opened; and
-/// who reads the command's output would wait for the daemon's end.
+/// What the process that serves reports about its start.
+#[derive(Debug)]
+pub struct StartReport {
+    /// The pipe to the mount command. `None` in the foreground, and after the report.
+    pipe: Option<PipeWriter>,
+}
+
+impl StartReport {
+    /// The report of a process that serves in the foreground: no mount command waits for it.
+    pub fn foreground() -> Self {
+        Self { pipe: None }
+    }
+
+    /// Whether no mount command waits.
+    pub fn is_foreground(&self) -> bool {
+        self.pipe.is_none()
+    }
+
+    /// Reports that the mount is served, to the mount command or to the service manager. A daemon has no terminal and a
+    /// session of its own after this, and the mount command ends.
+    ///
+    /// # Errors
+    /// Interrupted, when the mount command has ended already: the user does not know of the mount.
+    pub fn serving(&mut self) -> Result<()> {
+        let Some(pipe) = &mut self.pipe else { return notify_manager() };
+        leave_terminal()?;
+        let gone = |e| Error::new(ErrorKind::Interrupted, "the mount command was ended").because(e);
+        // Written before setsid(2): up to there, a signal that ends the command's process group reaches this process too.
+        pipe.write_all(&[0]).map_err(gone)?;
+        setsid().map_err(|e| Error::new(ErrorKind::System, "cannot leave the session").because(e))?;
+        pipe.write_all(&[0]).map_err(gone)?;
+        // The command reads until the pipe is closed.
+        self.pipe = None;
+        Ok(())
+    }
+
+    /// Reports an error to the mount command; to the log after the start, and when the command has ended.
+    pub fn failed(&mut self, text: &str, exit_code: u8) {
+        let message = [&[exit_code], text.as_bytes()].concat();
+        if self.pipe.take().is_none_or(|mut pipe| pipe.write_all(&message).is_err()) {
+            log::error!("{text}");
+        }
+    }
+}
+
+/// Leaves the terminal. The standard descriptors stay open, on /dev/null: a closed one would be reused for the next file
+/// that is opened, and a program that reads the command's output would wait until the daemon ends.
 fn leave_terminal() -> Result<()> {
     let cannot = |e: io::Error| Error::new(ErrorKind::System, "cannot open").on("/dev/null").because(e);
     let null = File::options().read(true).write(true).open("/dev/null").map_err(cannot)?;
@@ -107,48 +108,7 @@ fn leave_terminal() -> Result<()> {
     Ok(())
 }
 
-/// Hands an error to the command, or to the log when the command is gone.
-fn give_up(ready: &mut Ready, text: &str, code: u8) {
-    let record = [&[code], text.as_bytes()].concat();
-    if ready.pipe.take().is_none_or(|mut pipe| pipe.write_all(&record).is_err()) {
-        log::error!("{text}");
-    }
-}
-
-/// What a daemon that serves has written: once before it leaves the session, and once after that.
-const SERVES: [u8; 2] = [0, 0];
-
-/// Reads [`SERVES`], or the record `CODE TEXT` of a failure, which may follow a first 0. A pipe that ends without either is
-/// a daemon that died.
-fn wait_for_report(reader: PipeReader, child: Pid, clear_away: impl FnOnce() -> Result<()>) -> Result<u8> {
-    const LONGEST: u64 = 16 << 10;
-    let mut record = Vec::new();
-    let read = reader.take(LONGEST).read_to_end(&mut record);
-    read.map_err(|e| Error::failed("cannot hear from the daemon").because(e))?;
-    if record == SERVES {
-        return Ok(0);
-    }
-    // It failed, and is on its way out: what it held is free when this command returns.
-    let status = waitpid(child, None);
-    match record.strip_prefix(&[0]).unwrap_or(&record).split_first() {
-        Some((code, text)) => {
-            eprintln!("{}", String::from_utf8_lossy(text));
-            Ok(*code)
-        }
-        None => {
-            let error = Error::failed(match status {
-                Ok(WaitStatus::Signaled(_, signal, _)) => format!("the daemon was killed by {signal}"),
-                _ => "the daemon died before it served".to_owned(),
-            });
-            Err(match clear_away() {
-                Ok(()) => error,
-                Err(left) => error.hint(format!("its mount is still there: {left}")),
-            })
-        }
-    }
-}
-
-/// Tells a service manager that the service is up (sd_notify(3)), if one wants to know.
+/// Notifies the service manager that the service is up, if there is one (sd_notify(3)).
 fn notify_manager() -> Result<()> {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
     let address = match name.as_bytes() {
@@ -158,37 +118,96 @@ fn notify_manager() -> Result<()> {
     address
         .and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address))
         .map(drop)
-        .map_err(|e| Error::new(ErrorKind::System, "cannot tell the service manager").on(&name).because(e))
+        .map_err(|e| Error::new(ErrorKind::System, "cannot notify the service manager").on(&name).because(e))
+}
+
+/// A daemon that has not yet reported how its start ended.
+pub struct StartingDaemon {
+    process: Pid,
+    pipe: PipeReader,
+}
+
+/// How the start of a daemon ended.
+#[derive(Debug)]
+pub enum StartOutcome {
+    /// The daemon serves the mount.
+    Serving,
+    /// The daemon failed, and has removed its mount.
+    Failed {
+        /// The error, as it is printed.
+        text: String,
+        /// The exit code.
+        exit_code: u8,
+    },
+    /// The daemon died without a report, and may have left a mount.
+    Died(Error),
+}
+
+/// What a daemon that serves has written: a byte before it leaves the session, and one after that.
+const SERVING: [u8; 2] = [0, 0];
+
+impl StartingDaemon {
+    /// Waits for the report. The daemon has ended when this returns another outcome than [`StartOutcome::Serving`].
+    ///
+    /// # Errors
+    /// As read(2).
+    pub fn wait(self) -> Result<StartOutcome> {
+        const MAX_MESSAGE: u64 = 16 << 10;
+        let mut message = Vec::new();
+        let read = self.pipe.take(MAX_MESSAGE).read_to_end(&mut message);
+        read.map_err(|e| Error::failed("cannot read the daemon's report").because(e))?;
+        if message == SERVING {
+            return Ok(StartOutcome::Serving);
+        }
+        // Waits for the end of the daemon, so that nothing is busy because of it when the command ends.
+        let status = waitpid(self.process, None);
+        // A failure is its exit code and text, perhaps after the first byte of SERVING.
+        match message.strip_prefix(&[0]).unwrap_or(&message).split_first() {
+            Some((exit_code, text)) => {
+                Ok(StartOutcome::Failed { text: String::from_utf8_lossy(text).into_owned(), exit_code: *exit_code })
+            }
+            None => Ok(StartOutcome::Died(Error::failed(match status {
+                Ok(WaitStatus::Signaled(_, signal, _)) => format!("the daemon was killed by {signal}"),
+                _ => "the daemon died before it served".to_owned(),
+            }))),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// `fork` refuses in the threads of the test harness, so the parent's half is tested alone.
-    fn parent_hears(record: &[u8]) -> Result<u8> {
-        let (reader, mut writer) = io::pipe().unwrap();
-        writer.write_all(record).unwrap();
+    /// `fork` refuses to run in the threads of the test harness, so this tests the command's side alone.
+    fn outcome(message: &[u8]) -> StartOutcome {
+        let (pipe, mut writer) = io::pipe().unwrap();
+        writer.write_all(message).unwrap();
         drop(writer);
-        wait_for_report(reader, Pid::from_raw(i32::MAX), || Ok(()))
+        StartingDaemon { process: Pid::from_raw(i32::MAX), pipe }.wait().unwrap()
     }
 
     #[test]
-    fn the_daemons_word_is_the_commands() {
-        assert_eq!(parent_hears(&SERVES).unwrap(), 0);
-        assert_eq!(parent_hears(&[0]).unwrap_err().exit_code(), 32, "it died before it had left the session");
-        assert_eq!(parent_hears(b"\x20text").unwrap(), 32);
-        assert_eq!(parent_hears(b"\x01").unwrap(), 1);
-        assert_eq!(parent_hears(b"\x00\x02text").unwrap(), 2, "the last word counts");
-        assert_eq!(parent_hears(b"").unwrap_err().exit_code(), 32);
+    fn the_report_of_the_daemon_is_the_outcome() {
+        let failed = |message: &[u8]| match outcome(message) {
+            StartOutcome::Failed { text, exit_code } => (text, exit_code),
+            other => panic!("{message:?}: {other:?}"),
+        };
+        assert!(matches!(outcome(&SERVING), StartOutcome::Serving));
+        assert_eq!(failed(b"\x20text"), ("text".to_owned(), 32));
+        assert_eq!(failed(b"\x01"), (String::new(), 1));
+        assert_eq!(failed(b"\x00\x02text"), ("text".to_owned(), 2), "the last report counts");
+        for message in [&b""[..], &[0]] {
+            let StartOutcome::Died(error) = outcome(message) else { panic!("{message:?}") };
+            assert_eq!(error.exit_code(), 32, "{message:?}: it died before it had left the session");
+        }
     }
 
     #[test]
-    fn a_command_that_is_gone_is_an_interruption() {
+    fn a_failure_without_a_command_is_logged() {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
-        let mut ready = Ready { pipe: Some(writer) };
-        give_up(&mut ready, "nobody hears this", 32);
-        assert!(ready.pipe.is_none());
+        let mut report = StartReport { pipe: Some(writer) };
+        report.failed("an error after the command has ended", 32);
+        assert!(report.pipe.is_none());
     }
 }

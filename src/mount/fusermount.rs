@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::process;
 
-/// Where distributions put it; `PATH` is not asked.
+/// The paths at which distributions install it. `PATH` is not used.
 const PLACES: [&str; 5] = [
     "/usr/bin/fusermount3",
     "/bin/fusermount3",
@@ -22,30 +22,31 @@ const PLACES: [&str; 5] = [
     "/usr/bin/fusermount",
 ];
 
-/// Names the socket over which it hands out the FUSE device (`util/fusermount.c` of libfuse).
+/// The environment variable for the descriptor of the socket over which it sends the FUSE device (`util/fusermount.c` of
+/// libfuse).
 const SOCKET_VARIABLE: &str = "_FUSE_COMMFD";
 
 /// Mounts on `dir` with the option list `options`, and returns the FUSE device.
 ///
 /// # Errors
-/// When fusermount3 is not installed or refuses; the message is its own.
+/// When fusermount3 is not installed or refuses; the message is that of fusermount3.
 pub fn mount(dir: &Path, options: &OsStr) -> Result<OwnedFd> {
     let cannot = |e: io::Error| Error::new(ErrorKind::System, "cannot run fusermount3").because(e);
-    let (ours, theirs) = UnixStream::pair().map_err(cannot)?;
-    fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| cannot(e.into()))?;
+    let (own_end, child_end) = UnixStream::pair().map_err(cannot)?;
+    fcntl(&child_end, FcntlArg::F_SETFD(FdFlag::empty())).map_err(|e| cannot(e.into()))?;
     let mut child = command()?
-        .env(SOCKET_VARIABLE, theirs.as_raw_fd().to_string())
+        .env(SOCKET_VARIABLE, child_end.as_raw_fd().to_string())
         .args([OsStr::new("-o"), options, OsStr::new("--"), dir.as_os_str()])
         .stderr(Stdio::piped())
         .spawn()
         .map_err(cannot)?;
-    drop(theirs);
-    let device = process::receive_descriptor(&ours);
+    drop(child_end);
+    let device = process::receive_descriptor(&own_end);
     match device {
         Ok(device) => child.wait().map(|_| device).map_err(cannot),
         Err(_) => {
             let output = child.wait_with_output().map_err(cannot)?;
-            Err(Error::failed(format!("cannot mount: {}", complaint(&output.stderr))).on(dir))
+            Err(Error::failed(format!("cannot mount: {}", error_line(&output.stderr))).on(dir))
         }
     }
 }
@@ -53,7 +54,7 @@ pub fn mount(dir: &Path, options: &OsStr) -> Result<OwnedFd> {
 /// Unmounts `dir`; `lazy` detaches it although it is in use.
 ///
 /// # Errors
-/// When fusermount3 is not installed or refuses; the message is its own.
+/// When fusermount3 is not installed or refuses; the message is that of fusermount3.
 pub fn unmount(dir: &Path, lazy: bool) -> Result<()> {
     let output = command()?
         .args(["-u"])
@@ -64,10 +65,10 @@ pub fn unmount(dir: &Path, lazy: bool) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    Err(Error::failed(format!("cannot unmount: {}", complaint(&output.stderr))).on(dir))
+    Err(Error::failed(format!("cannot unmount: {}", error_line(&output.stderr))).on(dir))
 }
 
-/// A value as fusermount3 takes it in its option list.
+/// Escapes a value for the option list of fusermount3.
 pub fn escaped(value: &OsStr) -> OsString {
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     let mut escaped = Vec::new();
@@ -86,15 +87,15 @@ fn command() -> Result<Command> {
         .find(|place| Path::new(place).exists())
         .ok_or_else(|| Error::usage("only root can mount without fusermount3").hint("install the package fuse3"))?;
     let mut command = Command::new(program);
-    // Of its own group: Ctrl-C between its mount(2) and the hand-over of the device would leave a dead mount.
+    // In a process group of its own: Ctrl-C between its mount(2) and the sending of the device would leave a dead mount.
     command.env_clear().process_group(0).stdin(Stdio::null()).stdout(Stdio::null());
     Ok(command)
 }
 
-/// The last line of what it printed, without its name.
-fn complaint(stderr: &[u8]) -> String {
+/// The last line of its error output, without its name.
+fn error_line(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(stderr);
-    let line = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("fusermount3 failed and did not say why");
+    let line = text.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("fusermount3 failed without a message");
     line.split_once(": ").map_or(line, |(_, rest)| rest).to_owned()
 }
 
@@ -108,9 +109,9 @@ mod tests {
     }
 
     #[test]
-    fn a_complaint_is_one_line() {
-        assert_eq!(complaint(b"fusermount3: user has no write access to /m\n"), "user has no write access to /m");
-        assert_eq!(complaint(b"x\nfusermount3: no: really\n\n"), "no: really");
-        assert!(complaint(b"").contains("did not say"));
+    fn an_error_is_one_line() {
+        assert_eq!(error_line(b"fusermount3: user has no write access to /m\n"), "user has no write access to /m");
+        assert_eq!(error_line(b"x\nfusermount3: no: really\n\n"), "no: really");
+        assert!(error_line(b"").contains("without a message"));
     }
 }

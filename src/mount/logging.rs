@@ -1,4 +1,5 @@
-//! Where log lines go: to standard error as long as somebody reads it, to the journal, to syslog, or to the kernel's log.
+//! Where log lines go: to standard error or the journal; for a daemon without a terminal, to the journal, syslog or the
+//! kernel's log.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -10,45 +11,46 @@ use std::sync::{Mutex, PoisonError};
 
 use log::{Level, LevelFilter};
 
-/// The socket of the system's logger (syslog(3)).
+/// The socket of the system logger (syslog(3)).
 const SYSLOG_SOCKET: &str = "/dev/log";
 
-/// The kernel's log, which root may write to.
+/// The kernel's log. Only root may write to it.
 const KERNEL_LOG: &str = "/dev/kmsg";
 
 /// `LOG_DAEMON` of syslog(3).
 const FACILITY_DAEMON: u8 = 3 << 3;
 
 enum Output {
-    /// Lines for a person, after the program's name.
-    Person { name: String },
-    /// Lines after a priority `<N>`, as systemd reads them from standard error (sd-daemon(3)).
+    /// Standard error: each line begins with the program's name.
+    Stderr { name: String },
+    /// Standard error that ends in the journal: each line begins with a priority `<N>` (sd-daemon(3)).
     Journal,
-    /// One datagram for each line (RFC 3164; the receiver knows the time and the host).
+    /// The system logger: one datagram for each line (RFC 3164, without the time and the host, which the logger adds).
     Syslog { socket: UnixDatagram, name: String },
-    /// Records of the kernel's log (`Documentation/ABI/testing/dev-kmsg`), where no logger runs: early in the boot, in
-    /// a rescue system.
+    /// The kernel's log (`Documentation/ABI/testing/dev-kmsg`), where no system logger runs: early in the boot, or in a
+    /// rescue system.
     Kernel { ring: File, name: String },
-    /// There is no logger.
-    Nowhere,
+    /// Lines are dropped.
+    Discard,
 }
 
-static OUTPUT: Mutex<Output> = Mutex::new(Output::Nowhere);
+static OUTPUT: Mutex<Output> = Mutex::new(Output::Discard);
 
-/// Starts logging to standard error, under the name of the program: lines of this program up to `level`, none of the FUSE
-/// library. Where `RUST_LOG` is set, it alone chooses the level; the library's lines are logged when it names `fuser`.
+/// Starts logging to standard error: lines of this program up to `level`, and no lines of the FUSE library. `name` is the
+/// program's name in them. If `RUST_LOG` is set, it determines the level instead; lines of the FUSE library are logged when
+/// it names `fuser`.
 ///
-/// To be called once; later calls change nothing but the name and the level.
+/// Later calls change only the name and the level.
 pub fn start(name: &str, level: LevelFilter) {
-    set(if stderr_is_journal() { Output::Journal } else { Output::Person { name: name.to_owned() } });
+    set(if stderr_is_journal() { Output::Journal } else { Output::Stderr { name: name.to_owned() } });
     let logger = logger(std::env::var(LEVELS).ok().as_deref());
     let chosen = logger.filter();
-    // A logger that is set already is this one.
+    // Fails when it was called before. The logger that was set then is the same.
     let _ = log::set_boxed_logger(Box::new(logger));
     log::set_max_level(if is_chosen() { chosen } else { level });
 }
 
-/// The variable by which the user chooses what is logged.
+/// The environment variable that determines what is logged.
 const LEVELS: &str = "RUST_LOG";
 
 fn is_chosen() -> bool {
@@ -59,14 +61,14 @@ fn logger(levels: Option<&str>) -> env_logger::Logger {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(LevelFilter::Debug).filter_module("fuser", LevelFilter::Off);
     builder.parse_filters(levels.unwrap_or_default());
-    builder.target(env_logger::Target::Pipe(Box::new(Sink)));
+    builder.target(env_logger::Target::Pipe(Box::new(LineWriter)));
     builder.format(|line, record| {
         writeln!(line, "<{}>{}", priority(record.level()), one_line(&record.args().to_string()))
     });
     builder.build()
 }
 
-/// Starts logging for a process that a daemon started: where the daemon's lines go by now.
+/// Starts logging for a process that a daemon started. Its lines go where those of the daemon go.
 pub fn start_helper(name: &str) {
     start(name, LevelFilter::Info);
     let null = std::fs::metadata("/dev/null").map(|null| null.rdev());
@@ -76,25 +78,25 @@ pub fn start_helper(name: &str) {
     }
 }
 
-/// Raises the level to what a service tells: mount, unmount, new maps. `RUST_LOG` and `-v` keep theirs.
-pub fn serve() {
+/// Raises the level to info, for mount, unmount and new maps. A level that `RUST_LOG` determines, or a higher level, stays.
+pub fn raise_to_info() {
     if !is_chosen() && log::max_level() < LevelFilter::Info {
         log::set_max_level(LevelFilter::Info);
     }
 }
 
-/// Goes on without standard error, for a daemon: to the journal if that is where standard error ends, else to syslog.
-/// Returns whether standard error must be kept open.
+/// Logs to syslog or the kernel's log from here on, unless standard error ends in the journal. Returns whether standard
+/// error must stay open.
 pub fn leave_terminal() -> bool {
     std::panic::set_hook(Box::new(|panic| log::error!("internal error: {panic}")));
     let mut output = OUTPUT.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Output::Person { name } = &*output {
+    if let Output::Stderr { name } = &*output {
         let name = name.clone();
         *output = match connect(Path::new(SYSLOG_SOCKET)) {
             Ok(socket) => Output::Syslog { socket, name },
             Err(_) => match File::options().write(true).open(KERNEL_LOG) {
                 Ok(ring) => Output::Kernel { ring, name },
-                Err(_) => Output::Nowhere,
+                Err(_) => Output::Discard,
             },
         };
     }
@@ -108,7 +110,7 @@ pub fn toggle_debug() {
     log::info!("debug lines are {}", if on { "on" } else { "off" });
 }
 
-/// The text without line breaks and other control characters: names of devices and files may hold any.
+/// The text with line breaks and other control characters escaped. Names of devices and files may contain any.
 pub fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for character in text.chars() {
@@ -138,7 +140,7 @@ fn priority(level: Level) -> u8 {
 fn connect(path: &Path) -> io::Result<UnixDatagram> {
     let socket = UnixDatagram::unbound()?;
     socket.connect(path)?;
-    // A logger that hangs must not hang the file system.
+    // A system logger that hangs must not block the file system.
     socket.set_nonblocking(true)?;
     Ok(socket)
 }
@@ -150,10 +152,10 @@ fn stderr_is_journal() -> bool {
     stderr.is_ok_and(|stderr| stderr == named)
 }
 
-/// Takes whole lines `<N>TEXT` from the logger. A line that cannot be delivered is lost: there is no one to tell.
-struct Sink;
+/// Receives whole lines `<N>TEXT` from the logger. A line that cannot be delivered is lost.
+struct LineWriter;
 
-impl Write for Sink {
+impl Write for LineWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         deliver(&OUTPUT.lock().unwrap_or_else(PoisonError::into_inner), bytes);
         Ok(bytes.len())
@@ -172,12 +174,12 @@ fn deliver(output: &Output, line: &[u8]) {
     let text = String::from_utf8_lossy(text);
     let for_daemons = |name| format!("<{}>{name}[{}]: {text}", FACILITY_DAEMON | priority, std::process::id());
     let _ = match output {
-        Output::Person { name } => writeln!(io::stderr(), "{name}: {text}"),
+        Output::Stderr { name } => writeln!(io::stderr(), "{name}: {text}"),
         Output::Journal => writeln!(io::stderr(), "<{priority}>{text}"),
         Output::Syslog { socket, name } => socket.send(for_daemons(name).as_bytes()).map(drop),
-        // Each write is a record: whole, or not at all.
+        // One write is one record of the kernel's log.
         Output::Kernel { ring, name } => (&*ring).write(for_daemons(name).as_bytes()).map(drop),
-        Output::Nowhere => Ok(()),
+        Output::Discard => Ok(()),
     };
 }
 
@@ -188,9 +190,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_users_levels_are_what_they_say() {
+    fn rust_log_determines_the_levels() {
         use log::{Level::*, Log as _, Metadata};
-        let lets = |levels, target: &str, level| {
+        let enabled = |levels, target: &str, level| {
             logger(levels).enabled(&Metadata::builder().target(target).level(level).build())
         };
         for (levels, shown, hidden) in [
@@ -200,11 +202,14 @@ mod tests {
             (Some("trace"), Trace, Trace),
             (Some("blkholefs=info"), Info, Debug),
         ] {
-            assert!(lets(levels, "blkholefs::fs", shown), "{levels:?}");
-            assert!(hidden == Trace && levels == Some("trace") || !lets(levels, "blkholefs::fs", hidden), "{levels:?}");
-            assert!(!lets(levels, "fuser::request", Error), "{levels:?}");
+            assert!(enabled(levels, "blkholefs::fs", shown), "{levels:?}");
+            assert!(
+                hidden == Trace && levels == Some("trace") || !enabled(levels, "blkholefs::fs", hidden),
+                "{levels:?}"
+            );
+            assert!(!enabled(levels, "fuser::request", Error), "{levels:?}");
         }
-        assert!(lets(Some("warn,fuser=debug"), "fuser::request", Debug));
+        assert!(enabled(Some("warn,fuser=debug"), "fuser::request", Debug));
         assert_eq!(logger(Some("debug")).filter(), LevelFilter::Debug);
     }
 

@@ -5,7 +5,7 @@ use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-/// The type that our mounts have in the list.
+/// The file system type of the mounts of this program.
 pub const FS_TYPE: &str = "fuse.blkholefs";
 
 /// A file system's device number, `st_dev`.
@@ -26,28 +26,28 @@ impl fmt::Display for DeviceNumber {
 /// One line of the list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountEntry {
-    /// The mount's number.
+    /// The mount's id.
     pub id: u64,
-    /// The number of the mount that it sits on.
+    /// The id of the parent mount.
     pub parent: u64,
-    /// The file system.
+    /// The device number of the file system.
     pub device: DeviceNumber,
-    /// Where it is.
+    /// The mountpoint.
     pub point: PathBuf,
     /// Its type, such as `fuse.blkholefs`.
     pub fs_type: OsString,
-    /// What it was mounted from. Who mounts chooses it freely: it proves nothing about a mount of somebody else.
+    /// The mount source. Every user can choose any text for it, so it proves nothing about the mount of another user.
     pub source: OsString,
-    /// The user who mounted it, for FUSE; the kernel wrote it down.
+    /// For FUSE, the user who mounted it, from the option `user_id` that the kernel shows.
     pub owner: Option<u32>,
 }
 
-/// Parses the whole list. Lines that are not of the kernel's form are left out.
+/// Parses the whole list, without the lines that do not have the kernel's format.
 pub fn parse(list: &[u8]) -> Vec<MountEntry> {
     list.split(|byte| *byte == b'\n').filter_map(parse_line).collect()
 }
 
-/// The mount that a path lookup of `point` ends in: of those at this very place, the one that no other covers.
+/// The mount that a path lookup of `point` finds: of all mounts on this mountpoint, the one that no other covers.
 pub fn top<'a>(list: &'a [MountEntry], point: &Path) -> Option<&'a MountEntry> {
     let here = |entry: &&MountEntry| entry.point == point;
     let covered =
@@ -77,8 +77,8 @@ fn number<T: std::str::FromStr>(digits: &[u8]) -> Option<T> {
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
-/// Undoes the kernel's `mangle()` (`fs/proc_namespace.c`): a byte that would break the line is a backslash and three octal
-/// digits.
+/// Decodes the kernel's `mangle()` (`fs/proc_namespace.c`), which writes blanks, tabs, line breaks and backslashes as a
+/// backslash and three octal digits.
 fn unescape(field: &[u8]) -> OsString {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -96,8 +96,8 @@ fn unescape(field: &[u8]) -> OsString {
 }
 
 impl MountEntry {
-    /// Whether this is a mount of ours.
-    pub fn is_ours(&self) -> bool {
+    /// Whether this is a mount of this program.
+    pub fn is_blkholefs(&self) -> bool {
         self.fs_type == OsStr::from_bytes(FS_TYPE.as_bytes())
     }
 }
@@ -126,11 +126,11 @@ garbage\n\
         assert_eq!((list[1].owner, list[3].owner), (Some(0), None));
         assert_eq!(list[2].fs_type, "tmpfs");
         assert_eq!(list[4].source, "", "an empty source is an empty field");
-        assert!(list[1].is_ours() && !list[0].is_ours());
+        assert!(list[1].is_blkholefs() && !list[0].is_blkholefs());
     }
 
     #[test]
-    fn the_top_of_a_stack_is_what_a_lookup_finds() {
+    fn a_lookup_finds_the_top_of_stacked_mounts() {
         let list = parse(LIST);
         assert_eq!(top(&list, Path::new("/mnt/s")).unwrap().id, 42);
         assert_eq!(top(&list, Path::new("/")).unwrap().id, 22);

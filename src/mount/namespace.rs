@@ -1,4 +1,5 @@
-//! Work in another mount namespace (`-N` of mount(8)): only the mount itself happens there, as mount(8) documents it.
+//! Another mount namespace for the mount (`-N` of mount(8)). As mount(8) documents, only the mount is made there; the SPEC
+//! is opened in the own namespace.
 
 use std::fs::File;
 use std::path::Path;
@@ -11,12 +12,12 @@ use crate::error::{Error, ErrorKind, Result};
 /// The mount namespace that a mount belongs to.
 #[derive(Clone, Debug)]
 pub struct Namespace {
-    /// `None` is the one that this process lives in.
+    /// `None` is the namespace of this process.
     other: Option<Arc<File>>,
 }
 
 impl Namespace {
-    /// The namespace behind `path`, such as `/proc/PID/ns/mnt`, or this process's own.
+    /// The namespace of the file `path`, such as `/proc/PID/ns/mnt`; without a path, that of this process.
     ///
     /// # Errors
     /// When `path` cannot be opened.
@@ -28,12 +29,12 @@ impl Namespace {
         Ok(Self { other: path.map(open).transpose()? })
     }
 
-    /// Whether it is not the one that this process lives in.
+    /// Whether it is another namespace than that of this process.
     pub fn is_other(&self) -> bool {
         self.other.is_some()
     }
 
-    /// Runs `work` in the namespace. Its paths must be absolute: the way there and back ends in the root directory.
+    /// Runs `work` in the namespace. Its paths must be absolute, because setns(2) changes to the root directory.
     ///
     /// # Errors
     /// Those of `work`, or a usage error when the kernel does not let this process enter.
@@ -41,12 +42,12 @@ impl Namespace {
         let Some(other) = &self.other else { return work() };
         let cannot = |e: std::io::Error| Error::usage("cannot enter the mount namespace").because(e);
         let own = File::open("/proc/thread-self/ns/mnt").map_err(cannot)?;
-        // The kernel lets no thread go that shares its root and working directory with others.
+        // setns(2) refuses a thread that shares its root and working directory with other threads.
         unshare(CloneFlags::CLONE_FS).map_err(|e| cannot(e.into()))?;
         setns(other, CloneFlags::CLONE_NEWNS).map_err(|e| cannot(e.into()))?;
         let result = work();
         setns(&own, CloneFlags::CLONE_NEWNS)
-            .map_err(|e| Error::new(ErrorKind::Internal, "cannot come back from the mount namespace").because(e))?;
+            .map_err(|e| Error::new(ErrorKind::Internal, "cannot return from the mount namespace").because(e))?;
         result
     }
 }

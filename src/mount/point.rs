@@ -1,4 +1,4 @@
-//! The place of a mount: before, when it must be fit for one, and after, when it must be found again to unmount it.
+//! The mountpoint: the checks before the mount, the mount found in the kernel's list, and the unmount.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -14,53 +14,53 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mount::fusermount;
 use crate::mount::mountinfo::{self, DeviceNumber, MountEntry};
 use crate::mount::namespace::Namespace;
-use crate::mount::record::{self, PlaceLock};
+use crate::mount::record::{self, MountPointLock};
 
-/// What the mount's root looks like.
+/// What the mountpoint is, and so what the root of the mount is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
+pub enum MountPointKind {
     /// A directory that holds the files.
     Directory,
-    /// The one file itself.
+    /// The only file.
     File,
 }
 
-/// A place that is fit for a mount.
+/// A mountpoint that has passed the checks.
 #[derive(Clone, Debug)]
 pub struct MountPoint {
     dir: PathBuf,
-    /// `st_dev` and `st_ino` of what is mounted on.
+    /// `st_dev` and `st_ino` of the directory or file below the mount.
     inode: (u64, u64),
-    shape: Shape,
+    kind: MountPointKind,
     namespace: Namespace,
 }
 
 impl MountPoint {
-    /// Checks that `dir`, an absolute path, can take a mount.
+    /// Checks that `dir`, an absolute path, is a mountpoint for a new mount.
     ///
     /// # Errors
-    /// When it is missing, neither directory nor regular file, or already a mount of ours.
+    /// When it is missing, is neither a directory nor a regular file, or has a mount of this program already.
     pub fn find(dir: &Path, namespace: Namespace) -> Result<Self> {
         let cannot = |e: io::Error| Error::failed("cannot mount here").on(dir).because(e);
-        let (found, inode, shape) = namespace.within(|| {
+        let (found, inode, kind) = namespace.within(|| {
             let found = fs::canonicalize(dir).map_err(cannot)?;
-            // Asked before stat(2), which would wait for the daemon of that mount.
+            // Checked before stat(2), which would wait for the daemon of such a mount.
             refuse_second(&list()?, &found)?;
             let metadata = fs::metadata(&found).map_err(cannot)?;
             let inode = (metadata.dev(), metadata.ino());
             match (metadata.is_dir(), metadata.is_file()) {
-                (true, _) => Ok((found, inode, Shape::Directory)),
-                (_, true) => Ok((found, inode, Shape::File)),
+                (true, _) => Ok((found, inode, MountPointKind::Directory)),
+                (_, true) => Ok((found, inode, MountPointKind::File)),
                 _ => Err(Error::failed("cannot mount here: neither a directory nor a regular file").on(dir)),
             }
         })?;
-        Ok(Self { dir: found, inode, shape, namespace })
+        Ok(Self { dir: found, inode, kind, namespace })
     }
 
-    /// Reserves the place for one mount: another command that mounts here waits, and then finds the mount.
+    /// Locks the mountpoint for one mount. Another command that mounts here waits, and then finds the mount.
     ///
     /// # Errors
-    /// When there is a mount of ours by now.
+    /// When another command has mounted here since.
     pub fn claim(self) -> Result<Claim> {
         let lock = self.lock();
         let before = self.namespace.within(list)?;
@@ -69,14 +69,14 @@ impl MountPoint {
         Ok(Claim { point: self, below, _lock: lock })
     }
 
-    fn lock(&self) -> Option<PlaceLock> {
+    fn lock(&self) -> Option<MountPointLock> {
         let directory = record::directory()?;
-        PlaceLock::wait(&directory, self.inode)
-            .inspect_err(|error| log::debug!("{}: no lock of the place: {error}", directory.display()))
+        MountPointLock::wait(&directory, self.inode)
+            .inspect_err(|error| log::debug!("{}: no lock of the mountpoint: {error}", directory.display()))
             .ok()
     }
 
-    /// Unmounts what a daemon left here that died before it served; a mount whose daemon lives stays.
+    /// Unmounts the mount of a daemon that died before it served. A mount whose daemon runs stays.
     ///
     /// # Errors
     /// When it cannot be unmounted.
@@ -85,32 +85,33 @@ impl MountPoint {
         self.namespace.within(|| {
             let list = list()?;
             let owner = Some(geteuid().as_raw());
-            let is_own = |mount: &&MountEntry| mount.is_ours() && mount.owner == owner;
+            let is_own = |mount: &&MountEntry| mount.is_blkholefs() && mount.owner == owner;
             let Some(mount) = mountinfo::top(&list, &self.dir).filter(is_own) else { return Ok(()) };
             let is_dead = fs::metadata(&self.dir).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
             if is_dead { unmount_lazily(&mount.point) } else { Ok(()) }
         })
     }
 
-    /// The place, without symbolic links.
+    /// The path, without symbolic links.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// What will be seen there.
-    pub fn shape(&self) -> Shape {
-        self.shape
+    /// What it is.
+    pub fn kind(&self) -> MountPointKind {
+        self.kind
     }
 
-    /// Where the place is.
+    /// The namespace that it is in.
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
     }
 
-    /// Checks that a mount here leaves the file or device `path` in sight: behind itself a mount would ask itself.
+    /// Checks that a mount here leaves the file or device `path` visible. Otherwise the daemon would read `path` from its own
+    /// mount.
     ///
     /// # Errors
-    /// When `path` is what is mounted on, or lies below it.
+    /// When `path` is the mountpoint, or is below it.
     pub fn leaves(&self, path: &Path) -> Result<()> {
         let covered =
             !self.namespace.is_other() && fs::canonicalize(path).is_ok_and(|path| path.starts_with(&self.dir));
@@ -124,7 +125,7 @@ impl MountPoint {
 
 fn refuse_second(list: &[MountEntry], dir: &Path) -> Result<()> {
     match mountinfo::top(list, dir) {
-        Some(mount) if mount.is_ours() => {
+        Some(mount) if mount.is_blkholefs() => {
             let source = mount.source.display();
             Err(Error::failed(format!("{source} is already mounted here")).on(dir).hint("unmount it first"))
         }
@@ -132,22 +133,22 @@ fn refuse_second(list: &[MountEntry], dir: &Path) -> Result<()> {
     }
 }
 
-/// A place that is reserved for one mount, until this is dropped.
+/// A mountpoint that is locked for one mount, until this is dropped.
 pub struct Claim {
     point: MountPoint,
-    /// The file systems that were mounted here before. Each has its number as long as it is mounted; the number of a mount
-    /// is given to the next one at once.
+    /// The file systems that were mounted here before. A device number identifies a file system while it is mounted. Mount
+    /// ids would not do, because the kernel reuses them at once.
     below: Vec<DeviceNumber>,
-    _lock: Option<PlaceLock>,
+    _lock: Option<MountPointLock>,
 }
 
 impl Claim {
-    /// The place.
+    /// The mountpoint.
     pub fn point(&self) -> &MountPoint {
         &self.point
     }
 
-    /// The mount that was made here from `spec` just now. When it is not known which one it is, it is unmounted.
+    /// Finds the mount that was made here from `spec` just now. When the list cannot be read, it is unmounted.
     ///
     /// # Errors
     /// When it is not in the kernel's list, or the list cannot be read.
@@ -156,12 +157,12 @@ impl Claim {
         let owner = geteuid().as_raw();
         let device = namespace.within(|| {
             let list = list().inspect_err(|_| {
-                // The place was free before, and nobody else of us mounts here now.
+                // The lock keeps out other mounts of this program, so the topmost mount is the new one.
                 let _ = unmount_lazily(dir);
             })?;
             let made_now = |mount: &&MountEntry| {
-                let ours = mount.is_ours() && mount.owner == Some(owner) && mount.source == spec;
-                ours && mount.point == *dir && !self.below.contains(&mount.device)
+                let is_own = mount.is_blkholefs() && mount.owner == Some(owner) && mount.source == spec;
+                is_own && mount.point == *dir && !self.below.contains(&mount.device)
             };
             let mount = list.iter().rfind(made_now);
             mount.map(|mount| mount.device).ok_or_else(|| Error::failed("the mount vanished at once").on(dir))
@@ -178,22 +179,22 @@ pub struct Mounted {
     device: DeviceNumber,
 }
 
-/// What an unmount led to.
+/// The result of an unmount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unmounted {
-    /// The mount is gone from this namespace, with its copies at other places.
+    /// The mount and its copies at other mountpoints of this namespace are gone.
     Everywhere,
-    /// Something else is mounted over it at this place. The kernel unmounts only what a path leads to.
+    /// Something else is mounted over it at this mountpoint. The kernel unmounts only the topmost mount.
     Covered(PathBuf),
 }
 
 impl Mounted {
-    /// Where it was made.
+    /// The mountpoint at which it was made.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Its `st_dev`. No other mount has it while this one is served.
+    /// Its `st_dev`. No other file system has it while this one is served.
     pub fn device(&self) -> DeviceNumber {
         self.device
     }
@@ -203,7 +204,7 @@ impl Mounted {
         self.namespace.is_other()
     }
 
-    /// Unmounts it wherever it is now; where it is in use, it goes out of sight and ends with its last user.
+    /// Unmounts it at all its mountpoints. Where it is in use it is detached, and ends with its last user.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -211,7 +212,7 @@ impl Mounted {
         self.namespace.within(|| {
             let list = list()?;
             let mut result = Unmounted::Everywhere;
-            for mount in list.iter().filter(|mount| mount.is_ours() && mount.device == self.device) {
+            for mount in list.iter().filter(|mount| mount.is_blkholefs() && mount.device == self.device) {
                 if mountinfo::top(&list, &mount.point) == Some(mount) {
                     unmount_lazily(&mount.point)?;
                 } else {

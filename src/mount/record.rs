@@ -1,9 +1,9 @@
-//! The record of a running daemon: a file that names its process, locked as long as it lives. And the lock of a place,
-//! held while one daemon mounts there.
+//! Files in /run: the record of each daemon, and the lock of a mountpoint.
 //!
-//! umount(8) returns when the mount is gone, which is a moment before the daemon closed the device. A program that must be
-//! sure (see [`crate::mount::release`]) finds the daemon by the `st_dev` of its mount. Only the directory's owner can
-//! open these files: a lock that others could take would let them stop every mount.
+//! A record contains the process id of the daemon, which locks it as long as it runs. Its name is the `st_dev` of the mount:
+//! `umount.blkholefs` finds the daemon by it, and waits until the daemon has closed the device (see
+//! [`crate::mount::release`]). The lock of a mountpoint is held while one daemon mounts there. Only the owner of the
+//! directory can open these files, because a user who could lock them could block all mounts.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -16,25 +16,25 @@ use nix::unistd::{Pid, geteuid};
 
 use crate::mount::mountinfo::DeviceNumber;
 
-/// A record held by this process; dropping it removes it.
+/// The record of this process. Dropping it removes the file.
 #[derive(Debug)]
-pub struct Record {
+pub struct MountRecord {
     path: PathBuf,
     file: Flock<File>,
 }
 
-/// How often a file is made anew that another process removed before it was locked.
+/// How often the record is created again when another process removed the file before it was locked.
 const ATTEMPTS: u32 = 16;
 
-/// The lock of a place where something is mounted: as long as this value lives, no other process has it.
+/// The lock of a mountpoint. No other process has it as long as this value exists.
 #[derive(Debug)]
-pub struct PlaceLock {
+pub struct MountPointLock {
     path: PathBuf,
     file: Flock<File>,
 }
 
-impl PlaceLock {
-    /// Waits for the lock of the place with these `st_dev` and `st_ino`.
+impl MountPointLock {
+    /// Waits for the lock of the mountpoint with these `st_dev` and `st_ino`.
     ///
     /// # Errors
     /// When `directory` cannot be written.
@@ -43,7 +43,7 @@ impl PlaceLock {
         let path = directory.join(format!("place-{device}-{inode}"));
         loop {
             let file = Flock::lock(open_own(&path)?, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e))?;
-            // The one who had it before removed the file.
+            // The process that held the lock before has removed the file, perhaps after it was opened here.
             if is_same(&file, &path) {
                 return Ok(Self { path, file });
             }
@@ -51,24 +51,24 @@ impl PlaceLock {
     }
 }
 
-impl Drop for PlaceLock {
+impl Drop for MountPointLock {
     fn drop(&mut self) {
-        // Before the lock is given up: nobody can have it by this name any more.
+        // Removed while it is locked: a process that waits for the lock finds that the file is another one.
         remove_own(&self.file, &self.path);
     }
 }
 
-/// The directory of the records that the calling user may write: root's in /run, a user's in the session's directory.
-/// `None` for a user without a session.
+/// The directory of the calling user's records: in /run for root, in `$XDG_RUNTIME_DIR` for other users. `None` for a user
+/// without a session.
 pub fn directory() -> Option<PathBuf> {
     let parent = if geteuid().is_root() { "/run".into() } else { PathBuf::from(std::env::var_os("XDG_RUNTIME_DIR")?) };
     parent.is_absolute().then(|| parent.join("blkholefs"))
 }
 
-impl Record {
-    /// Creates the record of the mount with `device` in `directory`, and removes those of daemons that were killed. It
-    /// appears under its name complete and locked. A record that another daemon has under this name is replaced: the
-    /// number belongs to our mount now, and a command that waits for that daemon has found it already.
+impl MountRecord {
+    /// Creates the record of the mount with `device` in `directory`, and removes the records of daemons that were killed.
+    /// The file gets its name when it is complete and locked. It replaces the record of another daemon with this name: the
+    /// kernel has reused the number, and a command that waits for that daemon has read the record already.
     ///
     /// # Errors
     /// When the directory cannot be written.
@@ -80,7 +80,7 @@ impl Record {
         for _ in 0..ATTEMPTS {
             fs::remove_file(&temporary).or_else(if_missing)?;
             match Self::create_as(&temporary, &path) {
-                // It was taken for a record that a killed daemon left, before it was locked.
+                // Another process removed it as a stale record, before it was locked.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 result => return result,
             }
@@ -99,9 +99,9 @@ impl Record {
     }
 }
 
-impl Drop for Record {
+impl Drop for MountRecord {
     fn drop(&mut self) {
-        // Another daemon may have replaced it, see `create`.
+        // Another daemon may have replaced the record, see `create`.
         remove_own(&self.file, &self.path);
     }
 }
@@ -124,7 +124,8 @@ fn open_own(path: &Path) -> io::Result<File> {
     options.open(path)
 }
 
-/// The daemon that serves the mount with `device`, if it lives and left a record in `directory`.
+/// The process id of the daemon that serves the mount with `device`; `None` without a record in `directory`, and when the
+/// daemon has ended.
 pub fn daemon_of(directory: &Path, device: DeviceNumber) -> Option<Pid> {
     const LONGEST: u64 = 16;
     let file = open(&path(directory, device)).ok()?;
@@ -137,7 +138,7 @@ pub fn daemon_of(directory: &Path, device: DeviceNumber) -> Option<Pid> {
     }
 }
 
-/// The process that the text of a record names.
+/// Parses the text of a record.
 pub fn process_in(text: &str) -> Option<Pid> {
     text.trim_end().parse().ok().filter(|pid| *pid > 0).map(Pid::from_raw)
 }
@@ -185,11 +186,11 @@ mod tests {
     const DEVICE: DeviceNumber = DeviceNumber { major: 0, minor: 45 };
 
     #[test]
-    fn a_record_lives_as_long_as_its_holder() {
+    fn a_record_exists_as_long_as_its_daemon() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("new");
         assert_eq!(daemon_of(&dir, DEVICE), None);
-        let record = Record::create(&dir, DEVICE).unwrap();
+        let record = MountRecord::create(&dir, DEVICE).unwrap();
         assert_eq!(daemon_of(&dir, DEVICE), Some(Pid::this()));
         assert_eq!(daemon_of(&dir, DeviceNumber { minor: 46, ..DEVICE }), None);
         drop(record);
@@ -197,29 +198,29 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_daemon_left_is_removed_by_the_next() {
+    fn the_record_of_a_killed_daemon_is_removed_by_the_next() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["0-44", "0-45"] {
             fs::write(dir.path().join(name), "1\n").unwrap();
         }
         assert_eq!(daemon_of(dir.path(), DEVICE), None, "process 1 does not hold the lock");
-        let _record = Record::create(dir.path(), DEVICE).unwrap();
+        let _record = MountRecord::create(dir.path(), DEVICE).unwrap();
         assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]
-    fn a_number_that_is_used_again_belongs_to_the_new_mount() {
+    fn a_reused_number_is_that_of_the_new_mount() {
         let dir = tempfile::tempdir().unwrap();
-        let old = Record::create(dir.path(), DEVICE).unwrap();
-        let new = Record::create(dir.path(), DEVICE).unwrap();
+        let old = MountRecord::create(dir.path(), DEVICE).unwrap();
+        let new = MountRecord::create(dir.path(), DEVICE).unwrap();
         drop(old);
-        assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()), "the old one left the new one alone");
+        assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()), "dropping the old record keeps the new one");
         drop(new);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
-    /// Complete and locked, or not there: nobody sees a record that is only half made.
+    /// Another process sees a record complete and locked, or not at all.
     #[test]
     fn a_record_appears_complete_among_others_that_remove_what_is_stale() {
         let dir = tempfile::tempdir().unwrap();
@@ -233,7 +234,7 @@ mod tests {
                 });
             }
             for _ in 0..500 {
-                let record = Record::create(dir.path(), DEVICE).unwrap();
+                let record = MountRecord::create(dir.path(), DEVICE).unwrap();
                 assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()));
                 drop(record);
                 assert_eq!(daemon_of(dir.path(), DEVICE), None);
@@ -244,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn one_at_a_time_has_the_lock_of_a_place() {
+    fn one_at_a_time_has_the_lock_of_a_mountpoint() {
         use std::sync::atomic::{AtomicU32, Ordering};
         let dir = tempfile::tempdir().unwrap();
         let inside = AtomicU32::new(0);
@@ -252,7 +253,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..100 {
-                        let lock = PlaceLock::wait(dir.path(), (1, 2)).unwrap();
+                        let lock = MountPointLock::wait(dir.path(), (1, 2)).unwrap();
                         assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                         inside.fetch_sub(1, Ordering::SeqCst);
                         drop(lock);
@@ -264,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_is_garbage_names_nobody() {
+    fn a_record_that_is_garbage_names_no_process() {
         let dir = tempfile::tempdir().unwrap();
         let path = path(dir.path(), DEVICE);
         for text in ["", "x", "-1\n", "0", "99999999999999999999999999"] {

@@ -1,8 +1,7 @@
-//! When a device is free after an unmount. What comes next (`losetup -d`, `lvremove`) needs the device, so the device is
-//! what is waited for, and the kernel's list of the daemon's descriptors is what is asked.
+//! Waiting after an unmount until the devices are free, as `losetup -d` or `lvremove` need them.
 //!
-//! A mount that was the last one of its file system ends the daemon. A bind mount or a copy in another mount namespace
-//! keeps the daemon, and an open file there keeps the device.
+//! The daemon ends after the unmount of its last mount. With a bind mount, or a copy in another mount namespace, it goes on,
+//! and its devices are open as long as files are open there. /proc/PID/fd lists the open devices.
 
 use std::fs;
 use std::io;
@@ -18,14 +17,14 @@ use crate::mount::mountinfo::{DeviceNumber, MountEntry};
 use crate::mount::record;
 use crate::sys::process;
 
-/// How long a daemon may take to end. Closing devices takes milliseconds; what takes longer is a device that hangs.
-const TO_END: Duration = Duration::from_secs(30);
+/// The time that a daemon has to end in. Closing devices takes milliseconds, unless a device hangs.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long files that are open elsewhere may keep the device. Their users may know nothing of the unmount.
-const TO_CLOSE: Duration = Duration::from_secs(5);
+/// The time for which devices that are in use at another place are waited for.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often the daemon's descriptors are looked at.
-const LOOK_AGAIN_MS: u8 = 10;
+/// The time between two readings of the daemon's descriptors, in milliseconds.
+const INTERVAL_MS: u8 = 10;
 
 /// The daemon that serves a mount.
 pub struct Daemon {
@@ -34,69 +33,71 @@ pub struct Daemon {
     device: DeviceNumber,
 }
 
-/// What became of the devices after an unmount.
+/// The state of the daemon and its devices some time after an unmount.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum ReleaseOutcome {
     /// The daemon ended.
     Ended,
-    /// The daemon serves the file system at another place, and has no device open.
+    /// The daemon serves the file system at another mountpoint, and has no device open.
     Idle,
-    /// The daemon has these devices and images open, as the file system is in use at another place.
+    /// The file system is in use at another mountpoint, and the daemon has these devices and images open.
     InUse(Vec<PathBuf>),
-    /// Nothing uses the file system any more, and the daemon still runs, with these devices and images open.
+    /// The file system is not mounted any more, and the daemon still runs, with these devices and images open.
     Hangs(Vec<PathBuf>),
 }
 
 impl Daemon {
-    /// The daemon of a mount, if it left a record. To be called before the unmount: later the number of the mount may be
-    /// that of another one.
+    /// The daemon of a mount, if it has a record. It must be looked up before the unmount: after that, another mount may
+    /// have the device number.
     pub fn of(mount: &MountEntry) -> Option<Self> {
         let pid = record::daemon_of(&record::directory()?, mount.device)?;
-        // A process that ended in between needs no waiting.
+        // A process that has ended since is not waited for.
         let process = process::pidfd_open(pid).ok()?;
         Some(Self { pid, process, device: mount.device })
     }
 
-    /// Its process.
+    /// The process id.
     pub fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// Waits, after the unmount, until the daemon ended, or has no device open although it serves on.
-    pub fn wait(&self) -> Outcome {
+    /// Waits, after the unmount, until the daemon has ended or has no device open, or a timeout passes.
+    pub fn wait(&self) -> ReleaseOutcome {
         let start = Instant::now();
         loop {
             if self.ended() {
-                return Outcome::Ended;
+                return ReleaseOutcome::Ended;
             }
-            let serves = serves(Path::new("/sys/class/bdi"), self.device);
-            // Where the descriptors cannot be seen, only the end says that the devices are free.
+            let is_mounted = is_mounted(Path::new("/sys/class/bdi"), self.device);
+            // If the descriptors cannot be listed, the devices are known to be free only when the daemon has ended.
             let open = open_devices(self.pid);
             match open {
-                Ok(open) if serves && open.is_empty() => return Outcome::Idle,
-                open if serves && start.elapsed() > TO_CLOSE => return Outcome::InUse(open.unwrap_or_default()),
-                open if start.elapsed() > TO_END => return Outcome::Hangs(open.unwrap_or_default()),
+                Ok(open) if is_mounted && open.is_empty() => return ReleaseOutcome::Idle,
+                open if is_mounted && start.elapsed() > CLOSE_TIMEOUT => {
+                    return ReleaseOutcome::InUse(open.unwrap_or_default());
+                }
+                open if start.elapsed() > END_TIMEOUT => return ReleaseOutcome::Hangs(open.unwrap_or_default()),
                 _ => {}
             }
         }
     }
 
-    /// Whether the process ended, within the time between two looks.
+    /// Waits for the end of the process for [`INTERVAL_MS`]. Returns whether it has ended.
     fn ended(&self) -> bool {
         let mut events = [PollFd::new(self.process.as_fd(), PollFlags::POLLIN)];
-        poll(&mut events, PollTimeout::from(LOOK_AGAIN_MS)).is_ok_and(|ready| ready > 0)
+        poll(&mut events, PollTimeout::from(INTERVAL_MS)).is_ok_and(|ready| ready > 0)
     }
 }
 
-/// Whether the file system with this number is mounted anywhere: as long as it is, in whatever namespace, it has a backing
-/// device info of its own (`fs/super.c: super_setup_bdi_name`), which goes with its superblock
+/// Whether the file system with this device number is mounted in any namespace. As long as it is, it has a directory in
+/// /sys/class/bdi (`fs/super.c: super_setup_bdi_name`), which is removed with its superblock
 /// (`fs/super.c: generic_shutdown_super`; 5.10, 6.1, 6.12, 7.3).
-fn serves(class: &Path, device: DeviceNumber) -> bool {
+fn is_mounted(class: &Path, device: DeviceNumber) -> bool {
     class.join(device.to_string()).exists()
 }
 
-/// The block devices and the images that a process has open. Its standard descriptors, its own record, sysfs and proc are
-/// none.
+/// The block devices and images that a process has open. Regular files count as images, except the standard descriptors,
+/// the records of daemons, and files of sysfs and proc.
 fn open_devices(pid: Pid) -> io::Result<Vec<PathBuf>> {
     let own = record::directory();
     let is_device = |descriptor: &Path, target: &Path| {
@@ -110,7 +111,7 @@ fn open_devices(pid: Pid) -> io::Result<Vec<PathBuf>> {
         let descriptor = entry?.path();
         let is_standard =
             descriptor.file_name().is_some_and(|name| ["0", "1", "2"].iter().any(|number| name == *number));
-        // One that was closed in between is none.
+        // A descriptor that was closed since is left out.
         let Ok(target) = fs::read_link(&descriptor) else { continue };
         if !is_standard && !found.contains(&target) && is_device(&descriptor, &target) {
             found.push(target);
@@ -130,7 +131,7 @@ mod tests {
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
         let process = process::pidfd_open(pid).unwrap();
         let daemon = Daemon { pid, process, device: DeviceNumber { major: 0, minor: u32::MAX } };
-        assert_eq!(daemon.wait(), Outcome::Ended);
+        assert_eq!(daemon.wait(), ReleaseOutcome::Ended);
         child.wait().unwrap();
     }
 

@@ -1,5 +1,5 @@
-//! What a daemon needs of descriptors and memory, asked for before anything is mounted: once it serves, a missing one
-//! would be an error of somebody's read.
+//! The descriptors and the memory that a daemon needs. They are checked before the mount, because a daemon that runs out of
+//! them fails the reads of its users.
 
 use std::fs::File;
 use std::io;
@@ -9,17 +9,18 @@ use crate::fuse::SESSION_THREADS;
 use crate::sys::memory;
 use crate::units::Bytes;
 
-/// Descriptors that must be free: one for each session thread, and those for opening one device that stands on others.
+/// Descriptors that must be free: one for each session thread, and some for opening a device with its lower devices.
 const DESCRIPTORS: usize = SESSION_THREADS + 24;
 
-/// Memory that each thread may write: a request buffer (16 MiB and a page, fixed by the FUSE library), a stack (2 MiB), and
-/// what maps and reads take. Few pages of it are ever touched.
+/// Memory that each thread may use: a request buffer (16 MiB and a page, fixed by the FUSE library), a stack (2 MiB), and
+/// maps and reads. Few pages of it are ever touched.
 const MEMORY: Bytes = Bytes::new(20 * MIB);
 
-/// Address space that must be free: the C library reserves a heap of 64 MiB for each thread besides, one at a time 128.
+/// Address space that must be free. The C library also reserves a heap of 64 MiB for each thread, for which it takes 128 MiB
+/// for a moment.
 const ADDRESS_SPACE: Bytes = Bytes::new(THREADS as u64 * (MEMORY.get() + 64 * MIB) + 64 * MIB);
 
-/// The session's threads, the one that waits for them, and the one that waits for signals.
+/// The threads of the session, one that waits for them, and one that waits for signals.
 const THREADS: usize = SESSION_THREADS + 2;
 
 const MIB: u64 = 1 << 20;
@@ -42,7 +43,7 @@ pub fn check() -> Result<()> {
     })
 }
 
-/// Takes all the descriptors at once, and gives them back.
+/// Checks for free descriptors by opening [`DESCRIPTORS`] of them at once.
 fn free_descriptors() -> io::Result<()> {
     let first = File::open("/dev/null")?;
     let others: Vec<_> = (1..DESCRIPTORS).map(|_| first.try_clone()).collect::<io::Result<_>>()?;

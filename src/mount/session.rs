@@ -1,8 +1,7 @@
 //! The FUSE session: the mount itself, and the threads that answer the kernel.
 //!
-//! Root mounts by mount(2): this gives the mount its own type (`fuse.blkholefs`; plain `fuse` is hidden by
-//! `findmnt --real`) and the source exactly as it was typed, by which `mount -a` and systemd know it again. Everybody else
-//! mounts by fusermount3.
+//! Root mounts with mount(2), so that the mount has the type `fuse.blkholefs` (`findmnt --real` hides plain `fuse`) and the
+//! source exactly as typed, by which `mount -a` and systemd recognise it. Other users mount with fusermount3.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
@@ -18,40 +17,40 @@ use crate::fuse::{BlkHoleFs, SESSION_THREADS};
 use crate::mount::fusermount;
 use crate::mount::mountinfo::{DeviceNumber, FS_TYPE};
 use crate::mount::options::MountOptions;
-use crate::mount::point::{Claim, MountPoint, Mounted, Shape, Unmounted};
+use crate::mount::point::{Claim, MountPoint, MountPointKind, Mounted, Unmounted};
 
-/// Whether each thread has a queue of its own in the kernel (`FUSE_DEV_IOC_CLONE`, Linux 4.5).
+/// Whether each session thread has a descriptor of the FUSE device of its own (`FUSE_DEV_IOC_CLONE`, Linux 4.5).
 pub const CLONE_DESCRIPTOR: bool = true;
 
-/// What the kernel reads ahead in our mount, in KiB: its default of 128 makes a copy wait for each small request.
+/// The readahead of the mount in KiB. With the kernel's default of 128, a copy waits for many small requests.
 const READ_AHEAD_KIB: u32 = 1024;
 
-/// A session whose mount is in place and whose handshake with the kernel is done.
+/// A session after the mount and the handshake with the kernel (FUSE_INIT).
 pub struct Session(fuser::Session<BlkHoleFs>);
 
 impl Session {
-    /// Answers the kernel until the mount is gone, then drops the file system.
+    /// Answers requests until the mount is gone, and drops the file system.
     ///
     /// # Errors
-    /// When the connection to the kernel broke.
+    /// When the connection to the kernel breaks.
     pub fn run(self) -> io::Result<()> {
         self.0.run()
     }
 }
 
-/// Whether all threads of the session run: the FUSE library starts them one after the other and names them by their
-/// number.
+/// Whether all threads of the session run: the FUSE library starts them in the order of their numbers, which are part of
+/// their names.
 ///
 /// # Errors
 /// When proc is not mounted.
 pub fn all_threads_run() -> io::Result<bool> {
     let last = format!("fuser-{}\n", SESSION_THREADS - 1);
     let mut names = fs::read_dir("/proc/self/task")?.flatten().map(|task| fs::read(task.path().join("comm")));
-    // A thread that ended in between has no name.
+    // The name of a thread that has ended cannot be read.
     Ok(names.any(|name| name.is_ok_and(|name| name == last.as_bytes())))
 }
 
-/// Mounts `filesystem` on the place of `claim`, shown as mounted from `spec`.
+/// Mounts `filesystem` on the mountpoint of `claim`, with the mount source `spec`.
 ///
 /// # Errors
 /// When the FUSE device cannot be opened, or the mount is refused. Nothing is mounted then.
@@ -64,9 +63,10 @@ pub fn mount(filesystem: BlkHoleFs, spec: &OsStr, claim: &Claim, options: &Mount
     config.n_threads = Some(SESSION_THREADS);
     config.clone_fd = CLONE_DESCRIPTOR;
     let kernel_cache = filesystem.kernel_cache();
-    // The kernel keeps out whom allow_other does not let in; a second check would hit the kernel's own requests.
+    // The kernel refuses other users without allow_other. The check of the FUSE library would also refuse requests of the
+    // kernel itself.
     let session = fuser::Session::from_fd(filesystem, device, fuser::SessionACL::All, config).map_err(|e| {
-        let error = Error::failed("the kernel did not take up the mount").on(mounted.dir()).because(e);
+        let error = Error::failed("the handshake with the kernel failed").on(mounted.dir()).because(e);
         match mounted.unmount() {
             Ok(Unmounted::Everywhere) => error,
             Ok(Unmounted::Covered(_)) => error.hint("the mount is still there, below another one"),
@@ -80,9 +80,9 @@ pub fn mount(filesystem: BlkHoleFs, spec: &OsStr, claim: &Claim, options: &Mount
 
 fn mount_as_root(spec: &OsStr, point: &MountPoint, options: &MountOptions) -> Result<OwnedFd> {
     let device = open_fuse_device()?;
-    let root_mode = match point.shape() {
-        Shape::Directory => libc::S_IFDIR,
-        Shape::File => libc::S_IFREG,
+    let root_mode = match point.kind() {
+        MountPointKind::Directory => libc::S_IFDIR,
+        MountPointKind::File => libc::S_IFREG,
     };
     let mut data = format!(
         "fd={},rootmode={root_mode:o},user_id={},group_id={},default_permissions",
@@ -112,7 +112,7 @@ fn open_fuse_device() -> Result<File> {
     })
 }
 
-/// Flags that fusermount3 takes from ordinary users.
+/// The flags that fusermount3 accepts from users.
 const USER_FLAGS: [(MsFlags, &str); 7] = [
     (MsFlags::MS_RDONLY, "ro"),
     (MsFlags::MS_NOSUID, "nosuid"),

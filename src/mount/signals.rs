@@ -1,5 +1,5 @@
-//! The signals that a daemon takes. None ends it as it is by default: a process that ends without an unmount leaves a
-//! mount that answers ENOTCONN.
+//! The signals that the daemon handles. It blocks nearly all signals and reads them from a descriptor, so that none ends
+//! the process without an unmount, which would leave a mount that answers ENOTCONN.
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
@@ -7,12 +7,12 @@ use nix::sys::signalfd::SignalFd;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// What a signal asks of the daemon.
+/// What the daemon does on a signal.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Wish {
-    /// Unmount and end, because of this signal.
-    End(String),
-    /// Forget every map, so that the next question looks at the device again.
+pub enum SignalAction {
+    /// Unmount and end. The string is the name of the signal.
+    Unmount(String),
+    /// Drop every map, so that the next lseek(2) makes a new one.
     DropMaps,
     /// Write the counters to the log.
     LogCounters,
@@ -20,44 +20,46 @@ pub enum Wish {
     ToggleDebug,
 }
 
-/// All signals to this process but those that stand for a fault of its own code, held until they are asked for.
+/// The blocked signals of this process: all but [`FAULT_SIGNALS`].
 pub struct Signals {
     descriptor: SignalFd,
-    /// Whether the process serves in the foreground, where Ctrl-C is meant for it.
+    /// Whether the process serves in the foreground, so that signals of the terminal, such as Ctrl-C, are for it.
     foreground: bool,
 }
 
-/// What the kernel sends for a fault; to hold them back would be to run on after it.
-const FAULTS: [Signal; 7] =
+/// The signals that the kernel sends for a fault of the program. They are not blocked, since the program must not continue
+/// after a fault.
+const FAULT_SIGNALS: [Signal; 7] =
     [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGILL, Signal::SIGFPE, Signal::SIGABRT, Signal::SIGSYS, Signal::SIGTRAP];
 
-/// Sent by the kernel, for signals of this kind by the terminal (`include/uapi/asm-generic/siginfo.h`).
+/// The code of a signal that the kernel sent, which for SIGINT, SIGQUIT and SIGHUP means the terminal
+/// (`include/uapi/asm-generic/siginfo.h`).
 const SI_KERNEL: i32 = 0x80;
 
 impl Signals {
-    /// Holds the signals back in this thread and in those that it will start.
+    /// Blocks the signals in this thread, and in all threads that it starts later.
     ///
     /// # Errors
     /// When no descriptor is left.
-    pub fn hold(foreground: bool) -> Result<Self> {
-        let cannot = |e: Errno| Error::new(ErrorKind::System, "cannot hold signals back").because(e);
-        let mut held = SigSet::all();
-        FAULTS.into_iter().for_each(|fault| held.remove(fault));
-        held.thread_block().map_err(cannot)?;
-        Ok(Self { descriptor: SignalFd::new(&held).map_err(cannot)?, foreground })
+    pub fn block(foreground: bool) -> Result<Self> {
+        let cannot = |e: Errno| Error::new(ErrorKind::System, "cannot block signals").because(e);
+        let mut blocked = SigSet::all();
+        FAULT_SIGNALS.into_iter().for_each(|fault| blocked.remove(fault));
+        blocked.thread_block().map_err(cannot)?;
+        Ok(Self { descriptor: SignalFd::new(&blocked).map_err(cannot)?, foreground })
     }
 
-    /// Waits for the next signal that asks for something.
+    /// Waits for the next signal that has an action.
     ///
     /// # Errors
     /// As read(2).
-    pub fn next(&self) -> std::result::Result<Wish, Errno> {
+    pub fn next(&self) -> std::result::Result<SignalAction, Errno> {
         loop {
             match self.descriptor.read_signal() {
                 Ok(Some(signal)) => {
                     let number = i32::try_from(signal.ssi_signo).unwrap_or(0);
-                    if let Some(wish) = wish(number, signal.ssi_code, self.foreground) {
-                        return Ok(wish);
+                    if let Some(action) = action(number, signal.ssi_code, self.foreground) {
+                        return Ok(action);
                     }
                 }
                 Ok(None) | Err(Errno::EINTR) => {}
@@ -67,19 +69,20 @@ impl Signals {
     }
 }
 
-/// What a signal asks for. A daemon belongs to the terminal's process group until the mount was reported; what the
-/// terminal sent until then was for the command.
-fn wish(number: i32, code: i32, foreground: bool) -> Option<Wish> {
+/// The action of a signal, if it has one. Until the start is reported, a daemon is in the process group of the mount
+/// command; signals that the terminal sends to that group are for the command, and have no action here.
+fn action(number: i32, code: i32, foreground: bool) -> Option<SignalAction> {
     let from_terminal = code == SI_KERNEL;
     let Ok(signal) = Signal::try_from(number) else {
-        return Some(Wish::End(format!("real-time signal {number}")));
+        return Some(SignalAction::Unmount(format!("real-time signal {number}")));
     };
     match signal {
         Signal::SIGINT | Signal::SIGQUIT | Signal::SIGHUP if from_terminal && !foreground => None,
-        Signal::SIGHUP => Some(Wish::DropMaps),
-        Signal::SIGUSR1 => Some(Wish::LogCounters),
-        Signal::SIGUSR2 => Some(Wish::ToggleDebug),
-        // The call that caused the first two fails with EPIPE or EFBIG; the others stop a process, or do nothing.
+        Signal::SIGHUP => Some(SignalAction::DropMaps),
+        Signal::SIGUSR1 => Some(SignalAction::LogCounters),
+        Signal::SIGUSR2 => Some(SignalAction::ToggleDebug),
+        // The system call that caused one of the first two fails with EPIPE or EFBIG. By default the others stop a process,
+        // or do nothing.
         Signal::SIGPIPE
         | Signal::SIGXFSZ
         | Signal::SIGTSTP
@@ -89,7 +92,7 @@ fn wish(number: i32, code: i32, foreground: bool) -> Option<Wish> {
         | Signal::SIGCONT
         | Signal::SIGURG
         | Signal::SIGWINCH => None,
-        other => Some(Wish::End(other.as_str().to_owned())),
+        other => Some(SignalAction::Unmount(other.as_str().to_owned())),
     }
 }
 
@@ -97,28 +100,28 @@ fn wish(number: i32, code: i32, foreground: bool) -> Option<Wish> {
 mod tests {
     use super::*;
 
-    /// `SI_USER`: somebody called kill(2).
+    /// `SI_USER`: the code of a signal from kill(2).
     const SI_USER: i32 = 0;
 
     #[test]
     fn every_signal_that_would_end_the_process_unmounts_first() {
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGALRM, Signal::SIGXCPU] {
-            assert_eq!(wish(signal as i32, SI_USER, false), Some(Wish::End(signal.as_str().to_owned())));
+            assert_eq!(action(signal as i32, SI_USER, false), Some(SignalAction::Unmount(signal.as_str().to_owned())));
         }
-        assert!(matches!(wish(40, SI_USER, false), Some(Wish::End(_))));
+        assert!(matches!(action(40, SI_USER, false), Some(SignalAction::Unmount(_))));
         for signal in [Signal::SIGPIPE, Signal::SIGXFSZ, Signal::SIGTSTP, Signal::SIGCHLD] {
-            assert_eq!(wish(signal as i32, SI_KERNEL, false), None, "{signal}");
+            assert_eq!(action(signal as i32, SI_KERNEL, false), None, "{signal}");
         }
     }
 
     #[test]
-    fn the_terminal_speaks_to_the_command_and_to_a_foreground_service() {
+    fn signals_of_the_terminal_are_for_the_command_and_for_a_foreground_service() {
         for signal in [Signal::SIGINT, Signal::SIGQUIT] {
-            assert_eq!(wish(signal as i32, SI_KERNEL, false), None, "{signal}");
-            assert!(matches!(wish(signal as i32, SI_KERNEL, true), Some(Wish::End(_))), "{signal}");
+            assert_eq!(action(signal as i32, SI_KERNEL, false), None, "{signal}");
+            assert!(matches!(action(signal as i32, SI_KERNEL, true), Some(SignalAction::Unmount(_))), "{signal}");
         }
-        assert_eq!(wish(Signal::SIGHUP as i32, SI_KERNEL, false), None);
-        assert_eq!(wish(Signal::SIGHUP as i32, SI_USER, false), Some(Wish::DropMaps));
-        assert!(matches!(wish(Signal::SIGXCPU as i32, SI_KERNEL, false), Some(Wish::End(_))));
+        assert_eq!(action(Signal::SIGHUP as i32, SI_KERNEL, false), None);
+        assert_eq!(action(Signal::SIGHUP as i32, SI_USER, false), Some(SignalAction::DropMaps));
+        assert!(matches!(action(Signal::SIGXCPU as i32, SI_KERNEL, false), Some(SignalAction::Unmount(_))));
     }
 }

@@ -1,5 +1,5 @@
-//! `umount.blkholefs`, which umount(8) runs, and `blkholefs umount`: unmounts, and waits until the daemon let go of the
-//! device, so that what comes next (`losetup -d`, `lvremove`) finds it free.
+//! `umount.blkholefs`, which umount(8) runs, and `blkholefs umount`: unmounts, and waits until the daemon has closed the
+//! device, so that `losetup -d` or `lvremove` can follow.
 
 use std::ffi::OsString;
 use std::fs;
@@ -16,7 +16,7 @@ use crate::mount::fusermount;
 use crate::mount::helper::finish;
 use crate::mount::mountinfo::{self, DeviceNumber, MountEntry};
 use crate::mount::namespace::Namespace;
-use crate::mount::release::{Daemon, Outcome};
+use crate::mount::release::{Daemon, ReleaseOutcome};
 use crate::mount::{logging, point, record};
 
 const USAGE: &str = "\
@@ -25,25 +25,25 @@ Usage: umount.blkholefs DIR|SPEC [-flnrvhV] [-N NAMESPACE] [-t TYPE]
 Unmounts DIR, or what was mounted from SPEC, and waits until the daemon closed the
 device. See mount.blkholefs(8).
 
-  -f  abort requests that wait        -l  detach now, end when nobody uses it
-  -n, -r  nothing, for umount(8)      -v  say what is done
+  -f  abort pending requests          -l  detach the mount although it is in use
+  -n, -r  ignored, for umount(8)      -v  print what is done
   -N  unmount in this mount namespace";
 
 /// Runs `umount.blkholefs` or `blkholefs umount` with the words after the name.
 pub fn main(name: &str, args: &[OsString]) -> ExitCode {
-    finish(name, USAGE, argv::umount(args), run)
+    finish(name, USAGE, argv::umount(args), |request| run(name, &request))
 }
 
-fn run(name: &str, request: UmountRequest) -> Result<u8> {
+fn run(name: &str, request: &UmountRequest) -> Result<u8> {
     let target = std::path::absolute(&request.target)
         .map_err(|e| Error::failed("cannot find the current directory").on(&request.target).because(e))?;
     let namespace = Namespace::open(request.namespace.as_deref())?;
     let mount = namespace.within(|| find(&point::list()?, &target, &request.target, geteuid().as_raw()))?;
-    // Found before the unmount: after it, the number may be another mount's.
+    // Looked up before the unmount: after that, another mount may have the device number.
     let daemon = if request.lazy { None } else { Daemon::of(&mount) };
-    namespace.within(|| unmount(&mount.point, &request))?;
+    namespace.within(|| unmount(&mount.point, request))?;
     if let Some(records) = record::directory() {
-        // What a killed daemon left; if it stays, the next mount removes it.
+        // Removes the record if the daemon was killed. If that fails, the next mount removes it.
         let _ = record::remove_stale(&records);
     }
     if request.verbose {
@@ -54,15 +54,18 @@ fn run(name: &str, request: UmountRequest) -> Result<u8> {
     let others = namespace.within(|| Ok(others(&point::list()?, mount.device))).unwrap_or_default();
     if let Some(warning) = warning(&outcome, daemon.pid(), &others) {
         eprintln!("{name}: {}: {}", mount.point.display(), logging::one_line(&warning));
-    } else if request.verbose && outcome == Outcome::Idle {
+    } else if request.verbose && outcome == ReleaseOutcome::Idle {
         eprintln!("{name}: the daemon (process {}) serves {}, and has no device open", daemon.pid(), place(&others));
     }
     Ok(0)
 }
 
-/// Where else a file system is mounted, in the namespace of the list.
+/// The other mountpoints of a file system, in the namespace of the list.
 fn others(list: &[MountEntry], device: DeviceNumber) -> Vec<PathBuf> {
-    list.iter().filter(|mount| mount.is_ours() && mount.device == device).map(|mount| mount.point.clone()).collect()
+    list.iter()
+        .filter(|mount| mount.is_blkholefs() && mount.device == device)
+        .map(|mount| mount.point.clone())
+        .collect()
 }
 
 fn place(others: &[PathBuf]) -> String {
@@ -72,33 +75,33 @@ fn place(others: &[PathBuf]) -> String {
     }
 }
 
-/// What the user has to know of a device that is not free although the mount is gone.
-fn warning(outcome: &Outcome, daemon: Pid, others: &[PathBuf]) -> Option<String> {
+/// The warning that a device is not free although the mount is gone.
+fn warning(outcome: &ReleaseOutcome, daemon: Pid, others: &[PathBuf]) -> Option<String> {
     let (open, reason) = match outcome {
-        Outcome::Ended | Outcome::Idle => return None,
-        Outcome::InUse(open) => (open, format!("serves {}", place(others))),
-        Outcome::Hangs(open) => (open, "does not end".to_owned()),
+        ReleaseOutcome::Ended | ReleaseOutcome::Idle => return None,
+        ReleaseOutcome::InUse(open) => (open, format!("serves {}", place(others))),
+        ReleaseOutcome::Hangs(open) => (open, "does not end".to_owned()),
     };
     let open: Vec<_> = open.iter().map(|path| path.display().to_string()).collect();
     let holds = if open.is_empty() { String::new() } else { format!(" and holds {}", open.join(", ")) };
     Some(format!("unmounted, but the daemon (process {daemon}) {reason}{holds}"))
 }
 
-/// The mount at `target`, or else the newest one that `user` made from `typed`. At `target`, the mount
-/// of any user counts; by its source, only one of `user`, since each user chooses the source freely.
+/// The mount at `target`, made by any user, or else the newest mount with the source `typed` that `user` made. Mounts of
+/// other users are not found by their source, because every user can choose any text for it.
 fn find(list: &[MountEntry], target: &Path, typed: &Path, user: u32) -> Result<MountEntry> {
-    // The way to a mount need not be walked when it is written as the kernel has it. A walk may wait: for a daemon that
-    // hangs, or for an automount. The way to one whose daemon died cannot be walked.
-    let is_written = list.iter().any(|mount| mount.point == target);
-    let place = if is_written { None } else { fs::canonicalize(target).ok() };
+    // A path lookup may wait for a daemon that hangs or for an automount, and fails for a mount whose daemon died. None is
+    // needed when the path is typed as in the kernel's list.
+    let is_listed = list.iter().any(|mount| mount.point == target);
+    let place = if is_listed { None } else { fs::canonicalize(target).ok() };
     if let Some(mount) = mountinfo::top(list, place.as_deref().unwrap_or(target)) {
-        if mount.is_ours() {
+        if mount.is_blkholefs() {
             return Ok(mount.clone());
         }
         let kind = mount.fs_type.display();
         return Err(Error::failed(format!("not a mount of blkholefs, its type is {kind}")).on(typed));
     }
-    let is_source = |mount: &&MountEntry| mount.is_ours() && (mount.source == typed || mount.source == target);
+    let is_source = |mount: &&MountEntry| mount.is_blkholefs() && (mount.source == typed || mount.source == target);
     let Some(mount) = list.iter().filter(is_source).rfind(|mount| mount.owner == Some(user)) else {
         let error = Error::failed("not mounted").on(typed);
         return Err(match list.iter().rfind(is_source) {
@@ -109,7 +112,7 @@ fn find(list: &[MountEntry], target: &Path, typed: &Path, user: u32) -> Result<M
             None => error,
         });
     };
-    // The kernel unmounts what the path leads to.
+    // The kernel unmounts the topmost mount of a path.
     if mountinfo::top(list, &mount.point) != Some(mount) {
         return Err(Error::failed("cannot unmount: something else is mounted over it").on(&mount.point));
     }
@@ -155,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_is_found_by_its_place_and_by_its_source() {
+    fn a_mount_is_found_by_its_mountpoint_and_by_its_source() {
         assert_eq!(found("/nowhere/a"), Ok(40));
         assert_eq!(found("/nowhere/a/"), Ok(40));
         assert_eq!(found("/dev/x"), Ok(41), "the newest");
@@ -166,35 +169,40 @@ mod tests {
         assert_eq!(found("host:").unwrap_err(), "host:: not mounted");
     }
 
-    /// A user who mounts with fusermount3 chooses the source.
+    /// A user who mounts with fusermount3 can choose any source.
     #[test]
     fn the_source_of_another_users_mount_finds_nothing() {
         assert_eq!(found("/dev/y").unwrap_err(), "/dev/y: not mounted");
-        assert_eq!(found("/nowhere/f"), Ok(45), "by its place");
+        assert_eq!(found("/nowhere/f"), Ok(45), "by its mountpoint");
         assert_eq!(found_by("/dev/y", 1000), Ok(45));
         assert_eq!(found_by("/dev/x", 1000), Ok(44));
         assert_eq!(found_by("nbd://h/e", 1000).unwrap_err(), "nbd://h/e: not mounted");
     }
 
     #[test]
-    fn what_covers_a_mount_is_not_unmounted_in_its_place() {
+    fn a_mount_that_covers_another_is_not_unmounted_instead() {
         assert!(found("/dev/z").unwrap_err().contains("something else is mounted over it"));
         assert!(found("/nowhere/g").unwrap_err().contains("its type is tmpfs"));
     }
 
     #[test]
-    fn a_warning_says_what_is_held_and_why() {
+    fn a_warning_has_the_open_devices_and_the_reason() {
         let pid = Pid::from_raw(7);
         let open = || vec![PathBuf::from("/dev/loop1")];
         let at = [PathBuf::from("/m")];
         let text = |outcome, others: &[PathBuf]| warning(&outcome, pid, others);
-        assert_eq!(text(Outcome::Ended, &[]), None);
-        assert_eq!(text(Outcome::Idle, &at), None);
+        assert_eq!(text(ReleaseOutcome::Ended, &[]), None);
+        assert_eq!(text(ReleaseOutcome::Idle, &at), None);
         assert_eq!(
-            text(Outcome::InUse(open()), &at).unwrap(),
+            text(ReleaseOutcome::InUse(open()), &at).unwrap(),
             "unmounted, but the daemon (process 7) serves the mount on /m and holds /dev/loop1"
         );
-        assert!(text(Outcome::InUse(open()), &[]).unwrap().contains("serves a mount in another namespace and holds"));
-        assert_eq!(text(Outcome::Hangs(vec![]), &[]).unwrap(), "unmounted, but the daemon (process 7) does not end");
+        assert!(
+            text(ReleaseOutcome::InUse(open()), &[]).unwrap().contains("serves a mount in another namespace and holds")
+        );
+        assert_eq!(
+            text(ReleaseOutcome::Hangs(vec![]), &[]).unwrap(),
+            "unmounted, but the daemon (process 7) does not end"
+        );
     }
 }

@@ -6,7 +6,6 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::spec::absolute;
 
 /// The port that IANA assigned to NBD.
 const PORT: u16 = 10809;
@@ -94,6 +93,10 @@ impl Uri {
     }
 
     fn with_absolute_paths(mut self) -> Result<Self> {
+        let absolute = |path: &Path| {
+            std::path::absolute(path)
+                .map_err(|error| Error::failed("cannot make the path absolute").on(path).because(error))
+        };
         if let Transport::Unix { socket } = &mut self.transport
             && socket.as_os_str().as_encoded_bytes().first() != Some(&0)
         {

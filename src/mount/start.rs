@@ -1,0 +1,183 @@
+//! The start of a mount, step by step, and its end.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::LevelFilter;
+use nix::unistd::geteuid;
+
+use crate::error::{Error, ErrorKind, Result, plain, shown};
+use crate::fs::FileSystem;
+use crate::fuse::BlkHoleFs;
+use crate::mount::argv::MountRequest;
+use crate::mount::daemon::{self, Forked, StartOutcome, StartReport, StartingDaemon};
+use crate::mount::helper::error_text;
+use crate::mount::logging;
+use crate::mount::namespace::Namespace;
+use crate::mount::options::{self, ParsedOptions, UnknownOptions};
+use crate::mount::point::{MountPoint, MountPointKind, Mounted};
+use crate::mount::record::{self, MountRecord};
+use crate::mount::signals::Signals;
+use crate::mount::{resources, serve, session};
+use crate::source::nbd::Uri;
+use crate::source::thin::held;
+use crate::spec::{SourceOptions, Spec, absolute};
+use crate::sys::process::{self, Capability};
+
+/// Makes a mount and has a daemon serve it; in the foreground, serves it until it is unmounted. `name` is the program's
+/// name in messages. Returns the exit code.
+///
+/// # Errors
+/// When the mount cannot be made or served. Nothing is left then: no mount, no record, no process.
+pub fn run(name: &str, request: &MountRequest) -> Result<u8> {
+    logging::start(name, if request.verbose { LevelFilter::Debug } else { LevelFilter::Warn });
+    let options = parse_options(request)?;
+    // All paths are made absolute first: entering another mount namespace changes the current directory.
+    let spec = Spec::parse(&request.spec)?;
+    let dir = absolute(&request.dir)?;
+    if options.mount.nofail && spec.is_missing() {
+        log::debug!("{spec} does not exist, and with nofail that is no failure");
+        return Ok(0);
+    }
+    let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
+    spec.path().into_iter().chain(options.source.thin_metadata.as_deref()).try_for_each(|path| point.leaves(path))?;
+    let fs = open_file_system(&spec, &options, point.kind())?;
+    if request.verbose {
+        let action = if request.fake { "would mount" } else { "mounting" };
+        eprintln!("{name}: {action} {spec} on {}", shown(&dir));
+    }
+    if request.fake {
+        return Ok(0);
+    }
+    if request.foreground {
+        serve_mount(&spec, &options, fs, point, &mut StartReport::foreground())?;
+        return Ok(0);
+    }
+    match daemon::fork()? {
+        Forked::Command(daemon) => wait_for(daemon, &point),
+        Forked::Daemon(mut report) => {
+            let left = daemon::leave_directory();
+            let Err(error) = left.and_then(|()| serve_mount(&spec, &options, fs, point, &mut report)) else {
+                return Ok(0);
+            };
+            report.failed(&error_text(name, &error), error.exit_code());
+            Ok(error.exit_code())
+        }
+    }
+}
+
+/// Mounts, reports that the mount is served, and serves it until it is unmounted.
+///
+/// # Errors
+/// When it cannot mount, and when the session breaks. The mount and the record are removed then.
+fn serve_mount(
+    spec: &Spec,
+    options: &ParsedOptions,
+    fs: Arc<FileSystem>,
+    point: MountPoint,
+    report: &mut StartReport,
+) -> Result<()> {
+    logging::raise_to_info();
+    // Each open file takes some descriptors. When none is left, an open fails with EMFILE.
+    if let Err(error) = process::raise_descriptor_limit() {
+        log::debug!("cannot raise the limit of open files: {error}");
+    }
+    resources::check()?;
+    let claim = point.claim()?;
+    let signals = Signals::block(report.is_foreground())?;
+    let answering = BlkHoleFs::new(fs.clone(), options.mount.direct_io);
+    let (session, mounted) = session::mount(answering, spec.typed(), &claim, &options.mount)?;
+    let record = create_record(&mounted);
+    let started = drop_privileges(&mounted, connects_to_socket(spec, &options.source))
+        .and_then(|()| serve::start(session, signals))
+        .and_then(|events| report.serving().map(|()| events));
+    let events = started.map_err(|error| serve::unmount_after(&mounted, error))?;
+    drop(claim);
+    held::recover_once(Duration::ZERO);
+    log::info!("{} is mounted on {}", shown(spec.typed()), shown(mounted.dir()));
+    let result = serve::until_unmounted(&fs, &mounted, &events);
+    log::info!("{} is unmounted", shown(mounted.dir()));
+    // From here on, another mount may have the device number that the record is named by.
+    drop(record);
+    drop(fs);
+    // A thread of the session may still read a pool's metadata snapshot, which is released before the process ends.
+    held::finish();
+    result
+}
+
+/// Waits until the daemon serves the mount or has failed. Returns the exit code.
+fn wait_for(daemon: StartingDaemon, point: &MountPoint) -> Result<u8> {
+    match daemon.wait()? {
+        StartOutcome::Serving => Ok(0),
+        StartOutcome::Failed { text, exit_code } => {
+            eprintln!("{text}");
+            Ok(exit_code)
+        }
+        StartOutcome::Died(error) => Err(match point.remove_dead_mount() {
+            Ok(()) => error,
+            Err(left) => error.hint(format!("its mount is still there: {left}")),
+        }),
+    }
+}
+
+/// Parses the options, and logs the warnings about them.
+fn parse_options(request: &MountRequest) -> Result<ParsedOptions> {
+    let unknown = if request.sloppy { UnknownOptions::Warn } else { UnknownOptions::Refuse };
+    let options = options::parse(&request.options, unknown)?;
+    for warning in &options.warnings {
+        log::warn!("{warning}");
+    }
+    if !geteuid().is_root() && (options.mount.uid.is_some() || options.mount.gid.is_some()) {
+        return Err(Error::usage("only root can give the files to another user: uid= and gid= are for root"));
+    }
+    Ok(options)
+}
+
+/// Opens what the SPEC names, to find out whether it can be shown. Starts no thread, because the daemon is forked after
+/// this.
+///
+/// # Errors
+/// When it cannot be shown, and when it is more than one file and the mountpoint is a regular file.
+fn open_file_system(spec: &Spec, options: &ParsedOptions, kind: MountPointKind) -> Result<Arc<FileSystem>> {
+    let mut fs = FileSystem::new(spec, &options.source, options.mount.ownership(), options.mount.map_cache)?;
+    if kind == MountPointKind::File {
+        fs.show_as_file()?;
+    }
+    Ok(Arc::new(fs))
+}
+
+/// Creates the record of the daemon. A mount without one is served all the same; a user without a session has no
+/// directory for it.
+fn create_record(mounted: &Mounted) -> Option<MountRecord> {
+    let directory = record::directory()?;
+    MountRecord::create(&directory, mounted.device())
+        .inspect_err(|e| log::warn!("{}: no record, umount will not wait: {}", directory.display(), plain(e)))
+        .ok()
+}
+
+/// Whether the daemon connects to an NBD server through a Unix socket.
+fn connects_to_socket(spec: &Spec, source: &SourceOptions) -> bool {
+    spec.nbd_uri().into_iter().chain(&source.nbd).any(Uri::has_unix_socket)
+}
+
+/// Drops the capabilities that serving does not need. A daemon of root keeps CAP_SYS_ADMIN (umount(2), device-mapper) and
+/// CAP_DAC_READ_SEARCH (images of other users), CAP_SYS_CHROOT for a mount in another namespace (setns(2)), and
+/// CAP_DAC_OVERRIDE for an NBD server with a Unix socket (sockets of other users). The daemon of another user has none, and
+/// must be able to run the setuid program fusermount3 for the unmount.
+fn drop_privileges(mounted: &Mounted, connects_to_socket: bool) -> Result<()> {
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    let mut keep = vec![Capability::SYS_ADMIN, Capability::DAC_READ_SEARCH];
+    if mounted.is_elsewhere() {
+        keep.push(Capability::SYS_CHROOT);
+    }
+    if connects_to_socket {
+        keep.push(Capability::DAC_OVERRIDE);
+    }
+    nix::sys::prctl::set_no_new_privs()
+        .map_err(io::Error::from)
+        .and_then(|()| process::keep_capabilities(&keep))
+        .map_err(|e| Error::new(ErrorKind::System, "cannot drop privileges").because(e))
+}
