@@ -18,8 +18,8 @@ use crate::mount::options;
 use crate::report::{self, MapFormat, MapPrinter};
 use crate::source::Context;
 use crate::source::nbd::{Beside, NbdExport};
+use crate::source::thin::ThinId;
 use crate::source::thin::offline::OfflinePool;
-use crate::source::thin::{self, ThinId};
 use crate::spec::{SourceOptions, Spec, SpecKind};
 use crate::units::Bytes;
 
@@ -186,12 +186,8 @@ fn size(text: &OsStr) -> Result<Bytes> {
 }
 
 /// `blkholefs map`: prints the data and holes that lseek(2) would find in the file of a mount.
-///
-/// It changes nothing on the system. As lseek(2) does, it has the kernel write back completed writes first (dirty pages,
-/// and the metadata of a thin pool): otherwise a hole could be printed where there is data.
 fn map(arguments: &[OsString]) -> Result<()> {
     let CommandLine::Run(arguments) = parse(arguments, "map")? else { return print(HELP) };
-    thin::held::forbid();
     let export = arguments.open()?;
     let context = arguments.context(&*export)?;
     let handle = Handle::new(export, Arc::new(context), Arc::default());
@@ -219,12 +215,8 @@ fn map(arguments: &[OsString]) -> Result<()> {
 }
 
 /// `blkholefs info`: prints the layers of a device, and where the holes of each layer come from.
-///
-/// It changes nothing on the system, and writes back no dirty pages: whether there are holes is printed as the layers know
-/// it without them.
 fn info(arguments: &[OsString]) -> Result<()> {
     let CommandLine::Run(arguments) = parse(arguments, "info")? else { return print(HELP) };
-    thin::held::forbid();
     if let (Some(metadata), None, Some(data)) =
         (&arguments.source.thin_metadata, arguments.source.volume, arguments.spec.path())
     {
@@ -233,5 +225,6 @@ fn info(arguments: &[OsString]) -> Result<()> {
     }
     let export = arguments.open()?;
     let stack = export.stack(&arguments.context(&*export)?);
+    stack.write_back();
     print(&if arguments.json { report::json(&stack) } else { report::tree(&stack) })
 }

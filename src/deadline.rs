@@ -1,37 +1,38 @@
-//! When the request that a thread works on is to be answered.
+//! The deadline of the FUSE request that a thread runs.
 //!
-//! A request may wait for a server several times: for a connection, for the length, for each part of a map. All these
-//! waits share one deadline, which belongs to the thread that does the work. Work that no request asked for has none.
+//! A request can wait for a server several times: for a connection, for the length, and for each part of a map. All these
+//! waits share one deadline, which is a thread-local value. Work outside of a request, such as that of a background thread,
+//! has no deadline.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-/// How long a request of the kernel may wait for servers.
+/// The time after which a FUSE request stops waiting for servers.
 pub const REQUEST: Duration = Duration::from_secs(30);
 
 thread_local! {
-    static UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
+    static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Puts the deadline back that held before, however the work ends.
+/// Restores an earlier deadline of the thread when it is dropped, also by a panic.
 struct Restore(Option<Instant>);
 
 impl Drop for Restore {
     fn drop(&mut self) {
-        UNTIL.set(self.0);
+        DEADLINE.set(self.0);
     }
 }
 
-/// Does `work` with a deadline after `limit`, or with the earlier one that the thread has already.
+/// Calls `work` with a deadline that is `limit` from now, or with the current deadline of the thread if that is earlier.
 pub fn within<T>(limit: Duration, work: impl FnOnce() -> T) -> T {
-    let _before = Restore(UNTIL.get());
-    UNTIL.set(Some(no_later_than(Instant::now() + limit)));
+    let _restore = Restore(DEADLINE.get());
+    DEADLINE.set(Some(no_later_than(Instant::now() + limit)));
     work()
 }
 
-/// The earlier of `at` and the deadline of this thread's work.
+/// The earlier of `at` and the deadline of the calling thread.
 pub fn no_later_than(at: Instant) -> Instant {
-    UNTIL.get().map_or(at, |until| until.min(at))
+    DEADLINE.get().map_or(at, |deadline| deadline.min(at))
 }
 
 #[cfg(test)]
@@ -39,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_earliest_deadline_holds_as_long_as_its_work() {
+    fn the_earliest_deadline_applies_until_its_work_ends() {
         let far = Instant::now() + Duration::from_secs(3600);
         assert_eq!(no_later_than(far), far);
         within(Duration::from_secs(60), || {

@@ -1,107 +1,135 @@
-//! One error for the whole program: what was tried, on what, and why it failed.
+//! The error type of the whole program: what was tried, on which device or file, and why it failed.
 //!
-//! A message is one line, `PATH: cannot DO: REASON`, with an optional hint on a second line. The two decisions that
-//! depend on an error, the errno that a FUSE client sees and the exit code that mount(8) passes on, are one `match` each.
+//! A message is one line, `PATH: cannot DO: REASON`. A hint, if there is one, is printed on a second line. An error also
+//! determines the errno of a FUSE reply ([`Error::errno`]), the level of its line in the log ([`Error::level`]) and the
+//! exit code that mount(8) passes on ([`Error::exit_code`]).
 
+use std::error::Error as StdError;
 use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// What sort of failure it is; decides the exit code.
+use log::Level;
+
+/// The category of a failure, which determines the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// Wrong words on the command line, or a permission that the caller lacks.
+    /// An invalid command line, or a missing permission of the caller.
     Usage,
     /// The system refused something that should work: fork, memory, /dev/fuse.
     System,
-    /// A fault of this program.
+    /// A bug of this program.
     Internal,
     /// A signal ended the work.
     Interrupted,
-    /// The thing asked for could not be mounted, opened or read.
+    /// A device, image or mount point could not be mounted, opened or read.
     Failed,
 }
 
-/// The result of what can fail with an [`Error`].
+/// A result whose error is [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// A failure: `path: message: source`, and perhaps a hint.
+/// The boxed cause of an [`Error`].
+type Cause = Box<dyn StdError + Send + Sync>;
+
+/// A failure with the text `PATH: MESSAGE: CAUSE` and an optional hint.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
     path: Option<PathBuf>,
     message: String,
-    source: Option<io::Error>,
+    cause: Option<Cause>,
     hint: Option<String>,
     reply: Option<i32>,
 }
 
 impl Error {
-    /// A failure described by `message`, such as `cannot open`.
+    /// An error described by `message`, such as `cannot open`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, path: None, message: message.into(), source: None, hint: None, reply: None }
+        Self { kind, path: None, message: message.into(), cause: None, hint: None, reply: None }
     }
 
-    /// A failure of the thing asked for.
+    /// An error of the kind [`ErrorKind::Failed`].
     pub fn failed(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Failed, message)
     }
 
-    /// Wrong words on the command line.
+    /// An error of the kind [`ErrorKind::Usage`].
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Usage, message)
     }
 
-    /// Names the device or file that it was tried on.
+    /// The refusal of a request with `errno`. Its message is the text that the system has for `errno`.
+    pub fn from_errno(errno: i32) -> Self {
+        Self::failed(plain(&io::Error::from_raw_os_error(errno))).with_errno(errno)
+    }
+
+    /// Adds the device or file on which the operation was tried.
     #[must_use]
     pub fn on(mut self, path: impl AsRef<Path>) -> Self {
         self.path = Some(path.as_ref().to_owned());
         self
     }
 
-    /// Gives the cause.
+    /// Adds the cause. [`Error::errno`] returns the errno of a cause that is an [`io::Error`], a [`nix::errno::Errno`] or
+    /// an [`Error`].
     #[must_use]
-    pub fn because(mut self, source: impl Into<io::Error>) -> Self {
-        self.source = Some(source.into());
+    pub fn because(mut self, cause: impl Into<Cause>) -> Self {
+        // The text of `Errno` begins with the constant's name. Users see the text of `io::Error`, without the name.
+        self.cause = Some(match cause.into().downcast::<nix::errno::Errno>() {
+            Ok(errno) => io::Error::from(*errno).into(),
+            Err(other) => other,
+        });
         self
     }
 
-    /// Adds what the user can do, printed on a line of its own.
+    /// Adds advice for the user, which is printed on a line of its own.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
 
-    /// Has a FUSE client see this errno, and not the cause's own.
+    /// Sets the errno of the FUSE reply, which then replaces that of the cause.
     #[must_use]
-    pub fn seen_as(mut self, errno: i32) -> Self {
+    pub fn with_errno(mut self, errno: i32) -> Self {
         self.reply = Some(errno);
         self
     }
 
-    /// The sort of failure.
+    /// The category of the failure.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// What the user can do, if anything is known.
+    /// The advice that [`Error::hint`] added.
     pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 
-    /// The errno for a FUSE reply: that of [`Error::seen_as`], else the cause's own where the kernel gave one, else EIO. Never zero, and never ENXIO or
-    /// ENOSYS, which mean "no more data" and "no lseek at all" to a client (semantics: an error must not end a copy).
+    /// The errno of the FUSE reply: the one that [`Error::with_errno`] set, else that of the cause, else EIO.
+    ///
+    /// It is never zero, ENXIO or ENOSYS. The FUSE client takes ENXIO of an lseek for "no data from here on", and after
+    /// ENOSYS the kernel sends no more requests of that type. Either would make a copy skip data.
     pub fn errno(&self) -> i32 {
-        match self.reply.or_else(|| self.source.as_ref().and_then(io::Error::raw_os_error)) {
+        match self.reply.or_else(|| self.cause.as_deref().and_then(errno_of)) {
             Some(0 | libc::ENXIO | libc::ENOSYS) | None => libc::EIO,
             Some(errno) => errno,
         }
     }
 
-    /// The exit code, as mount(8) lists them.
+    /// The level at which a failed request is logged: debug for the refusals that occur in normal use (a name that does not
+    /// exist or is to be looked up again, opening for writing, opening a directory as a file), warn for all others.
+    pub fn level(&self) -> Level {
+        match self.errno() {
+            libc::ENOENT | libc::EROFS | libc::EISDIR | libc::ESTALE => Level::Debug,
+            _ => Level::Warn,
+        }
+    }
+
+    /// The exit code, from the list in mount(8).
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             ErrorKind::Usage => 1,
@@ -113,32 +141,43 @@ impl Error {
     }
 }
 
+/// The errno that a cause carries.
+fn errno_of(cause: &(dyn StdError + Send + Sync + 'static)) -> Option<i32> {
+    match cause.downcast_ref::<io::Error>() {
+        Some(error) => error.raw_os_error(),
+        None => cause.downcast_ref::<Error>().map(Error::errno),
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = &self.path {
             write!(f, "{}: ", shown(path))?;
         }
         f.write_str(&self.message)?;
-        match &self.source {
-            Some(source) => write!(f, ": {}", plain(source)),
-            None => Ok(()),
+        let Some(cause) = &self.cause else { return Ok(()) };
+        match cause.downcast_ref::<io::Error>() {
+            Some(error) => write!(f, ": {}", plain(error)),
+            None => write!(f, ": {cause}"),
         }
     }
 }
 
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_ref().map(|source| source as _)
+impl StdError for Error {
+    /// The source of the cause. The cause itself is part of this error's own text, so that a report which prints an error
+    /// and its sources names it once.
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.cause.as_ref().and_then(|cause| cause.source())
     }
 }
 
-/// A path or name in a message: one line of text whatever bytes it has. Those that are not text, and control characters,
-/// are written as escapes.
+/// Formats a path or name for a message, as one line of text whatever bytes it has: control characters and bytes that are
+/// not UTF-8 are written as escapes.
 pub fn shown(name: &(impl AsRef<OsStr> + ?Sized)) -> Shown<'_> {
     Shown(name.as_ref())
 }
 
-/// See [`shown`].
+/// The return type of [`shown`].
 pub struct Shown<'a>(&'a OsStr);
 
 impl fmt::Display for Shown<'_> {
@@ -156,7 +195,7 @@ impl fmt::Display for Shown<'_> {
     }
 }
 
-/// The text of an I/O error without the ` (os error N)` that users of mount(8) never see.
+/// The text of an I/O error without the suffix ` (os error N)`, which other programs do not print.
 pub fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     match text.rfind(" (os error ") {
@@ -197,7 +236,39 @@ mod tests {
         for errno in [0, libc::ENXIO, libc::ENOSYS] {
             let error = Error::failed("x").because(io::Error::from_raw_os_error(errno));
             assert_eq!(error.errno(), libc::EIO);
+            assert_eq!(Error::from_errno(errno).errno(), libc::EIO);
+            assert_eq!(Error::failed("y").because(error).errno(), libc::EIO);
         }
         assert_eq!(Error::failed("x").errno(), libc::EIO);
+        assert_eq!(Error::failed("x").because("a text").errno(), libc::EIO);
+    }
+
+    #[test]
+    fn the_errno_of_every_type_of_cause_is_found() {
+        let denied = || io::Error::from_raw_os_error(libc::EACCES);
+        for error in [
+            Error::failed("x").because(denied()),
+            Error::failed("x").because(nix::errno::Errno::EACCES),
+            Error::failed("x").because(Error::from_errno(libc::EACCES)),
+            Error::from_errno(libc::EACCES).on("x"),
+        ] {
+            assert_eq!(error.errno(), libc::EACCES);
+            assert_eq!(error.to_string(), "x: Permission denied");
+        }
+        let nested = Error::failed("cannot mount").because(Error::failed("cannot open").on("/dev/x").because(denied()));
+        assert_eq!(nested.errno(), libc::EACCES);
+        assert_eq!(nested.to_string(), "cannot mount: /dev/x: cannot open: Permission denied");
+        assert!(nested.source().is_none(), "every cause is in the text already");
+        assert_eq!(Error::failed("x").because(denied()).with_errno(libc::ENODEV).errno(), libc::ENODEV);
+    }
+
+    #[test]
+    fn refusals_of_normal_use_are_logged_for_debugging_only() {
+        for errno in [libc::ENOENT, libc::EROFS, libc::EISDIR, libc::ESTALE] {
+            assert_eq!(Error::from_errno(errno).level(), Level::Debug);
+        }
+        for errno in [libc::EIO, libc::EBADF, libc::EACCES, libc::ENXIO] {
+            assert_eq!(Error::from_errno(errno).level(), Level::Warn);
+        }
     }
 }

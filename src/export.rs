@@ -5,8 +5,11 @@
 //! wraps another one.
 
 mod block_device;
+mod catalog;
+mod device_directory;
 mod image;
 mod node;
+mod usage;
 mod volume;
 
 use std::fs::File;
@@ -16,7 +19,10 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use catalog::{Catalog, CatalogEntry, FileSource};
+pub use device_directory::DeviceDirectory;
 pub use node::{FileIdentity, HostNode};
+pub use usage::Usage;
 pub use volume::VolumeExport;
 
 use crate::error::{Error, Result};
@@ -26,6 +32,15 @@ use crate::sys::device;
 use crate::units::Bytes;
 use block_device::DeviceExport;
 use image::ImageExport;
+
+/// The kinds of files in a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FileKind {
+    /// A directory of devices.
+    Directory,
+    /// A device, shown as a regular file.
+    File,
+}
 
 /// Holes never start or end inside a unit of this size: QEMU aborts on extents that its O_DIRECT cannot address.
 pub const MIN_ALIGN: Bytes = Bytes::new(4096);
@@ -139,7 +154,7 @@ impl dyn Export + '_ {
     pub fn read<'a>(&self, buffer: &'a mut AlignedBuffer, offset: Bytes, size: usize) -> Result<&'a [u8]> {
         match self.read_range(buffer, offset, size) {
             Ok(range) => Ok(&buffer.bytes()[range]),
-            Err(error) => Err(error.seen_as(if self.is_gone() { libc::ENODEV } else { libc::EIO })),
+            Err(error) => Err(error.with_errno(if self.is_gone() { libc::ENODEV } else { libc::EIO })),
         }
     }
 

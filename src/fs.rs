@@ -1,21 +1,16 @@
-//! The file system, free of FUSE: names, inodes, attributes and the table of open files.
+//! The file system, without FUSE: names, inodes, attributes and the table of open files.
 //!
-//! A SPEC that is a device or an image is one file; a SPEC that is a directory is shown as it is now, with a file for
-//! each block device in it. Nothing is pinned: a device is open only while one of its files is.
+//! A SPEC that is a device or an image is shown as one file. A SPEC that is a directory is shown as it is at each lookup,
+//! with a file for each block device in it. A device is open only while one of its files is open.
 
 mod attributes;
-mod catalog;
 mod change;
 mod nodes;
 mod open;
-mod root;
 mod usage;
 
-pub use attributes::{Attributes, FileKind, Ownership};
-pub use catalog::{Catalog, CatalogEntry, FileSource};
+pub use attributes::{Attributes, Ownership};
 pub use nodes::{Ino, ROOT};
-pub use root::Root;
-pub use usage::Usage;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -25,14 +20,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::{debug, info};
 
 use crate::error::{Error, Result, shown};
-use crate::export::{FileIdentity, HostNode};
+use crate::export::{Catalog, CatalogEntry, FileIdentity, FileKind, FileSource, HostNode, Usage};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
 use crate::spec::{SourceOptions, Spec};
 use crate::units::Bytes;
 use change::Changes;
 use nodes::Nodes;
-use open::{Open, OpenFiles};
+use open::{OpenFile, OpenFiles};
 use usage::UsageCache;
 
 /// An open file's number.
@@ -41,7 +36,7 @@ pub struct Fh(pub u64);
 
 /// An entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct DirectoryEntry {
     /// Its inode number.
     pub ino: Ino,
     /// Directory or file.
@@ -60,16 +55,16 @@ pub struct FileSystem {
     changes: Changes,
     usage: UsageCache,
     open: OpenFiles,
-    /// The handle of each device that is open, by inode: several opens share it.
-    handles: Mutex<Handles>,
-    listings: Mutex<HashMap<u64, Arc<[Entry]>>>,
+    /// The open devices, by inode. All opens of an inode share one handle.
+    devices: Mutex<OpenDevices>,
+    listings: Mutex<HashMap<u64, Arc<[DirectoryEntry]>>>,
     next_fh: AtomicU64,
 }
 
-type Handles = HashMap<Ino, Shared>;
+type OpenDevices = HashMap<Ino, OpenDevice>;
 
-/// A handle and how many opens it has.
-struct Shared {
+/// An open device, and how many open files it has.
+struct OpenDevice {
     handle: Arc<Handle>,
     opens: usize,
 }
@@ -93,13 +88,13 @@ impl FileSystem {
             changes: Changes::default(),
             usage: UsageCache::default(),
             open: OpenFiles::default(),
-            handles: Mutex::default(),
+            devices: Mutex::default(),
             listings: Mutex::default(),
             next_fh: AtomicU64::new(1),
         })
     }
 
-    /// Starts what needs threads of its own. To be called in the process that serves.
+    /// Starts the threads that some sources need. Must be called in the process that serves the mount, after the fork.
     pub fn begin(&self) {
         if let Some(beside) = &self.context.nbd {
             beside.watch();
@@ -120,20 +115,20 @@ impl FileSystem {
     /// ENOENT when there is none.
     pub fn lookup(&self, parent: Ino, name: &OsStr) -> Result<Attributes> {
         let directory = self.nodes.path(parent)?;
-        let path = self.catalog.child(&directory, name).ok_or_else(not_found)?;
+        let path = self.catalog.child(&directory, name).ok_or_else(|| Error::from_errno(libc::ENOENT))?;
         let target = self.catalog.find(&path)?;
         let ino = {
-            let handles = self.lock_handles();
-            self.nodes.look_up(&path, target.node(), |ino| handles.contains_key(&ino))
+            let devices = self.lock_devices();
+            self.nodes.look_up(&path, target.node(), |ino| devices.contains_key(&ino))
         };
-        // The kernel counts only what it got an answer to.
+        // The kernel counts a lookup only if it got an answer.
         self.attributes(ino, &target).inspect_err(|_| self.forget(ino, 1))
     }
 
-    /// Takes back `lookups` answers of [`FileSystem::lookup`], since the kernel dropped the inode.
+    /// Subtracts `lookups` from the lookup count of an inode, since the kernel dropped it.
     pub fn forget(&self, ino: Ino, lookups: u64) {
-        let handles = self.lock_handles();
-        self.nodes.forget(ino, lookups, handles.contains_key(&ino));
+        let devices = self.lock_devices();
+        self.nodes.forget(ino, lookups, devices.contains_key(&ino));
     }
 
     /// The attributes of a file or directory. An open file stays with its device, wherever its name leads by now.
@@ -162,18 +157,18 @@ impl FileSystem {
             CatalogEntry::File(source, node) => (source, *node),
         };
         let identity = node.and_then(|node| node.identity);
-        // An open device is asked through its handle; any other is opened for as long as the answer takes.
+        // An open device is used through its handle. Any other is opened only for this answer.
         let open = self.handle_of(ino).filter(|handle| is_same(handle, identity));
         let handle = match open {
             Some(handle) => handle,
             None => match self.catalog.open(source) {
-                Ok(backing) if backing.identity() == identity => {
-                    Arc::new(Handle::for_attributes(backing, self.context.clone()))
+                Ok(export) if export.identity() == identity => {
+                    Arc::new(Handle::for_attributes(export, self.context.clone()))
                 }
-                Ok(_) => return Err(errno(libc::ESTALE)),
-                // What is short here says nothing of the device, and its length could not be read from sysfs either.
+                Ok(_) => return Err(Error::from_errno(libc::ESTALE)),
+                // A shortage of descriptors or memory is no property of the device.
                 Err(error) if matches!(error.errno(), libc::EMFILE | libc::ENFILE | libc::ENOMEM) => return Err(error),
-                // One device that cannot be opened must not spoil the listing of the others.
+                // A device that cannot be opened must not make a listing of all devices fail.
                 Err(error) => {
                     debug!("{error}");
                     return Ok(Attributes::unopened(ino, &node.ok_or(error)?, &self.ownership));
@@ -191,22 +186,22 @@ impl FileSystem {
         Attributes::file(ino, handle, &node, has_hole, changed, &self.ownership)
     }
 
-    /// What statfs(2) says: how much is shown. Opens no device.
+    /// The sizes for statfs(2). Opens no device.
     pub fn usage(&self) -> Usage {
         self.usage.of(&self.catalog)
     }
 
-    /// Opens a directory: its entries as they are now, `.` and `..` first, so that a listing in parts is one listing.
+    /// Opens a directory. Its entries are read once, with `.` and `..` first, so that a listing in several calls is consistent.
     ///
     /// # Errors
     /// As readdir(3).
     pub fn opendir(&self, ino: Ino) -> Result<Fh> {
         let directory = self.nodes.path(ino)?;
-        let dot = |name: &str, ino| Entry { ino, kind: FileKind::Directory, name: name.into() };
+        let dot = |name: &str, ino| DirectoryEntry { ino, kind: FileKind::Directory, name: name.into() };
         let mut entries = vec![dot(".", ino), dot("..", self.parent(ino))];
         for (name, kind) in self.catalog.entries(&directory)? {
             if let Some(path) = self.catalog.child(&directory, &name) {
-                entries.push(Entry { ino: self.nodes.number(&path), kind, name });
+                entries.push(DirectoryEntry { ino: self.nodes.number(&path), kind, name });
             }
         }
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
@@ -218,9 +213,9 @@ impl FileSystem {
     ///
     /// # Errors
     /// EBADF when there is no such open directory.
-    pub fn readdir(&self, fh: Fh) -> Result<Arc<[Entry]>> {
+    pub fn readdir(&self, fh: Fh) -> Result<Arc<[DirectoryEntry]>> {
         let listings = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
-        listings.get(&fh.0).cloned().ok_or_else(|| errno(libc::EBADF))
+        listings.get(&fh.0).cloned().ok_or_else(|| Error::from_errno(libc::EBADF))
     }
 
     /// Closes an open directory.
@@ -228,7 +223,7 @@ impl FileSystem {
         self.listings.lock().unwrap_or_else(PoisonError::into_inner).remove(&fh.0);
     }
 
-    /// The directory that holds `ino`; the root holds itself.
+    /// The parent directory of `ino`; that of the root is the root.
     fn parent(&self, ino: Ino) -> Ino {
         let parent = self.nodes.path(ino).ok().and_then(|path| path.parent().map(ToOwned::to_owned));
         parent.map_or(ROOT, |parent| self.nodes.number(&parent))
@@ -240,54 +235,57 @@ impl FileSystem {
     /// EROFS for any other way of opening; as open(2) on the device.
     pub fn open(&self, ino: Ino, for_writing: bool) -> Result<Fh> {
         if for_writing {
-            return Err(errno(libc::EROFS));
+            return Err(Error::from_errno(libc::EROFS));
         }
         let CatalogEntry::File(source, node) = self.catalog.find(&self.nodes.path(ino)?)? else {
-            return Err(errno(libc::EISDIR));
+            return Err(Error::from_errno(libc::EISDIR));
         };
         let handle = self.share(ino, &source, node.as_ref())?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
-        self.open.insert(Fh(fh), Open { ino, handle });
+        self.open.insert(Fh(fh), OpenFile { ino, handle });
         debug!("open {source:?} as {fh}");
         Ok(Fh(fh))
     }
 
-    /// The handle of a device that is about to be opened once more.
+    /// The handle for one more open of a device: that of its other opens, or a new one.
     fn share(&self, ino: Ino, source: &FileSource, node: Option<&HostNode>) -> Result<Arc<Handle>> {
         let identity = node.and_then(|node| node.identity);
-        if let Some(handle) = self.join(&mut self.lock_handles(), ino, identity)? {
+        if let Some(handle) = self.join(&mut self.lock_devices(), ino, identity)? {
             return Ok(handle);
         }
-        // Without the lock: a device may take long to open, and one that stands on a file of ours asks us for that.
-        let backing = self.catalog.open(source)?;
-        if backing.identity() != identity {
-            return Err(errno(libc::ESTALE));
+        // Without the lock: opening a device may take long, and a device that uses a file of this mount sends requests to it.
+        let export = self.catalog.open(source)?;
+        if export.identity() != identity {
+            return Err(Error::from_errno(libc::ESTALE));
         }
-        let mut new = Handle::new(backing, self.context.clone(), self.maps.clone());
-        let mut handles = self.lock_handles();
-        // Another name of the device may be open.
-        let same = |shared: &&Shared| identity.is_some() && shared.handle.export().identity() == identity;
-        if let Some(other) = handles.values().find(same) {
+        let mut new = Handle::new(export, self.context.clone(), self.maps.clone());
+        let mut devices = self.lock_devices();
+        // The device may be open by another name.
+        let same = |device: &&OpenDevice| identity.is_some() && device.handle.export().identity() == identity;
+        if let Some(other) = devices.values().find(same) {
             new.share_read_memory(&other.handle);
         }
         let new = Arc::new(new);
-        // Another open may have been faster.
-        if let Some(handle) = self.join(&mut handles, ino, identity)? {
+        // Another request may have opened it in between.
+        if let Some(handle) = self.join(&mut devices, ino, identity)? {
             return Ok(handle);
         }
         self.nodes.renew(ino, node)?;
-        handles.insert(ino, Shared { handle: new.clone(), opens: 1 });
+        devices.insert(ino, OpenDevice { handle: new.clone(), opens: 1 });
         Ok(new)
     }
 
-    /// Counts one more open of the device that `ino` is, if it is open; ESTALE when the name leads to another one.
-    fn join(&self, handles: &mut Handles, ino: Ino, identity: Option<FileIdentity>) -> Result<Option<Arc<Handle>>> {
-        match handles.get_mut(&ino) {
-            Some(shared) if is_same(&shared.handle, identity) => {
-                shared.opens += 1;
-                Ok(Some(shared.handle.clone()))
+    /// Counts one more open of the device of `ino`, if that is open.
+    ///
+    /// # Errors
+    /// ESTALE when the name leads to another device.
+    fn join(&self, devices: &mut OpenDevices, ino: Ino, identity: Option<FileIdentity>) -> Result<Option<Arc<Handle>>> {
+        match devices.get_mut(&ino) {
+            Some(device) if is_same(&device.handle, identity) => {
+                device.opens += 1;
+                Ok(Some(device.handle.clone()))
             }
-            Some(shared) if shared.handle.export().identity() != identity => Err(errno(libc::ESTALE)),
+            Some(device) if device.handle.export().identity() != identity => Err(Error::from_errno(libc::ESTALE)),
             _ => Ok(None),
         }
     }
@@ -297,76 +295,67 @@ impl FileSystem {
     /// # Errors
     /// EBADF when there is no such open file.
     pub fn handle(&self, fh: Fh) -> Result<Arc<Handle>> {
-        self.open.handle(fh).ok_or_else(|| errno(libc::EBADF))
+        self.open.handle(fh).ok_or_else(|| Error::from_errno(libc::EBADF))
     }
 
     fn handle_of(&self, ino: Ino) -> Option<Arc<Handle>> {
-        self.lock_handles().get(&ino).map(|shared| shared.handle.clone())
+        self.lock_devices().get(&ino).map(|device| device.handle.clone())
     }
 
-    fn lock_handles(&self) -> MutexGuard<'_, Handles> {
-        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_devices(&self) -> MutexGuard<'_, OpenDevices> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Closes an open file; the device is let go with its last one, before this returns. Tells whether this was it.
+    /// Closes an open file. The device is closed with its last open file, before this returns. Returns whether it was the last.
     pub fn release(&self, fh: Fh) -> bool {
         let Some(open) = self.open.remove(fh) else { return false };
-        let mut handles = self.lock_handles();
-        // The path may lead to another device by now: then the entry is not of this open.
-        let last = match handles.get_mut(&open.ino) {
-            Some(shared) if Arc::ptr_eq(&shared.handle, &open.handle) => {
-                shared.opens -= 1;
-                shared.opens == 0
+        let mut devices = self.lock_devices();
+        // The path may lead to another device by now. Then the entry does not belong to this open file.
+        let last = match devices.get_mut(&open.ino) {
+            Some(device) if Arc::ptr_eq(&device.handle, &open.handle) => {
+                device.opens -= 1;
+                device.opens == 0
             }
             _ => false,
         };
         if last {
-            handles.remove(&open.ino);
+            devices.remove(&open.ino);
             // The kernel may have forgotten the inode before this close was handled.
             self.nodes.forget(open.ino, 0, false);
         }
         last
     }
 
-    /// Puts another device behind all open files.
+    /// Replaces the device of all open files.
     #[cfg(test)]
     pub(crate) fn replace_handles(&self, handle: &Arc<Handle>) {
         for fh in (0..self.next_fh.load(Ordering::Relaxed)).map(Fh) {
             if let Some(open) = self.open.remove(fh) {
-                self.open.insert(fh, Open { handle: handle.clone(), ..open });
+                self.open.insert(fh, OpenFile { handle: handle.clone(), ..open });
             }
         }
     }
 
-    /// Drops the maps of all open files; each is made anew when it is asked.
+    /// Drops the extents of all open devices. They are loaded again at the next question.
     pub fn drop_maps(&self) {
-        let handles = self.lock_handles();
-        handles.values().for_each(|shared| shared.handle.drop_map());
-        info!("dropped the maps of {} open devices", handles.len());
+        let devices = self.lock_devices();
+        devices.values().for_each(|device| device.handle.drop_map());
+        info!("dropped the maps of {} open devices", devices.len());
     }
 
-    /// Writes what is open to the log.
+    /// Logs the number of open files, the open devices and their memory.
     pub fn log_counters(&self) {
         let opens = self.open.len();
-        let handles = self.lock_handles();
+        let devices = self.lock_devices();
         let (names, maps) = (self.nodes.len(), self.maps.used());
-        info!("{opens} open files on {} devices, maps of {maps} bytes, {names} names", handles.len());
-        for shared in handles.values() {
-            info!("{}: {} opens", shown(shared.handle.export().name()), shared.opens);
+        info!("{opens} open files on {} devices, maps of {maps} bytes, {names} names", devices.len());
+        for device in devices.values() {
+            info!("{}: {} opens", shown(device.handle.export().name()), device.opens);
         }
     }
 }
 
-/// Whether an open device is the one that an open would find now.
+/// Whether an open device is the one that a new open would find now.
 fn is_same(handle: &Handle, found: Option<FileIdentity>) -> bool {
     handle.export().identity() == found && handle.export().is_current()
-}
-
-/// An error that is nothing but an errno: the kernel's own message for it says all.
-fn errno(code: i32) -> Error {
-    Error::failed("refused").because(std::io::Error::from_raw_os_error(code))
-}
-
-fn not_found() -> Error {
-    errno(libc::ENOENT)
 }

@@ -1,11 +1,12 @@
-//! FUSE requests to calls of [`FileSystem`] and back: decode, call, reply, nothing else.
+//! Translates FUSE requests to calls of [`FileSystem`], and the results to replies.
 //!
-//! A device may stand on a file of this very mount: a loop device over a file that is shown here, and shown here itself.
-//! So no request may keep the others from being answered. The module `threads` sees to that.
+//! A device of the mount may depend on a file of the same mount: for example, a loop device whose backing file is a file
+//! of the mount. A request for such a device leads to further requests, and both must be answered at the same time. So no
+//! request may block all threads; see the module `threads`.
 
 mod attributes;
 mod buffers;
-mod kernel;
+mod kernel_cache;
 mod passthrough;
 #[cfg(test)]
 mod tests;
@@ -24,7 +25,7 @@ use fuser::{
     ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
     ReplyXattr, Request, TimeOrNow,
 };
-use log::{debug, warn};
+use log::log;
 
 use crate::deadline;
 use crate::error::Error;
@@ -34,36 +35,38 @@ use crate::map::view::Whence;
 use crate::units::Bytes;
 use attributes::{file_attr, file_type};
 use buffers::Buffers;
-use kernel::Kernel;
+use kernel_cache::KernelCache;
 use passthrough::Passthrough;
-use threads::{IfNoThread, Threads, is_ours, perform};
+use threads::{IfNoThread, Threads, is_own_thread, run_caught};
 
-/// How long the kernel may keep a name: an inode number belongs to its path for good, so only removal is seen late.
+/// How long the kernel may cache a name. An inode number always belongs to the same path, so a cached name can only hide
+/// for this time that the file was removed.
 const ENTRY_TTL: Duration = Duration::from_secs(1);
 
-/// Attributes are asked each time: size, blocks and times follow the device.
+/// Attributes are not cached: size, blocks and times follow the device.
 const ATTRIBUTE_TTL: Duration = Duration::ZERO;
 
-/// Path lookups never make two inodes of one number.
+/// The generation of every inode: an inode number is never reused for another path.
 const GENERATION: Generation = Generation(0);
 
-/// Threads that answer requests; the last one that is free waits for no device. `benches/README.md` tells what each
-/// number costs, and why.
+/// The number of session threads, which read the requests of the kernel. At most all but one of them work on a request at
+/// the same time. `benches/README.md` compares the speed and the memory of other numbers.
 pub const SESSION_THREADS: usize = 8;
 
-/// What a request of our own to our own mount gets: nobody but us could answer it.
-const OURSELVES: Errno = Errno::EDEADLK;
+/// The reply to a request that this process sends to its own mount: it would wait for itself.
+const OWN_REQUEST: Errno = Errno::EDEADLK;
 
-/// The largest read that the kernel sends, and so the most that one buffer grows to.
+/// The largest read request, in bytes, and so the largest size of a buffer.
 const MAX_READ: u32 = 1 << 20;
 
-/// File systems below an image that is read by passthrough: one that is itself stacked, as overlayfs is, is read by us.
+/// The stacking depth that the mount announces to the kernel: 1 allows passthrough for images on file systems that are not
+/// themselves stacked. An image on a stacked file system, such as overlayfs, is read through the daemon.
 const PASSTHROUGH_DEPTH: u32 = 1;
 
-/// The longest name of an entry, as on the file systems that device nodes are on.
+/// The longest name of an entry in bytes, as on devtmpfs and most other file systems.
 const NAME_MAX: u32 = 255;
 
-/// The block size of statfs(2): bsdtar aligns its buffers to it.
+/// The block size of statfs(2) in bytes: bsdtar aligns its buffers to it.
 const BLOCK_SIZE: u32 = 4096;
 
 /// The FUSE side of a [`FileSystem`].
@@ -71,61 +74,57 @@ pub struct BlkHoleFs {
     fs: Arc<FileSystem>,
     threads: Threads,
     passthrough: Arc<Passthrough>,
-    kernel: Arc<Kernel>,
+    kernel_cache: Arc<KernelCache>,
     buffers: Arc<Buffers>,
-    /// What the kernel is told at each open of a file that is read through the daemon.
+    /// The flags in the reply to an open of a file that is read through the daemon.
     open_flags: FopenFlags,
 }
 
 impl BlkHoleFs {
-    /// Serves a file system. With `direct_io`, what is read through the daemon bypasses the page cache of the mount.
+    /// Serves `fs`. With `direct_io`, reads through the daemon bypass the page cache of the mount.
     pub fn new(fs: Arc<FileSystem>, direct_io: bool) -> Self {
-        // No FOPEN_KEEP_CACHE: what is read after an open is no older than the open.
+        // Without FOPEN_KEEP_CACHE each open drops the cached pages, so that no read returns bytes older than the open.
         let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
-        let (passthrough, kernel, buffers) = (Arc::default(), Arc::default(), Arc::default());
-        Self { fs, threads: Threads::new(SESSION_THREADS), passthrough, kernel, buffers, open_flags }
+        let (passthrough, kernel_cache, buffers) = (Arc::default(), Arc::default(), Arc::default());
+        Self { fs, threads: Threads::new(SESSION_THREADS), passthrough, kernel_cache, buffers, open_flags }
     }
 
-    /// The way back to the kernel, which the session is to connect.
-    pub fn kernel(&self) -> Arc<Kernel> {
-        self.kernel.clone()
+    /// The sender of notifications to the kernel. The caller connects it to the session.
+    pub fn kernel_cache(&self) -> Arc<KernelCache> {
+        self.kernel_cache.clone()
     }
 
-    /// Answers a request, so that another one can be answered meanwhile.
+    /// Runs a request that may block, so that other requests are answered at the same time. It fails with EIO if there is
+    /// no thread for it.
     fn answer(&self, work: impl FnOnce(&FileSystem) + Send + 'static) {
         self.run(IfNoThread::Refuse, work);
     }
 
+    /// Runs a request with the deadline of a request.
     fn run(&self, if_no_thread: IfNoThread, work: impl FnOnce(&FileSystem) + Send + 'static) {
         let fs = self.fs.clone();
         self.threads.run(if_no_thread, move || deadline::within(deadline::REQUEST, || work(&fs)));
     }
 }
 
-/// The errno of a failure. What a user should know of is logged with its cause; a plain refusal is not.
+/// Logs the failure of a request, and returns the errno of its reply.
 fn errno(operation: &str, error: &Error) -> Errno {
-    match error.errno() {
-        code @ (libc::ENOENT | libc::EROFS | libc::EISDIR | libc::ESTALE) => {
-            debug!("{operation}: {error}");
-            Errno::from_i32(code)
-        }
-        code => {
-            warn!("{operation}: {error}");
-            Errno::from_i32(code)
-        }
-    }
+    log!(error.level(), "{operation}: {error}");
+    Errno::from_i32(error.errno())
 }
 
+/// Replies to a read request.
 fn read(handle: &Handle, buffers: &Buffers, offset: Bytes, size: usize, reply: ReplyData) {
-    // A read that waits holds no buffer, and one that its device keeps waiting holds one of few.
-    let _room = handle.wait_for_read_memory(size);
-    buffers.lend(|buffer| match handle.read(buffer, offset, size) {
+    // The memory of the device's concurrent reads is limited. A read that waits for its share holds no buffer yet.
+    let _permit = handle.wait_for_read_memory(size);
+    buffers.with_buffer(|buffer| match handle.read(buffer, offset, size) {
         Ok(bytes) => reply.data(bytes),
         Err(error) => reply.error(errno("read", &error)),
     });
 }
 
-/// What a file system without extended attributes answers for one: there is none of that name, or there are no such names.
+/// The errno of getxattr(2) on a file system without extended attributes: ENODATA for a name that could exist, and
+/// EOPNOTSUPP for a name that cannot.
 fn no_attribute(name: &OsStr) -> Errno {
     let known: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
     let lists: [&[u8]; 2] = [b"system.posix_acl_access", b"system.posix_acl_default"];
@@ -140,7 +139,7 @@ fn no_attribute(name: &OsStr) -> Errno {
 impl Filesystem for BlkHoleFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         self.fs.begin();
-        // A kernel without one of these serves all the same, only slower.
+        // Each of these is optional: without it the mount is only slower.
         for wanted in [
             InitFlags::FUSE_PARALLEL_DIROPS,
             InitFlags::FUSE_ASYNC_DIO,
@@ -158,8 +157,8 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        if is_ours(request.pid()) {
-            return reply.error(OURSELVES);
+        if is_own_thread(request.pid()) {
+            return reply.error(OWN_REQUEST);
         }
         if name.len() > NAME_MAX as usize {
             return reply.error(Errno::ENAMETOOLONG);
@@ -172,12 +171,12 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, lookups: u64) {
-        perform(|| self.fs.forget(Ino(ino.0), lookups));
+        run_caught(|| self.fs.forget(Ino(ino.0), lookups));
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        if is_ours(request.pid()) {
-            return reply.error(OURSELVES);
+        if is_own_thread(request.pid()) {
+            return reply.error(OWN_REQUEST);
         }
         self.answer(move |fs| match fs.getattr(Ino(ino.0)) {
             Ok(found) => reply.attr(&ATTRIBUTE_TTL, &file_attr(&found)),
@@ -186,8 +185,8 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if is_ours(request.pid()) {
-            return reply.error(OURSELVES);
+        if is_own_thread(request.pid()) {
+            return reply.error(OWN_REQUEST);
         }
         let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
         let (passthrough, open_flags) = (self.passthrough.clone(), self.open_flags);
@@ -217,7 +216,8 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn lseek(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        // ENXIO for a negative offset, as the VFS has it. ENOSYS would end every lseek of this mount.
+        // A negative offset is ENXIO, as for local file systems (`generic_file_llseek_size` and `iomap_seek_data`). The reply
+        // must never be ENOSYS, after which the kernel sends no more lseek requests for this mount.
         let whence = match whence {
             libc::SEEK_DATA => Whence::Data,
             libc::SEEK_HOLE => Whence::Hole,
@@ -247,14 +247,15 @@ impl Filesystem for BlkHoleFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        let (passthrough, kernel) = (self.passthrough.clone(), self.kernel.clone());
-        // The last close of a device writes back its dirty pages. One that is not done would leave the device open for good.
+        let (passthrough, kernel_cache) = (self.passthrough.clone(), self.kernel_cache.clone());
+        // The last close of a device writes back its dirty pages, so it may block. It is postponed and not refused if there is
+        // no thread: the kernel sends no second release, and the device would stay open.
         self.run(IfNoThread::Postpone, move |fs| {
             passthrough.release(Fh(fh.0));
             let was_last = fs.release(Fh(fh.0));
             reply.ok();
             if was_last {
-                kernel.drop_cache(Ino(ino.0));
+                kernel_cache.drop_pages(Ino(ino.0));
             }
         });
     }
@@ -268,8 +269,8 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        if is_ours(request.pid()) {
-            return reply.error(OURSELVES);
+        if is_own_thread(request.pid()) {
+            return reply.error(OWN_REQUEST);
         }
         self.answer(move |fs| match fs.opendir(Ino(ino.0)) {
             Ok(fh) => reply.opened(FileHandle(fh.0), FopenFlags::empty()),
@@ -278,14 +279,14 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn readdir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        perform(|| {
+        run_caught(|| {
             let entries = match self.fs.readdir(Fh(fh.0)) {
                 Ok(entries) => entries,
                 Err(error) => return reply.error(errno("readdir", &error)),
             };
             let start = usize::try_from(offset).unwrap_or(usize::MAX);
             for (index, entry) in entries.iter().enumerate().skip(start) {
-                // The offset of an entry is that of the one after it.
+                // The offset in an entry is where the next readdir continues: that of the following entry.
                 if reply.add(INodeNo(entry.ino.0), index as u64 + 1, file_type(entry.kind), &entry.name) {
                     break;
                 }
@@ -295,7 +296,7 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn releasedir(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
-        perform(|| {
+        run_caught(|| {
             self.fs.releasedir(Fh(fh.0));
             reply.ok();
         });
@@ -306,8 +307,8 @@ impl Filesystem for BlkHoleFs {
     }
 
     fn statfs(&self, request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        if is_ours(request.pid()) {
-            return reply.error(OURSELVES);
+        if is_own_thread(request.pid()) {
+            return reply.error(OWN_REQUEST);
         }
         self.answer(move |fs| {
             let usage = fs.usage();
@@ -335,7 +336,7 @@ impl Filesystem for BlkHoleFs {
         _output_size: u32,
         reply: ReplyIoctl,
     ) {
-        // Programs ask each file whether it is a terminal or a disk.
+        // Programs send terminal and disk ioctls to any file, to see what it is. ENOTTY means "neither".
         reply.error(Errno::ENOTTY);
     }
 
@@ -349,11 +350,13 @@ impl Filesystem for BlkHoleFs {
         _flags: PollFlags,
         reply: ReplyPoll,
     ) {
-        // Sticky for the mount, and means what holds for every regular file: it is always ready.
+        // After ENOSYS the kernel sends no more poll requests for this mount, and treats every file as always ready, which is
+        // right for regular files.
         reply.error(Errno::ENOSYS);
     }
 
-    // The kernel refuses what follows by itself, until root mounts the file system again for writing.
+    // The mount is read-only, so that the kernel refuses the following requests itself, unless root has remounted it
+    // read-write.
 
     fn setattr(
         &self,

@@ -14,6 +14,8 @@ mod map_cache;
 mod read_memory;
 mod resolved;
 mod sequence;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +28,7 @@ use log::{Level, log};
 use crate::error::{Result, shown};
 use crate::export::Export;
 use crate::map::view::{self, Whence};
-use crate::map::{Extent, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::{Context, Loaded, Stack};
 use crate::sys::buffer::AlignedBuffer;
@@ -168,7 +170,7 @@ impl Handle {
         match self.fresh_answer(some) {
             Some(extents) if !extents.is_empty() => Ok(extents),
             // Also where the device has become shorter.
-            _ => self.export.len().map(|_| vec![(range.start, Extent { end: range.end, kind: Kind::Data })]),
+            _ => self.export.len().map(|_| vec![(range.start, Extent { end: range.end, kind: ExtentKind::Data })]),
         }
     }
 

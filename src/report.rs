@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
-use crate::map::{Extent, HoleMap, Kind, view};
+use crate::map::{Extent, ExtentKind, HoleMap, view};
 use crate::source::thin::offline::Found;
 use crate::source::{Layer, Stack};
 use crate::units::Bytes;
@@ -31,10 +31,12 @@ pub struct MapPrinter<W: Write> {
 
 /// The status flags of NBD's metadata context `base:allocation` for a kind of extent, and the word for them in the output
 /// of `nbdinfo`.
-fn status(kind: Kind) -> (u8, &'static str) {
+fn status(kind: ExtentKind) -> (u8, &'static str) {
     match kind {
-        Kind::Data => (0, "data"),
-        Kind::Hole => (3, "hole,zero"),
+        ExtentKind::Data => (0, "data"),
+        ExtentKind::Hole => (3, "hole,zero"),
+        ExtentKind::Unchanged => (3, "unchanged"),
+        ExtentKind::Free => (3, "free"),
     }
 }
 
@@ -50,10 +52,8 @@ impl<W: Write> MapPrinter<W> {
     /// As write(2).
     pub fn extent(&mut self, start: Bytes, extent: Extent) -> io::Result<()> {
         let length = extent.end.saturating_sub(start);
-        match extent.kind {
-            Kind::Data => self.add(length, Bytes::ZERO),
-            Kind::Hole => self.add(Bytes::ZERO, length),
-        }
+        let (data, holes) = if extent.kind.is_data() { (length, Bytes::ZERO) } else { (Bytes::ZERO, length) };
+        self.add(data, holes);
         self.extents += 1;
         match self.format {
             MapFormat::Plain => {
@@ -65,7 +65,7 @@ impl<W: Write> MapPrinter<W> {
                     length = length.get()
                 )
             }
-            MapFormat::Json => self.json(start, length, extent.kind == Kind::Data),
+            MapFormat::Json => self.json(start, length, extent.kind.is_data()),
             MapFormat::Totals => Ok(()),
         }
     }
@@ -96,7 +96,7 @@ impl<W: Write> MapPrinter<W> {
             MapFormat::Json => writeln!(self.out, "{}]", if self.extents == 0 { "[" } else { "" })?,
             MapFormat::Totals => {
                 let all = self.data.saturating_add(self.holes).get().max(1);
-                for (sum, kind) in [(self.data, Kind::Data), (self.holes, Kind::Hole)] {
+                for (sum, kind) in [(self.data, ExtentKind::Data), (self.holes, ExtentKind::Hole)] {
                     let (bits, word) = status(kind);
                     // Tenths of a percent, rounded in integers: a sum of bytes may have too many digits for a float.
                     let tenths = (u128::from(sum.get()) * 1000 + u128::from(all) / 2) / u128::from(all);
@@ -238,7 +238,7 @@ pub fn human(bytes: Bytes) -> String {
 mod tests {
     use super::*;
 
-    fn printed(format: MapFormat, extents: &[(u64, u64, Kind)]) -> String {
+    fn printed(format: MapFormat, extents: &[(u64, u64, ExtentKind)]) -> String {
         let mut out = Vec::new();
         let mut printer = MapPrinter::new(&mut out, format);
         for (start, end, kind) in extents {
@@ -248,8 +248,11 @@ mod tests {
         String::from_utf8(out).unwrap()
     }
 
-    const EXTENTS: [(u64, u64, Kind); 3] =
-        [(0, 1_048_576, Kind::Hole), (1_048_576, 1_114_112, Kind::Data), (1_114_112, 10_485_760, Kind::Hole)];
+    const EXTENTS: [(u64, u64, ExtentKind); 3] = [
+        (0, 1_048_576, ExtentKind::Hole),
+        (1_048_576, 1_114_112, ExtentKind::Data),
+        (1_114_112, 10_485_760, ExtentKind::Hole),
+    ];
 
     #[test]
     fn plain_and_totals_look_like_nbdinfo() {
@@ -261,6 +264,19 @@ mod tests {
             printed(MapFormat::Totals, &EXTENTS),
             "     65536   0.6%   0 data\n  10420224  99.4%   3 hole,zero\n"
         );
+    }
+
+    #[test]
+    fn every_kind_of_hole_has_a_word_and_counts_as_hole() {
+        let runs = [(0, 512, ExtentKind::Unchanged), (512, 1024, ExtentKind::Free), (1024, 2048, ExtentKind::Data)];
+        let plain = printed(MapFormat::Plain, &runs);
+        assert_eq!(
+            plain.lines().map(|line| line.trim()).collect::<Vec<_>>(),
+            ["0         512    3  unchanged", "512         512    3  free", "1024        1024    0  data"]
+        );
+        let totals = printed(MapFormat::Totals, &runs);
+        assert_eq!(totals, "      1024  50.0%   0 data\n      1024  50.0%   3 hole,zero\n");
+        assert_eq!(printed(MapFormat::Json, &runs).matches("\"data\": false").count(), 2);
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! Units as types: a bare `u64` never crosses a module.
+//! Types for positions and lengths, so that bytes and sectors cannot be confused.
 //!
-//! All positions and lengths in this program are [`Bytes`]; [`Sectors`] exist only where the kernel speaks in
-//! 512-byte sectors (device-mapper tables, sysfs, thin-pool status). There are no arithmetic operators on purpose:
-//! a caller says whether an overflow is an error (`checked_*`) or a limit (`saturating_*`).
+//! Positions and lengths are [`Bytes`]. [`Sectors`] are used only for values that the kernel counts in sectors of 512 bytes:
+//! in device-mapper tables, in sysfs and in the status of thin pools. The types have no arithmetic operators, as every
+//! caller must choose what happens on overflow: `checked_*` methods return `None`, `saturating_*` methods return the limit.
 
 use std::fmt;
 
@@ -11,17 +11,17 @@ use std::fmt;
 pub struct Bytes(u64);
 
 impl Bytes {
-    /// Nothing, or the start.
+    /// The length zero, or the start of a device.
     pub const ZERO: Self = Self(0);
-    /// The largest value.
+    /// The largest position or length.
     pub const MAX: Self = Self(u64::MAX);
 
-    /// Wraps a number of bytes.
+    /// This number of bytes.
     pub const fn new(bytes: u64) -> Self {
         Self(bytes)
     }
 
-    /// The number of bytes.
+    /// The number of bytes as an integer.
     pub const fn get(self) -> u64 {
         self.0
     }
@@ -34,7 +34,7 @@ impl Bytes {
         }
     }
 
-    /// The difference, or `None` when it would be negative.
+    /// The difference, or `None` if it is negative.
     pub const fn checked_sub(self, other: Self) -> Option<Self> {
         match self.0.checked_sub(other.0) {
             Some(difference) => Some(Self(difference)),
@@ -42,17 +42,17 @@ impl Bytes {
         }
     }
 
-    /// The sum, at most [`Bytes::MAX`].
+    /// The sum, or [`Bytes::MAX`] on overflow.
     pub const fn saturating_add(self, other: Self) -> Self {
         Self(self.0.saturating_add(other.0))
     }
 
-    /// The difference, at least zero.
+    /// The difference, or zero if it is negative.
     pub const fn saturating_sub(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))
     }
 
-    /// The largest multiple of `unit` that is not above this position. A `unit` of zero changes nothing.
+    /// The largest multiple of `unit` at or below this position. If `unit` is zero, the position itself.
     pub const fn align_down(self, unit: Self) -> Self {
         match self.0.checked_rem(unit.0) {
             Some(remainder) => Self(self.0 - remainder),
@@ -60,7 +60,8 @@ impl Bytes {
         }
     }
 
-    /// The smallest multiple of `unit` that is not below this position, or `None` on overflow.
+    /// The smallest multiple of `unit` at or above this position, or `None` on overflow. If `unit` is zero, the position
+    /// itself.
     pub const fn align_up(self, unit: Self) -> Option<Self> {
         let down = self.align_down(unit);
         if down.0 == self.0 { Some(self) } else { down.checked_add(unit) }
@@ -73,25 +74,25 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// A position or a length in sectors of 512 bytes, the kernel's unit whatever a device's logical block size is.
+/// A position or a length in sectors of 512 bytes. The kernel uses this unit independently of a device's logical block size.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Sectors(u64);
 
 impl Sectors {
-    /// Bytes in a sector (`SECTOR_SIZE` of `include/linux/blk_types.h`).
+    /// The size of a sector (`SECTOR_SIZE` of `include/linux/blk_types.h`).
     pub const SIZE: Bytes = Bytes::new(512);
 
-    /// Wraps a number of sectors.
+    /// This number of sectors.
     pub const fn new(sectors: u64) -> Self {
         Self(sectors)
     }
 
-    /// The number of sectors.
+    /// The number of sectors as an integer.
     pub const fn get(self) -> u64 {
         self.0
     }
 
-    /// The same length in bytes, or `None` when it does not fit.
+    /// The same position or length in bytes, or `None` on overflow.
     pub const fn bytes(self) -> Option<Bytes> {
         match self.0.checked_mul(Self::SIZE.0) {
             Some(bytes) => Some(Bytes(bytes)),
@@ -111,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn alignment_at_its_edges() {
+    fn alignment_near_multiples_and_limits() {
         let unit = Bytes::new(4096);
         for (value, down, up) in [
             (0, 0, Some(0)),
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn sectors_that_do_not_fit_are_refused() {
+    fn sectors_that_do_not_fit_in_bytes_are_none() {
         assert_eq!(Sectors::new(3).bytes(), Some(Bytes::new(1536)));
         assert_eq!(Sectors::new(u64::MAX / 512).bytes(), Some(Bytes::new(u64::MAX / 512 * 512)));
         assert_eq!(Sectors::new(u64::MAX / 512 + 1).bytes(), None);

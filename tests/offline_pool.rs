@@ -227,6 +227,29 @@ fn a_damaged_volume_is_not_absent() {
     }
 }
 
+/// `cp` calls fstat first. That is answered without the mapping tree, and must not count as a question that read it.
+#[test]
+fn damage_that_is_found_after_a_stat_is_logged() {
+    if !requires_root() {
+        return;
+    }
+    let mut image = thin_image::build(&[Device::new(7, [1..4], 4)], 64);
+    let details = usize::try_from(thin_image::get(&image, 328, 8)).expect("a block");
+    // The details state one mapping less than the tree has.
+    let value = details * thin_image::BLOCK + 32 + 8 * 126;
+    assert_eq!(thin_image::get(&image, value, 8), 3);
+    thin_image::put(&mut image, value, 2, 8);
+    thin_image::stamp(&mut image, details, thin_image::NODE);
+    let (data, metadata) = (Image::with_data(MIB, &[0..MIB]), Image::new(0));
+    fs::write(metadata.path(), &image).expect("the image is ours");
+    let mount = mount(metadata.path(), data.path());
+    let volume = open(&mount.directory().join("7"));
+    assert_eq!(volume.metadata().expect("fstat").len(), 4 * BLOCK);
+    assert_eq!((seek_data(&volume, 0), seek_hole(&volume, 0)), (Some(0), Some(4 * BLOCK)), "all is data");
+    let logged = || mount.log().contains("all data: thin device 7 maps 3 blocks, but its details say 2");
+    assert!(wait_until(logged), "{}", mount.log());
+}
+
 #[test]
 fn a_pool_of_damaged_volumes_only_is_not_mounted() {
     let mut image = thin_image::build(&[Device::new(7, [1..4], 4)], 64);

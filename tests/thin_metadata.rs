@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use blkholefs::map::{FillMap, HoleMap, Kind};
+use blkholefs::map::{ExtentKind, FillMap, HoleMap};
 use blkholefs::source::thin::error::{Damage, ThinError, ThinResult};
 use blkholefs::source::thin::lookup::NodeCache;
 use blkholefs::source::thin::metadata::Metadata;
@@ -38,7 +38,7 @@ fn mapped(map: &FillMap) -> Vec<Range<u64>> {
     let (mut at, mut ranges) = (0, Vec::new());
     while at < map.len().get() {
         let run = map.extent_at(Bytes::new(at));
-        if run.kind == Kind::Data {
+        if run.kind == ExtentKind::Data {
             ranges.push(at / BLOCK_SIZE..run.end.get() / BLOCK_SIZE);
         }
         at = run.end.get();

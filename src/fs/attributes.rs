@@ -1,11 +1,11 @@
-//! What stat(2) says, by the rules that copy and backup tools rely on.
+//! The attributes for stat(2), by the rules that copy and backup tools rely on.
 
 use std::time::SystemTime;
 
 use super::Ino;
-use super::change::Changed;
+use super::change::FileTimes;
 use crate::error::Result;
-use crate::export::{FileIdentity, HostNode};
+use crate::export::{FileIdentity, FileKind, HostNode};
 use crate::handle::Handle;
 use crate::sys::sysfs;
 use crate::units::Bytes;
@@ -19,16 +19,7 @@ const MAX_DIRECTORY_MODE: u32 = 0o555;
 /// themselves: cp takes 128 KiB or 256 KiB at least.
 const BLOCK_SIZE: u32 = 4096;
 
-/// Directory or file: there is nothing else.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum FileKind {
-    /// A directory of devices.
-    Directory,
-    /// A device, shown as a regular file.
-    File,
-}
-
-/// What stat(2) says of a file or directory.
+/// The attributes of a file or directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attributes {
     /// The inode number.
@@ -37,13 +28,13 @@ pub struct Attributes {
     pub kind: FileKind,
     /// The length.
     pub size: Bytes,
-    /// Units of 512 bytes that are stored: never 0, and fewer than the size has exactly when there is a hole.
+    /// Allocated units of 512 bytes: never 0, and fewer than the size has exactly when there is a hole.
     pub blocks: u64,
-    /// The size of reads that suits, in bytes.
+    /// The preferred size of reads, in bytes.
     pub block_size: u32,
-    /// When the contents changed last, as far as is known.
+    /// The last change of the contents, as far as is known.
     pub mtime: SystemTime,
-    /// When anything changed last.
+    /// The last change of contents or attributes.
     pub ctime: SystemTime,
     /// Permission bits.
     pub mode: u32,
@@ -53,8 +44,7 @@ pub struct Attributes {
     pub gid: u32,
 }
 
-/// What the options of the mount say about the owner, the group and the permissions of its files. All else is as on the
-/// nodes of the devices.
+/// Owner, group and permissions of all files, where options of the mount change those of the devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ownership {
     /// The owner of every file, instead of the device node's.
@@ -66,7 +56,7 @@ pub struct Ownership {
 }
 
 impl Attributes {
-    /// The attributes of a directory, after the one that it shows.
+    /// The attributes of a directory: those of the directory of the host.
     pub fn directory(ino: Ino, shown: &HostNode, ownership: &Ownership) -> Self {
         Self {
             ino,
@@ -82,26 +72,26 @@ impl Attributes {
         }
     }
 
-    /// The attributes of a device that cannot be opened, after its node: all data, of the length that sysfs knows.
+    /// The attributes of a device that cannot be opened: all data, with the length from sysfs.
     pub fn unopened(ino: Ino, node: &HostNode, ownership: &Ownership) -> Self {
         let size = match node.identity {
             Some(FileIdentity::Device(id)) => sysfs::len(id).unwrap_or(Bytes::ZERO),
             _ => Bytes::ZERO,
         };
-        let changed = Changed { mtime: node.mtime, ctime: node.ctime };
+        let changed = FileTimes { mtime: node.mtime, ctime: node.ctime };
         Self::new(ino, node, size, blocks(size, false, None), changed, ownership)
     }
 
     /// The attributes of an open device or image that is found at `node`.
     ///
     /// # Errors
-    /// When it does not answer any more.
+    /// When its length cannot be read any more.
     pub fn file(
         ino: Ino,
         handle: &Handle,
         node: &HostNode,
         has_hole: bool,
-        changed: Changed,
+        changed: FileTimes,
         ownership: &Ownership,
     ) -> Result<Self> {
         let export = handle.export();
@@ -110,7 +100,7 @@ impl Attributes {
         Ok(Self::new(ino, node, size, blocks, changed, ownership))
     }
 
-    fn new(ino: Ino, shown: &HostNode, size: Bytes, blocks: u64, changed: Changed, ownership: &Ownership) -> Self {
+    fn new(ino: Ino, shown: &HostNode, size: Bytes, blocks: u64, changed: FileTimes, ownership: &Ownership) -> Self {
         Self {
             ino,
             kind: FileKind::File,
@@ -142,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_are_never_none_and_fewer_only_with_a_hole() {
+    fn blocks_are_never_0_and_fewer_than_the_size_only_with_a_hole() {
         let mib = Bytes::new(1 << 20);
         for (size, has_hole, allocated, expected) in [
             (mib, false, None, 2048),

@@ -1,21 +1,21 @@
 //! Inode numbers: the same for the same path, in every mount, as long as the path leads to the same device.
 //!
-//! A number stands for one device, because the kernel caches by it: the bytes that were read, and who may read them. When
-//! a path leads to another device (a link that was changed, a name that was used again) it keeps its number only if
-//! nobody has the old device open, and if the same users may read both. Else it gets a new number, and whoever comes with
-//! the old one is told to look the name up again.
+//! A number belongs to one device, because the kernel caches data and permissions by number. When a path leads to another
+//! device (a link was changed, a name was used again) it keeps its number only if the old device is not open, and if both
+//! have the same owner, group and mode. Otherwise it gets a new number, and a request with the old number fails with
+//! ESTALE, so that the kernel looks the name up again.
 //!
-//! A name is kept as long as the kernel keeps its inode: the kernel counts the lookups that it got an answer to, and gives
-//! the count back when it drops the inode (`FUSE_FORGET`). A name that was forgotten gets the same number again, which is
-//! made from the path. A listing is no lookup, and leaves nothing behind.
+//! A name is kept as long as the kernel keeps its inode. The kernel counts the lookups that were answered, and returns the
+//! count when it drops the inode (`FUSE_FORGET`). Numbers are computed from the path, so a name that was dropped gets the
+//! same number again. A listing counts no lookup, and keeps no name.
 
 use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Catalog, errno, not_found};
 use crate::error::{Error, Result};
+use crate::export::Catalog;
 use crate::export::HostNode;
 use crate::sys::memory;
 
@@ -26,33 +26,33 @@ pub struct Ino(pub u64);
 /// The root of the mount (`FUSE_ROOT_ID`).
 pub const ROOT: Ino = Ino(1);
 
-/// After so many entries were removed, and no fewer than are left, their memory is given back.
+/// Memory is given back to the system after this many names were removed, and at least as many as are left.
 const MANY: usize = 1024;
 
-/// The paths that the kernel knows, relative to the SPEC.
-pub struct Nodes(Mutex<Table>);
+/// The names whose inodes the kernel has, relative to the SPEC.
+pub struct Nodes(Mutex<Names>);
 
-struct Table {
-    by_ino: HashMap<Ino, Entry>,
+struct Names {
+    by_ino: HashMap<Ino, Name>,
     by_path: HashMap<Arc<Path>, Ino>,
-    /// Entries that were removed since memory was given back.
+    /// Names that were removed since memory was given back.
     removed: usize,
 }
 
-struct Entry {
+struct Name {
     path: Arc<Path>,
-    /// What was found there.
+    /// The device or file that was found there.
     shown: Option<HostNode>,
-    /// Lookups that the kernel did not give back yet.
+    /// Lookups that the kernel has not returned yet.
     lookups: u64,
 }
 
-impl Entry {
+impl Name {
     fn new(path: &Path) -> Self {
         Self { path: path.into(), shown: None, lookups: 0 }
     }
 
-    /// Takes what is found at the path now, if it can have the number of what was there.
+    /// Stores what is found at the path now, if it can have the number of the old device or file. Returns whether it can.
     fn take(&mut self, now: Option<&HostNode>, in_use: bool) -> bool {
         if let (Some(old), Some(now)) = (&self.shown, now)
             && old.identity != now.identity
@@ -67,19 +67,19 @@ impl Entry {
     }
 }
 
-/// Who may do what, and the type.
+/// Owner, group, permissions and type.
 fn rights(node: &HostNode) -> (u32, u32, u32) {
     (node.uid, node.gid, node.mode)
 }
 
-impl Table {
+impl Names {
     fn new(root: &Path) -> Self {
-        let root = Entry::new(root);
+        let root = Name::new(root);
         let by_path = HashMap::from([(root.path.clone(), ROOT)]);
         Self { by_path, by_ino: HashMap::from([(ROOT, root)]), removed: 0 }
     }
 
-    /// The number that a path has, or would get.
+    /// The number that a path has, or would get at a lookup.
     fn number(&self, path: &Path) -> Ino {
         self.by_path.get(path).copied().unwrap_or_else(|| self.free_number(path))
     }
@@ -94,13 +94,13 @@ impl Table {
 
     fn insert(&mut self, path: &Path, now: Option<&HostNode>) -> Ino {
         let ino = self.free_number(path);
-        let entry = Entry { shown: now.copied(), ..Entry::new(path) };
+        let entry = Name { shown: now.copied(), ..Name::new(path) };
         self.by_path.insert(entry.path.clone(), ino);
         self.by_ino.insert(ino, entry);
         ino
     }
 
-    /// Removes an entry. Returns whether it is time to give memory back.
+    /// Removes a name. Returns whether it is time to give memory back.
     fn remove(&mut self, ino: Ino) -> bool {
         let Some(entry) = self.by_ino.remove(&ino) else { return false };
         // The path may have got another number since.
@@ -121,7 +121,7 @@ impl Table {
 impl Nodes {
     /// The table with the root in it.
     pub fn new() -> Self {
-        Self(Mutex::new(Table::new(Path::new(""))))
+        Self(Mutex::new(Names::new(Path::new(""))))
     }
 
     /// Makes the root the one file of the SPEC.
@@ -130,25 +130,29 @@ impl Nodes {
     /// When the SPEC is a directory.
     pub fn root_is_file(&mut self, catalog: &Catalog) -> Result<()> {
         let file = catalog.only_file().ok_or_else(|| Error::failed("a directory cannot be mounted on a file"))?;
-        *self.0.get_mut().unwrap_or_else(PoisonError::into_inner) = Table::new(&file);
+        *self.0.get_mut().unwrap_or_else(PoisonError::into_inner) = Names::new(&file);
         Ok(())
     }
 
     /// The path of an inode.
     ///
     /// # Errors
-    /// ENOENT for a number that the kernel does not know, or has forgotten.
+    /// ENOENT for a number that was not given out, or was dropped.
     pub fn path(&self, ino: Ino) -> Result<PathBuf> {
-        self.lock().by_ino.get(&ino).map(|entry| entry.path.to_path_buf()).ok_or_else(not_found)
+        self.lock()
+            .by_ino
+            .get(&ino)
+            .map(|entry| entry.path.to_path_buf())
+            .ok_or_else(|| Error::from_errno(libc::ENOENT))
     }
 
-    /// The inode number that a lookup of this path would give, whatever it leads to.
+    /// The inode number that a lookup of this path would give.
     pub fn number(&self, path: &Path) -> Ino {
         self.lock().number(path)
     }
 
-    /// Counts a lookup of a path that leads to `now`, and gives its inode number. `in_use` says of a number whether its
-    /// device is open.
+    /// Counts a lookup of a path that leads to `now`, and returns its inode number. `in_use` returns whether the device
+    /// of a number is open.
     pub fn look_up(&self, path: &Path, now: Option<&HostNode>, in_use: impl Fn(Ino) -> bool) -> Ino {
         let mut table = self.lock();
         let known = table.by_path.get(path).copied();
@@ -158,7 +162,7 @@ impl Nodes {
         ino
     }
 
-    /// Takes back `count` lookups. A number without any, whose device is not open, is forgotten.
+    /// Subtracts `count` lookups. A number without lookups, whose device is not open, is dropped.
     pub fn forget(&self, ino: Ino, count: u64, in_use: bool) {
         let mut table = self.lock();
         let Some(entry) = table.by_ino.get_mut(&ino) else { return };
@@ -169,27 +173,27 @@ impl Nodes {
         }
     }
 
-    /// How many names the kernel knows, without the root.
+    /// The number of names, without the root.
     pub fn len(&self) -> usize {
         self.lock().by_ino.len() - 1
     }
 
-    /// Notes that the path of `ino`, whose device nobody has open, leads to `now`.
+    /// Stores that the path of `ino`, whose device is not open, leads to `now`.
     ///
     /// # Errors
-    /// ESTALE when that is to have a number of its own.
+    /// ESTALE when that needs a number of its own.
     pub fn renew(&self, ino: Ino, now: Option<&HostNode>) -> Result<()> {
         let mut table = self.lock();
-        let entry = table.by_ino.get_mut(&ino).ok_or_else(not_found)?;
-        if entry.take(now, false) { Ok(()) } else { Err(errno(libc::ESTALE)) }
+        let entry = table.by_ino.get_mut(&ino).ok_or_else(|| Error::from_errno(libc::ENOENT))?;
+        if entry.take(now, false) { Ok(()) } else { Err(Error::from_errno(libc::ESTALE)) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Table> {
+    fn lock(&self) -> MutexGuard<'_, Names> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// FNV-1a, 64 bits: a number that a backup tool finds again after a remount.
+/// FNV-1a, 64 bits. The number is the same after a remount, which backup tools need.
 fn hash(path: &Path) -> u64 {
     const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0000_0100_0000_01b3;
@@ -201,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_is_one_device_while_it_is_open_and_one_set_of_rights() {
+    fn a_number_belongs_to_one_device_while_it_is_open_and_to_one_owner_and_mode() {
         let nodes = Nodes::new();
         let one = HostNode::at(Path::new("/proc/self")).unwrap();
         let other = HostNode { identity: HostNode::at(Path::new("/")).unwrap().identity, ..one };
@@ -213,7 +217,7 @@ mod tests {
         assert_ne!(second, ino, "another one, while the old one is open");
         assert_eq!(nodes.number(path), second);
         assert!(nodes.renew(ino, Some(&other)).is_ok());
-        // A user who was allowed to open the old number must not get what he could not open.
+        // A user who may open the old device must not get a device that they may not open.
         let closed = HostNode { mode: one.mode & !0o077, ..other };
         assert_eq!(nodes.renew(second, Some(&closed)).unwrap_err().errno(), libc::ESTALE);
         assert_ne!(nodes.look_up(path, Some(&closed), |_| false), second);
@@ -221,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_forgotten_with_its_last_lookup_and_gets_its_number_again() {
+    fn a_name_is_dropped_with_its_last_lookup_and_gets_the_same_number_again() {
         let nodes = Nodes::new();
         let path = Path::new("x");
         let number = nodes.number(path);
@@ -240,9 +244,8 @@ mod tests {
         assert_eq!(nodes.path(ROOT).unwrap(), Path::new(""));
     }
 
-    /// A path that has a new number is not lost with the old one.
     #[test]
-    fn an_old_number_goes_alone() {
+    fn dropping_the_old_number_of_a_path_keeps_its_new_number() {
         let nodes = Nodes::new();
         let one = HostNode::at(Path::new("/proc/self")).unwrap();
         let other = HostNode { identity: HostNode::at(Path::new("/")).unwrap().identity, ..one };
@@ -256,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_shrinks() {
+    fn memory_is_given_back_when_names_are_dropped() {
         let nodes = Nodes::new();
         let inos: Vec<_> = (0..20_000).map(|n| nodes.look_up(Path::new(&format!("{n}")), None, |_| false)).collect();
         inos.into_iter().for_each(|ino| nodes.forget(ino, 1, false));

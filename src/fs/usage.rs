@@ -1,30 +1,12 @@
-//! What statfs(2) says: the sum of what is shown, and nothing of it free.
+//! The sizes for statfs(2), which are kept for a second.
 
-use std::collections::HashSet;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Catalog, FileKind, FileSource, Root};
-use crate::sys::device::DeviceId;
-use crate::sys::sysfs;
-use crate::units::Bytes;
+use crate::export::{Catalog, Usage};
 
-/// Entries of a directory SPEC, those of its subdirectories included, that are counted; the rest is left out.
-const MAX_ENTRIES: u64 = 10_000;
-
-/// How long a sum is good for: bsdtar asks for each file.
+/// How long a sum is used: bsdtar calls statfs(2) for each file.
 const LIFE: Duration = Duration::from_secs(1);
-
-/// How much a mount shows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// The lengths of all files together. A device that has several names counts once.
-    pub bytes: Bytes,
-    /// Files and directories, the root included.
-    pub entries: u64,
-}
 
 /// The last sum, and when it was made.
 #[derive(Default)]
@@ -37,7 +19,7 @@ impl UsageCache {
         if let Some((_, usage)) = last.filter(|(made, _)| made.elapsed() < LIFE) {
             return usage;
         }
-        // Without the lock: a directory of another machine may take long.
+        // Without the lock: a directory of a network file system may take long.
         let usage = Usage::of(catalog);
         *self.lock() = Some((Instant::now(), usage));
         usage
@@ -46,60 +28,4 @@ impl UsageCache {
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<(Instant, Usage)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-impl Usage {
-    /// Opens no device: sysfs knows the lengths. What cannot be found out counts nothing.
-    fn of(catalog: &Catalog) -> Self {
-        match catalog {
-            Catalog::File { source, export_len, .. } => {
-                let len = match source {
-                    FileSource::Path(path) => len_at(path).map_or(Bytes::ZERO, |(_, len)| len),
-                    FileSource::Export(_) | FileSource::Volume(_) => *export_len,
-                };
-                Self { bytes: len, entries: 2 }
-            }
-            Catalog::Directory(root) => Self::of_directory(root),
-            Catalog::Pool(pools) => {
-                let found = pools.open().and_then(|pool| pool.volumes()).unwrap_or_default();
-                let lens = found.iter().filter_map(|found| found.volume.as_ref().ok()).map(|volume| volume.len());
-                Self { bytes: lens.fold(Bytes::ZERO, Bytes::saturating_add), entries: 1 + found.len() as u64 }
-            }
-        }
-    }
-
-    fn of_directory(root: &Root) -> Self {
-        let mut sum = Self { bytes: Bytes::ZERO, entries: 1 };
-        let mut devices = HashSet::new();
-        let mut left = vec![PathBuf::new()];
-        while let Some(directory) = left.pop() {
-            for (name, kind) in root.entries(&directory).unwrap_or_default() {
-                if sum.entries >= MAX_ENTRIES {
-                    return sum;
-                }
-                sum.entries += 1;
-                let path = directory.join(name);
-                match kind {
-                    FileKind::Directory => left.push(path),
-                    FileKind::File => {
-                        let found = len_at(&root.path.join(path));
-                        if let Some((_, len)) = found.filter(|(id, _)| devices.insert(*id)) {
-                            sum.bytes = sum.bytes.saturating_add(len);
-                        }
-                    }
-                }
-            }
-        }
-        sum
-    }
-}
-
-/// The length of the device or image at `path`, and which one it is (an image: on which file system).
-fn len_at(path: &Path) -> Option<(DeviceId, Bytes)> {
-    let metadata = path.metadata().ok()?;
-    if metadata.file_type().is_block_device() {
-        let id = DeviceId::from_dev(metadata.rdev());
-        return Some((id, sysfs::len(id)?));
-    }
-    Some((DeviceId::from_dev(metadata.dev()), Bytes::new(metadata.len())))
 }

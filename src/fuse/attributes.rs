@@ -1,8 +1,9 @@
-//! The attributes of a file, as the library takes them.
+//! Conversion of attributes to the types of the FUSE library.
 
 use fuser::{FileAttr, FileType, INodeNo};
 
-use crate::fs::{Attributes, FileKind};
+use crate::export::FileKind;
+use crate::fs::Attributes;
 
 pub(super) fn file_type(kind: FileKind) -> FileType {
     match kind {

@@ -1,12 +1,12 @@
-//! Reads that the kernel makes without us: FUSE passthrough (Linux 6.9, root only).
+//! FUSE passthrough (Linux 6.9, root only): the kernel reads an image file without a request to the daemon.
 //!
-//! An image is read by the kernel from the image itself, at the speed of the image, and through its page cache alone.
-//! Everything else, lseek included, still comes here.
+//! The kernel serves reads of an image from the image itself, through the page cache of the image alone. All other
+//! requests, such as lseek, still go to the daemon.
 //!
-//! This is for regular files that are shown as they are, and for nothing else. The kernel binds an open file to what it
-//! is read from for good: there is no way to take that back. A loop device over a regular file has the same bytes, but
-//! it can be given another offset or another backing file while it is open, and where its image was cut short it gives
-//! errors and the image the end of the file. Its bytes must come from the device.
+//! Passthrough is used for images that are regular files, and for nothing else. The kernel binds an open file of the mount
+//! to a backing file until it is closed. A loop device over a regular file has the same bytes, but while it is open its
+//! offset and its backing file can be changed. Also, where the backing file was truncated, a read of the loop device
+//! fails, while a read of the backing file ends. So the reads of a loop device must go to the device.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,19 +17,21 @@ use log::debug;
 use crate::fs::Fh;
 use crate::handle::Handle;
 
-/// The open files that are images.
+/// The open files whose device is an image.
 #[derive(Default)]
-pub(super) struct Passthrough(Mutex<HashMap<Fh, Opened>>);
+pub(super) struct Passthrough(Mutex<HashMap<Fh, OpenImage>>);
 
-struct Opened {
+/// An open file whose device is an image.
+struct OpenImage {
     handle: Arc<Handle>,
-    /// `None` where the kernel refused: then all opens of this handle are read through the daemon, as the kernel does
-    /// not mix the two.
+    /// The kernel's number of the backing file, shared by all opens of the handle. `None` where the kernel refused
+    /// passthrough. Then all opens of the handle are read through the daemon: the kernel does not allow opens with and
+    /// without passthrough of one inode at the same time.
     id: Option<Arc<BackingId>>,
 }
 
 impl Passthrough {
-    /// Answers an open: by passthrough where that is possible, and else with `flags`.
+    /// Replies to an open: with passthrough where it is possible, and otherwise with `flags`.
     pub(super) fn open(&self, fh: Fh, handle: Arc<Handle>, flags: FopenFlags, reply: ReplyOpen) {
         let Some(file) = handle.export().regular_file() else { return reply.opened(FileHandle(fh.0), flags) };
         let mut opens = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -45,10 +47,10 @@ impl Passthrough {
             Some(id) => reply.opened_passthrough(FileHandle(fh.0), FopenFlags::empty(), id),
             None => reply.opened(FileHandle(fh.0), flags),
         }
-        opens.insert(fh, Opened { handle, id });
+        opens.insert(fh, OpenImage { handle, id });
     }
 
-    /// Forgets an open file. The kernel lets go of the image with the last one.
+    /// Removes a file that is closed. The kernel closes the image when the last open of the handle is removed.
     pub(super) fn release(&self, fh: Fh) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&fh);
     }

@@ -1,4 +1,4 @@
-//! Faults that only a test can make, over a real mount.
+//! Panics in a source, over a real mount.
 
 use std::fs::File;
 use std::io;
@@ -16,7 +16,7 @@ use crate::source::{Context, Stack};
 use crate::spec::{SourceOptions, Spec};
 use crate::sys::buffer::AlignedBuffer;
 
-/// A source with a fault: whatever is asked of its bytes or its holes panics.
+/// A device on which every operation but its size panics.
 struct Faulty;
 
 impl Export for Faulty {
@@ -37,7 +37,7 @@ impl Export for Faulty {
     }
 
     fn resolve(&self, _context: &Context) -> Stack {
-        panic!("a fault of a test, in a source");
+        panic!("panic of a test, in a source");
     }
 
     fn host_node(&self) -> io::Result<HostNode> {
@@ -45,9 +45,9 @@ impl Export for Faulty {
     }
 }
 
-/// More panics than there are session threads: each is EIO for one request, and the mount serves as before.
+/// Causes more panics than there are session threads. Each request fails with EIO, and the mount continues to serve.
 #[test]
-fn a_panic_in_a_source_is_eio_and_the_mount_goes_on() {
+fn a_panic_in_a_source_is_eio_and_the_mount_continues() {
     if !geteuid().is_root() || !Path::new("/dev/fuse").exists() {
         assert!(std::env::var_os("CI").is_none_or(|value| value.is_empty()), "this test needs root and /dev/fuse");
         return;

@@ -1,12 +1,17 @@
-//! Which thread answers a request: a session thread, or a spare one when no other session thread is free.
+//! The threads that run requests: session threads, and worker threads for when all but one session thread are busy.
 //!
-//! A request may wait for a device that waits for this file system (a loop device over a file of this mount is read by a
-//! thread of the kernel, which sends the reads here), or for one that is suspended. One session thread never does such
-//! work, so there is always one to take the next request. What a thread of this process asks of its own mount is refused
-//! altogether: following that could go on for ever, and a process that waits for itself cannot even be killed.
+//! A request may block for as long as a device does. The device may be suspended, or it may itself depend on this mount:
+//! the reads of a loop device whose backing file is a file of the mount become new requests here. So one session thread
+//! runs no request that may block. It hands such requests to worker threads, and can always read the next request.
 //!
-//! A panic ends the request that it happened in, and nothing else: the reply is dropped, which answers EIO, and the thread
-//! goes on. All locks of the program are taken whether they are poisoned or not.
+//! Requests that this process sends to its own mount are refused (see [`is_own_thread`]): each could lead to another one
+//! without end, and a process that waits for itself cannot even be killed.
+//!
+//! A panic ends only the request in which it occurs: the reply is dropped, whereupon the FUSE library sends EIO, and the
+//! thread continues with the next request. Therefore the whole program ignores that a lock is poisoned.
+
+#[cfg(test)]
+mod tests;
 
 use std::any::Any;
 use std::collections::{HashSet, VecDeque};
@@ -19,381 +24,238 @@ use std::time::Duration;
 use log::{error, warn};
 use nix::unistd::gettid;
 
-/// Threads that may wait besides the session's. A client that needs more waits for something that will not happen.
-const MAX_SPARE: usize = 4096;
+/// The largest number of worker threads. It is far above the number of requests that are in progress when all devices
+/// respond, and limits the threads and the memory when devices do not respond.
+const MAX_WORKERS: usize = 4096;
 
-/// How long a spare thread stays without work.
-const LINGER: Duration = Duration::from_secs(1);
+/// How long a worker thread waits for another request before it ends.
+const IDLE_TIME: Duration = Duration::from_secs(1);
 
-/// The threads of this process that look at devices.
-static OURS: RwLock<Option<HashSet<u32>>> = RwLock::new(None);
+/// The ids of all threads of this process that have run a request.
+static OWN_THREADS: RwLock<Option<HashSet<u32>>> = RwLock::new(None);
 
 thread_local! {
-    /// Names this thread as one of ours as long as it lives.
-    static ME: Me = Me::new();
+    /// Registers this thread in [`OWN_THREADS`] until it ends.
+    static REGISTRATION: Registration = Registration::new();
 }
 
-struct Me(u32);
+/// An entry of [`OWN_THREADS`], which is removed when this value is dropped.
+struct Registration(u32);
 
-impl Me {
+impl Registration {
     fn new() -> Self {
         let id = gettid().as_raw().unsigned_abs();
-        OURS.write().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().insert(id);
+        OWN_THREADS.write().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().insert(id);
         Self(id)
     }
 }
 
-impl Drop for Me {
+impl Drop for Registration {
     fn drop(&mut self) {
-        if let Some(ours) = &mut *OURS.write().unwrap_or_else(PoisonError::into_inner) {
-            ours.remove(&self.0);
+        if let Some(threads) = &mut *OWN_THREADS.write().unwrap_or_else(PoisonError::into_inner) {
+            threads.remove(&self.0);
         }
     }
 }
 
-/// Whether the thread that a request names is one of ours.
-pub(super) fn is_ours(thread: u32) -> bool {
-    OURS.read().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|ours| ours.contains(&thread))
+/// Whether `thread`, the sender of a request, is a thread of this process that runs requests.
+pub(super) fn is_own_thread(thread: u32) -> bool {
+    let threads = OWN_THREADS.read().unwrap_or_else(PoisonError::into_inner);
+    threads.as_ref().is_some_and(|threads| threads.contains(&thread))
 }
 
-/// What becomes of a request for which no thread is free and none can be started.
+/// What happens to a request if no thread is idle and none can be started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum IfNoThread {
-    /// It is dropped, which answers it with EIO.
+    /// The request is dropped, whereupon it fails with EIO.
     Refuse,
-    /// It waits for the next thread that is free. For what must be done, such as closing a device.
+    /// The request waits in a queue for the next thread that becomes idle. For requests that must not be lost, such as
+    /// closing a device.
     Postpone,
 }
 
-/// The session threads, and the spare ones for when all of them are at work.
+/// The session threads of one mount, and its worker threads.
 pub(super) struct Threads {
-    /// Session threads that may be at work at the same time: all but one.
-    most_busy: usize,
-    /// Those that are.
+    /// The largest number of session threads that may be busy at the same time: all but one.
+    max_busy: usize,
+    /// The number of session threads that are busy.
     busy: AtomicUsize,
-    spare: Arc<Spare>,
+    workers: Arc<Workers>,
 }
 
-/// One session thread at work.
-struct Turn<'a>(&'a AtomicUsize);
+/// Counts the calling session thread as busy until it is dropped.
+struct BusyGuard<'a>(&'a AtomicUsize);
 
-impl<'a> Turn<'a> {
-    /// Begins, unless as many are at work as may be.
-    fn begin(busy: &'a AtomicUsize, most: usize) -> Option<Self> {
-        // SeqCst here, below, and for `Spare::postponed`: of a thread that postpones work and then finds all busy, and one
-        // of these that is done and then looks for postponed work, at least one sees what the other did.
-        let one_more = |busy: usize| (busy < most).then_some(busy + 1);
-        busy.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).ok().map(|_| Self(busy))
+impl<'a> BusyGuard<'a> {
+    /// `None` if `max` session threads are busy already.
+    fn new(busy: &'a AtomicUsize, max: usize) -> Option<Self> {
+        // The order of operations on `busy` and on `Workers::postponed` must be the same for all threads (SeqCst). One thread
+        // postpones a request and then finds that all others are busy; another one stops being busy and then looks for
+        // postponed requests. At least one of them must see what the other did, or the request would stay in the queue.
+        let increment = |busy: usize| (busy < max).then_some(busy + 1);
+        busy.fetch_update(Ordering::SeqCst, Ordering::SeqCst, increment).ok().map(|_| Self(busy))
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for BusyGuard<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 impl Threads {
-    /// For that many session threads.
+    /// The threads of a mount with `session_threads` session threads. No worker thread is started yet.
     pub(super) fn new(session_threads: usize) -> Self {
-        Self::with_limit(session_threads, MAX_SPARE)
+        Self::with_limit(session_threads, MAX_WORKERS)
     }
 
-    fn with_limit(session_threads: usize, most_spare: usize) -> Self {
-        let spare = Spare { most: most_spare, ..Spare::default() };
-        Self { most_busy: session_threads.saturating_sub(1), busy: AtomicUsize::new(0), spare: Arc::new(spare) }
+    fn with_limit(session_threads: usize, max_workers: usize) -> Self {
+        let workers = Workers { max: max_workers, ..Workers::default() };
+        Self { max_busy: session_threads.saturating_sub(1), busy: AtomicUsize::new(0), workers: Arc::new(workers) }
     }
 
-    /// Does the work in the session thread that calls this, or hands it to a spare one.
-    pub(super) fn run(&self, if_no_thread: IfNoThread, work: impl FnOnce() + Send + 'static) {
-        match Turn::begin(&self.busy, self.most_busy) {
-            Some(_turn) => perform(work),
-            None => Spare::run(&self.spare, if_no_thread, Box::new(work)),
+    /// Runs a request that may block: in the calling session thread, or in a worker thread if all other session threads
+    /// are busy.
+    pub(super) fn run(&self, if_no_thread: IfNoThread, request: impl FnOnce() + Send + 'static) {
+        match BusyGuard::new(&self.busy, self.max_busy) {
+            Some(_busy) => run_caught(request),
+            None => Workers::run(&self.workers, if_no_thread, Box::new(request)),
         }
-        self.catch_up();
+        self.run_postponed();
     }
 
-    /// Does what was postponed. When all are busy, one of them does it as soon as it is done.
-    fn catch_up(&self) {
-        while self.spare.postponed.load(Ordering::SeqCst) > 0 {
-            let Some(_turn) = Turn::begin(&self.busy, self.most_busy) else { return };
-            let Some(work) = self.spare.take_postponed() else { return };
-            perform(work);
+    /// Runs the postponed requests. If all other session threads are busy it returns, and the first of them that is done
+    /// calls this function.
+    fn run_postponed(&self) {
+        while self.workers.postponed.load(Ordering::SeqCst) > 0 {
+            let Some(_busy) = BusyGuard::new(&self.busy, self.max_busy) else { return };
+            let Some(request) = self.workers.take_postponed() else { return };
+            run_caught(request);
         }
     }
 }
 
-/// Does work that waits for nothing, in the thread that calls this.
-pub(super) fn perform(work: impl FnOnce()) {
-    // What the work leaves half done is behind locks, each of which guards values that are right at any time.
-    if let Err(panic) = ME.with(|_| catch_unwind(AssertUnwindSafe(work))) {
-        error!("a fault of the program ended a request, which fails with EIO: {}", message(&*panic));
+/// Runs a request in the calling thread, and catches its panic. Called directly only for requests that never block.
+pub(super) fn run_caught(request: impl FnOnce()) {
+    // Unwind safety: what the request shares with others is behind locks, and a value behind a lock is consistent at every
+    // point at which code that holds the lock can panic.
+    if let Err(panic) = REGISTRATION.with(|_| catch_unwind(AssertUnwindSafe(request))) {
+        error!("a bug of the program ended a request, which fails with EIO: {}", panic_message(&*panic));
     }
 }
 
-/// What a panic said.
-fn message(panic: &(dyn Any + Send)) -> &str {
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
-type Work = Box<dyn FnOnce() + Send>;
+type BoxedRequest = Box<dyn FnOnce() + Send>;
 
-/// Threads that take what no session thread may do. They stay for a while, for what comes next.
+/// The worker threads.
 #[derive(Default)]
-struct Spare {
-    /// Threads that there may be.
-    most: usize,
-    state: Mutex<State>,
-    came: Condvar,
-    /// How much work is in [`State::postponed`].
+struct Workers {
+    /// The largest number of worker threads.
+    max: usize,
+    queues: Mutex<WorkerQueues>,
+    /// Notified when a request was added to either queue.
+    added: Condvar,
+    /// The length of [`WorkerQueues::postponed`], readable without the lock.
     postponed: AtomicUsize,
 }
 
 #[derive(Default)]
-struct State {
+struct WorkerQueues {
+    /// The number of worker threads.
     threads: usize,
-    /// Threads that wait for work. Each piece of waiting work has one of its own: none waits for other work to be done.
+    /// The number of worker threads that wait for a request.
     idle: usize,
-    waiting: VecDeque<Work>,
-    /// Work that has no thread yet.
-    postponed: VecDeque<Work>,
+    /// Requests that idle threads are about to take. There are never more than idle threads, so that no request has to wait
+    /// until another one is done.
+    assigned: VecDeque<BoxedRequest>,
+    /// Requests for which there is no thread yet.
+    postponed: VecDeque<BoxedRequest>,
 }
 
-impl Spare {
-    fn run(spare: &Arc<Self>, if_no_thread: IfNoThread, work: Work) {
-        let mut state = spare.lock();
-        if state.idle > state.waiting.len() {
-            state.waiting.push_back(work);
-            return spare.came.notify_one();
+impl Workers {
+    /// Runs a request in an idle worker thread, or in a new one.
+    fn run(workers: &Arc<Self>, if_no_thread: IfNoThread, request: BoxedRequest) {
+        let mut queues = workers.lock();
+        if queues.idle > queues.assigned.len() {
+            queues.assigned.push_back(request);
+            return workers.added.notify_one();
         }
-        if state.threads >= spare.most {
-            drop(state);
-            return spare.no_thread(if_no_thread, work, &format!("{} requests wait for devices", spare.most));
+        if queues.threads >= workers.max {
+            drop(queues);
+            let reason = format!("{} requests wait for devices", workers.max);
+            return workers.no_thread(if_no_thread, request, &reason);
         }
-        state.threads += 1;
-        drop(state);
-        // The work stays here until the thread runs: a start that fails would drop it.
-        let first = Arc::new(Mutex::new(Some(work)));
-        let (mine, its) = (spare.clone(), first.clone());
-        let started = thread::Builder::new().name("spare".to_owned()).spawn(move || mine.serve(take(&its)));
-        if let Err(error) = started {
-            spare.lock().threads -= 1;
-            if let Some(work) = take(&first) {
-                spare.no_thread(if_no_thread, work, &format!("cannot start a thread: {error}"));
+        queues.threads += 1;
+        drop(queues);
+        // The request is passed in a shared slot: a closure that cannot be started is dropped with all that it owns.
+        let slot = Arc::new(Mutex::new(Some(request)));
+        let (its_workers, its_slot) = (workers.clone(), slot.clone());
+        let started = thread::Builder::new().name("worker".to_owned());
+        if let Err(error) = started.spawn(move || its_workers.work(take(&its_slot))) {
+            workers.lock().threads -= 1;
+            if let Some(request) = take(&slot) {
+                workers.no_thread(if_no_thread, request, &format!("cannot start a thread: {error}"));
             }
         }
     }
 
-    fn no_thread(&self, if_no_thread: IfNoThread, work: Work, why: &str) {
+    /// Refuses or postpones a request for which there is no thread.
+    fn no_thread(&self, if_no_thread: IfNoThread, request: BoxedRequest, reason: &str) {
         match if_no_thread {
-            IfNoThread::Refuse => error!("{why}: a request fails with EIO"),
+            IfNoThread::Refuse => error!("{reason}: a request fails with EIO"),
             IfNoThread::Postpone => {
-                warn!("{why}: a file is closed later");
-                let mut state = self.lock();
-                state.postponed.push_back(work);
+                warn!("{reason}: a file is closed later");
+                let mut queues = self.lock();
+                queues.postponed.push_back(request);
                 self.postponed.fetch_add(1, Ordering::SeqCst);
-                self.came.notify_one();
+                self.added.notify_one();
             }
         }
     }
 
-    fn take_postponed(&self) -> Option<Work> {
+    fn take_postponed(&self) -> Option<BoxedRequest> {
         self.pop_postponed(&mut self.lock())
     }
 
-    fn pop_postponed(&self, state: &mut State) -> Option<Work> {
-        let work = state.postponed.pop_front()?;
+    fn pop_postponed(&self, queues: &mut WorkerQueues) -> Option<BoxedRequest> {
+        let request = queues.postponed.pop_front()?;
         self.postponed.fetch_sub(1, Ordering::SeqCst);
-        Some(work)
+        Some(request)
     }
 
-    fn serve(&self, first: Option<Work>) {
+    /// The main function of a worker thread.
+    fn work(&self, first: Option<BoxedRequest>) {
         let mut next = first;
-        while let Some(work) = next {
-            perform(work);
+        while let Some(request) = next {
+            run_caught(request);
             next = self.next();
         }
     }
 
-    /// The next work; `None` when there was none for a while, and this thread is to end.
-    fn next(&self) -> Option<Work> {
-        let mut state = self.lock();
-        state.idle += 1;
-        let nothing = |state: &mut State| state.waiting.is_empty() && state.postponed.is_empty();
-        let wait = self.came.wait_timeout_while(state, LINGER, nothing);
-        state = wait.unwrap_or_else(PoisonError::into_inner).0;
-        state.idle -= 1;
-        let waiting = state.waiting.pop_front();
-        let work = waiting.or_else(|| self.pop_postponed(&mut state));
-        state.threads -= usize::from(work.is_none());
-        work
+    /// Waits for the next request. `None` if there was none for [`IDLE_TIME`]: the calling thread no longer counts then, and
+    /// must end.
+    fn next(&self) -> Option<BoxedRequest> {
+        let mut queues = self.lock();
+        queues.idle += 1;
+        let is_empty = |queues: &mut WorkerQueues| queues.assigned.is_empty() && queues.postponed.is_empty();
+        let wait = self.added.wait_timeout_while(queues, IDLE_TIME, is_empty);
+        queues = wait.unwrap_or_else(PoisonError::into_inner).0;
+        queues.idle -= 1;
+        let assigned = queues.assigned.pop_front();
+        let request = assigned.or_else(|| self.pop_postponed(&mut queues));
+        queues.threads -= usize::from(request.is_none());
+        request
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, WorkerQueues> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn take(work: &Mutex<Option<Work>>) -> Option<Work> {
-    work.lock().unwrap_or_else(PoisonError::into_inner).take()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::mpsc::{Receiver, Sender, channel};
-    use std::time::Instant;
-
-    use super::*;
-    use IfNoThread::{Postpone, Refuse};
-
-    /// What a test hands over to wait, and how it lets it go on.
-    fn waits_for(release: Receiver<()>, began: Sender<nix::unistd::Pid>) -> impl FnOnce() + Send + 'static {
-        move || {
-            began.send(gettid()).unwrap();
-            release.recv().unwrap();
-        }
-    }
-
-    fn becomes(condition: impl Fn() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !condition() {
-            assert!(Instant::now() < deadline);
-            thread::yield_now();
-        }
-    }
-
-    #[test]
-    fn one_session_thread_is_always_free() {
-        let threads = Threads::new(2);
-        let (done, wait) = channel();
-        let (say, hear) = channel();
-        thread::scope(|scope| {
-            let first = say.clone();
-            scope.spawn(|| threads.run(Refuse, waits_for(wait, first)));
-            hear.recv().unwrap();
-            // The first one waits until the second one was here and is done.
-            let second = say.clone();
-            threads.run(Refuse, move || second.send(gettid()).unwrap());
-            let ran_in = hear.recv().unwrap();
-            assert_ne!(ran_in, gettid(), "the last session thread does not do it itself");
-            done.send(()).unwrap();
-        });
-        threads.run(Refuse, move || say.send(gettid()).unwrap());
-        assert_eq!(hear.recv().unwrap(), gettid(), "one of two can");
-    }
-
-    /// With one session thread, which therefore does nothing itself.
-    #[test]
-    fn a_spare_thread_takes_the_next_work_unless_it_is_at_work() {
-        let threads = Threads::new(1);
-        let (say, hear) = channel();
-        let run = |wait: Option<Receiver<()>>| {
-            let say = say.clone();
-            threads.run(Refuse, move || {
-                say.send(gettid()).unwrap();
-                wait.map(|wait| wait.recv());
-            });
-            hear.recv().unwrap()
-        };
-        let (done, wait) = channel();
-        let first = run(Some(wait));
-        let second = run(None);
-        assert_ne!(first, second, "the first one is at work");
-        drop(done);
-        becomes(|| threads.spare.lock().idle == 2);
-        assert!([first, second].contains(&run(None)));
-        becomes(|| threads.spare.lock().idle == 0);
-        assert_eq!(threads.spare.lock().threads, 0);
-    }
-
-    /// More panics than there are threads of either kind, with a lock held: each ends its own request only.
-    #[test]
-    fn a_panic_ends_its_request_and_no_thread() {
-        let lock = Arc::new(Mutex::new(()));
-        for session_threads in [1, 8] {
-            let threads = Threads::with_limit(session_threads, 2);
-            for _ in 0..20 {
-                let (reply, answer) = channel::<()>();
-                let lock = lock.clone();
-                threads.run(Refuse, move || {
-                    let _reply = reply;
-                    let _held = lock.lock().unwrap_or_else(PoisonError::into_inner);
-                    panic!("a fault of a test");
-                });
-                assert!(answer.recv().is_err(), "the reply is dropped, which answers EIO");
-            }
-            assert_eq!(threads.busy.load(Ordering::SeqCst), 0);
-            // A spare thread is free a moment after the reply was dropped.
-            becomes(|| {
-                let (say, hear) = channel();
-                threads.run(Refuse, move || say.send(gettid()).unwrap());
-                hear.recv().is_ok_and(|ran_in| (ran_in == gettid()) == (session_threads > 1))
-            });
-        }
-        assert!(lock.is_poisoned(), "the panics held it");
-    }
-
-    /// The limit of spare threads is reached: a read fails at once, and a close is made up for.
-    #[test]
-    fn a_request_without_a_thread_is_refused_or_postponed_and_never_forgotten() {
-        let threads = Arc::new(Threads::with_limit(2, 1));
-        let (began, begins) = channel();
-        let (release_session, wait) = channel();
-        let session = {
-            let (threads, began) = (threads.clone(), began.clone());
-            thread::spawn(move || threads.run(Refuse, waits_for(wait, began)))
-        };
-        begins.recv().unwrap();
-        let (release_spare, wait) = channel();
-        threads.run(Refuse, waits_for(wait, began));
-        begins.recv().unwrap();
-
-        let (reply, answer) = channel::<()>();
-        threads.run(Refuse, move || reply.send(()).unwrap());
-        assert!(answer.recv().is_err(), "the reply is dropped, which answers EIO");
-        let (closed, closes) = channel();
-        for n in 0..2 {
-            let closed = closed.clone();
-            threads.run(Postpone, move || closed.send(n).unwrap());
-        }
-        assert!(closes.try_recv().is_err(), "there is no thread for it yet");
-        release_session.send(()).unwrap();
-        session.join().unwrap();
-        assert_eq!([closes.recv().unwrap(), closes.recv().unwrap()], [0, 1], "by the thread that became free");
-        release_spare.send(()).unwrap();
-        assert_eq!(threads.spare.postponed.load(Ordering::SeqCst), 0);
-    }
-
-    /// The other way round: what was postponed is done by the spare thread when that is the first to be free.
-    #[test]
-    fn a_spare_thread_does_what_was_postponed() {
-        let threads = Threads::with_limit(1, 1);
-        let (began, begins) = channel();
-        let (release, wait) = channel();
-        threads.run(Refuse, waits_for(wait, began));
-        let spare = begins.recv().unwrap();
-        let (closed, closes) = channel();
-        threads.run(Postpone, move || closed.send(gettid()).unwrap());
-        assert!(closes.try_recv().is_err());
-        release.send(()).unwrap();
-        assert_eq!(closes.recv().unwrap(), spare);
-    }
-
-    #[test]
-    fn our_threads_are_known_as_long_as_they_live() {
-        let threads = Threads::new(2);
-        let id = thread::scope(|scope| {
-            let work = || {
-                threads.run(Refuse, || {});
-                let id = gettid().as_raw().unsigned_abs();
-                assert!(is_ours(id));
-                id
-            };
-            scope.spawn(work).join().unwrap()
-        });
-        assert!(!is_ours(1));
-        // A scoped thread is joined a moment before its thread-locals are dropped.
-        becomes(|| !is_ours(id));
-    }
+fn take(slot: &Mutex<Option<BoxedRequest>>) -> Option<BoxedRequest> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
 }

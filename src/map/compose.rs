@@ -1,19 +1,19 @@
-//! Compositions whose cost follows the answer: one question to each part that the answer depends on.
+//! Maps that are composed of other maps. Each lookup queries only those parts on which the answer depends.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Extent, HoleMap, Kind, ask, next_data, next_hole};
+use super::{Extent, ExtentKind, HoleMap, checked_extent, checked_next_data, checked_next_hole};
 use crate::reason::DenseReason;
 use crate::units::Bytes;
 
-/// A range of one kind.
+/// A device that is a single extent.
 #[derive(Clone, Copy, Debug)]
 pub struct Uniform {
-    /// Its length.
+    /// The length of the device.
     pub len: Bytes,
-    /// What it holds.
-    pub kind: Kind,
+    /// What the device holds.
+    pub kind: ExtentKind,
 }
 
 impl HoleMap for Uniform {
@@ -26,20 +26,18 @@ impl HoleMap for Uniform {
     }
 
     fn allocated(&self) -> Option<Bytes> {
-        Some(match self.kind {
-            Kind::Data => self.len,
-            Kind::Hole => Bytes::ZERO,
-        })
+        Some(if self.kind.is_data() { self.len } else { Bytes::ZERO })
     }
 }
 
-/// A window on another map: a partition, a segment of a table. What lies beyond the inner map's end is data.
+/// A range of another device, such as a partition of a disk or a segment of a device-mapper table. The part of the range
+/// that lies beyond the end of `inner` is data.
 pub struct Clip {
-    /// The map that is looked at.
+    /// The map of the other device.
     pub inner: Arc<dyn HoleMap>,
-    /// Where the window starts in `inner`.
+    /// The start of the range in `inner`.
     pub start: Bytes,
-    /// The length of the window.
+    /// The length of the range.
     pub len: Bytes,
 }
 
@@ -54,24 +52,24 @@ impl HoleMap for Clip {
         }
         match self.start.checked_add(offset).filter(|&at| at < self.inner.len()) {
             Some(at) => {
-                let run = ask(&*self.inner, at);
-                Extent { end: run.end.saturating_sub(self.start).min(self.len), kind: run.kind }
+                let extent = checked_extent(&*self.inner, at);
+                Extent { end: extent.end.saturating_sub(self.start).min(self.len), kind: extent.kind }
             }
-            None => Extent { end: self.len, kind: Kind::Data },
+            None => Extent { end: self.len, kind: ExtentKind::Data },
         }
     }
 
     fn next_data(&self, offset: Bytes) -> Bytes {
         match self.start.checked_add(offset).filter(|&at| at < self.inner.len()) {
-            // Where the inner map ends, data begins.
-            Some(at) => next_data(&*self.inner, at).saturating_sub(self.start).min(self.len),
+            // Without data up to its end, `inner` returns its end, from which on the range is data.
+            Some(at) => checked_next_data(&*self.inner, at).saturating_sub(self.start).min(self.len),
             None => offset.min(self.len),
         }
     }
 
     fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
         let at = self.start.checked_add(offset).filter(|&at| at < self.inner.len())?;
-        let hole = next_hole(&*self.inner, at)?;
+        let hole = checked_next_hole(&*self.inner, at)?;
         let within = |at: Bytes| at.saturating_sub(self.start).min(self.len);
         Some(within(hole.start)..within(hole.end)).filter(|hole| hole.start < hole.end)
     }
@@ -92,26 +90,27 @@ impl HoleMap for Clip {
     }
 }
 
-/// Segments one after the other.
+/// A device whose segments follow each other, each of which is all of another device.
 pub struct Concat {
-    segments: Vec<Segment>,
+    segments: Vec<PlacedMap>,
 }
 
-struct Segment {
+/// A map, and the range of the composed device that it describes.
+struct PlacedMap {
     map: Arc<dyn HoleMap>,
     start: Bytes,
     end: Bytes,
 }
 
 impl Concat {
-    /// Puts `segments` one after the other, or `None` where their lengths add up to more than a position can hold.
+    /// The concatenation of `segments`, or `None` if the sum of their lengths does not fit in 64 bits.
     pub fn new(segments: Vec<Arc<dyn HoleMap>>) -> Option<Self> {
-        let mut placed: Vec<Segment> = Vec::with_capacity(segments.len());
+        let mut placed: Vec<PlacedMap> = Vec::with_capacity(segments.len());
         let mut start = Bytes::ZERO;
         for map in segments {
             let end = start.checked_add(map.len())?;
             if start < end {
-                placed.push(Segment { map, start, end });
+                placed.push(PlacedMap { map, start, end });
             }
             start = end;
         }
@@ -131,8 +130,8 @@ impl HoleMap for Concat {
     fn extent_at(&self, offset: Bytes) -> Extent {
         let index = self.segments.partition_point(|segment| segment.end <= offset);
         let Some(segment) = self.segments.get(index) else { return Extent::outside(offset) };
-        let run = ask(&*segment.map, offset.saturating_sub(segment.start));
-        Extent { end: segment.start.saturating_add(run.end).min(segment.end), kind: run.kind }
+        let extent = checked_extent(&*segment.map, offset.saturating_sub(segment.start));
+        Extent { end: segment.start.saturating_add(extent.end).min(segment.end), kind: extent.kind }
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -148,11 +147,15 @@ impl HoleMap for Concat {
     }
 }
 
-/// Layers, of which a range is a hole only where every layer has one: a thin device over its external origin, snapshot
-/// exceptions over the origin, the legs of a mirror. A layer is data beyond its end; where it is known to read as
-/// zeros there, it is to be continued by a [`Uniform`] hole. No layers at all are data.
+/// A device of several layers, each byte of which is read from one of the layers: a thin device over its external origin,
+/// the exceptions of a snapshot over its origin, the legs of a mirror.
+///
+/// The map does not depend on which layer a byte is read from: a range is a hole only where every layer has a hole. The hole
+/// is of the kind that all layers have in common, or a plain [`ExtentKind::Hole`] where their kinds differ. Beyond its end a
+/// layer is data; where it is known to read as zeros, the caller appends a [`Uniform`] hole to it. A device without any
+/// layers is data.
 pub struct Overlay {
-    /// The layers. Those that come first are asked first, and the others only where these have holes.
+    /// The layers. A layer is queried only where all layers before it have holes.
     pub layers: Vec<Arc<dyn HoleMap>>,
     /// The length of the device.
     pub len: Bytes,
@@ -173,19 +176,24 @@ impl HoleMap for Overlay {
         if offset >= self.len {
             return Extent::outside(offset);
         }
-        let mut end = self.len;
+        let mut answer: Option<Extent> = None;
         for layer in self.maps() {
-            let run = ask(layer, offset);
-            if run.kind == Kind::Data {
-                return Extent { end: run.end.min(self.len), kind: Kind::Data };
+            let extent = checked_extent(layer, offset);
+            if extent.kind.is_data() {
+                answer = Some(extent);
+                break;
             }
-            end = end.min(run.end);
+            answer = Some(match answer {
+                None => extent,
+                Some(above) => Extent { end: above.end.min(extent.end), kind: above.kind.combined_with(extent.kind) },
+            });
         }
-        Extent { end, kind: if self.layers.is_empty() { Kind::Data } else { Kind::Hole } }
+        let answer = answer.unwrap_or(Extent { end: self.len, kind: ExtentKind::Data });
+        Extent { end: answer.end.min(self.len), kind: answer.kind }
     }
 
     fn allocated(&self) -> Option<Bytes> {
-        // Known where all layers but one are a single hole, or where one layer is data throughout.
+        // The number is known if one layer is all data, or if all layers but one are all hole.
         let mut count = Some(if self.layers.is_empty() { self.len } else { Bytes::ZERO });
         for layer in self.maps() {
             match allocated_within(layer, Bytes::ZERO, self.len) {
@@ -206,7 +214,8 @@ impl HoleMap for Overlay {
     }
 }
 
-/// Bytes of data in a window of `map`, where that follows from the number for the whole map.
+/// Bytes of data in the `len` bytes of `map` from `start` on. `None` where the number for the whole map does not determine
+/// that of the range. The part beyond the end of the map counts as data.
 pub(super) fn allocated_within(map: &dyn HoleMap, start: Bytes, len: Bytes) -> Option<Bytes> {
     let inside = map.len().saturating_sub(start).min(len);
     let beyond = len.saturating_sub(inside);
@@ -221,7 +230,7 @@ pub(super) fn allocated_within(map: &dyn HoleMap, start: Bytes, len: Bytes) -> O
     }
 }
 
-/// The reasons of all parts, each once, where all parts are dense.
+/// Why a device is dense, if all of its parts are: the reasons of the parts, without repetitions.
 pub(super) fn all_dense<'a>(maps: impl Iterator<Item = &'a dyn HoleMap>) -> Option<DenseReason> {
     let mut reasons: Vec<DenseReason> = Vec::new();
     for map in maps {
@@ -237,7 +246,7 @@ pub(super) fn all_dense<'a>(maps: impl Iterator<Item = &'a dyn HoleMap>) -> Opti
     }
 }
 
-/// What the parts hold together. A part that is used twice counts twice.
+/// The memory of all parts together. A part that occurs twice counts twice.
 pub(super) fn memory_of<'a>(maps: impl Iterator<Item = &'a dyn HoleMap>) -> Bytes {
     maps.fold(Bytes::ZERO, |sum, map| sum.saturating_add(map.memory()))
 }

@@ -1,26 +1,24 @@
-//! Which blocks of a thinly provisioned device are mapped: a bitmap that keeps only what is mixed.
+//! The mapped blocks of a thinly provisioned device, as a compressed bitmap.
 //!
-//! Blocks are grouped into chunks of 32 768. A chunk without a mapped block is not stored at all, neighbouring chunks
-//! that are mapped throughout are one entry, and a mixed chunk holds one bit per block and, above every 64 blocks, two
-//! bits that tell whether any and whether all of them are mapped (as ZFS keeps a fill count per indirect block). A
-//! lookup is a binary search over the entries and at most three chunks, whatever the device holds, and memory follows
-//! what is mapped: at most 1.04 bits per block of virtual size, and next to nothing for a large empty device.
+//! Blocks are grouped into chunks of 32 768. A chunk without a mapped block is not stored. Neighbouring chunks in which
+//! every block is mapped are stored as one range. A mixed chunk is stored with one bit per block, and with two bits of
+//! summary for every 64 blocks: whether any of them is mapped, and whether all of them are. A lookup is a binary search
+//! over the stored ranges and chunks, and a search in at most three chunks. The map takes at most 1.04 bits per block of
+//! the device's virtual size, and next to nothing for a large empty device.
+
+mod chunk;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Extent, HoleMap, Kind};
+use super::{Extent, ExtentKind, HoleMap};
 use crate::units::Bytes;
+use chunk::{CHUNK, ChunkBuilder, MixedChunk, WORDS};
 
-/// Words of 64 blocks in a chunk: with 8 bytes each, one page.
-const WORDS: usize = 512;
-/// Words of summary in a chunk, one bit per word.
-const SUMMARY: usize = WORDS / 64;
-/// Blocks in a chunk.
-const CHUNK: u64 = 64 * WORDS as u64;
-/// Chunks that one map may hold: 1 GiB of them. Only a map of billions of blocks, or one that was made up, has more.
+/// The largest number of chunks that one map may store: 1 GiB of memory. Only damaged metadata, or a device of billions of
+/// blocks, has more.
 const MAX_CHUNKS: usize = 1 << 18;
 
 /// The index of a block in a device.
@@ -39,18 +37,18 @@ impl Block {
     }
 }
 
-/// A chunk while it is filled, possibly by several threads at once.
-struct Filling([AtomicU64; WORDS]);
-
-/// Collects the mapped blocks of one device, from any number of [`Filler`]s.
+/// Collects the mapped blocks of one device from any number of [`Filler`]s, each used by one thread.
 pub struct FillBuilder {
     len: Bytes,
     block_size: Bytes,
+    /// The number of blocks of the device.
     blocks: u64,
     max_chunks: usize,
-    mixed: Mutex<BTreeMap<u64, Arc<Filling>>>,
-    /// Ranges of whole chunks.
+    /// The chunks in which single blocks were marked, by index.
+    mixed: Mutex<BTreeMap<u64, Arc<ChunkBuilder>>>,
+    /// Ranges of chunks that were marked as a whole.
     full: Mutex<Vec<Range<u64>>>,
+    /// Whether a chunk was dropped, since there were `max_chunks` already.
     overflow: AtomicBool,
 }
 
@@ -70,12 +68,12 @@ impl FillBuilder {
         }
     }
 
-    /// One thread's way in.
+    /// A filler for one thread.
     pub fn filler(&self) -> Filler<'_> {
         Filler { builder: self, chunk: None }
     }
 
-    /// The map of all that the fillers set, or `None` when it would take more memory than any real device needs.
+    /// The map of all marked blocks, or `None` if it takes more than [`MAX_CHUNKS`].
     pub fn finish(self) -> Option<FillMap> {
         if self.overflow.into_inner() {
             return None;
@@ -83,12 +81,12 @@ impl FillBuilder {
         let mut spans: Vec<Span> = Vec::new();
         let mut full = merged(self.full.into_inner().unwrap_or_else(PoisonError::into_inner)).into_iter().peekable();
         let mut mapped = 0;
-        for (at, filling) in self.mixed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        for (at, chunk) in self.mixed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             while let Some(whole) = full.next_if(|whole| whole.end <= at) {
                 mapped += push(&mut spans, Span { chunks: whole, fill: Fill::Full });
             }
             if full.peek().is_none_or(|whole| at < whole.start) {
-                mapped += push(&mut spans, Span { chunks: at..at + 1, fill: Fill::of(&filling) });
+                mapped += push(&mut spans, Span { chunks: at..at + 1, fill: Fill::of(&chunk) });
             }
         }
         for whole in full {
@@ -98,8 +96,8 @@ impl FillBuilder {
         Some(FillMap { len: self.len, block_size: self.block_size, blocks: self.blocks, mapped, spans })
     }
 
-    /// The chunk with this index, made when it is not there yet; `None` when there are too many.
-    fn chunk(&self, at: u64) -> Option<Arc<Filling>> {
+    /// The chunk with the index `at`, which is added if it does not exist; `None` if there are too many chunks.
+    fn chunk(&self, at: u64) -> Option<Arc<ChunkBuilder>> {
         let mut mixed = self.mixed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(chunk) = mixed.get(&at) {
             return Some(Arc::clone(chunk));
@@ -108,17 +106,17 @@ impl FillBuilder {
             self.overflow.store(true, Relaxed);
             return None;
         }
-        let chunk = Arc::new(Filling([const { AtomicU64::new(0) }; WORDS]));
+        let chunk = Arc::new(ChunkBuilder::new());
         mixed.insert(at, Arc::clone(&chunk));
         Some(chunk)
     }
 }
 
-/// Appends `span`, merging it with a full neighbour; the number of its mapped blocks.
+/// Appends `span`, or merges it with the last span if both are full. Returns the number of mapped blocks of `span`.
 fn push(spans: &mut Vec<Span>, span: Span) -> u64 {
     let mapped = match &span.fill {
         Fill::Full => (span.chunks.end - span.chunks.start) * CHUNK,
-        Fill::Mixed(chunk) => chunk.words.iter().map(|word| u64::from(word.count_ones())).sum(),
+        Fill::Mixed(chunk) => chunk.count_mapped(&(0..CHUNK)),
     };
     match spans.last_mut() {
         _ if mapped == 0 => {}
@@ -130,7 +128,7 @@ fn push(spans: &mut Vec<Span>, span: Span) -> u64 {
     mapped
 }
 
-/// The same ranges in order, none touching another.
+/// The union of `ranges`, in ascending order, as ranges that neither overlap nor touch.
 fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_unstable_by_key(|range| range.start);
     let mut merged: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
@@ -143,15 +141,15 @@ fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     merged
 }
 
-/// Sets blocks of a [`FillBuilder`] as mapped. Blocks past the device's end are ignored.
+/// Marks blocks of a [`FillBuilder`] as mapped. Blocks beyond the end of the device are ignored.
 pub struct Filler<'a> {
     builder: &'a FillBuilder,
-    /// The chunk that was used last, so that a run of neighbours takes the lock once.
-    chunk: Option<(u64, Arc<Filling>)>,
+    /// The chunk that was used last, with its index: for further blocks of it the lock of the builder is not needed.
+    chunk: Option<(u64, Arc<ChunkBuilder>)>,
 }
 
 impl Filler<'_> {
-    /// Sets the blocks of `range`.
+    /// Marks the blocks of `range`.
     pub fn set_range(&mut self, range: Range<Block>) {
         let (mut first, end) = (range.start.get(), range.end.get().min(self.builder.blocks));
         while first < end {
@@ -167,7 +165,7 @@ impl Filler<'_> {
         }
     }
 
-    /// Sets `blocks`, which must be strictly ascending.
+    /// Marks `blocks`, which must be strictly ascending.
     pub fn set_ascending(&mut self, blocks: impl DoubleEndedIterator<Item = Block> + ExactSizeIterator + Clone) {
         let Some((first, last)) = blocks.clone().next().zip(blocks.clone().next_back()) else { return };
         let (first, last) = (first.get(), last.get());
@@ -191,7 +189,7 @@ impl Filler<'_> {
         }
     }
 
-    /// Sets `bits` of the device's 64 blocks from `64 * word` on.
+    /// Marks those of the 64 blocks from `64 * word` on whose bits are set in `bits`.
     fn set_bits(&mut self, word: u64, bits: u64) {
         let at = word / WORDS as u64;
         let in_chunk = (word % WORDS as u64) as usize;
@@ -206,102 +204,34 @@ impl Filler<'_> {
     }
 }
 
-impl Filling {
-    fn set(&self, word: usize, bits: u64) {
-        if bits == u64::MAX {
-            // A plain store never undoes another thread's bits, for it sets them all.
-            self.0[word].store(bits, Relaxed);
-        } else {
-            self.0[word].fetch_or(bits, Relaxed);
-        }
-    }
-}
-
-/// A finished chunk with mapped and unmapped blocks.
-struct Chunk {
-    words: [u64; WORDS],
-    /// One bit per word: it has a mapped block.
-    any: [u64; SUMMARY],
-    /// One bit per word: all its blocks are mapped.
-    all: [u64; SUMMARY],
-}
-
-impl Chunk {
-    /// The first mapped block of the chunk at or after `from`.
-    fn next_mapped(&self, from: usize) -> Option<usize> {
-        let word = from / 64;
-        match self.words[word] & (u64::MAX << (from % 64)) {
-            0 => next_bit(&self.any, word + 1, 0).map(|word| word * 64 + self.words[word].trailing_zeros() as usize),
-            bits => Some(word * 64 + bits.trailing_zeros() as usize),
-        }
-    }
-
-    /// The first block of the chunk at or after `from` that is not mapped.
-    fn next_unmapped(&self, from: usize) -> Option<usize> {
-        let word = from / 64;
-        match !self.words[word] & (u64::MAX << (from % 64)) {
-            0 => next_bit(&self.all, word + 1, u64::MAX)
-                .map(|word| word * 64 + self.words[word].trailing_ones() as usize),
-            bits => Some(word * 64 + bits.trailing_zeros() as usize),
-        }
-    }
-}
-
-/// The first bit at or after `from` that is set once `bits` are inverted by `invert`.
-fn next_bit(bits: &[u64; SUMMARY], from: usize, invert: u64) -> Option<usize> {
-    let mut mask = u64::MAX << (from % 64);
-    for (at, word) in bits.iter().enumerate().skip(from / 64) {
-        let found = (word ^ invert) & mask;
-        if found != 0 {
-            return Some(at * 64 + found.trailing_zeros() as usize);
-        }
-        mask = u64::MAX;
-    }
-    None
-}
-
-/// The bits of the word of blocks from `at` on that are in `start..end`.
-fn bits_within(at: u64, start: u64, end: u64) -> u64 {
-    let below = |limit: u64| match limit.saturating_sub(at) {
-        count @ 0..64 => (1 << count) - 1,
-        _ => u64::MAX,
-    };
-    below(end) & !below(start)
-}
-
-/// What a span of chunks holds, when it is not empty.
+/// What a span of chunks holds.
 enum Fill {
+    /// All blocks are mapped.
     Full,
-    Mixed(Box<Chunk>),
+    /// Some blocks are mapped.
+    Mixed(Box<MixedChunk>),
 }
 
 impl Fill {
-    fn of(filling: &Filling) -> Self {
-        let mut chunk = Box::new(Chunk { words: [0; WORDS], any: [0; SUMMARY], all: [0; SUMMARY] });
-        for (at, word) in filling.0.iter().enumerate() {
-            let word = word.load(Relaxed);
-            chunk.words[at] = word;
-            chunk.any[at / 64] |= u64::from(word != 0) << (at % 64);
-            chunk.all[at / 64] |= u64::from(word == u64::MAX) << (at % 64);
-        }
-        if chunk.all == [u64::MAX; SUMMARY] { Self::Full } else { Self::Mixed(chunk) }
+    fn of(chunk: &ChunkBuilder) -> Self {
+        let chunk = chunk.finish();
+        if chunk.is_full() { Self::Full } else { Self::Mixed(chunk) }
     }
 }
 
-/// Neighbouring chunks, none of them empty: any number that are full, or one that is mixed.
+/// Neighbouring chunks with mapped blocks: any number of full chunks, or one mixed chunk.
 struct Span {
+    /// Indexes of chunks.
     chunks: Range<u64>,
     fill: Fill,
 }
 
 impl Span {
-    /// How many of the blocks in `range`, all of this span, are mapped.
+    /// How many of the blocks in `range`, which lies within this span, are mapped.
     fn count_mapped(&self, range: &Range<u64>) -> u64 {
         let Fill::Mixed(chunk) = &self.fill else { return range.end - range.start };
         let first = self.chunks.start * CHUNK;
-        let (start, end) = (range.start - first, range.end - first);
-        let words = chunk.words.iter().zip((0..).step_by(64));
-        words.map(|(word, at)| u64::from((word & bits_within(at, start, end)).count_ones())).sum()
+        chunk.count_mapped(&(range.start - first..range.end - first))
     }
 
     fn is_full(&self) -> bool {
@@ -309,26 +239,24 @@ impl Span {
     }
 }
 
-/// The mapped blocks of one device, as a [`HoleMap`] whose runs are maximal.
+/// The mapped blocks of one device. As a [`HoleMap`] it returns maximal extents: mapped blocks are data, others holes.
 pub struct FillMap {
     len: Bytes,
     block_size: Bytes,
+    /// The number of blocks of the device.
     blocks: u64,
+    /// The number of mapped blocks.
     mapped: u64,
+    /// In ascending order.
     spans: Vec<Span>,
 }
 
 impl FillMap {
-    /// The number of mapped blocks.
-    pub fn mapped_blocks(&self) -> u64 {
-        self.mapped
-    }
-
     /// The first mapped block at or after `from`.
-    pub fn next_mapped(&self, from: Block) -> Option<Block> {
+    fn next_mapped(&self, from: Block) -> Option<Block> {
         let from = from.get();
         let start = self.spans.partition_point(|span| span.chunks.end <= from / CHUNK);
-        // A mixed span has a mapped block, but perhaps only before `from`: then the next span answers.
+        // All mapped blocks of a mixed span may lie before `from`. Then the answer is in the next span.
         self.spans[start..].iter().find_map(|span| {
             let first = from.max(span.chunks.start * CHUNK);
             match &span.fill {
@@ -340,8 +268,8 @@ impl FillMap {
         })
     }
 
-    /// The first block at or after `from` that is not mapped; it may lie past the device's end.
-    pub fn next_unmapped(&self, from: Block) -> Block {
+    /// The first block at or after `from` that is not mapped. It may lie beyond the end of the device.
+    fn next_unmapped(&self, from: Block) -> Block {
         let mut block = from.get();
         let start = self.spans.partition_point(|span| span.chunks.end <= block / CHUNK);
         for span in &self.spans[start..] {
@@ -370,7 +298,7 @@ impl FillMap {
         spans.map(|span| span.count_mapped(&within(span))).sum()
     }
 
-    /// Where `block` starts, at most the device's length.
+    /// The position of `block`, limited to the length of the device.
     fn start_of(&self, block: Block) -> Bytes {
         block.get().checked_mul(self.block_size.get()).map_or(self.len, |start| self.len.min(Bytes::new(start)))
     }
@@ -383,15 +311,15 @@ impl HoleMap for FillMap {
 
     fn extent_at(&self, offset: Bytes) -> Extent {
         if offset >= self.len {
-            return Extent { end: offset.saturating_add(Bytes::new(1)), kind: Kind::Data };
+            return Extent::outside(offset);
         }
         let block = Block(offset.get() / self.block_size.get());
         match self.next_mapped(block) {
             Some(mapped) if mapped == block => {
-                Extent { end: self.start_of(self.next_unmapped(block)), kind: Kind::Data }
+                Extent { end: self.start_of(self.next_unmapped(block)), kind: ExtentKind::Data }
             }
-            Some(mapped) => Extent { end: self.start_of(mapped), kind: Kind::Hole },
-            None => Extent { end: self.len, kind: Kind::Hole },
+            Some(mapped) => Extent { end: self.start_of(mapped), kind: ExtentKind::Hole },
+            None => Extent { end: self.len, kind: ExtentKind::Hole },
         }
     }
 
@@ -411,13 +339,13 @@ impl HoleMap for FillMap {
         let Some(last) = range.end.get().checked_sub(1).filter(|_| range.start < range.end) else {
             return Some(Bytes::ZERO);
         };
-        // The ends of a block are those of a unit: no hole is rounded away.
+        // Blocks must be whole units, as otherwise parts of holes would be rounded off.
         if !block.is_multiple_of(unit.get()) || range.end > self.len {
             return None;
         }
         let (first, last) = (range.start.get() / block, last / block);
         let is_mapped = |block| self.count_mapped(block..block + 1);
-        // The parts of the first and the last block that lie outside of the range.
+        // The bytes of the first and the last block that lie outside of the range.
         let before = is_mapped(first) * (range.start.get() - first * block);
         let after = is_mapped(last) * (block - (range.end.get() - last * block));
         let all = self.count_mapped(first..last + 1).checked_mul(block)?;
@@ -435,7 +363,7 @@ impl HoleMap for FillMap {
     }
 
     fn memory(&self) -> Bytes {
-        let chunks = self.spans.iter().filter(|span| !span.is_full()).count() * size_of::<Chunk>();
+        let chunks = self.spans.iter().filter(|span| !span.is_full()).count() * size_of::<MixedChunk>();
         Bytes::new((size_of::<Self>() + self.spans.capacity() * size_of::<Span>() + chunks) as u64)
     }
 }

@@ -1,21 +1,23 @@
-//! Striped devices, and one leg seen through a striped device.
+//! Maps of striped devices, and of one leg of a striped device.
 
 use std::sync::Arc;
 
 use super::compose::{all_dense, allocated_within, memory_of};
-use super::{Extent, HoleMap, Kind, ask};
+use super::{Extent, ExtentKind, HoleMap, checked_extent};
 use crate::reason::DenseReason;
 use crate::units::Bytes;
 
-/// Where bytes live: chunk `c` of the device is chunk `c / stripes` of leg `c % stripes` (`drivers/md/dm-stripe.c`).
+/// The geometry of a striped device: chunk `c` of the device is chunk `c / stripes` of leg `c % stripes`
+/// (`drivers/md/dm-stripe.c`). A row is one chunk of every leg.
 #[derive(Clone, Copy)]
-struct Layout {
+struct StripeGeometry {
+    /// Bytes in a chunk.
     chunk: u64,
     stripes: u64,
 }
 
-impl Layout {
-    /// `None` for a chunk of no bytes, or no stripes.
+impl StripeGeometry {
+    /// `None` if `chunk` or `stripes` is zero.
     fn new(chunk: Bytes, stripes: u64) -> Option<Self> {
         (chunk > Bytes::ZERO && stripes > 0).then_some(Self { chunk: chunk.get(), stripes })
     }
@@ -25,7 +27,7 @@ impl Layout {
         offset.get() / self.chunk % self.stripes
     }
 
-    /// The first position of `leg` that the device holds at or after `offset`. Never above `offset`.
+    /// The first position on `leg` whose byte is at or after `offset` on the device. It is never above `offset`.
     fn on_leg(self, leg: u64, offset: Bytes) -> Bytes {
         let row = offset.get() / self.chunk / self.stripes;
         let current = self.leg_of(offset);
@@ -36,29 +38,29 @@ impl Layout {
         })
     }
 
-    /// Where the device holds position `at` of `leg`, or `None` beyond what a position can hold.
+    /// The position on the device of the byte `at` of `leg`, or `None` if it does not fit in 64 bits.
     fn on_device(self, leg: u64, at: Bytes) -> Option<Bytes> {
         let chunk = (at.get() / self.chunk).checked_mul(self.stripes)?.checked_add(leg)?;
         chunk.checked_mul(self.chunk)?.checked_add(at.get() % self.chunk).map(Bytes::new)
     }
 }
 
-/// Legs that hold the device's chunks in turn: dm `striped`, and md raid0 over legs of one length. Legs may be longer
-/// than the stripes need; where one is shorter, the rest is data.
+/// A striped device: device-mapper's `striped` target, or an md raid0 array over legs of one length. Legs may be longer
+/// than the device needs. Where a leg is too short, the missing part is data.
 pub struct Stripe {
     legs: Vec<Arc<dyn HoleMap>>,
-    layout: Layout,
+    geometry: StripeGeometry,
     len: Bytes,
 }
 
 impl Stripe {
-    /// A device of `len` bytes over `legs`, `chunk` bytes from each in turn. `None` without legs, or with an empty chunk.
+    /// A device of `len` bytes in chunks of `chunk` bytes over `legs`. `None` if there are no legs, or if `chunk` is zero.
     pub fn new(legs: Vec<Arc<dyn HoleMap>>, chunk: Bytes, len: Bytes) -> Option<Self> {
-        let layout = Layout::new(chunk, u64::try_from(legs.len()).ok()?)?;
-        Some(Self { legs, layout, len })
+        let geometry = StripeGeometry::new(chunk, u64::try_from(legs.len()).ok()?)?;
+        Some(Self { legs, geometry, len })
     }
 
-    /// The legs with their numbers, from leg `first` on and around.
+    /// All legs with their numbers: from leg `first` to the last one, then from leg 0 on.
     fn legs_from(&self, first: u64) -> impl Iterator<Item = (u64, &dyn HoleMap)> {
         let numbered = || (0..).zip(self.legs.iter().map(|leg| &**leg));
         numbered().skip_while(move |&(leg, _)| leg < first).chain(numbered().take_while(move |&(leg, _)| leg < first))
@@ -70,31 +72,31 @@ impl HoleMap for Stripe {
         self.len
     }
 
-    /// Each leg is asked once, at its first position at or after `offset`. The answer ends where the first leg's run
-    /// does, or where a leg of the other kind begins. The legs come in the order of those positions, so that none is
-    /// asked which begins after that end.
+    /// Queries each leg once, at its first byte at or after `offset`, in the order of these bytes on the device. The
+    /// answer ends where the first extent of any leg ends, or where a leg with an extent of another kind begins. A leg
+    /// that begins behind this end is not queried.
     fn extent_at(&self, offset: Bytes) -> Extent {
         if offset >= self.len {
             return Extent::outside(offset);
         }
-        let mut answer: Option<Kind> = None;
+        let mut kind: Option<ExtentKind> = None;
         let mut end = self.len;
-        for (leg, map) in self.legs_from(self.layout.leg_of(offset)) {
-            let at = self.layout.on_leg(leg, offset);
-            let Some(begin) = self.layout.on_device(leg, at).filter(|&begin| begin < end) else { break };
-            let run = ask(map, at);
-            if run.kind != *answer.get_or_insert(run.kind) {
+        for (leg, map) in self.legs_from(self.geometry.leg_of(offset)) {
+            let at = self.geometry.on_leg(leg, offset);
+            let Some(begin) = self.geometry.on_device(leg, at).filter(|&begin| begin < end) else { break };
+            let extent = checked_extent(map, at);
+            if extent.kind != *kind.get_or_insert(extent.kind) {
                 end = begin;
                 break;
             }
-            end = self.layout.on_device(leg, run.end).map_or(end, |run_end| end.min(run_end));
+            end = self.geometry.on_device(leg, extent.end).map_or(end, |extent_end| end.min(extent_end));
         }
-        Extent { end, kind: answer.unwrap_or(Kind::Data) }
+        Extent { end, kind: kind.unwrap_or(ExtentKind::Data) }
     }
 
     fn allocated(&self) -> Option<Bytes> {
         self.legs_from(0).try_fold(Bytes::ZERO, |sum, (leg, map)| {
-            sum.checked_add(allocated_within(map, Bytes::ZERO, self.layout.on_leg(leg, self.len))?)
+            sum.checked_add(allocated_within(map, Bytes::ZERO, self.geometry.on_leg(leg, self.len))?)
         })
     }
 
@@ -107,23 +109,24 @@ impl HoleMap for Stripe {
     }
 }
 
-/// One leg seen through a striped device: dm `unstriped` (`drivers/md/dm-unstripe.c`).
+/// One leg of a striped device, of which only the map of the striped device is known: device-mapper's `unstriped` target
+/// (`drivers/md/dm-unstripe.c`).
 ///
-/// What the other legs hold between two chunks of this one ends a run of the device, so a long run of this leg alone
-/// costs a question per chunk.
+/// The chunks of a leg are not adjacent on the striped device. Where the other legs hold another kind, each chunk of this
+/// leg is an extent of its own.
 pub struct Unstripe {
     inner: Arc<dyn HoleMap>,
-    layout: Layout,
+    geometry: StripeGeometry,
     index: u64,
     len: Bytes,
 }
 
 impl Unstripe {
-    /// The first `len` bytes of leg `index` out of `inner`, a device of `stripes` legs. `None` where there is no such
-    /// leg, or the chunk is empty.
+    /// The first `len` bytes of leg `index` of `inner`, a device of `stripes` legs. `None` if there is no such leg, or if
+    /// `chunk` is zero.
     pub fn new(inner: Arc<dyn HoleMap>, chunk: Bytes, stripes: u64, index: u64, len: Bytes) -> Option<Self> {
-        let layout = Layout::new(chunk, stripes).filter(|_| index < stripes)?;
-        Some(Self { inner, layout, index, len })
+        let geometry = StripeGeometry::new(chunk, stripes).filter(|_| index < stripes)?;
+        Some(Self { inner, geometry, index, len })
     }
 }
 
@@ -136,12 +139,12 @@ impl HoleMap for Unstripe {
         if offset >= self.len {
             return Extent::outside(offset);
         }
-        match self.layout.on_device(self.index, offset).filter(|&at| at < self.inner.len()) {
+        match self.geometry.on_device(self.index, offset).filter(|&at| at < self.inner.len()) {
             Some(at) => {
-                let run = ask(&*self.inner, at);
-                Extent { end: self.layout.on_leg(self.index, run.end).min(self.len), kind: run.kind }
+                let extent = checked_extent(&*self.inner, at);
+                Extent { end: self.geometry.on_leg(self.index, extent.end).min(self.len), kind: extent.kind }
             }
-            None => Extent { end: self.len, kind: Kind::Data },
+            None => Extent { end: self.len, kind: ExtentKind::Data },
         }
     }
 

@@ -62,7 +62,7 @@ pub fn mount(filesystem: BlkHoleFs, spec: &OsStr, claim: &Claim, options: &Mount
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
     config.clone_fd = CLONE_DESCRIPTOR;
-    let kernel = filesystem.kernel();
+    let kernel_cache = filesystem.kernel_cache();
     // The kernel refuses other users without allow_other. The check of the FUSE library would also refuse requests of the
     // kernel itself.
     let session = fuser::Session::from_fd(filesystem, device, fuser::SessionACL::All, config).map_err(|e| {
@@ -73,7 +73,7 @@ pub fn mount(filesystem: BlkHoleFs, spec: &OsStr, claim: &Claim, options: &Mount
             Err(left) => error.hint(format!("the mount is still there: {left}")),
         }
     })?;
-    kernel.connect(session.notifier());
+    kernel_cache.connect(session.notifier());
     raise_read_ahead(mounted.device());
     Ok((Session(session), mounted))
 }

@@ -1,13 +1,13 @@
-//! A device without a source of holes: all data, with the reason.
+//! A layer that is all data, with the reason.
 
 use std::sync::Arc;
 
-use crate::map::{Extent, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::Layer;
 use crate::units::Bytes;
 
-/// All data, and why.
+/// All data, with the reason.
 #[derive(Debug)]
 pub struct Dense {
     len: Bytes,
@@ -27,7 +27,7 @@ impl HoleMap for Dense {
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        Extent { end: self.len.max(offset.saturating_add(Bytes::new(1))), kind: Kind::Data }
+        Extent { end: self.len.max(offset.saturating_add(Bytes::new(1))), kind: ExtentKind::Data }
     }
 
     fn allocated(&self) -> Option<Bytes> {

@@ -1,4 +1,4 @@
-//! An open block device, and the guards that every one of them has.
+//! An open block device, and the guards that every block device has.
 
 use std::fs::File;
 use std::hash::{Hash, Hasher};
@@ -18,9 +18,9 @@ use crate::units::Bytes;
 pub struct BlockDevice {
     /// Its number.
     pub id: DeviceId,
-    /// The node that it was opened by.
+    /// The path of the node by which it was opened.
     pub path: PathBuf,
-    /// The descriptor. It is the proof of identity: nothing is opened by path again.
+    /// The descriptor. It identifies the device: nothing is opened by path again.
     pub file: Arc<File>,
     /// Its length when it was opened.
     pub len: Bytes,
@@ -30,7 +30,7 @@ impl BlockDevice {
     /// Opens the block device at `path`.
     ///
     /// # Errors
-    /// When it cannot be opened, or is no block device, or does not tell its size.
+    /// When it cannot be opened, is no block device, or its size cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
         let file = device::open(path, false).map_err(|error| Error::failed("cannot open").on(path).because(error))?;
         Self::from_file(file, path)
@@ -39,7 +39,7 @@ impl BlockDevice {
     /// Takes an open block device.
     ///
     /// # Errors
-    /// When it is no block device, or does not tell its size.
+    /// When it is no block device, or its size cannot be read.
     pub fn from_file(file: File, path: &Path) -> Result<Self> {
         let failed = |what: &str, error: io::Error| Error::failed(what).on(path).because(error);
         let metadata = file.metadata().map_err(|error| failed("cannot stat", error))?;
@@ -60,13 +60,13 @@ impl BlockDevice {
         Ok(Self { id, path, file: Arc::new(file), len })
     }
 
-    /// The device's node, for people.
+    /// The path of the device's node, for people.
     pub fn name(&self) -> String {
         shown(&self.path).to_string()
     }
 }
 
-/// The size of a block device, and where its whole logical blocks end.
+/// Guards the length of a block device and the end of its whole logical blocks.
 pub struct SizeGuard {
     file: Arc<File>,
     len: Bytes,
@@ -74,12 +74,12 @@ pub struct SizeGuard {
 }
 
 impl SizeGuard {
-    /// Holds a device to the length that it was opened with.
+    /// Guards the length that a device had when it was opened.
     pub fn new(device: &BlockDevice) -> Self {
         Self { file: device.file.clone(), len: device.len, whole: block::whole_blocks(&device.file, device.len).ok() }
     }
 
-    /// What can be read surely: the whole logical blocks. `None` where their size is not known.
+    /// The end of the whole logical blocks: reads up to there are certain to work. `None` where the block size is not known.
     pub fn whole(&self) -> Option<Bytes> {
         self.whole
     }
@@ -96,14 +96,14 @@ impl Guard for SizeGuard {
     }
 }
 
-/// The medium or backing file of a block device, which the disk sequence counts.
+/// Guards the medium or backing file of a block device, by the disk sequence number.
 pub struct MediumGuard {
     file: Arc<File>,
     sequence: Option<u64>,
 }
 
 impl MediumGuard {
-    /// Remembers what is in a device now.
+    /// Guards the present medium of a device.
     pub fn new(device: &BlockDevice) -> Self {
         Self { file: device.file.clone(), sequence: block::disk_sequence(&device.file).ok().flatten() }
     }

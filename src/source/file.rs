@@ -1,8 +1,8 @@
-//! A regular file: its file system knows the holes.
+//! A regular file: its holes come from lseek(2) on its file system.
 //!
-//! The answer must be about what is read. Most local file systems answer from the page cache that reads go through, or
-//! do so once dirty pages are written back. A server, of NFS or FUSE for example, answers from what it has, and the page
-//! cache of this machine may hold older bytes: there is a hole only where reads are known to use direct I/O.
+//! The holes must be those of the bytes that are read. Most local file systems take the page cache into account, which
+//! reads use too, or do so once dirty pages are written back. A server of NFS or FUSE reports the holes of its own copy,
+//! while the page cache of this machine may hold older bytes: its holes are used only where reads use direct I/O.
 
 use std::fs::File;
 use std::hash::{Hash, Hasher};
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use log::warn;
 
 use crate::error::{plain, shown};
-use crate::map::{self, Extent, HoleMap, Kind};
+use crate::map::{self, Extent, ExtentKind, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
@@ -27,8 +27,7 @@ use crate::units::Bytes;
 const STALE: &str = "its file system is not known to find holes only where reads find zeros: ext4, XFS, btrfs and tmpfs are, \
                      and NFS and FUSE below a loop device with direct I/O (losetup --direct-io=on)";
 
-/// The runs of an open file, asked from its file system at every question: always the truth of now, delayed allocation
-/// included.
+/// The extents of an open file. Each question calls lseek(2), so each answer is true now, delayed allocation included.
 pub struct FileMap {
     file: File,
     len: Bytes,
@@ -50,27 +49,28 @@ impl FileMap {
         let size = self.size()?;
         if offset >= size {
             // Past the end of a file that was cut short: a loop device answers such reads with an error, not with zeros.
-            return Ok(Extent { end: self.len, kind: Kind::Data });
+            return Ok(Extent { end: self.len, kind: ExtentKind::Data });
         }
         let end_of_map = size.min(self.len);
         match next_data(&self.file, offset)? {
-            Some(data) if data > offset => Ok(Extent { end: data.min(end_of_map), kind: Kind::Hole }),
+            Some(data) if data > offset => Ok(Extent { end: data.min(end_of_map), kind: ExtentKind::Hole }),
             Some(_) => {
                 let data_end = next_hole(&self.file, offset)?.unwrap_or(end_of_map);
-                Ok(Extent { end: data_end.min(end_of_map), kind: Kind::Data })
+                Ok(Extent { end: data_end.min(end_of_map), kind: ExtentKind::Data })
             }
-            // "No more data" and "past the end" are one errno: only an unchanged size tells them apart.
-            None if self.size()? == size => Ok(Extent { end: end_of_map, kind: Kind::Hole }),
-            None => Ok(Extent { end: end_of_map, kind: Kind::Data }),
+            // "No more data" and "past the end" have the same errno. With an unchanged size it is the former.
+            None if self.size()? == size => Ok(Extent { end: end_of_map, kind: ExtentKind::Hole }),
+            None => Ok(Extent { end: end_of_map, kind: ExtentKind::Data }),
         }
     }
 
-    /// The next data, when one call answers: then the file goes on up to there.
+    /// The next data, if one call finds it. Then the file is at least as long.
     fn quick_data(&self, offset: Bytes) -> Option<Bytes> {
         next_data(&self.file, offset).ok()?.filter(|&data| data >= offset).map(|data| data.min(self.len))
     }
 
-    /// The next hole, when two calls answer: one finds it, and one tells it from the end of a file that was cut short.
+    /// The next hole, if two calls find it: one for the hole, and one that proves it is not the end of a file that was cut
+    /// short.
     fn quick_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
         let Seeks::Exact { unit } = self.seeks else { return None };
         let hole = next_hole(&self.file, offset).ok()?.filter(|&hole| offset <= hole && hole < self.len)?;
@@ -89,18 +89,18 @@ impl HoleMap for FileMap {
         match self.try_run(offset) {
             Ok(run) => Extent { end: run.end.max(one_more), kind: run.kind },
             Err(error) => {
-                warn!("lseek on the backing file failed at {offset}: {}: taken for data", plain(&error));
-                Extent { end: self.len.max(one_more), kind: Kind::Data }
+                warn!("lseek on the backing file failed at {offset}: {}: shown as data", plain(&error));
+                Extent { end: self.len.max(one_more), kind: ExtentKind::Data }
             }
         }
     }
 
     fn next_data(&self, offset: Bytes) -> Bytes {
-        self.quick_data(offset).unwrap_or_else(|| map::next_data_by_runs(self, offset))
+        self.quick_data(offset).unwrap_or_else(|| map::next_data_by_extents(self, offset))
     }
 
     fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
-        self.quick_hole(offset).or_else(|| map::next_hole_by_runs(self, offset))
+        self.quick_hole(offset).or_else(|| map::next_hole_by_extents(self, offset))
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -110,7 +110,8 @@ impl HoleMap for FileMap {
     }
 }
 
-/// The length of a file now. lseek costs half of fstat, but a file system with a server may answer it from memory.
+/// The length of a file now. lseek takes half the time of fstat, but a file system with a server may answer it from its
+/// cache.
 fn size(file: &File, seeks: Seeks) -> io::Result<Bytes> {
     match seeks {
         Seeks::Elsewhere => len_now(file),
@@ -118,38 +119,38 @@ fn size(file: &File, seeks: Seeks) -> io::Result<Bytes> {
     }
 }
 
-/// The file's length: everything else about it is asked live.
-struct SizeGuard {
+/// Guards the length of a file. Its extents are asked live, and need no guard.
+struct FileSizeGuard {
     file: File,
     len: Bytes,
     seeks: Seeks,
 }
 
-impl Guard for SizeGuard {
+impl Guard for FileSizeGuard {
     fn unchanged(&self) -> bool {
         size(&self.file, self.seeks).is_ok_and(|len| len == self.len)
     }
 }
 
-/// The times of a file below a device, which move when it is written past the device.
+/// The times of a file below a device. They change when the file is written past the device.
 struct Times(File);
 
 impl Guard for Times {
-    /// The map is asked from the file system at every question, so it is always true.
+    /// The extents are asked live, so they are always valid.
     fn unchanged(&self) -> bool {
         true
     }
 
-    /// Times that prove nothing yet are like no others: what was written a moment ago may be written once more unseen.
+    /// Times that prove nothing yet give a different hash at each call: the file may be written again within the same tick.
     fn trace(&self, mut trace: &mut dyn Hasher) {
         match Stamp::of(&self.0) {
             Ok(stamp) => stamp.hash(&mut trace),
-            Err(_) => stamp::later_than_before().hash(&mut trace),
+            Err(_) => stamp::increasing_now().hash(&mut trace),
         }
     }
 }
 
-/// How those who read a file read it.
+/// How the bytes of a file are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reads {
     /// Through its page cache.
@@ -164,7 +165,7 @@ pub fn layer(file: &File, path: &Path, len: Bytes, reads: Reads, resolver: &mut 
     match (file.try_clone(), device::reopen(file)) {
         (Ok(same), Ok(private)) => {
             let seeks = Seeks::of(&same);
-            resolver.guard(SizeGuard { file: same, len, seeks });
+            resolver.guard(FileSizeGuard { file: same, len, seeks });
             backing(private, name, len, reads, resolver)
         }
         (Err(error), _) | (_, Err(error)) => {
@@ -173,7 +174,7 @@ pub fn layer(file: &File, path: &Path, len: Bytes, reads: Reads, resolver: &mut 
     }
 }
 
-/// The layer of a file that a device stands on; the device has guards of its own.
+/// The layer of a file below a device. The device guards its own length.
 pub fn backing(file: File, name: String, len: Bytes, reads: Reads, resolver: &mut Resolver<'_>) -> Layer {
     let (times, pages) = match (file.try_clone(), file.try_clone()) {
         (Ok(times), Ok(pages)) => (times, pages),
@@ -182,7 +183,7 @@ pub fn backing(file: File, name: String, len: Bytes, reads: Reads, resolver: &mu
         }
     };
     resolver.guard(Times(times));
-    // On any other file system nothing says that its seeks are about what is read.
+    // On any other file system it is not known that lseek reports the bytes that are read.
     let is_from_server = reads_from_server(&file);
     let map = FileMap::new(file, len);
     if map.seeks == Seeks::Elsewhere && !(reads == Reads::Direct && is_from_server) {
@@ -211,27 +212,27 @@ mod tests {
     const PUNCH: FallocateFlags = FallocateFlags::FALLOC_FL_PUNCH_HOLE.union(FallocateFlags::FALLOC_FL_KEEP_SIZE);
 
     #[test]
-    fn the_runs_of_a_sparse_file() {
+    fn the_extents_are_those_of_the_file() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         file.write_all_at(&[1; 4096], 256 << 10).unwrap();
         let map = FileMap::new(file.try_clone().unwrap(), Bytes::new(1 << 20));
         let run = |at: u64| (map.extent_at(Bytes::new(at)).end.get(), map.extent_at(Bytes::new(at)).kind);
-        assert_eq!(run(0), (256 << 10, Kind::Hole));
-        assert_eq!(run((256 << 10) - 1), (256 << 10, Kind::Hole));
-        assert_eq!(run(256 << 10), ((256 << 10) + 4096, Kind::Data));
-        assert_eq!(run((256 << 10) + 4096), (1 << 20, Kind::Hole));
+        assert_eq!(run(0), (256 << 10, ExtentKind::Hole));
+        assert_eq!(run((256 << 10) - 1), (256 << 10, ExtentKind::Hole));
+        assert_eq!(run(256 << 10), ((256 << 10) + 4096, ExtentKind::Data));
+        assert_eq!(run((256 << 10) + 4096), (1 << 20, ExtentKind::Hole));
         // A write is seen at once; what is past the end of a shorter file is data.
         file.write_all_at(&[1; 4096], 0).unwrap();
-        assert_eq!(run(0), (4096, Kind::Data));
+        assert_eq!(run(0), (4096, ExtentKind::Data));
         file.set_len(512 << 10).unwrap();
-        assert_eq!(run(300 << 10), (512 << 10, Kind::Hole));
-        assert_eq!(run(512 << 10), (1 << 20, Kind::Data));
+        assert_eq!(run(300 << 10), (512 << 10, ExtentKind::Hole));
+        assert_eq!(run(512 << 10), (1 << 20, ExtentKind::Data));
     }
 
-    /// The short ways to an answer against the long one, on file systems that are allowed the short ones.
+    /// Compares the quick answers with those found extent by extent, on file systems for which quick answers are used.
     #[test]
-    fn quick_answers_are_those_of_the_runs() {
+    fn quick_answers_equal_those_found_extent_by_extent() {
         const LEN: u64 = 4 << 20;
         for directory in [std::env::temp_dir(), "/dev/shm".into()] {
             let Ok(file) = tempfile::tempfile_in(directory) else { continue };
@@ -251,8 +252,8 @@ mod tests {
                     _ => file.write_all_at(&vec![1; usize::try_from(len).unwrap()], start).unwrap(),
                 }
                 let at = Bytes::new(random(LEN));
-                assert_eq!(map.next_data(at), map::next_data_by_runs(&map, at), "round {round}, data at {at}");
-                let (quick, slow) = (map.next_hole(at), map::next_hole_by_runs(&map, at));
+                assert_eq!(map.next_data(at), map::next_data_by_extents(&map, at), "round {round}, data at {at}");
+                let (quick, slow) = (map.next_hole(at), map::next_hole_by_extents(&map, at));
                 assert_eq!(quick.is_some(), slow.is_some(), "round {round}, hole at {at}");
                 for (quick, slow) in quick.into_iter().zip(slow) {
                     assert!(quick.start == slow.start && quick.end <= slow.end, "{quick:?} of {slow:?}");

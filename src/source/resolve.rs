@@ -26,7 +26,7 @@ pub struct Context {
     /// What device-mapper sources share.
     pub dm: dm::SharedControl,
     /// What readers of live thin pools share.
-    pub thin: thin::pool::Readers,
+    pub thin: thin::shared_reads::SharedReadsByPool,
     /// The export that the kernel's NBD device is connected to.
     pub nbd: Option<nbd::Beside>,
 }

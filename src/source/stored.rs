@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-use crate::map::{Extent, FillMap, HoleMap, Kind};
+use crate::map::{Extent, ExtentKind, FillMap, HoleMap};
 use crate::reason::DenseReason;
 use crate::units::Bytes;
 
@@ -61,7 +61,7 @@ impl HoleMap for StoredExtents {
     fn extent_at(&self, offset: Bytes) -> Extent {
         match self.map() {
             Some(map) => map.extent_at(offset),
-            None if offset < self.len => Extent { end: self.len, kind: Kind::Data },
+            None if offset < self.len => Extent { end: self.len, kind: ExtentKind::Data },
             None => Extent::outside(offset),
         }
     }
@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn before_loading_all_is_data_and_the_status_is_known() {
         let extents = StoredExtents::new(LEN, BLOCK, Some(BLOCK), OneBlock);
-        assert_eq!(extents.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+        assert_eq!(extents.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
         assert_eq!((extents.next_data(Bytes::ZERO), extents.next_hole(Bytes::ZERO)), (Bytes::ZERO, None));
         assert_eq!((extents.allocated(), extents.is_sparse()), (Some(BLOCK), Some(true)));
         assert_eq!((extents.dense_because(), extents.memory()), (None, Bytes::ZERO));
@@ -145,7 +145,7 @@ mod tests {
         let extents = StoredExtents::new(LEN, BLOCK, None, OneBlock);
         assert_eq!(extents.is_sparse(), None);
         assert!(extents.load().is_ok());
-        assert_eq!(extents.extent_at(Bytes::ZERO), Extent { end: BLOCK, kind: Kind::Hole });
+        assert_eq!(extents.extent_at(Bytes::ZERO), Extent { end: BLOCK, kind: ExtentKind::Hole });
         assert_eq!((extents.allocated(), extents.is_sparse()), (Some(BLOCK), Some(true)));
         assert!(extents.memory() > Bytes::ZERO);
     }
@@ -154,7 +154,7 @@ mod tests {
     fn what_cannot_be_loaded_is_data_with_a_reason() {
         let extents = StoredExtents::new(LEN, BLOCK, Some(BLOCK), Unreadable);
         assert!(extents.load().is_err_and(DenseReason::is_temporary));
-        assert_eq!(extents.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+        assert_eq!(extents.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
         assert_eq!((extents.allocated(), extents.is_sparse()), (Some(LEN), Some(false)));
         assert_eq!(extents.dense_because(), Some(DenseReason::NotNow("the pool is suspended".into())));
     }

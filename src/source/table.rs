@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::source::device::BlockDevice;
-use crate::source::{Layer, Resolver, dm, loop_device, md, nbd, partition, scsi};
+use crate::source::{Layer, Resolver, dm, loop_device, md, nbd, nvme, partition, scsi};
 use crate::sys::device::DeviceId;
 
 /// The source of one kind of block device.
@@ -34,5 +34,5 @@ pub(super) const SOURCES: [Source; 7] = [
     Source { recognizes: dm::is_mapped, layer: dm::layer, medium: Medium::Resolver },
     Source { recognizes: md::is_array, layer: md::layer, medium: Medium::Resolver },
     Source { recognizes: scsi::is_disk, layer: scsi::disk_layer, medium: Medium::Resolver },
-    Source { recognizes: scsi::is_nvme_disk, layer: scsi::nvme_layer, medium: Medium::Resolver },
+    Source { recognizes: nvme::is_namespace, layer: nvme::layer, medium: Medium::Resolver },
 ];

@@ -1,9 +1,10 @@
-//! A buffer that O_DIRECT accepts.
+//! A buffer for reads with O_DIRECT.
 
-/// Memory is aligned to this, which is enough for every device's DMA (`STATX_DIOALIGN` never asks for more than a page).
+/// The alignment of a buffer in bytes. It is enough for every device: no driver requires more than a page
+/// (`stx_dio_mem_align` of statx(2)).
 const ALIGN: usize = 4096;
 
-/// Bytes that begin on a page boundary; grows as needed, is kept for the next use.
+/// A byte buffer that begins at a multiple of 4096. It keeps its memory when it becomes shorter, so that it can be reused.
 #[derive(Debug, Default)]
 pub struct AlignedBuffer {
     memory: Vec<u8>,
@@ -12,12 +13,12 @@ pub struct AlignedBuffer {
 }
 
 impl AlignedBuffer {
-    /// A buffer without memory yet.
+    /// An empty buffer, which has no memory yet.
     pub const fn new() -> Self {
         Self { memory: Vec::new(), start: 0, len: 0 }
     }
 
-    /// Makes the buffer `len` bytes long and hands it out. What it holds is unspecified.
+    /// Sets the length to `len` and returns the buffer. Its contents are unspecified.
     pub fn resize(&mut self, len: usize) -> &mut [u8] {
         if self.memory.len() < len + ALIGN {
             self.memory = vec![0; len + ALIGN];
@@ -27,7 +28,7 @@ impl AlignedBuffer {
         &mut self.memory[self.start..self.start + len]
     }
 
-    /// Makes the buffer `len` bytes long, longer than it is, and hands it out with the bytes that it has.
+    /// Increases the length to `len` and returns the buffer. It keeps its bytes; those that are added are unspecified.
     pub fn grow(&mut self, len: usize) -> &mut [u8] {
         if self.memory.len() < len + ALIGN {
             let bytes = self.bytes().to_vec();
@@ -37,7 +38,7 @@ impl AlignedBuffer {
         &mut self.memory[self.start..self.start + len]
     }
 
-    /// The bytes, as long as the last [`AlignedBuffer::resize`] made them.
+    /// The contents, with the length that was set last.
     pub fn bytes(&self) -> &[u8] {
         &self.memory[self.start..self.start + self.len]
     }

@@ -1,4 +1,4 @@
-//! Devices by number, and opening them.
+//! Device numbers, and opening devices and files.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -10,28 +10,29 @@ use std::str::FromStr;
 
 use super::sysfs;
 
-/// A block device's number.
+/// The number of a block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DeviceId {
-    /// The driver.
+    /// The number of the driver.
     pub major: u32,
-    /// The device among the driver's.
+    /// The number of the device among those of its driver.
     pub minor: u32,
 }
 
 impl DeviceId {
-    /// Takes a `dev_t` of the C library apart, such as a `stat`'s `st_rdev`.
+    /// Decodes a `dev_t` of the C library, such as `st_rdev` of stat(2).
     pub fn from_dev(dev: libc::dev_t) -> Self {
         Self { major: libc::major(dev), minor: libc::minor(dev) }
     }
 
-    /// Takes the kernel's `huge_encode_dev` apart (`include/linux/kdev_t.h`), as loop and device-mapper ioctls carry it.
+    /// Decodes a number that the kernel encoded with `huge_encode_dev` (`include/linux/kdev_t.h`), as in the ioctls of loop
+    /// devices and device-mapper.
     pub fn from_huge(dev: u64) -> Self {
         let low = |value: u64| u32::try_from(value & 0xffff_ffff).unwrap_or_default();
         Self { major: low((dev >> 8) & 0xfff), minor: low((dev & 0xff) | ((dev >> 12) & 0xf_ff00)) }
     }
 
-    /// The kernel's `huge_encode_dev` of this number.
+    /// Encodes this number like the kernel's `huge_encode_dev`.
     pub fn to_huge(self) -> u64 {
         let (major, minor) = (u64::from(self.major), u64::from(self.minor));
         (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
@@ -47,7 +48,7 @@ impl fmt::Display for DeviceId {
 impl FromStr for DeviceId {
     type Err = ();
 
-    /// Reads `MAJOR:MINOR`, as sysfs and device-mapper tables write it.
+    /// Parses `MAJOR:MINOR`, the format of sysfs and of device-mapper tables.
     fn from_str(text: &str) -> Result<Self, ()> {
         let (major, minor) = text.split_once(':').ok_or(())?;
         let number = |text: &str| match text.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -58,17 +59,17 @@ impl FromStr for DeviceId {
     }
 }
 
-/// Opens a file or device for reading. `direct` asks for `O_DIRECT`.
+/// Opens a file or device for reading, with `O_DIRECT` if `direct` is set.
 ///
 /// # Errors
 /// As open(2).
 pub fn open(path: &Path, direct: bool) -> io::Result<File> {
     let direct = if direct { libc::O_DIRECT } else { 0 };
-    // O_NONBLOCK: a drive without a medium, or a FIFO in the place of a device, must not hang the open.
+    // O_NONBLOCK, so that the open does not block if there is no medium in a drive, or a FIFO at the path of a device.
     OpenOptions::new().read(true).custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY | direct).open(path)
 }
 
-/// Opens what a descriptor is open on once more, with a position of its own.
+/// Opens the file or device of an open descriptor again. The new descriptor has its own file position.
 ///
 /// # Errors
 /// As open(2).
@@ -76,23 +77,24 @@ pub fn reopen(file: &File) -> io::Result<File> {
     open(&own_path(file), false)
 }
 
-/// Opens what a descriptor is open on once more, with `O_DIRECT`.
+/// Opens the file or device of an open descriptor again, with `O_DIRECT`.
 ///
 /// # Errors
-/// As open(2): `EINVAL` where the file system has no direct reads.
+/// As open(2): `EINVAL` if the file system does not support direct I/O.
 pub fn reopen_direct(file: &File) -> io::Result<File> {
     open(&own_path(file), true)
 }
 
-/// The path that leads to an open file whatever became of its name.
+/// A path of an open file that stays valid if the file is renamed or removed.
 pub fn own_path(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// Opens the block device `id` for reading, by the node that the kernel names for it, and proves that it is that device.
+/// Opens the block device `id` for reading by its node in `/dev`, and checks that the node is of that device. Returns the
+/// path of the node too.
 ///
 /// # Errors
-/// As open(2); `NotFound` when no node of `/dev` is that device.
+/// As open(2), and `NotFound` if no node in `/dev` is of that device.
 pub fn open_id(id: DeviceId, direct: bool) -> io::Result<(File, PathBuf)> {
     let mut refused = None;
     for path in nodes(id) {
@@ -105,7 +107,7 @@ pub fn open_id(id: DeviceId, direct: bool) -> io::Result<(File, PathBuf)> {
     Err(refused.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no node in /dev for {id}"))))
 }
 
-/// Where the node of a device can be: the kernel's name for it, then device-mapper's.
+/// The paths at which the node of a device can be: the kernel's name of it, then its name in `/dev/mapper`.
 fn nodes(id: DeviceId) -> impl Iterator<Item = PathBuf> {
     let kernel = sysfs::kernel_name(id).map(|name| Path::new("/dev").join(name));
     let mapper = sysfs::mapper_name(id).map(|name| Path::new("/dev/mapper").join(name));

@@ -1,7 +1,8 @@
-//! Device-mapper's control device: live tables, status lines and target messages. No libdevmapper.
+//! The control device of device-mapper: live tables, status lines and target messages, without libdevmapper.
 //!
-//! The buffers follow `include/uapi/linux/dm-ioctl.h`: a `struct dm_ioctl` header, then for each target of a table a
-//! `struct dm_target_spec` and its text. Replies are parsed as bytes, since their offsets come from outside.
+//! The format of requests and replies is that of `include/uapi/linux/dm-ioctl.h`: a `struct dm_ioctl`, then for each target
+//! of a table a `struct dm_target_spec` and its text. Replies are parsed as bytes, so that an offset in a reply cannot lead
+//! outside of it.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -30,8 +31,9 @@ mod field {
     pub const NAME: usize = 48;
     pub const NAME_END: usize = 176;
 }
-/// The interface version that is asked for: the kernel refuses another major number and a higher minor one. `DM_NOFLUSH_FLAG`
-/// for status is of 4.22 (kernel 3.1), `DM_DEV_ARM_POLL` of 4.37 (kernel 4.14).
+/// The interface version in each request. The kernel refuses another major version and a higher minor version than its own.
+/// `DM_NOFLUSH_FLAG` for status exists since version 4.22 (Linux 3.1), `DM_DEV_ARM_POLL` since 4.37 (Linux 4.14). They need
+/// no higher version in the request.
 const VERSION: [u32; 3] = [4, 0, 0];
 const DM_READONLY_FLAG: u32 = 1 << 0;
 const DM_SUSPEND_FLAG: u32 = 1 << 1;
@@ -39,7 +41,7 @@ const DM_STATUS_TABLE_FLAG: u32 = 1 << 4;
 const DM_ACTIVE_PRESENT_FLAG: u32 = 1 << 5;
 const DM_BUFFER_FULL_FLAG: u32 = 1 << 8;
 const DM_NOFLUSH_FLAG: u32 = 1 << 11;
-/// A table of more text than this is not one that anybody made on purpose.
+/// The largest buffer for a reply, in bytes: far above the size of any table in use.
 const MAX_BUFFER: usize = 64 << 20;
 
 mod raw {
@@ -49,34 +51,34 @@ mod raw {
     pub const DEV_ARM_POLL: libc::c_ulong = nix::request_code_readwrite!(DM_IOCTL, 16, super::HEADER);
 }
 
-/// One target of a device's table, or its status line.
+/// One target of a table, or its status line.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TableTarget {
-    /// Where it begins on the device.
+    /// The start of the target on the device.
     pub start: Sectors,
-    /// Its length.
+    /// The length of the target.
     pub len: Sectors,
-    /// The target type: `linear`, `thin`.
+    /// The target type, such as `linear` or `thin`.
     pub kind: String,
     /// The arguments of the target, or its status.
     pub params: String,
 }
 
-/// A device's live table, or its status.
+/// The live table of a device, or its status.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Table {
     /// The name that the device was created with.
     pub name: String,
-    /// Whether it is suspended: reads and writes wait.
+    /// Whether the device is suspended, so that reads and writes block.
     pub suspended: bool,
-    /// Whether it was loaded read-only.
+    /// Whether the table was loaded read-only.
     pub read_only: bool,
-    /// Its targets, in the kernel's order.
+    /// The targets, in the order of the kernel's reply.
     pub targets: Vec<TableTarget>,
 }
 
 impl Table {
-    /// Reads the reply to a `DM_TABLE_STATUS` request; `None` when anything lies outside it.
+    /// Parses the reply to a `DM_TABLE_STATUS` request. `None` if a field or a target lies outside of the reply.
     pub fn parse(reply: &[u8]) -> Option<Self> {
         let flags = u32_at(reply, field::FLAGS)?;
         let count = u32_at(reply, field::TARGET_COUNT)?;
@@ -85,8 +87,8 @@ impl Table {
         let mut at = 0;
         if flags & DM_ACTIVE_PRESENT_FLAG != 0 {
             for _ in 0..count {
-                // Offsets count from the first target. They only grow, so that a looping list is refused, and each text
-                // ends before the next target.
+                // Offsets are relative to the first target. The slice below is refused unless they ascend, so that the
+                // loop ends for any reply, and limits the text of a target to the bytes before the next one.
                 let next = usize::try_from(u32_at(data.get(at..)?, 20)?).ok()?;
                 let spec = data.get(at..next.min(data.len()))?;
                 targets.push(TableTarget {
@@ -107,24 +109,24 @@ impl Table {
     }
 }
 
-/// Whether a status request may make a thin pool commit its metadata.
+/// Whether a status request makes a thin pool commit its metadata first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Commit {
-    /// It does, so that the status (and the metadata on disk) holds every completed write.
+    /// The pool commits, so that the status and the metadata on disk include every completed write.
     Yes,
-    /// It must not.
+    /// The pool does not commit.
     No,
 }
 
-/// How often device-mapper's global event was seen to happen. No value comes back.
+/// A count of device-mapper's global events. It never decreases.
 ///
-/// The kernel raises the event at each replacement of a live table, while the device is still suspended
-/// (`drivers/md/dm.c: dm_swap_table`), and also when a device is created, renamed or removed, and when a target reports
-/// something. So as long as the number is the same, the live table of every device is the one that it was.
+/// The kernel raises an event whenever the live table of a device is replaced, while the device is still suspended
+/// (`drivers/md/dm.c: dm_swap_table`). Other events are the creation, renaming and removal of a device, and events of
+/// targets. So while the count is the same, no live table has been replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Events(u64);
 
-/// `/dev/mapper/control`. Every request on it needs CAP_SYS_ADMIN.
+/// The open `/dev/mapper/control`. Every request on it requires CAP_SYS_ADMIN.
 #[derive(Debug)]
 pub struct Control {
     file: File,
@@ -141,32 +143,33 @@ impl Control {
         Ok(Self { file, events: Mutex::new(0) })
     }
 
-    /// The events up to now.
+    /// The current count of events.
     ///
     /// # Errors
     /// As poll(2) and ioctl(2).
     pub fn events(&self) -> io::Result<Events> {
-        // Held over both calls: of two threads that see one event, the second one must not miss that it was counted.
+        // Locked during both calls. Otherwise, after one thread has armed the file and before it counts the event, a second
+        // thread could find no event and return the old count.
         let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         let mut polled = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
-        // The file is readable as long as an event happened since it was opened or armed (`dm_poll`).
+        // The file is readable if an event has happened since it was opened or armed (`dm_poll`).
         if poll(&mut polled, PollTimeout::ZERO)? > 0 {
             self.call(raw::DEV_ARM_POLL, &mut header(0, HEADER))?;
-            // More than one event may have happened up to here. One step stands for all of them.
+            // All events up to here increase the count by one.
             *events += 1;
         }
         Ok(Events(*events))
     }
 
-    /// The live table of a device. Answers for a suspended device too, and changes nothing.
+    /// The live table of a device. Does not block if the device is suspended, and does not make a thin pool commit.
     ///
     /// # Errors
-    /// As ioctl(2), `ENXIO` for a device that device-mapper does not know; `InvalidData` for a reply out of bounds.
+    /// As ioctl(2): `ENXIO` if there is no such device-mapper device. `InvalidData` if the reply is malformed.
     pub fn table(&self, id: DeviceId) -> io::Result<Table> {
         self.read(id, DM_STATUS_TABLE_FLAG | DM_NOFLUSH_FLAG)
     }
 
-    /// The status of a device's targets. With [`Commit::Yes`] a thin pool commits first.
+    /// The status lines of a device's targets. With [`Commit::Yes`] a thin pool commits first.
     ///
     /// # Errors
     /// As [`Control::table`].
@@ -174,19 +177,19 @@ impl Control {
         self.read(id, if commit == Commit::Yes { 0 } else { DM_NOFLUSH_FLAG })
     }
 
-    /// Sends a message to the target at the start of a device.
+    /// Sends a message to the first target of a device.
     ///
     /// # Errors
-    /// As ioctl(2): what the target answers, such as `EBUSY` or `EOPNOTSUPP`.
+    /// As ioctl(2): the error of the target, such as `EBUSY` or `EOPNOTSUPP`.
     pub fn message(&self, id: DeviceId, text: &str) -> io::Result<()> {
-        // struct dm_target_msg: the sector, then the text with its NUL.
+        // A `struct dm_target_msg` is the sector, then the text with its NUL. The rest is space for a reply.
         let mut buffer = request(id, 0, HEADER + 8 + text.len() + 1 + 256);
         buffer[HEADER + 8..HEADER + 8 + text.len()].copy_from_slice(text.as_bytes());
         self.call(raw::TARGET_MSG, &mut buffer)
     }
 
     fn read(&self, id: DeviceId, flags: u32) -> io::Result<Table> {
-        // Enough for the tables of most devices; the kernel takes as much memory at each request.
+        // This is enough for the tables of most devices. The kernel allocates a buffer of the same size for each request.
         let mut size = 2 << 10;
         loop {
             let mut buffer = request(id, flags, size);
@@ -202,8 +205,8 @@ impl Control {
     }
 
     fn call(&self, code: libc::c_ulong, buffer: &mut [u8]) -> io::Result<()> {
-        // SAFETY: the buffer is longer than a dm_ioctl and carries its own length in data_size, which bounds what the
-        // kernel reads and writes.
+        // SAFETY: every buffer is made by `header`, with a length of at least `HEADER`, and has its own length in its field
+        // data_size. The kernel reads and writes no more bytes than that.
         match unsafe { libc::ioctl(self.file.as_raw_fd(), code, buffer.as_mut_ptr()) } {
             0.. => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -211,14 +214,14 @@ impl Control {
     }
 }
 
-/// A request about one device, by its number.
+/// A request for the device `id`.
 fn request(id: DeviceId, flags: u32, size: usize) -> Vec<u8> {
     let mut buffer = header(flags, size);
     buffer[field::DEV..field::DEV + 8].copy_from_slice(&id.to_huge().to_ne_bytes());
     buffer
 }
 
-/// A request about no device.
+/// A request of `size` bytes that names no device.
 fn header(flags: u32, size: usize) -> Vec<u8> {
     let mut buffer = vec![0; size];
     let mut put = |at: usize, bytes: &[u8]| buffer[at..at + bytes.len()].copy_from_slice(bytes);
@@ -239,7 +242,7 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     bytes.get(at..)?.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes))
 }
 
-/// The text up to its NUL.
+/// The text up to the first NUL.
 fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).into_owned()
@@ -283,7 +286,7 @@ mod tests {
     fn a_reply_out_of_bounds_is_refused() {
         let good = reply(&[(0, 8, "linear", "7:0 16"), (8, 4, "zero", "")]);
         for cut in 0..good.len() {
-            // A cut inside the last target's padding may still be readable; none may panic.
+            // The reply may be valid without some of the padding of its last target. No length may cause a panic.
             let _ = Table::parse(&good[..cut]);
         }
         let mut looping = good.clone();

@@ -1,4 +1,4 @@
-//! Calls on open files: the runs of a file, and reads with and without the page cache.
+//! Operations on open files: SEEK_DATA and SEEK_HOLE, the length, write-back, and reads with and without the page cache.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -17,9 +17,9 @@ use nix::unistd::{Whence, fdatasync, lseek64};
 use super::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
-/// Where the next data begins at or after `offset`; `None` when there is none up to the end of the file.
+/// The first byte of data at or after `offset`. `None` if there is none up to the end of the file.
 ///
-/// Moves the descriptor's position: use a private one.
+/// Changes the file position, so that the descriptor must not be shared.
 ///
 /// # Errors
 /// As lseek(2).
@@ -27,9 +27,10 @@ pub fn next_data(file: &File, offset: Bytes) -> io::Result<Option<Bytes>> {
     seek(file, offset, Whence::SeekData)
 }
 
-/// Where the next hole begins at or after `offset`, at the latest at the end of the file; `None` past the end.
+/// The start of the first hole at or after `offset`, where the end of the file counts as a hole. `None` if `offset` is not
+/// below the end of the file.
 ///
-/// Moves the descriptor's position: use a private one.
+/// Changes the file position, so that the descriptor must not be shared.
 ///
 /// # Errors
 /// As lseek(2).
@@ -37,9 +38,9 @@ pub fn next_hole(file: &File, offset: Bytes) -> io::Result<Option<Bytes>> {
     seek(file, offset, Whence::SeekHole)
 }
 
-/// The length of a file. Costs less than its attributes.
+/// The length of a file, from lseek(2), which is cheaper than fstat(2).
 ///
-/// Moves the descriptor's position: use a private one.
+/// Changes the file position, so that the descriptor must not be shared.
 ///
 /// # Errors
 /// As lseek(2).
@@ -48,68 +49,71 @@ pub fn end(file: &File) -> io::Result<Bytes> {
     u64::try_from(end).map(Bytes::new).map_err(|_| Errno::EOVERFLOW.into())
 }
 
-/// What SEEK_DATA and SEEK_HOLE of a file system say of reads through the page cache of the file.
+/// How the answers of SEEK_DATA and SEEK_HOLE of a file system relate to reads through the page cache of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seeks {
-    /// They are answered from what such reads see, dirty pages included. Holes begin and end on whole blocks of `unit`
-    /// bytes, a power of two.
+    /// A hole reads as zeros at the time of the answer, even if there are dirty pages. Holes begin and end at multiples of
+    /// `unit` bytes, a power of two.
     Exact {
-        /// The file system's block.
+        /// The block size of the file system.
         unit: Bytes,
     },
-    /// The same, once the dirty pages are written back.
+    /// A hole reads as zeros if no dirty pages existed at the time of the answer.
     AfterWriteBack,
-    /// They are answered elsewhere, by a server for example: the page cache may hold older bytes. Only reads with direct
-    /// I/O go to the same place. Every file system that is not known counts here.
+    /// The answers do not come from the local page cache, but from a server, for example. The page cache may hold older
+    /// bytes than the server, so that a hole need not read as zeros, except with direct I/O to the same server. This is the
+    /// value for every file system that is not known.
     Elsewhere,
 }
 
 impl Seeks {
-    /// What the file system of an open file does.
+    /// The value for the file system of an open file.
     pub fn of(file: &File) -> Self {
         let Ok(stat) = fstatfs(file) else { return Self::Elsewhere };
         match stat.filesystem_type() {
-            // ext4_llseek and xfs_file_llseek (both by iomap_seek_hole and iomap_seek_data), btrfs_file_llseek,
-            // shmem_file_llseek. ext2 and ext3 have the magic of ext4.
+            // From the code of each: ext4_llseek and xfs_file_llseek (both use iomap_seek_hole and iomap_seek_data),
+            // btrfs_file_llseek, shmem_file_llseek. ext2 and ext3 have the magic number of ext4. `stamp::LOCAL_CLOCK` has
+            // the same file systems for another property of them. A file system with one of the properties need not have
+            // the other one, so the lists are separate.
             EXT4_SUPER_MAGIC | XFS_SUPER_MAGIC | BTRFS_SUPER_MAGIC | TMPFS_MAGIC => {
                 let unit = u64::try_from(stat.block_size()).ok().filter(|unit| unit.is_power_of_two());
                 unit.map_or(Self::AfterWriteBack, |unit| Self::Exact { unit: Bytes::new(unit) })
             }
-            // f2fs is one of these: older kernels find holes inside of compressed clusters. So is overlayfs, which asks the
-            // file below on whatever file system that is.
+            // f2fs is not in the list: older kernels report holes inside of compressed clusters. Neither is overlayfs, which
+            // passes the call to a file on any other file system.
             _ => Self::Elsewhere,
         }
     }
 }
 
-/// Whether reads of a file with `O_DIRECT` go to the server that also answers its seeks: NFS (`nfs_file_direct_read`) and
-/// FUSE (`fuse_direct_IO`). Other file systems may take the flag and then refuse to read.
+/// Whether reads of a file with `O_DIRECT` go to the same server as SEEK_DATA and SEEK_HOLE. They do on NFS
+/// (`nfs_file_direct_read`) and FUSE (`fuse_direct_IO`). Some other file systems accept the flag, but refuse to read.
 pub fn reads_from_server(file: &File) -> bool {
     fstatfs(file).is_ok_and(|stat| matches!(stat.filesystem_type(), NFS_SUPER_MAGIC | FUSE_SUPER_MAGIC))
 }
 
-/// The length of a file as its file system's server has it now, and not as it is remembered here.
+/// The current length of a file, from the server of its file system and not from cached attributes.
 ///
 /// # Errors
 /// As statx(2).
 pub fn len_now(file: &File) -> io::Result<Bytes> {
     let mut stat = MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_FORCE_SYNC;
-    // SAFETY: the path is a NUL-terminated string, the descriptor is open for the call, and the kernel writes one statx
-    // through the pointer.
+    // SAFETY: the path is a NUL-terminated string, the descriptor stays open during the call, and the kernel writes one
+    // `struct statx` through the pointer.
     let code = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, libc::STATX_SIZE, stat.as_mut_ptr()) };
     if code != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: all of it was zeroed, which is a valid statx, and the kernel wrote over it.
+    // SAFETY: the memory was zeroed, and a `struct statx` of zeros is valid, as it has only integers.
     Ok(Bytes::new(unsafe { stat.assume_init() }.stx_size))
 }
 
-/// Hands a file's dirty pages to its file system. Not sync_file_range(2): FUSE up to Linux 6.14 waits for copies of the
-/// pages only in fsync, and for overlayfs they are the pages of another file.
+/// Writes back the dirty pages of a file with fdatasync(2). sync_file_range(2) is not enough: FUSE before Linux 6.15 copies
+/// the pages and waits for the copies only in fsync, and on overlayfs the dirty pages belong to another file.
 ///
 /// # Errors
-/// As fdatasync(2); a file system that knows no such call has nothing to write.
+/// As fdatasync(2). `EINVAL` is not an error: a file system without this operation has nothing to write back.
 pub fn write_through(file: &File) -> io::Result<()> {
     match fdatasync(file) {
         Err(Errno::EINVAL) => Ok(()),
@@ -126,7 +130,8 @@ fn seek(file: &File, offset: Bytes, whence: Whence) -> io::Result<Option<Bytes>>
     }
 }
 
-/// Reads `size` bytes at `offset` through the page cache; answers where in `buffer` they are, fewer at the end of the file.
+/// Reads `size` bytes at `offset` through the page cache. Returns the range of `buffer` that holds them, which is shorter
+/// than `size` at the end of the file.
 ///
 /// # Errors
 /// As pread(2).
@@ -134,8 +139,8 @@ pub fn read_buffered(file: &File, buffer: &mut AlignedBuffer, offset: Bytes, siz
     Ok(0..read_full(file, buffer.resize(size), offset)?)
 }
 
-/// Reads `size` bytes at `offset` from a descriptor with `O_DIRECT`, by whole units of `align` bytes; answers where in
-/// `buffer` they are, fewer at the end of the device.
+/// Reads `size` bytes at `offset` from a descriptor that was opened with `O_DIRECT`, in whole units of `align` bytes. Returns
+/// the range of `buffer` that holds them, which is shorter than `size` at the end of the device.
 ///
 /// # Errors
 /// As pread(2).
@@ -149,7 +154,7 @@ pub fn read_direct(
     read_direct_below(file, buffer, offset, size, align, Bytes::MAX)
 }
 
-/// [`read_direct`] of what lies below `limit` only, which need not be a multiple of `align`.
+/// Like [`read_direct`], but reads nothing at or above `limit`, which need not be a multiple of `align`.
 ///
 /// # Errors
 /// As pread(2).
@@ -171,7 +176,7 @@ pub fn read_direct_below(
     Ok(head.min(count)..(head + size).min(count))
 }
 
-/// Reads until the buffer is full or the file ends.
+/// Reads until the buffer is full or the file ends. Returns the number of bytes.
 ///
 /// # Errors
 /// As pread(2).

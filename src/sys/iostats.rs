@@ -1,9 +1,9 @@
-//! Whether the I/O counters of a device count everything: the switch `queue/iostats`.
+//! Whether the I/O counters of a device count all requests, which depends on its sysfs attribute `queue/iostats`.
 //!
-//! A request that is made while the switch is off is not counted. Looking at the switch now and then is not enough: it may
-//! have been off in between. So the first look at a switch leaves an inotify watch on it, and a switch that was written to
-//! since then proves nothing any more, for as long as this process lives: a request that was made while it was off may
-//! still be under way.
+//! A request that is submitted while the attribute is 0 is not counted. It is not enough to read the attribute from time to
+//! time, as it may have been 0 in between. So each attribute gets an inotify watch before it is first read. After a write to
+//! the attribute, whatever its value, the counters of the device prove nothing until this process ends: a request that was
+//! submitted while the attribute was 0 may still be in flight.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -19,81 +19,85 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use super::device::DeviceId;
 use super::sysfs;
 
-/// The first Linux whose device-mapper heeds the switch for devices that pass bios on ("dm: support turning off
-/// block-core's io stats accounting", proposed in June 2023, when 6.4 took no new features any more).
-const HEEDED_SINCE: (u32, u32) = (6, 5);
+/// The first version of Linux in which the attribute has an effect on bio-based device-mapper devices ("dm: support turning
+/// off block-core's io stats accounting"). The patch was proposed in June 2023, after the merge window of 6.4.
+const EFFECTIVE_SINCE: (u32, u32) = (6, 5);
 
-/// Marks in the release of kernels whose vendors take over much from later ones: Red Hat's and its clones, openEuler, SUSE.
-const MIXED: [&str; 3] = [".el", ".oe", "-default"];
+/// Parts of the release names of kernels with many backported features, whose version number proves nothing: those of Red Hat
+/// and its clones, openEuler and SUSE.
+const BACKPORTING: [&str; 3] = [".el", ".oe", "-default"];
 
-/// The watches of this process. They stay: there is one for each device that was ever looked at.
+/// The watches of this process, one for each device on which [`CompleteAccounting::of`] was called. They are never removed.
 static WATCHES: Mutex<Option<Watches>> = Mutex::new(None);
 
-/// The counters of a device, which count everything.
+/// The observation that the I/O counters of a device count all requests. Without a file and a watch for a device whose
+/// attribute has no effect.
 #[derive(Debug)]
-pub struct Counting(Option<(File, Watch)>);
+pub struct CompleteAccounting(Option<(File, WatchId)>);
 
-impl Counting {
-    /// Says that a device counts everything, from a time before this returns.
+impl CompleteAccounting {
+    /// Starts the observation of a device. All requests are counted from some time during this call on.
     ///
     /// # Errors
-    /// When the switch is off, or was written to since this process looked at it first, or cannot be watched.
+    /// If the attribute is 0, if it was written to since this process first observed it, or if it cannot be watched.
     pub fn of(id: DeviceId) -> io::Result<Self> {
         if counts_always(id) {
             return Ok(Self(None));
         }
-        // A partition has no queue of its own.
+        // A partition has no `queue` directory. That of its disk applies.
         let paths = ["queue/iostats", "../queue/iostats"].map(|name| sysfs::directory(id).join(name));
         let path = paths.iter().find(|path| path.exists()).ok_or(io::ErrorKind::NotFound)?;
-        let switch = File::open(path)?;
+        let attribute = File::open(path)?;
         let watch = with_watches(|watches| watches.add(path))?;
-        let counting = Self(Some((switch, watch)));
-        if !counting.goes_on() {
-            return Err(io::Error::other("they are switched off, or were switched (queue/iostats)"));
+        let accounting = Self(Some((attribute, watch)));
+        if !accounting.holds() {
+            return Err(io::Error::other("their attribute queue/iostats is 0, or was written to"));
         }
-        Ok(counting)
+        Ok(accounting)
     }
 
-    /// Whether the device has counted everything since this was made.
-    pub fn goes_on(&self) -> bool {
-        let Some((switch, watch)) = &self.0 else { return true };
-        // The switch first: a later write to it is reported by the watch.
-        is_on(switch) && with_watches(|watches| watches.is_untouched(*watch)).unwrap_or(false)
+    /// Whether the device has counted all requests since the observation was started.
+    pub fn holds(&self) -> bool {
+        let Some((attribute, watch)) = &self.0 else { return true };
+        // The value is read first: the watch then covers any write after the read.
+        is_on(attribute) && with_watches(|watches| watches.is_unwritten(*watch)).unwrap_or(false)
     }
 }
 
-fn is_on(switch: &File) -> bool {
+/// Whether the value of the attribute is 1.
+fn is_on(attribute: &File) -> bool {
     let mut text = [0; 8];
-    matches!(switch.read_at(&mut text, 0), Ok(count) if text[..count].trim_ascii() == b"1")
+    matches!(attribute.read_at(&mut text, 0), Ok(count) if text[..count].trim_ascii() == b"1")
 }
 
-/// Whether a device counts whatever its switch says: device-mapper up to Linux 6.4, where it passes bios on. Where it
-/// passes requests on (multipath) the device has a `mq` directory, and heeds the switch.
+/// Whether the attribute has no effect on a device: on bio-based device-mapper devices before Linux 6.5. A request-based
+/// device-mapper device (multipath) has a directory `mq`, and the attribute has an effect on it.
 fn counts_always(id: DeviceId) -> bool {
-    static IGNORES: OnceLock<bool> = OnceLock::new();
-    let ignores = || fs::read_to_string("/proc/sys/kernel/osrelease").is_ok_and(|release| ignores_the_switch(&release));
-    sysfs::dm_name(id).is_some() && *IGNORES.get_or_init(ignores) && !sysfs::directory(id).join("mq").exists()
+    static OLD_KERNEL: OnceLock<bool> = OnceLock::new();
+    let is_old = || fs::read_to_string("/proc/sys/kernel/osrelease").is_ok_and(|release| is_older(&release));
+    sysfs::dm_name(id).is_some() && *OLD_KERNEL.get_or_init(is_old) && !sysfs::directory(id).join("mq").exists()
 }
 
-/// Whether a kernel is known to be older than the switch of device-mapper.
-fn ignores_the_switch(release: &str) -> bool {
+/// Whether the kernel with this release name is known to be older than [`EFFECTIVE_SINCE`].
+fn is_older(release: &str) -> bool {
     let mut numbers = release.split(|letter: char| !letter.is_ascii_digit()).map(|word| word.parse::<u32>().ok());
     let (Some(Some(major)), Some(Some(minor))) = (numbers.next(), numbers.next()) else { return false };
-    (major, minor) < HEEDED_SINCE && !MIXED.iter().any(|mark| release.contains(mark))
+    (major, minor) < EFFECTIVE_SINCE && !BACKPORTING.iter().any(|mark| release.contains(mark))
 }
 
-/// The number of an inotify watch. The kernel gives each number once (`fs/notify/inotify/inotify_user.c:
-/// inotify_add_to_idr`).
-type Watch = i32;
+/// The number of an inotify watch. The kernel never reuses a number (`fs/notify/inotify/inotify_user.c: inotify_add_to_idr`).
+type WatchId = i32;
 
+/// An inotify instance with its watches.
 struct Watches {
     inotify: File,
-    touched: BTreeSet<Watch>,
-    /// Events were lost: no watch proves anything.
+    /// The watches of files that were written to.
+    written: BTreeSet<WatchId>,
+    /// Whether events were lost, so that any file may have been written to.
     lost: bool,
 }
 
-/// Does something with the watches, which are made at the first use.
+/// Calls `work` with the watches of this process, which are created by the first call.
 fn with_watches<T>(work: impl FnOnce(&mut Watches) -> io::Result<T>) -> io::Result<T> {
     let mut watches = WATCHES.lock().unwrap_or_else(PoisonError::into_inner);
     if watches.is_none() {
@@ -104,49 +108,49 @@ fn with_watches<T>(work: impl FnOnce(&mut Watches) -> io::Result<T>) -> io::Resu
 
 impl Watches {
     fn new() -> io::Result<Self> {
-        // SAFETY: inotify_init1(2) takes flags only.
+        // SAFETY: inotify_init1(2) takes one integer and no pointers.
         let fd = unsafe { libc::inotify_init1(libc::IN_CLOEXEC | libc::IN_NONBLOCK) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel made this descriptor just now, for this caller alone.
+        // SAFETY: the call above has opened this descriptor, and no other value owns it.
         let inotify = unsafe { File::from_raw_fd(fd) };
-        Ok(Self { inotify, touched: BTreeSet::new(), lost: false })
+        Ok(Self { inotify, written: BTreeSet::new(), lost: false })
     }
 
-    /// Watches a file. One that is watched already keeps its number.
-    fn add(&mut self, path: &Path) -> io::Result<Watch> {
+    /// Watches a file for writes. If it is watched already, the result is the existing watch.
+    fn add(&mut self, path: &Path) -> io::Result<WatchId> {
         let path = CString::new(path.as_os_str().as_bytes())?;
-        // SAFETY: the path is a C string that lives over the call; the descriptor is open.
+        // SAFETY: the path is NUL-terminated and lives longer than the call, and the descriptor stays open during the call.
         match unsafe { libc::inotify_add_watch(self.inotify.as_raw_fd(), path.as_ptr(), libc::IN_MODIFY) } {
             watch if watch >= 0 => Ok(watch),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    fn is_untouched(&mut self, watch: Watch) -> io::Result<bool> {
+    fn is_unwritten(&mut self, watch: WatchId) -> io::Result<bool> {
         let mut buffer = [0; 4096];
         loop {
             match self.inotify.read(&mut buffer) {
                 Ok(0) => break,
-                Ok(count) => self.note(&buffer[..count]),
+                Ok(count) => self.record(&buffer[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(!self.lost && !self.touched.contains(&watch))
+        Ok(!self.lost && !self.written.contains(&watch))
     }
 
-    /// Reads `struct inotify_event`s: a watch, a mask, a cookie, the length of the name, the name.
-    fn note(&mut self, mut events: &[u8]) {
+    /// Parses a sequence of `struct inotify_event`: the watch, a mask, a cookie, the length of the name, and the name.
+    fn record(&mut self, mut events: &[u8]) {
         const HEADER: usize = 16;
         while let Some(header) = events.first_chunk::<HEADER>() {
             let word = |at: usize| header[at..].first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
             if word(4) & libc::IN_Q_OVERFLOW != 0 {
                 self.lost = true;
             }
-            self.touched.insert(word(0).cast_signed());
+            self.written.insert(word(0).cast_signed());
             let name = usize::try_from(word(12)).unwrap_or(usize::MAX);
             events = events.get(HEADER.saturating_add(name)..).unwrap_or_default();
         }
@@ -158,8 +162,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernels_that_ignore_the_switch_of_device_mapper() {
-        for (release, ignores) in [
+    fn kernels_in_which_the_attribute_has_no_effect_on_device_mapper() {
+        for (release, expected) in [
             ("5.10.0-46-amd64\n", true),
             ("6.1.176", true),
             ("5.15.0-105-generic", true),
@@ -175,26 +179,26 @@ mod tests {
             ("6", false),
             ("x.y", false),
         ] {
-            assert_eq!(ignores_the_switch(release), ignores, "{release}");
+            assert_eq!(is_older(release), expected, "{release}");
         }
     }
 
     #[test]
-    fn a_file_that_was_written_to_once_is_touched_for_ever() {
+    fn a_file_that_was_written_to_once_counts_as_written_for_ever() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let other = tempfile::NamedTempFile::new().unwrap();
         let mut watches = Watches::new().unwrap();
         let [watch, beside] = [&file, &other].map(|file| watches.add(file.path()).unwrap());
-        assert_eq!(watches.add(file.path()).unwrap(), watch, "one number for each file");
+        assert_eq!(watches.add(file.path()).unwrap(), watch, "each file has one watch");
         fs::read(file.path()).unwrap();
-        assert!(watches.is_untouched(watch).unwrap());
+        assert!(watches.is_unwritten(watch).unwrap());
         fs::write(file.path(), "0").unwrap();
-        assert!(!watches.is_untouched(watch).unwrap());
-        assert!(!watches.is_untouched(watch).unwrap());
-        assert!(watches.is_untouched(beside).unwrap());
-        watches.note(&[[-1_i32, libc::IN_Q_OVERFLOW.cast_signed(), 0, 0].map(i32::to_ne_bytes).concat()].concat());
-        assert!(!watches.is_untouched(beside).unwrap(), "events were lost");
-        // Bytes that are no event are read without a panic.
-        watches.note(&[255; 47]);
+        assert!(!watches.is_unwritten(watch).unwrap());
+        assert!(!watches.is_unwritten(watch).unwrap());
+        assert!(watches.is_unwritten(beside).unwrap());
+        watches.record(&[[-1_i32, libc::IN_Q_OVERFLOW.cast_signed(), 0, 0].map(i32::to_ne_bytes).concat()].concat());
+        assert!(!watches.is_unwritten(beside).unwrap(), "events were lost");
+        // Malformed events cause no panic.
+        watches.record(&[255; 47]);
     }
 }

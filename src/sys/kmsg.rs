@@ -1,4 +1,4 @@
-//! The kernel's log, followed from some moment on (`Documentation/ABI/testing/dev-kmsg`).
+//! The log of the kernel (`Documentation/ABI/testing/dev-kmsg`).
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
@@ -7,33 +7,32 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use super::device::DeviceId;
 
-/// The longest record: `PRINTK_MESSAGE_MAX` of `kernel/printk/internal.h`, `CONSOLE_EXT_LOG_MAX` before Linux 6.4.
+/// The largest size of a record in bytes: `PRINTK_MESSAGE_MAX` of `kernel/printk/internal.h`, `CONSOLE_EXT_LOG_MAX` before Linux 6.4.
 const LONGEST: usize = 8192;
 
-/// A reader of `/dev/kmsg` that waits for nothing.
+/// A nonblocking reader of `/dev/kmsg`.
 ///
-/// The kernel stores a message before the function that prints it returns. So what a driver said of an event is here as
-/// soon as what it did afterwards can be seen.
+/// The kernel stores a message before the function that prints it returns. So if a driver prints a message and then does
+/// something, the message can be read as soon as the effect can be observed.
 #[derive(Debug)]
 pub struct KernelLog(File);
 
 impl KernelLog {
-    /// Follows the log from the next message on.
+    /// A reader of the messages that are logged from now on.
     ///
     /// # Errors
-    /// As open(2): EPERM without the right to read the log (`kernel.dmesg_restrict`).
+    /// As open(2): EPERM without the permission to read the log (`kernel.dmesg_restrict`).
     pub fn from_now() -> io::Result<Self> {
         let mut file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg")?;
         file.seek(SeekFrom::End(0))?;
         Ok(Self(file))
     }
 
-    /// Takes in what was logged since the last call. The first message about `device` is returned, and what follows it
-    /// stays for the next call.
+    /// Reads up to the next message about `device`, and returns it. `None` if there is none so far.
     ///
     /// # Errors
-    /// EPIPE when messages were overwritten before they were read; as read(2).
-    pub fn news_of(&self, device: DeviceId) -> io::Result<Option<String>> {
+    /// As read(2): EPIPE if messages were overwritten before they were read.
+    pub fn next_message_about(&self, device: DeviceId) -> io::Result<Option<String>> {
         let mut record = [0; LONGEST];
         loop {
             match (&self.0).read(&mut record) {
@@ -57,10 +56,11 @@ impl AsFd for KernelLog {
     }
 }
 
-/// The message of a record, if a driver of the kernel printed it for the block device `device`.
+/// The message of a record, if the kernel printed it about the block device `device`.
 ///
-/// A record is `PRIORITY,SEQUENCE,TIME,FLAGS;MESSAGE`, then lines ` KEY=VALUE`. `dev_printk` adds the key `DEVICE`
-/// (`set_dev_info` of `drivers/base/core.c`). Bits from 3 on of the priority are zero for the kernel's own messages.
+/// A record is `PRIORITY,SEQUENCE,TIME,FLAGS;MESSAGE`, followed by lines of ` KEY=VALUE`. `dev_printk` adds the key `DEVICE`
+/// (`set_dev_info` of `drivers/base/core.c`). The bits of the priority from bit 3 on are the facility, which is zero only for
+/// messages of the kernel.
 fn message_about(record: &str, device: DeviceId) -> Option<&str> {
     let (head, body) = record.split_once(';')?;
     let priority: u32 = head.split(',').next()?.parse().ok()?;
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_the_kernel_says_of_the_device_counts() {
+    fn only_messages_of_the_kernel_about_the_device_count() {
         let device = DeviceId { major: 43, minor: 0 };
         let record = "6,339,5140900,-;block nbd0: NBD_DISCONNECT\n SUBSYSTEM=block\n DEVICE=b43:0\n";
         assert_eq!(message_about(record, device), Some("block nbd0: NBD_DISCONNECT"));

@@ -1,4 +1,4 @@
-//! What a loop device stands on: `LOOP_GET_STATUS64`.
+//! The backing file of a loop device: `LOOP_GET_STATUS64`.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -11,39 +11,40 @@ use crate::units::Bytes;
 /// `LOOP_GET_STATUS64` of `include/uapi/linux/loop.h`.
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
 
-/// `LO_FLAGS_DIRECT_IO` of the same header: set exactly while the driver reads its backing file or device with direct I/O.
+/// `LO_FLAGS_DIRECT_IO` of the same header. It is set while the driver reads the backing file or device with direct I/O, and
+/// only then.
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 
 /// Bytes in `struct loop_info64`.
 const LOOP_INFO64: usize = 232;
 
-/// A loop device's binding, from `struct loop_info64`.
+/// The configuration of a loop device, from `struct loop_info64`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LoopStatus {
-    /// The file system that holds the backing file.
+    /// The device number of the file system that holds the backing file.
     pub device: DeviceId,
-    /// The backing file's inode there.
+    /// The inode number of the backing file.
     pub inode: u64,
-    /// The block device that is the backing "file", if it is one.
+    /// The block device that is used in place of a backing file, if any.
     pub block_device: Option<DeviceId>,
-    /// Where the loop device begins in the backing file.
+    /// The position in the backing file at which the loop device begins.
     pub offset: Bytes,
-    /// Its length limit, 0 for none.
+    /// The largest length of the loop device. 0 means no limit.
     pub size_limit: Bytes,
-    /// Whether it reads its backing file or device with direct I/O, past the page cache of that.
+    /// Whether the loop device reads the backing file or device with direct I/O, without the page cache.
     pub direct_io: bool,
-    /// Whether the obsolete in-kernel encryption (kernels before 5.16) stands between.
+    /// Whether the loop device decrypts the backing file (obsolete, removed in Linux 5.16).
     pub encrypted: bool,
 }
 
 impl LoopStatus {
-    /// Asks a loop device for its binding. Needs no more than a descriptor open for reading.
+    /// The configuration of a loop device that is open for reading.
     ///
     /// # Errors
-    /// As ioctl(2); `ENXIO` when nothing is bound.
+    /// As ioctl(2): `ENXIO` if the loop device has no backing file.
     pub fn of(device: &File) -> io::Result<Self> {
         let mut info = [0_u8; LOOP_INFO64];
-        // SAFETY: the kernel writes one loop_info64, 232 bytes, through the pointer, which has room for them.
+        // SAFETY: the kernel writes one loop_info64, which has 232 bytes, through the pointer. The array has the same size.
         let code = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, info.as_mut_ptr()) };
         if code < 0 {
             return Err(io::Error::last_os_error());

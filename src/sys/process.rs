@@ -1,4 +1,4 @@
-//! What the daemon asks of the kernel about itself: fork, descriptors, capabilities, another process's end.
+//! Processes: fork, inherited and received descriptors, capabilities, and the end of another process.
 #![allow(unsafe_code)]
 
 use std::fs;
@@ -11,21 +11,21 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
 use nix::unistd::{ForkResult, Pid};
 
-/// Which side of a fork this is.
+/// The result of [`fork`], which returns in both processes.
 pub enum Fork {
-    /// The caller, with the id of the new process.
+    /// This is the calling process. The new process has this id.
     Parent(Pid),
-    /// The new process.
+    /// This is the new process.
     Child,
 }
 
-/// Splits this process in two.
+/// Forks this process.
 ///
 /// # Errors
-/// When the process has more than one thread (the others would not exist in the child, and what they had locked would
-/// stay locked), or when the kernel refuses.
+/// If the process has more than one thread, as a lock that another thread holds would stay locked in the child; or as
+/// fork(2).
 pub fn fork() -> io::Result<Fork> {
-    // A thread that was joined may be listed for a moment longer.
+    // A thread can stay in the list for a short time after it was joined.
     let mut looks = 100;
     while fs::read_dir("/proc/self/task")?.count() != 1 {
         looks -= 1;
@@ -34,25 +34,26 @@ pub fn fork() -> io::Result<Fork> {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    // SAFETY: there is one thread, so no lock of the allocator or of this program can be held by a thread that the
-    // child lacks; the child may do all that the parent may.
+    // SAFETY: this process has one thread. So no lock of the C library or of this program is held by a thread that does not
+    // exist in the child, and the child may call any function.
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Parent { child } => Ok(Fork::Parent(child)),
         ForkResult::Child => Ok(Fork::Child),
     }
 }
 
-/// Closes every descriptor from 3 on, so that a daemon does not hold what its caller forgot to close (a lock of a
-/// backup script, the pipe of a shell). For the first line of a program only: nothing may have been opened yet.
+/// Closes all descriptors from 3 on, so that a daemon does not keep files open that its caller happened to have open, such
+/// as a lock file of a backup script or the pipe of a shell. Must be called at the start of a program, before it opens
+/// anything.
 ///
-/// A kernel older than 5.9 lacks the call, and the descriptors stay.
+/// Linux before 5.9 does not have the call. Then the descriptors stay open.
 pub fn close_inherited_descriptors() {
-    // SAFETY: close_range(2) takes three integers. By the contract above, no descriptor from 3 on has an owner in
-    // this process.
+    // SAFETY: close_range(2) takes three integers. The program has opened nothing yet, so that no value in it owns one of the
+    // descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
 }
 
-/// Raises the number of descriptors that this process may have to the most that it is allowed.
+/// Raises the soft limit on the number of descriptors of this process to its hard limit.
 ///
 /// # Errors
 /// As getrlimit(2) and setrlimit(2).
@@ -64,24 +65,24 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
     Ok(())
 }
 
-/// A descriptor that becomes readable when process `pid` has ended and everything it held is closed (Linux 5.3).
+/// A descriptor that becomes readable when the process `pid` has ended and all of its descriptors are closed (Linux 5.3).
 ///
 /// # Errors
-/// ESRCH when there is no such process, ENOSYS on older kernels.
+/// ESRCH if there is no such process, ENOSYS on older kernels.
 pub fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open(2) takes two integers.
+    // SAFETY: pidfd_open(2) takes two integers and no pointers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0_u32) };
     match i32::try_from(fd) {
-        // SAFETY: the kernel made this descriptor just now, for this caller alone.
+        // SAFETY: the call above has opened this descriptor, and no other value owns it.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Receives the one descriptor that a peer sends (`SCM_RIGHTS`, unix(7)), as fusermount3 does.
+/// Receives one descriptor from a peer (`SCM_RIGHTS`, unix(7)), such as fusermount3.
 ///
 /// # Errors
-/// UnexpectedEof when the peer closed its side without sending one.
+/// As recvmsg(2), and UnexpectedEof if the peer closed the socket without sending a descriptor.
 pub fn receive_descriptor(socket: &UnixStream) -> io::Result<OwnedFd> {
     let mut byte = [0_u8; 1];
     let mut parts = [IoSliceMut::new(&mut byte)];
@@ -91,25 +92,25 @@ pub fn receive_descriptor(socket: &UnixStream) -> io::Result<OwnedFd> {
         if let ControlMessageOwned::ScmRights(descriptors) = control
             && let [descriptor] = descriptors[..]
         {
-            // SAFETY: the kernel installed this descriptor for this message, and nothing else knows of it.
+            // SAFETY: the kernel has opened this descriptor for this message, and no other value owns it.
             return Ok(unsafe { OwnedFd::from_raw_fd(descriptor) });
         }
     }
     Err(io::ErrorKind::UnexpectedEof.into())
 }
 
-/// A capability's number (`include/uapi/linux/capability.h`).
+/// The number of a capability (`include/uapi/linux/capability.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capability(u32);
 
 impl Capability {
-    /// Connect to any Unix socket, whoever's it is: that takes the right to write to it (unix(7)).
+    /// Connect to the Unix socket of any user, which requires write permission on it (unix(7)).
     pub const DAC_OVERRIDE: Self = Self(1);
-    /// Read any file, whatever its mode: a user's private image.
+    /// Read any file, such as the private image of another user.
     pub const DAC_READ_SEARCH: Self = Self(2);
     /// Enter another mount namespace (together with [`Capability::SYS_ADMIN`]).
     pub const SYS_CHROOT: Self = Self(18);
-    /// Unmount, and talk to device-mapper.
+    /// Unmount, and use the control device of device-mapper.
     pub const SYS_ADMIN: Self = Self(21);
 }
 
@@ -131,18 +132,19 @@ struct CapData {
 }
 const _: () = assert!(size_of::<CapData>() == 12);
 
-/// `_LINUX_CAPABILITY_VERSION_3`: two [`CapData`], low word first.
+/// `_LINUX_CAPABILITY_VERSION_3`: the data is two [`CapData`], the first of which holds the capabilities below 32.
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
-/// Gives up every capability of the calling thread that `keep` does not name. Threads that it starts later inherit that.
+/// Drops all capabilities of the calling thread except those in `keep`. Threads that it starts later do not have the dropped
+/// capabilities either.
 ///
 /// # Errors
-/// What capget(2) and capset(2) answer.
+/// As capget(2) and capset(2).
 pub fn keep_capabilities(keep: &[Capability]) -> io::Result<()> {
     let mut header = CapHeader { version: CAPABILITY_VERSION_3, pid: 0 };
     let mut data = [CapData::default(); 2];
-    // SAFETY: capget(2) fills two data structures for version 3; both pointers are to live, exclusive memory of the
-    // sizes asserted above.
+    // SAFETY: for version 3 capget(2) writes the header and two data structures. Both pointers are to exclusively borrowed
+    // memory of the sizes that are asserted above.
     check(unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) })?;
     for (word, data) in (0_u32..).zip(data.iter_mut()) {
         let mask = keep.iter().filter(|c| c.0 / 32 == word).fold(0, |mask, c| mask | 1 << (c.0 % 32));
@@ -150,7 +152,8 @@ pub fn keep_capabilities(keep: &[Capability]) -> io::Result<()> {
         data.effective &= mask;
         data.inheritable = 0;
     }
-    // SAFETY: capset(2) reads the header and two data structures; the pointers are to live memory of those sizes.
+    // SAFETY: for version 3 capset(2) reads two data structures, and reads and writes the header. Both pointers are to memory
+    // of the sizes that are asserted above, and the header is exclusively borrowed.
     check(unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) })
 }
 
@@ -165,7 +168,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_second_thread_forbids_to_fork() {
+    fn a_process_with_two_threads_is_not_forked() {
         // The test harness runs each test in a thread of its own.
         let held = thread::spawn(thread::park);
         assert!(fork().is_err());
@@ -174,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_only_shrink() {
+    fn capabilities_are_only_dropped() {
         thread::spawn(|| {
             keep_capabilities(&[Capability::SYS_ADMIN]).unwrap();
             let status = fs::read_to_string("/proc/thread-self/status").unwrap();

@@ -1,4 +1,4 @@
-//! SCSI commands to a disk: the `SG_IO` ioctl, version 3 (kernel header `include/scsi/sg.h`).
+//! SCSI commands to a disk with the `SG_IO` ioctl, version 3 (`include/scsi/sg.h`).
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -7,15 +7,15 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 use std::time::Duration;
 
-/// `SG_DXFER_FROM_DEV`: data goes from the device to memory.
+/// `SG_DXFER_FROM_DEV`: the direction of the transfer is from the device to memory.
 const FROM_DEVICE: i32 = -3;
 /// `interface_id` of version 3.
 const VERSION_3: i32 = b'S' as i32;
-/// Sense data that is kept: `SCSI_SENSE_BUFFERSIZE` of `include/scsi/scsi_cmnd.h`.
+/// The size of the buffer for sense data in bytes: `SCSI_SENSE_BUFFERSIZE` of `include/scsi/scsi_cmnd.h`.
 const SENSE_LEN: usize = 96;
-/// `DRIVER_SENSE` of old kernels: the driver's part of the status says only that there is sense data.
+/// `DRIVER_SENSE`: a bit of the driver status that is no error, and means only that there is sense data.
 const DRIVER_SENSE: u16 = 0x08;
-/// The longest command that `SG_IO` takes here: `MAX_COMMAND_SIZE` of `include/scsi/scsi_cmnd.h`.
+/// The longest command in bytes that `SG_IO` accepts from a block device: `MAX_COMMAND_SIZE` of `include/scsi/scsi_cmnd.h`.
 const CDB_MAX: usize = 16;
 
 /// `struct sg_io_hdr` of `include/scsi/sg.h`.
@@ -48,31 +48,31 @@ struct SgIoHdr {
 const _: () = assert!(size_of::<SgIoHdr>() == if size_of::<usize>() == 8 { 88 } else { 64 });
 
 mod raw {
-    /// `SG_IO` of `include/scsi/sg.h`, which predates the encoded numbers.
+    /// `SG_IO` of `include/scsi/sg.h`. The number does not encode the direction and the size of the argument.
     const SG_IO: u16 = 0x2285;
     nix::ioctl_readwrite_bad!(sg_io, SG_IO, super::SgIoHdr);
 }
 
-/// What came back from a command that reached the device.
+/// The result of a command that reached the device.
 #[derive(Clone, Debug)]
 pub struct Transfer {
-    /// Bytes at the start of the buffer that the device wrote.
+    /// The number of bytes that the device wrote to the start of the buffer.
     pub len: usize,
-    /// SCSI status: 0 is GOOD, 2 is CHECK CONDITION.
+    /// The SCSI status: 0 is GOOD, 2 is CHECK CONDITION.
     pub status: u8,
-    /// Sense data, if the device gave any.
+    /// The sense data. It is empty if the device returned none.
     pub sense: Vec<u8>,
 }
 
-/// Sends the command `cdb` to the disk behind `disk` and reads its answer into `data`.
+/// Sends the command `cdb` to a disk and reads its data into `data`.
 ///
-/// The kernel checks that a descriptor opened for reading sends only commands that read. `timeout` is rounded up to
-/// milliseconds; when it ends, the kernel aborts the command and resets what it must, so it should not be short.
+/// On a descriptor that is open for reading, the kernel allows only commands that read. `timeout` is rounded up to whole
+/// milliseconds. When it expires the kernel aborts the command and may reset the device or the bus, so it should not be
+/// short.
 ///
 /// # Errors
-///
-/// EINVAL for a command or buffer of a length that cannot be sent, what the ioctl fails with (ENOTTY: not a SCSI
-/// device), and EIO when the host adapter or its driver failed, which includes the end of the time.
+/// EINVAL for a command that is too long or a buffer that is too large; as ioctl(2), with ENOTTY for a device that takes no
+/// SCSI commands; an error without an errno if the host adapter or its driver failed, or the timeout expired.
 pub fn command(disk: BorrowedFd<'_>, cdb: &[u8], data: &mut [u8], timeout: Duration) -> io::Result<Transfer> {
     let unsendable = || io::Error::from_raw_os_error(libc::EINVAL);
     let dxfer_len = u32::try_from(data.len()).map_err(|_| unsendable())?;
@@ -103,8 +103,9 @@ pub fn command(disk: BorrowedFd<'_>, cdb: &[u8], data: &mut [u8], timeout: Durat
         duration: 0,
         info: 0,
     };
-    // SAFETY: the header is a whole sg_io_hdr. Its three pointers are to buffers that outlive the call, with their own
-    // lengths beside them: the kernel reads cmd_len bytes of the command and writes at most dxfer_len and mx_sb_len.
+    // SAFETY: the header is a complete sg_io_hdr. Its three pointers are to buffers that live longer than the call, and whose
+    // lengths are in the header: the kernel reads cmd_len bytes of the command, and writes at most dxfer_len bytes of data and
+    // mx_sb_len bytes of sense data.
     unsafe { raw::sg_io(disk.as_raw_fd(), &raw mut header) }?;
     if header.host_status != 0 || header.driver_status & !DRIVER_SENSE != 0 {
         return Err(io::Error::other(format!(
@@ -112,7 +113,7 @@ pub fn command(disk: BorrowedFd<'_>, cdb: &[u8], data: &mut [u8], timeout: Durat
             header.host_status, header.driver_status
         )));
     }
-    // A residual outside the buffer is nonsense of a driver: then nothing counts as transferred.
+    // A driver bug can make the residual negative or larger than the buffer. Then no byte counts as transferred.
     let missing = usize::try_from(header.resid).ok().filter(|missing| *missing <= data.len()).unwrap_or(data.len());
     let sense_len = usize::from(header.sb_len_wr).min(SENSE_LEN);
     Ok(Transfer { len: data.len() - missing, status: header.status, sense: sense[..sense_len].to_vec() })

@@ -1,12 +1,14 @@
-//! Stamps of files: what stat(2) says of a file, as evidence that it was not written since.
+//! Stamps of files: a stamp is what stat(2) returns of a file. Equal stamps can prove that the file was not written in
+//! between.
 //!
-//! The kernel takes the times of a file from a clock that moves by ticks of 1 to 10 ms (`current_time` and
-//! `inode_set_ctime_current` of `fs/inode.c`). Two writes within one tick leave one time. So a stamp is evidence only when
-//! it is settled: the times were older than the clock by two ticks when they were read, so that every later write gives
-//! later ones. Since Linux 6.13 most local file systems take a fine time for a change that follows a stat; that makes
-//! nothing worse.
+//! The kernel takes the times of a file from the coarse clock, which advances in ticks of 1 to 10 ms (`current_time` and
+//! `inode_set_ctime_current` of `fs/inode.c`). Two writes within one tick result in the same times. So a stamp is usable as
+//! a proof only if it is settled: its change time must be older than the coarse clock by at least two ticks when it is taken,
+//! so that every later write results in a later change time. Since Linux 6.13 most local file systems use a fine-grained
+//! time for a change that follows a stat(2). This does not affect the argument.
 //!
-//! A clock that is set back gives old times again, and a file server has a clock of its own: neither proves anything.
+//! If the clock is set back, a later write can result in an old time again. A file server has a clock of its own. In both
+//! cases stamps prove nothing.
 #![allow(unsafe_code)]
 
 use std::fs::{File, Metadata};
@@ -27,29 +29,30 @@ use nix::sys::timerfd::{ClockId as TimerClock, TimerFd, TimerFlags};
 use nix::time::{ClockId, clock_getres, clock_gettime};
 use nix::unistd::read;
 
-/// File systems whose times come from the clock of this machine.
-const LOCAL: [FsType; 4] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
+/// File systems that take the times of files from the clock of this machine. `sys::file::Seeks::of` has the same file systems
+/// for another property of them. A file system with one of the properties need not have the other one, so the lists are
+/// separate.
+const LOCAL_CLOCK: [FsType; 4] = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
 
-/// The age from which times prove something on file systems that keep whole seconds only (ext3, or ext4 with small
-/// inodes).
+/// The age at which a stamp is settled on file systems that store times in whole seconds (ext3, or ext4 with small inodes).
 const WHOLE_SECONDS: Duration = Duration::from_secs(2);
 
 /// `F_SETSIG` of `include/uapi/asm-generic/fcntl.h`.
 const F_SETSIG: libc::c_int = 10;
 
-/// What stat(2) said of an open file, and whether that is evidence.
+/// The stamp of an open file.
 #[derive(Clone, Copy, Debug)]
 pub struct Stamp {
-    seen: Seen,
-    /// `None` when a later write may leave the same times.
+    fields: StampFields,
+    /// How often the clock had been set when the stamp was taken (see [`clock_steps`]). `None` if the stamp proves nothing.
     steps: Option<u64>,
-    /// How long the times must become older before they prove anything.
+    /// How much older the change time must become until the stamp is settled.
     too_young_by: Duration,
 }
 
-/// What moves when a file is written.
+/// The fields of stat(2) that identify a file, and those that change when it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Seen {
+struct StampFields {
     device: u64,
     inode: u64,
     size: u64,
@@ -57,7 +60,7 @@ struct Seen {
     ctime: (i64, i64),
 }
 
-impl Seen {
+impl StampFields {
     fn of(stat: &Metadata) -> Self {
         Self {
             device: stat.dev(),
@@ -70,107 +73,108 @@ impl Seen {
 }
 
 impl Stamp {
-    /// The stamp of a file now.
+    /// The current stamp of a file.
     ///
     /// # Errors
     /// As fstat(2).
     pub fn of(file: &File) -> io::Result<Self> {
         let steps = clock_steps();
-        // Before the stat: a write that the stat does not show gets this time or a later one.
+        // The clock is read before the stat: a write that is not visible in the stat has this time or a later one.
         let clock = clock_gettime(ClockId::CLOCK_REALTIME_COARSE)?;
-        let seen = Seen::of(&file.metadata()?);
-        // The change time alone: it cannot be set but by setting the clock, and every write moves it.
-        let must_be = if seen.ctime.1 == 0 { WHOLE_SECONDS } else { tick()? * 2 };
-        // A fine time may be later than the clock of ticks.
-        let too_young_by = since_1970(seen.ctime).saturating_add(must_be).saturating_sub(clock.into());
-        let is_local = fstatfs(file).is_ok_and(|stat| LOCAL.contains(&stat.filesystem_type()));
-        Ok(Self { seen, steps: steps.filter(|_| is_local && too_young_by.is_zero()), too_young_by })
+        let fields = StampFields::of(&file.metadata()?);
+        // Only the change time counts. Every write updates it, and it cannot be set, other than by setting the clock.
+        let settled_age = if fields.ctime.1 == 0 { WHOLE_SECONDS } else { tick()? * 2 };
+        // A fine-grained change time can be later than the coarse clock.
+        let too_young_by = since_1970(fields.ctime).saturating_add(settled_age).saturating_sub(clock.into());
+        let is_local = fstatfs(file).is_ok_and(|stat| LOCAL_CLOCK.contains(&stat.filesystem_type()));
+        Ok(Self { fields, steps: steps.filter(|_| is_local && too_young_by.is_zero()), too_young_by })
     }
 
-    /// The stamp of a file as soon as it is settled, or soon if it never is. `file` must be open for reading only.
+    /// The stamp of a file. Waits up to a few seconds until the stamp is settled. `file` must be open for reading only.
     ///
-    /// It proves nothing when the file is open for writing or mapped shared and writable: the kernel moves the times when a
-    /// write begins, so one that is under way would end unseen.
+    /// The stamp proves nothing if the file is open for writing, or mapped shared and writable. The kernel updates the times
+    /// at the start of a write. So a write that is in progress can change the file later without changing the times.
     ///
     /// # Errors
     /// As fstat(2).
     pub fn settled(file: &File) -> io::Result<Self> {
-        let stamp = Self::soon_settled(file)?;
-        // After the stat: a write that begins from here on moves the times.
+        let stamp = Self::settled_in_time(file)?;
+        // Checked after the stat: every write that starts later changes the times.
         Ok(Self { steps: stamp.steps.filter(|_| has_no_writer(file)), ..stamp })
     }
 
-    fn soon_settled(file: &File) -> io::Result<Self> {
+    /// Like [`Stamp::settled`], without the check for writers.
+    fn settled_in_time(file: &File) -> io::Result<Self> {
         let mut stamp = Self::of(file)?;
         for _ in 0..3 {
             if stamp.is_settled() || stamp.too_young_by.is_zero() || stamp.too_young_by > WHOLE_SECONDS * 2 {
                 break;
             }
-            // The clock of ticks shows it at its next tick.
+            // One tick more, since the coarse clock can lag behind the real time by up to one tick.
             thread::sleep(stamp.too_young_by + tick()?);
             stamp = Self::of(file)?;
         }
         Ok(stamp)
     }
 
-    /// Whether it can prove anything.
-    pub fn is_settled(&self) -> bool {
+    /// Whether the stamp can prove anything.
+    fn is_settled(&self) -> bool {
         self.steps.is_some()
     }
 
-    /// Whether it is proven that nobody wrote to the file since, where `file` is the one that the stamp is of.
+    /// Whether it is proven that the file was not written since the stamp was taken. `file` must be the same file.
     pub fn proves_unchanged(&self, file: &File) -> bool {
-        // The clock after the stat: it was not set before anything that the stat shows.
+        // The steps are counted after the stat, so that they include every step before a write that the stat shows.
         self.looks_unchanged(file) && self.is_settled() && clock_steps() == self.steps
     }
 
-    /// Whether nothing is seen of a write. One within a tick of the stamp may not be.
+    /// Whether the file has the same stamp. A write within one tick of an unsettled stamp can go unnoticed.
     pub fn looks_unchanged(&self, file: &File) -> bool {
-        file.metadata().is_ok_and(|stat| Seen::of(&stat) == self.seen)
+        file.metadata().is_ok_and(|stat| StampFields::of(&stat) == self.fields)
     }
 }
 
-/// Stamps of equal hashes are of a file that was not written in between; one that proves nothing is like no other.
+/// If the hashes of two stamps are equal, the file was not written between them. An unsettled stamp has a new hash each time.
 impl Hash for Stamp {
     fn hash<H: Hasher>(&self, hasher: &mut H) {
         static UNSETTLED: AtomicU64 = AtomicU64::new(0);
         match self.steps {
-            Some(steps) => (0, steps, self.seen).hash(hasher),
+            Some(steps) => (0, steps, self.fields).hash(hasher),
             None => (1, UNSETTLED.fetch_add(1, Ordering::Relaxed)).hash(hasher),
         }
     }
 }
 
-/// Whether no descriptor of a file can write to it, and no shared mapping: only then does the kernel give a lease for
-/// reading (`fs/locks.c: check_conflicting_open`). The lease is given back at once. Not every file system has leases, and
-/// those on files of other users need CAP_LEASE: then nothing is known.
+/// Whether there is no descriptor and no shared mapping through which the file can be written. Only then does the kernel grant
+/// a read lease (`fs/locks.c: check_conflicting_open`). The lease is released immediately. Returns `false` if it is not
+/// known: on a file system without leases, or for a file of another user without CAP_LEASE.
 fn has_no_writer(file: &File) -> bool {
-    // An open for writing that comes just now sends a signal. This one is ignored where nothing else is said.
-    // SAFETY: F_SETSIG takes a number and touches no memory of this process.
+    // While the lease is held, an open for writing sends a signal. The default action of SIGURG is to ignore it.
+    // SAFETY: F_SETSIG takes an integer and no pointers.
     if unsafe { libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) } != 0 {
         return false;
     }
-    // SAFETY: F_SETLEASE takes a number and touches no memory of this process.
+    // SAFETY: F_SETLEASE takes an integer and no pointers.
     let lease = |kind: libc::c_int| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) } == 0;
     lease(libc::F_RDLCK) && lease(libc::F_UNLCK)
 }
 
-/// The time of now, later than every time that this function gave before: a clock of ticks gives one time to many
-/// moments, and a clock can be set back.
-pub fn later_than_before() -> SystemTime {
+/// The current time, or a time that is 1 ns later than the last result if that is later. So the results strictly increase even
+/// if the clock is coarse or is set back.
+pub fn increasing_now() -> SystemTime {
     static LAST: Mutex<SystemTime> = Mutex::new(SystemTime::UNIX_EPOCH);
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     *last = SystemTime::now().max(*last + Duration::from_nanos(1));
     *last
 }
 
-/// How often the clock was set since the first call; `None` when that cannot be known.
+/// How often the clock was set since the first call of this function. `None` if it is not known.
 fn clock_steps() -> Option<u64> {
     static TIMER: Mutex<Option<TimerFd>> = Mutex::new(None);
     static STEPS: AtomicU64 = AtomicU64::new(0);
     let mut timer = TIMER.lock().unwrap_or_else(PoisonError::into_inner);
     if timer.is_none() {
-        // A failure, such as too few descriptors, may be gone at the next call.
+        // A failure is not remembered: its reason, such as too few descriptors, may be temporary.
         *timer = Some(cancelled_when_set().ok()?);
     }
     match read(timer.as_ref()?, &mut [0; 8]) {
@@ -180,8 +184,8 @@ fn clock_steps() -> Option<u64> {
     }
 }
 
-/// A timer that never fires, and whose reads fail once with ECANCELED each time that the clock was set (timerfd_create(2),
-/// `timerfd_clock_was_set` of `fs/timerfd.c`): by hand, by NTP in a step, by a leap second.
+/// A timer that never expires. After the clock was set, by a user, by a step of NTP or by a leap second, one read of it fails
+/// with ECANCELED (timerfd_create(2), `timerfd_clock_was_set` of `fs/timerfd.c`).
 fn cancelled_when_set() -> nix::Result<TimerFd> {
     const NEVER: TimeSpec = TimeSpec::new(1 << 33, 0);
     let timer = TimerFd::new(TimerClock::CLOCK_REALTIME, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)?;
@@ -190,7 +194,7 @@ fn cancelled_when_set() -> nix::Result<TimerFd> {
     Ok(timer)
 }
 
-/// The step of the clock that file systems take times from.
+/// The resolution of the coarse clock.
 fn tick() -> io::Result<Duration> {
     static TICK: OnceLock<Duration> = OnceLock::new();
     if let Some(tick) = TICK.get() {
@@ -200,7 +204,7 @@ fn tick() -> io::Result<Duration> {
     Ok(*TICK.get_or_init(|| tick.into()))
 }
 
-/// A time of stat(2) as a duration since 1970; one before that is old in any case.
+/// A time of stat(2) as a duration since 1970. An earlier time becomes zero, which is old enough for a settled stamp.
 fn since_1970((seconds, nanoseconds): (i64, i64)) -> Duration {
     let part = |number: i64| u64::try_from(number).unwrap_or(0);
     Duration::from_secs(part(seconds)).saturating_add(Duration::from_nanos(part(nanoseconds)))
@@ -216,7 +220,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_write_after_a_settled_stamp_goes_unseen() {
+    fn every_write_after_a_settled_stamp_is_noticed() {
         let file = tempfile::tempfile().unwrap();
         for round in 0..300_u32 {
             file.write_all_at(&round.to_ne_bytes(), 0).unwrap();
@@ -224,7 +228,7 @@ mod tests {
             file.write_all_at(&round.to_be_bytes(), 0).unwrap();
             assert!(!young.proves_unchanged(&file), "round {round}, by a young stamp");
             if round % 10 == 0 {
-                let settled = Stamp::soon_settled(&file).unwrap();
+                let settled = Stamp::settled_in_time(&file).unwrap();
                 assert!(settled.is_settled() && settled.proves_unchanged(&file), "round {round}: {settled:?}");
                 file.write_all_at(&round.to_be_bytes(), 0).unwrap();
                 assert!(!settled.looks_unchanged(&file), "round {round}");
@@ -232,7 +236,7 @@ mod tests {
         }
     }
 
-    /// The times move when a write begins: one that is under way when the stamp is taken ends unseen.
+    /// The kernel updates the times at the start of a write, so that the stamp does not cover a write in progress.
     #[test]
     fn a_file_that_is_open_for_writing_proves_nothing() {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -247,23 +251,23 @@ mod tests {
     }
 
     #[test]
-    fn unsettled_stamps_are_like_no_other() {
+    fn unsettled_stamps_have_new_hashes() {
         let file = tempfile::tempfile().unwrap();
         let state = RandomState::new();
         file.write_all_at(b"1", 0).unwrap();
         let young = Stamp::of(&file).unwrap();
-        let settled = Stamp::soon_settled(&file).unwrap();
+        let settled = Stamp::settled_in_time(&file).unwrap();
         let hashes: HashSet<_> = [young, young, settled, settled].iter().map(|stamp| state.hash_one(stamp)).collect();
         assert_eq!(hashes.len(), if young.is_settled() { 1 } else { 3 });
     }
 
     #[test]
-    fn a_modification_time_that_is_set_hides_no_write() {
+    fn setting_the_modification_time_hides_no_write() {
         let file = tempfile::tempfile().unwrap();
         for time in [SystemTime::UNIX_EPOCH, SystemTime::now() + Duration::from_secs(1000)] {
             let times = FileTimes::new().set_modified(time);
             file.set_times(times).unwrap();
-            let settled = Stamp::soon_settled(&file).unwrap();
+            let settled = Stamp::settled_in_time(&file).unwrap();
             assert!(settled.is_settled(), "{settled:?}");
             file.write_all_at(b"1", 0).unwrap();
             file.set_times(times).unwrap();
@@ -273,7 +277,7 @@ mod tests {
 
     #[test]
     fn no_two_times_are_the_same() {
-        let times: Vec<_> = (0..1000).map(|_| later_than_before()).collect();
+        let times: Vec<_> = (0..1000).map(|_| increasing_now()).collect();
         assert!(times.is_sorted_by(|a, b| a < b));
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind;
 use blkholefs::source::nbd::{Client, Patience, Uri};
 
 use crate::fake::{BLOCK, CONTEXT, Dialect, Fake, Message, Spoil, Step, Then, chunk, option_reply, status_reply};
@@ -39,7 +39,7 @@ fn hasty() -> Patience {
 struct Outcome {
     opened: bool,
     bytes: Option<Vec<u8>>,
-    runs: Vec<(u64, Kind)>,
+    runs: Vec<(u64, ExtentKind)>,
 }
 
 /// Opens, reads all, asks for the map; in bounded time.
@@ -60,22 +60,22 @@ fn session(dialect: Dialect, patience: Patience, spoil: Arc<Spoil>) -> Outcome {
 }
 
 /// The runs of the disk as they are.
-fn true_runs(dialect: Dialect) -> Vec<(u64, Kind)> {
+fn true_runs(dialect: Dialect) -> Vec<(u64, ExtentKind)> {
     let size = disk().len() as u64;
-    let runs = [(1, Kind::Data), (3, Kind::Hole), (4, Kind::Data), (6, Kind::Hole)];
+    let runs = [(1, ExtentKind::Data), (3, ExtentKind::Hole), (4, ExtentKind::Data), (6, ExtentKind::Hole)];
     let block = BLOCK as u64;
     match dialect {
-        Dialect::Simple => vec![(size, Kind::Data)],
-        _ => runs.into_iter().map(|(end, kind)| (end * block, kind)).chain([(size, Kind::Data)]).collect(),
+        Dialect::Simple => vec![(size, ExtentKind::Data)],
+        _ => runs.into_iter().map(|(end, kind)| (end * block, kind)).chain([(size, ExtentKind::Data)]).collect(),
     }
 }
 
 /// Every hole lies in a true one.
-fn assert_no_false_hole(runs: &[(u64, Kind)], about: &str) {
+fn assert_no_false_hole(runs: &[(u64, ExtentKind)], about: &str) {
     let mut start = 0;
     for (end, kind) in runs {
         let (from, to) = (usize::try_from(start).unwrap(), usize::try_from(*end).unwrap());
-        if *kind == Kind::Hole {
+        if *kind == ExtentKind::Hole {
             assert!(disk()[from..to].iter().all(|byte| *byte == 0), "{about}: {start}..{end} is no hole");
         }
         start = *end;
@@ -259,7 +259,7 @@ fn a_negotiation_that_breaks_the_rules() {
     for answer in [option_reply(10, 1, &[]), option_reply(10, 0x8000_0001, &[])] {
         let outcome = answering(Dialect::Extended, Step::Option(10), move |_| answer.clone());
         assert_eq!(outcome.bytes, Some(disk()));
-        assert_eq!(outcome.runs, [(disk().len() as u64, Kind::Data)]);
+        assert_eq!(outcome.runs, [(disk().len() as u64, ExtentKind::Data)]);
     }
 }
 
@@ -346,7 +346,7 @@ fn block_status_that_breaks_the_rules_is_data() {
             (CONTEXT, vec![(4096, true), (0, false), (size - 4096, true)]),
         ] {
             let outcome = answering(dialect, Step::Status, reply(context, extents.clone()));
-            assert_eq!(outcome.runs, [(size, Kind::Data)], "{dialect:?} {extents:?}");
+            assert_eq!(outcome.runs, [(size, ExtentKind::Data)], "{dialect:?} {extents:?}");
             assert_eq!(outcome.bytes, Some(disk()));
         }
         for answer in [
@@ -359,7 +359,7 @@ fn block_status_that_breaks_the_rules_is_data() {
             |message: &Message| chunk(Dialect::Structured, 1, 0x8001, message.request.cookie, &[0, 0, 0, 95, 0, 0]),
         ] {
             let outcome = answering(dialect, Step::Status, answer);
-            assert_eq!(outcome.runs, [(size, Kind::Data)], "{dialect:?}");
+            assert_eq!(outcome.runs, [(size, ExtentKind::Data)], "{dialect:?}");
         }
         // Shorter than asked is allowed, and longer in the last extent.
         let outcome = answering(dialect, Step::Status, move |message| {
@@ -368,7 +368,7 @@ fn block_status_that_breaks_the_rules_is_data() {
         });
         assert_eq!(outcome.runs, true_runs(dialect));
         let outcome = answering(dialect, Step::Status, reply(CONTEXT, vec![(1 << 31, true)]));
-        assert_eq!(outcome.runs, [(size, Kind::Hole)], "the server's word");
+        assert_eq!(outcome.runs, [(size, ExtentKind::Hole)], "the server's word");
     }
 }
 
@@ -386,7 +386,7 @@ fn a_broken_rule_is_not_tried_again() {
     );
     let client = Arc::new(Client::open_patiently(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
     for _ in 0..50 {
-        assert_eq!(runs_of(&client), [(disk().len() as u64, Kind::Data)]);
+        assert_eq!(runs_of(&client), [(disk().len() as u64, ExtentKind::Data)]);
         assert_eq!(read(&client, 0, disk().len()), Ok(disk()));
     }
     assert!(client.no_status().unwrap().contains("metadata context"));

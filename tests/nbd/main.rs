@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blkholefs::map::view;
-use blkholefs::map::{HoleMap, Kind};
+use blkholefs::map::{ExtentKind, HoleMap};
 use blkholefs::source::nbd::{self, Client, Patience, Uri};
 use blkholefs::units::Bytes;
 
@@ -42,13 +42,13 @@ fn patience(wait: Duration) -> Patience {
 }
 
 /// The end and kind of each run, merged, not rounded, up to 32 TiB: a wrong size must not keep a test busy.
-fn runs(map: &dyn HoleMap) -> Vec<(u64, Kind)> {
+fn runs(map: &dyn HoleMap) -> Vec<(u64, ExtentKind)> {
     let all = view::runs(map, Bytes::new(1), Bytes::ZERO..map.len().min(Bytes::new(32 << 40)));
     all.map(|(_, run)| (run.end.get(), run.kind)).collect()
 }
 
 /// The runs of a client's export.
-fn runs_of(client: &Arc<Client>) -> Vec<(u64, Kind)> {
+fn runs_of(client: &Arc<Client>) -> Vec<(u64, ExtentKind)> {
     runs(&*nbd::layer(Arc::clone(client)).map)
 }
 

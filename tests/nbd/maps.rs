@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind;
 use blkholefs::source::nbd::{Client, layer};
 use blkholefs::units::Bytes;
 
@@ -19,10 +19,10 @@ fn check(uri: &str) -> Arc<Client> {
     let client = patient(uri);
     let map = runs_of(&client);
     assert_eq!(map, nbdinfo_map(uri), "{uri}");
-    assert!(map.iter().any(|(_, kind)| *kind == Kind::Hole), "{uri} has holes");
+    assert!(map.iter().any(|(_, kind)| *kind == ExtentKind::Hole), "{uri} has holes");
     let mut start = 0;
     for (end, kind) in map {
-        if kind == Kind::Hole {
+        if kind == ExtentKind::Hole {
             let len = usize::try_from((end - start).min(64 * KIB)).unwrap();
             for at in [start, end - len as u64] {
                 assert!(read(&client, at, len).unwrap().iter().all(|byte| *byte == 0), "{uri}: zeros at {at}");
@@ -109,9 +109,9 @@ fn a_write_is_never_inside_a_hole() {
     for block in (0..GIB / 4096).step_by(2741) {
         // Whatever was asked before, the next answer has this write in it.
         let before = map.extent_at(Bytes::new(block * 4096));
-        assert_eq!(before.kind, Kind::Hole);
+        assert_eq!(before.kind, ExtentKind::Hole);
         file.write_all_at(&[1], block * 4096).unwrap();
-        assert_eq!(map.extent_at(Bytes::new(block * 4096)).kind, Kind::Data);
+        assert_eq!(map.extent_at(Bytes::new(block * 4096)).kind, ExtentKind::Data);
     }
 }
 
@@ -129,7 +129,7 @@ fn no_holes_without_block_status() {
         let socket = directory.path().join(name);
         let _server = Server::nbdkit(&socket, &words);
         let client = patient(&format!("nbd+unix:///?socket={}", socket.display()));
-        assert_eq!(runs_of(&client), [(64 * MIB, Kind::Data)], "{name}");
+        assert_eq!(runs_of(&client), [(64 * MIB, ExtentKind::Data)], "{name}");
         assert_eq!(layer(Arc::clone(&client)).map.dense_because().is_some(), dense, "{name}");
         assert_eq!(layer(Arc::clone(&client)).holes_from == "none", dense, "{name}");
         assert_eq!(read(&client, 5, 10), Ok(vec![0; 10]));

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use blkholefs::deadline;
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind;
 
 use crate::common::check::{self, check_same_bytes, map_holes};
 use crate::common::mount::Mount;
@@ -18,8 +18,8 @@ use crate::common::{GIB, MIB, requires, requires_root, run, wait_until};
 use crate::fake::{BLOCK, Dialect, Fake, Message, Step, Then};
 
 /// The map of a mounted file, as [`nbdinfo_map`] says it.
-fn map(file: &Path) -> Vec<(u64, Kind)> {
-    let kind = |kind| if kind == check::Kind::Hole { Kind::Hole } else { Kind::Data };
+fn map(file: &Path) -> Vec<(u64, ExtentKind)> {
+    let kind = |kind| if kind == check::Kind::Hole { ExtentKind::Hole } else { ExtentKind::Data };
     map_holes(file).into_iter().map(|extent| (extent.1.end, kind(extent.0))).collect()
 }
 
@@ -60,7 +60,7 @@ fn a_server_that_became_slow_holds_nobody_longer_than_a_request_may_last() {
     let fake = Fake::new(Dialect::Structured, &[0; 4 * BLOCK], Arc::new(spoil));
     let mount = Mount::new(fake.uri.as_ref());
     let path = mount.directory().join("nbd");
-    assert_eq!(map(&path), [(4 * BLOCK as u64, Kind::Hole)]);
+    assert_eq!(map(&path), [(4 * BLOCK as u64, ExtentKind::Hole)]);
     slow.store(true, Ordering::Relaxed);
     let begin = Instant::now();
     let file = fs::File::open(&path).unwrap();
@@ -81,7 +81,7 @@ fn the_socket_of_another_user() {
     std::os::unix::fs::chown(&socket, nobody, nobody).unwrap();
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o755)).unwrap();
     let mount = Mount::new(format!("nbd+unix:///disk?socket={}", socket.display()).as_ref());
-    assert_eq!(map(&mount.directory().join("disk")), [(MIB, Kind::Hole)], "{}", mount.log());
+    assert_eq!(map(&mount.directory().join("disk")), [(MIB, ExtentKind::Hole)], "{}", mount.log());
 }
 
 #[test]

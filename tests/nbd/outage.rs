@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind;
 use blkholefs::source::nbd::{NbdExport, Patience, Uri};
 
 use crate::common::nbd::{Server, directory, image};
@@ -56,7 +56,7 @@ fn a_server_that_comes_back() {
     // A connection that broke while nobody used it is no reason to fail.
     server.kill();
     server.restart();
-    assert_eq!(runs_of(client), [(8 * MIB, Kind::Data)]);
+    assert_eq!(runs_of(client), [(8 * MIB, ExtentKind::Data)]);
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn a_server_that_stays_away() {
     let socket = directory.path().join("s");
     let mut server = Server::nbdkit(&socket, &["memory", "1M"]);
     let client = client(&uri(&socket), patience(Duration::from_secs(1)));
-    assert_eq!(runs_of(&client), [(MIB, Kind::Hole)]);
+    assert_eq!(runs_of(&client), [(MIB, ExtentKind::Hole)]);
     server.kill();
     let start = Instant::now();
     assert_eq!(read(&client, 0, 4096), Err(libc::EIO));
@@ -76,12 +76,12 @@ fn a_server_that_stays_away() {
     assert!(took >= Duration::from_secs(1) && took < Duration::from_secs(2) + SLACK, "{took:?}");
     // From then on nobody waits for long, and nothing is a hole.
     let start = Instant::now();
-    assert_eq!(runs_of(&client), [(MIB, Kind::Data)]);
+    assert_eq!(runs_of(&client), [(MIB, ExtentKind::Data)]);
     assert_eq!(read(&client, 0, 4096), Err(libc::EIO));
     assert!(start.elapsed() < SLACK);
     server.restart();
     assert!(wait_until(|| read(&client, 0, 4096).is_ok()));
-    assert!(wait_until(|| runs_of(&client) == [(MIB, Kind::Hole)]));
+    assert!(wait_until(|| runs_of(&client) == [(MIB, ExtentKind::Hole)]));
 }
 
 #[test]
@@ -96,7 +96,7 @@ fn a_server_that_comes_back_with_another_size() {
     server.kill();
     server.restart_with("1M", "2M");
     assert_eq!(read(&client, 0, 4096), Err(libc::EIO));
-    assert_eq!(runs_of(&client), [(MIB, Kind::Data)]);
+    assert_eq!(runs_of(&client), [(MIB, ExtentKind::Data)]);
     server.kill();
     server.restart_with("2M", "1M");
     assert!(wait_until(|| read(&client, 0, 4096).is_ok()));
@@ -116,7 +116,7 @@ fn a_server_that_hangs() {
     std::thread::scope(|scope| {
         let reader = Arc::clone(&client);
         scope.spawn(move || assert_eq!(read(&reader, 0, 4096), Err(libc::EIO)));
-        assert_eq!(runs_of(&client), [(MIB, Kind::Data)]);
+        assert_eq!(runs_of(&client), [(MIB, ExtentKind::Data)]);
     });
     assert!(start.elapsed() < Duration::from_secs(2) + SLACK, "{:?}", start.elapsed());
 }

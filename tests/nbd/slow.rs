@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use blkholefs::deadline;
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind;
 use blkholefs::source::nbd::{NbdExport, Patience, Uri, layer};
 use blkholefs::units::Bytes;
 
@@ -50,7 +50,7 @@ fn a_call_ends_in_its_time_however_slowly_the_server_sends() {
         slow.store(true, Ordering::Relaxed);
         let begin = Instant::now();
         if step == Step::Status {
-            assert_eq!(runs_of(&client), [(disk().len() as u64, Kind::Data)], "{step:?}");
+            assert_eq!(runs_of(&client), [(disk().len() as u64, ExtentKind::Data)], "{step:?}");
         } else {
             assert_eq!(read(&client, 0, disk().len()).map(drop), Err(libc::EIO), "{step:?}");
         }
@@ -80,13 +80,13 @@ fn a_server_that_was_too_slow_to_tell_holes_is_not_asked_again_at_once() {
     let slow = Arc::new(AtomicBool::new(true));
     let fake = dribbling(Step::Status, &slow);
     let client = client(&fake.uri, patience(2 * SECOND));
-    let all_data = [(disk().len() as u64, Kind::Data)];
+    let all_data = [(disk().len() as u64, ExtentKind::Data)];
     assert_eq!(runs_of(&client), all_data);
     let begin = Instant::now();
     assert_eq!(runs_of(&client), all_data);
     assert!(begin.elapsed() < SECOND, "{:?}", begin.elapsed());
     slow.store(false, Ordering::Relaxed);
-    assert!(wait_until(|| runs_of(&client) == [(disk().len() as u64, Kind::Hole)]), "but after a while it is");
+    assert!(wait_until(|| runs_of(&client) == [(disk().len() as u64, ExtentKind::Hole)]), "but after a while it is");
 }
 
 #[test]

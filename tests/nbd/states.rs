@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use blkholefs::map::Kind;
-use blkholefs::source::nbd::{NbdMap, Settling};
+use blkholefs::map::ExtentKind;
+use blkholefs::source::nbd::{self, FlushBeforeStatus};
 
 use crate::fake::{BLOCK, Dialect, Fake, Message, Step, Then, refusal, set_export};
 use crate::{client, patience, read, runs};
@@ -42,12 +42,12 @@ fn writes_over_another_connection_are_flushed_before_holes_are_asked_for() {
         let fake = Fake::new(dialect, &disk(), Arc::new(spoil));
         let client = client(&fake.uri, patience(Duration::from_secs(5)));
         assert!(client.is_visible_elsewhere());
-        let map = NbdMap::new(client, Settling::EachTime);
+        let map = nbd::map(client, FlushBeforeStatus::Yes);
         for _ in 0..3 {
-            assert_eq!(runs(&map), [(SIZE, Kind::Hole)]);
+            assert_eq!(runs(&map), [(SIZE, ExtentKind::Hole)]);
         }
         fails.store(true, Ordering::Relaxed);
-        assert_eq!(runs(&map), [(SIZE, Kind::Data)], "what may be invisible is no hole");
+        assert_eq!(runs(&map), [(SIZE, ExtentKind::Data)], "what may be invisible is no hole");
     }
 }
 

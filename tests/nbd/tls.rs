@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind;
 use blkholefs::source::nbd::{Client, Uri};
 
 use crate::common::nbd::{Server, directory};
@@ -68,14 +68,14 @@ fn tls() {
     ] {
         let client = patient(&good);
         assert_eq!(read(&client, 5, 3_000_000), Ok(vec![0; 3_000_000]), "{good}");
-        assert_eq!(runs_of(&client), [(64 * MIB, Kind::Hole)], "{good}");
+        assert_eq!(runs_of(&client), [(64 * MIB, ExtentKind::Hole)], "{good}");
         std::thread::scope(|scope| {
             for thread in 0..6 {
                 let client = &client;
                 scope.spawn(move || {
                     for turn in 0..20 {
                         assert_eq!(read(client, thread * 1_000_000 + turn, 200_000), Ok(vec![0; 200_000]));
-                        assert_eq!(runs_of(client), [(64 * MIB, Kind::Hole)]);
+                        assert_eq!(runs_of(client), [(64 * MIB, ExtentKind::Hole)]);
                     }
                 });
             }

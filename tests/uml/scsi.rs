@@ -21,7 +21,7 @@ const SIZE: u64 = 32 * MIB;
 
 /// The map of a resolved device, to the byte.
 fn map(stack: &Stack) -> Vec<Extent> {
-    let kind = |kind| if kind == blkholefs::map::Kind::Hole { Kind::Hole } else { Kind::Data };
+    let kind = |kind| if kind == blkholefs::map::ExtentKind::Hole { Kind::Hole } else { Kind::Data };
     let loaded = stack.load();
     let all = Bytes::ZERO..stack.len();
     let runs = view::runs(loaded.map(), Bytes::new(1), all);

@@ -2,7 +2,8 @@
 #![allow(clippy::single_range_in_vec_init)]
 
 use super::*;
-use crate::map::{next_data_by_runs, next_hole_by_runs, view};
+use crate::map::ExtentKind::{Data, Hole};
+use crate::map::{next_data_by_extents, next_hole_by_extents, view};
 use proptest::prelude::*;
 
 fn build(len: u64, block_size: u64, ranges: &[Range<u64>]) -> FillMap {
@@ -16,7 +17,7 @@ fn build(len: u64, block_size: u64, ranges: &[Range<u64>]) -> FillMap {
 }
 
 /// All runs, checked to be maximal and to cover the device.
-fn runs(map: &FillMap) -> Vec<(u64, u64, Kind)> {
+fn runs(map: &FillMap) -> Vec<(u64, u64, ExtentKind)> {
     let (mut at, mut runs) = (0, Vec::new());
     while at < map.len().get() {
         let run = map.extent_at(Bytes::new(at));
@@ -46,12 +47,12 @@ fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
         .map(|(block, _)| ((block + 1) * block_size).min(len) - block * block_size)
         .sum();
     assert_eq!(map.allocated(), Some(Bytes::new(allocated)));
-    assert_eq!(map.mapped_blocks(), model.iter().filter(|mapped| **mapped).count() as u64);
+    assert_eq!(map.mapped, model.iter().filter(|mapped| **mapped).count() as u64);
     let mut want = Vec::new();
     let mut at = 0;
     for run in model.chunk_by(|a, b| a == b) {
         let end = at + run.len() as u64;
-        want.push((at * block_size, (end * block_size).min(len), if run[0] { Kind::Data } else { Kind::Hole }));
+        want.push((at * block_size, (end * block_size).min(len), if run[0] { Data } else { Hole }));
         at = end;
     }
     assert_eq!(runs(map), want);
@@ -60,12 +61,12 @@ fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
             if offset < end {
                 let offset = Bytes::new(offset);
                 assert_eq!(map.extent_at(offset), Extent { end: Bytes::new(end), kind }, "at {offset}");
-                assert_eq!(map.next_data(offset), next_data_by_runs(map, offset), "at {offset}");
-                assert_eq!(map.next_hole(offset), next_hole_by_runs(map, offset), "at {offset}");
+                assert_eq!(map.next_data(offset), next_data_by_extents(map, offset), "at {offset}");
+                assert_eq!(map.next_hole(offset), next_hole_by_extents(map, offset), "at {offset}");
                 for start in [0, offset.get() / 3, start] {
                     let range = Bytes::new(start)..offset;
                     let runs = view::runs(map, map.block_size, range.clone());
-                    let data = runs.filter(|(_, run)| run.kind == Kind::Data);
+                    let data = runs.filter(|(_, run)| run.kind.is_data());
                     let data: u64 = data.map(|(start, run)| run.end.get() - start.get()).sum();
                     let count = view::count_data(map, map.block_size, &range);
                     assert_eq!(count, Some(Bytes::new(data)), "{range:?}");
@@ -78,10 +79,10 @@ fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
 #[test]
 fn an_empty_device_and_a_device_without_mappings() {
     let none = build(0, 65536, &[0..9]);
-    assert_eq!((none.allocated(), none.mapped_blocks()), (Some(Bytes::ZERO), 0));
-    assert_eq!(none.extent_at(Bytes::ZERO), Extent { end: Bytes::new(1), kind: Kind::Data });
+    assert_eq!((none.allocated(), none.mapped), (Some(Bytes::ZERO), 0));
+    assert_eq!(none.extent_at(Bytes::ZERO), Extent { end: Bytes::new(1), kind: Data });
     let hole = build(u64::MAX, 65536, &[]);
-    assert_eq!(hole.extent_at(Bytes::ZERO), Extent { end: Bytes::MAX, kind: Kind::Hole });
+    assert_eq!(hole.extent_at(Bytes::ZERO), Extent { end: Bytes::MAX, kind: Hole });
     assert_eq!(hole.allocated(), Some(Bytes::ZERO));
     assert!(hole.memory() < Bytes::new(1024));
 }
@@ -104,14 +105,11 @@ fn sizes_near_the_largest() {
     let (len, size) = (u64::MAX, 65536);
     let last = len.div_ceil(size) - 1;
     let map = build(len, size, &[0..1, last - 1..last + 5]);
-    assert_eq!(
-        runs(&map),
-        [(0, size, Kind::Data), (size, (last - 1) * size, Kind::Hole), ((last - 1) * size, len, Kind::Data)]
-    );
+    assert_eq!(runs(&map), [(0, size, Data), (size, (last - 1) * size, Hole), ((last - 1) * size, len, Data)]);
     assert_eq!(map.allocated(), Some(Bytes::new(2 * size + (len - last * size))));
     assert!(map.memory() < Bytes::new(16 << 10));
     let full = build(len, size, &[0..u64::MAX]);
-    assert_eq!(runs(&full), [(0, len, Kind::Data)]);
+    assert_eq!(runs(&full), [(0, len, Data)]);
     assert_eq!(full.allocated(), Some(Bytes::MAX));
     assert!(full.memory() < Bytes::new(16 << 10));
 }
@@ -121,7 +119,7 @@ fn memory_is_bounded_by_the_size_and_by_the_limit() {
     let blocks = 40 * CHUNK;
     let alternating: Vec<_> = (0..blocks).step_by(2).map(|block| block..block + 1).collect();
     let map = build(blocks * 65536, 65536, &alternating);
-    assert_eq!(map.mapped_blocks(), blocks / 2);
+    assert_eq!(map.mapped, blocks / 2);
     assert!(map.memory().get() * 8 < blocks * 11 / 10, "{} bytes for {blocks} blocks", map.memory());
 
     let mut builder = FillBuilder::new(Bytes::MAX, Bytes::new(512));
@@ -149,7 +147,7 @@ fn two_threads_fill_one_map() {
         }
     });
     let map = builder.finish().expect("within the limit");
-    assert_eq!(runs(&map), [(0, 5 * CHUNK, Kind::Data)]);
+    assert_eq!(runs(&map), [(0, 5 * CHUNK, Data)]);
 }
 
 fn ranges(blocks: u64) -> impl Strategy<Value = Vec<Range<u64>>> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::lower::window;
 use super::params;
 use super::{copies, passing, snapshot};
-use crate::map::{HoleMap, Kind, Stripe, Uniform};
+use crate::map::{ExtentKind, HoleMap, Stripe, Uniform};
 use crate::reason::DenseReason;
 use crate::source::target::{TargetContext, TargetLayer};
 use crate::source::{Layer, Resolver, dense, thin};
@@ -28,7 +28,7 @@ fn target_layer(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Res
         "linear" => context.mapped_to(context.params(params::linear)?, "the device it maps to", resolver),
         "striped" => striped(context, resolver),
         "zero" => {
-            let zeros = Uniform { len: context.len, kind: Kind::Hole };
+            let zeros = Uniform { len: context.len, kind: ExtentKind::Hole };
             Ok(TargetLayer::new("it reads as zeros", zeros, Vec::new()))
         }
         "thin" => thin::volume::layer(context, resolver),

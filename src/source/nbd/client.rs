@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::connection::{Ask, Connection};
 use super::frame::Dialect;
-use super::map::Settling;
 use super::pool::{Patience, Pool};
 use super::proto::BASE_ALLOCATION;
 use super::reply::{Content, Failure};
+use super::status::FlushBeforeStatus;
 use super::uri::Uri;
 use crate::deadline;
 use crate::error::Result;
@@ -185,7 +185,7 @@ impl Client {
     }
 
     /// The block status of several ranges, each answered on its own: the runs from its start on, which may end before or
-    /// after the range does, or the reason why there are none. With [`Settling::EachTime`], writes over other connections
+    /// after the range does, or the reason why there are none. With [`FlushBeforeStatus::Yes`], writes over other connections
     /// are made visible first.
     ///
     /// Each answer was given after the call began. A range starts and ends on [`Client::minimum_block`] or at the end
@@ -193,7 +193,7 @@ impl Client {
     pub fn block_status(
         &self,
         ranges: &[Range<Bytes>],
-        settling: Settling,
+        flush: FlushBeforeStatus,
     ) -> Vec<std::result::Result<Vec<Extent>, Failure>> {
         let fail = |failure: Failure| ranges.iter().map(|_| Err(failure.clone())).collect();
         if self.no_status().is_some() {
@@ -203,7 +203,7 @@ impl Client {
             return fail(Failure::Broken("the server did not tell its holes in time before".to_owned()));
         }
         let (begin, until) = (Instant::now(), self.deadline());
-        if settling == Settling::EachTime
+        if flush == FlushBeforeStatus::Yes
             && let Err(failure) = self.settle(until)
         {
             self.rest_after(begin, &failure);

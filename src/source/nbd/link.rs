@@ -72,7 +72,7 @@ impl Link {
         if !self.attribute.exists() {
             return Some("it was disconnected after it was mounted".to_owned());
         }
-        match self.log.news_of(self.device) {
+        match self.log.next_message_about(self.device) {
             Ok(None) => None,
             Ok(Some(message)) => Some(format!("the kernel said \"{message}\"")),
             Err(error) => Some(format!("cannot follow the kernel's log: {}", plain(&error))),

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::frame::Dialect;
 use super::proto::{Fields, Violation};
-use crate::map::{Extent, Kind};
+use crate::map::{Extent, ExtentKind};
 use crate::units::Bytes;
 
 /// `NBD_REPLY_FLAG_DONE`: the last chunk of its reply.
@@ -281,7 +281,7 @@ impl Covered {
 }
 
 /// Reads a block status chunk: length and kind of each extent, in order.
-fn extents(payload: &[u8], dialect: Dialect, context: u32) -> Result<Vec<(Bytes, Kind)>, Violation> {
+fn extents(payload: &[u8], dialect: Dialect, context: u32) -> Result<Vec<(Bytes, ExtentKind)>, Violation> {
     let mut fields = Fields::of(payload);
     if fields.u32() != Some(context) {
         return Err(Violation::new("answered for a metadata context that does not exist"));
@@ -302,7 +302,7 @@ fn extents(payload: &[u8], dialect: Dialect, context: u32) -> Result<Vec<(Bytes,
         let (Some(len @ 1..), Some(flags)) = (len, flags) else {
             return Err(Violation::new("sent an extent without a length"));
         };
-        extents.push((Bytes::new(len), if flags & STATE_ZERO != 0 { Kind::Hole } else { Kind::Data }));
+        extents.push((Bytes::new(len), if flags & STATE_ZERO != 0 { ExtentKind::Hole } else { ExtentKind::Data }));
     }
     Ok(extents)
 }
@@ -313,7 +313,7 @@ fn width(extended: bool) -> usize {
 }
 
 /// Lays extents out from the start of `asked`; only the last may go beyond its end, and none beyond `limit`.
-fn merge(extents: Vec<(Bytes, Kind)>, asked: &Range<Bytes>, limit: Bytes) -> Result<Vec<Extent>, Violation> {
+fn merge(extents: Vec<(Bytes, ExtentKind)>, asked: &Range<Bytes>, limit: Bytes) -> Result<Vec<Extent>, Violation> {
     let mut runs: Vec<Extent> = Vec::new();
     let mut at = asked.start;
     for (len, kind) in extents {

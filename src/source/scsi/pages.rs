@@ -1,21 +1,21 @@
-//! What SCSI disks answer: pure parsers of the few pages that tell where a disk has holes.
+//! Parsers of the data that SCSI disks return about their holes, without I/O.
 //!
 //! Formats from SPC-4 (INQUIRY, vital product data, sense data) and SBC-3 (READ CAPACITY(16), the Logical Block
-//! Provisioning page, GET LBA STATUS). All numbers are big-endian. A disk's answer is untrusted: every input gives a
-//! value or an error, and no value calls a block a hole unless the bytes say so beyond doubt.
+//! Provisioning page, GET LBA STATUS). All numbers are big-endian. The data is untrusted: every input gives a
+//! value or an error, and a block is a hole only if the bytes leave no doubt of it.
 
 use crate::error::{Error, Result};
-use crate::map::{Extent, Kind};
+use crate::map::{Extent, ExtentKind};
 use crate::units::Bytes;
 
-/// Vital product data page 00h: which pages there are.
+/// Vital product data page 00h: the list of the supported pages.
 pub const SUPPORTED_PAGES: u8 = 0x00;
 /// Vital product data page B2h: Logical Block Provisioning.
 pub const PROVISIONING_PAGE: u8 = 0xb2;
 
-/// A GET LBA STATUS answer's header, before the descriptors.
+/// The length of the header of GET LBA STATUS data, before the descriptors.
 const STATUS_HEADER: usize = 8;
-/// One LBA status descriptor.
+/// The length of an LBA status descriptor.
 const DESCRIPTOR: usize = 16;
 
 fn malformed(what: &str) -> Error {
@@ -38,9 +38,9 @@ fn be64(data: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_be_bytes(data.get(at..)?.first_chunk().copied()?))
 }
 
-/// What standard INQUIRY data says.
+/// Standard INQUIRY data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Identity {
+pub struct InquiryData {
     /// A direct-access device, connected: peripheral qualifier 0 and type 0.
     pub disk: bool,
     /// An ATA disk behind a translation (vendor `ATA`, SAT-3).
@@ -52,12 +52,12 @@ pub struct Identity {
 /// # Errors
 ///
 /// Data that ends before the vendor.
-pub fn identity(data: &[u8]) -> Result<Identity> {
+pub fn inquiry(data: &[u8]) -> Result<InquiryData> {
     let vendor = data.get(8..16).ok_or_else(|| malformed("INQUIRY data"))?;
-    Ok(Identity { disk: data[0] == 0, ata: vendor == b"ATA     " })
+    Ok(InquiryData { disk: data[0] == 0, ata: vendor == b"ATA     " })
 }
 
-/// What READ CAPACITY(16) says.
+/// READ CAPACITY(16) data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
     /// The length of the disk.
@@ -110,7 +110,7 @@ pub fn lists_page(data: &[u8], page: u8) -> Result<bool> {
     Ok(pages.contains(&page))
 }
 
-/// Whether page B2h promises that unmapped blocks read as zeros: LBPRZ is xx1b.
+/// Whether page B2h reports that unmapped blocks read as zeros: LBPRZ is xx1b.
 ///
 /// # Errors
 ///
@@ -121,61 +121,61 @@ pub fn provisioning_zeros(data: &[u8]) -> Result<bool> {
     flags.map(|flags| flags & 0x04 != 0).ok_or_else(|| malformed("VPD page B2h"))
 }
 
-/// What GET LBA STATUS said: runs one after the other from the block that was asked for, neighbours merged.
+/// GET LBA STATUS data: consecutive extents from the requested block on, neighbours of one kind merged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LbaStatus {
-    /// The runs; the first starts at the block that was asked for.
-    pub runs: Vec<Extent>,
-    /// What was wrong with the list after these runs.
+    /// The extents; the first starts at the requested block.
+    pub extents: Vec<Extent>,
+    /// Why the list cannot be used after these extents.
     pub fault: Option<&'static str>,
 }
 
-/// Reads a GET LBA STATUS answer for the block at `asked`, which is a multiple of the disk's `block` and below `len`.
+/// Reads the GET LBA STATUS data for the block at `start`, which is a multiple of the disk's `block` and below `len`.
 ///
-/// The list is believed up to the first descriptor that is out of place. A block counts as a hole only if its status is
-/// deallocated or anchored and the descriptor says nothing else of it.
-pub fn lba_status(data: &[u8], asked: Bytes, block: Bytes, len: Bytes) -> LbaStatus {
+/// The list is used up to the first descriptor that is out of place. A block is a hole only if its status is deallocated
+/// or anchored and the descriptor has no additional status.
+pub fn lba_status(data: &[u8], start: Bytes, block: Bytes, len: Bytes) -> LbaStatus {
     let mut status = LbaStatus::default();
     let descriptors = match descriptors(data) {
         Ok(descriptors) => descriptors,
         Err(fault) => return LbaStatus { fault: Some(fault), ..status },
     };
-    let mut next = asked;
+    let mut next = start;
     for descriptor in descriptors {
         if next >= len {
             break;
         }
-        let run = match run(descriptor, next, block) {
-            Ok(run) => Extent { end: run.end.min(len), kind: run.kind },
+        let extent = match extent(descriptor, next, block) {
+            Ok(extent) => Extent { end: extent.end.min(len), kind: extent.kind },
             Err(fault) => {
                 status.fault = Some(fault);
                 break;
             }
         };
-        next = run.end;
-        match status.runs.last_mut() {
-            Some(last) if last.kind == run.kind => last.end = run.end,
-            _ => status.runs.push(run),
+        next = extent.end;
+        match status.extents.last_mut() {
+            Some(last) if last.kind == extent.kind => last.end = extent.end,
+            _ => status.extents.push(extent),
         }
     }
     status
 }
 
-/// The whole descriptors of an answer, at least one.
+/// The complete descriptors of GET LBA STATUS data, at least one.
 fn descriptors(data: &[u8]) -> std::result::Result<impl Iterator<Item = &[u8; DESCRIPTOR]>, &'static str> {
     // The length in the header counts what follows it, whether or not the buffer held it all.
-    let told = be32(data, 0).ok_or("it is too short")?;
-    if told < 20 || told % 16 != 4 {
+    let listed = be32(data, 0).ok_or("it is too short")?;
+    if listed < 20 || listed % 16 != 4 {
         return Err("its length is not that of a descriptor list");
     }
-    let told = usize::try_from(told).unwrap_or(usize::MAX).saturating_add(4);
-    let list = data.get(STATUS_HEADER..told.min(data.len())).unwrap_or_default();
+    let listed = usize::try_from(listed).unwrap_or(usize::MAX).saturating_add(4);
+    let list = data.get(STATUS_HEADER..listed.min(data.len())).unwrap_or_default();
     let (whole, _cut_off) = list.as_chunks();
     if whole.is_empty() { Err("it has no descriptor") } else { Ok(whole.iter()) }
 }
 
-/// The run of one descriptor that must start at `start`.
-fn run(descriptor: &[u8; DESCRIPTOR], start: Bytes, block: Bytes) -> std::result::Result<Extent, &'static str> {
+/// The extent of one descriptor, which must start at `start`.
+fn extent(descriptor: &[u8; DESCRIPTOR], start: Bytes, block: Bytes) -> std::result::Result<Extent, &'static str> {
     let [l0, l1, l2, l3, l4, l5, l6, l7, n0, n1, n2, n3, status, additional, _, _] = *descriptor;
     let lba = u64::from_be_bytes([l0, l1, l2, l3, l4, l5, l6, l7]);
     let blocks = u64::from(u32::from_be_bytes([n0, n1, n2, n3]));
@@ -186,13 +186,13 @@ fn run(descriptor: &[u8; DESCRIPTOR], start: Bytes, block: Bytes) -> std::result
         return Err("a descriptor is empty");
     }
     let end = blocks.checked_mul(block.get()).and_then(|len| start.checked_add(Bytes::new(len)));
-    // Status 1 is deallocated and 2 is anchored. The upper half of the byte and the next one tell of blocks that
-    // cannot be read: whatever they say, such a block is not known to read as zeros.
-    let kind = if matches!(status, 1 | 2) && additional == 0 { Kind::Hole } else { Kind::Data };
+    // Status 1 is deallocated and 2 is anchored. The upper half of the byte and the next one are not zero
+    // for blocks that cannot be read; such a block is not known to read as zeros.
+    let kind = if matches!(status, 1 | 2) && additional == 0 { ExtentKind::Hole } else { ExtentKind::Data };
     Ok(Extent { end: end.ok_or("a descriptor goes beyond 64 bits")?, kind })
 }
 
-/// What sense data says.
+/// Sense data: why a command failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sense {
     /// The sense key.
@@ -202,12 +202,12 @@ pub struct Sense {
 }
 
 impl Sense {
-    /// Whether the device reports an event (UNIT ATTENTION) in place of doing the command, which can be sent again.
-    pub fn is_attention(self) -> bool {
+    /// Whether the device reports UNIT ATTENTION instead of executing the command, which can be sent again.
+    pub fn is_unit_attention(self) -> bool {
         self.key == 0x06
     }
 
-    /// Whether the device does not know the command (ILLEGAL REQUEST, INVALID COMMAND OPERATION CODE or INVALID FIELD).
+    /// Whether the device does not support the command (ILLEGAL REQUEST, INVALID COMMAND OPERATION CODE or INVALID FIELD).
     pub fn is_refusal(self) -> bool {
         self.key == 0x05 && matches!(self.code.0, 0x20 | 0x24)
     }

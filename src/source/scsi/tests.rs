@@ -1,10 +1,9 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use super::*;
-use crate::source::walks::Walk;
+use crate::map::HoleMap;
 use crate::sys::sg::Transfer;
 use crate::sys::sysfs::IoCounters;
 
@@ -12,21 +11,21 @@ const BLOCK: u64 = 512;
 const BLOCKS: u64 = 1000;
 const LEN: Bytes = Bytes::new(BLOCKS * BLOCK);
 
-/// A disk in memory: statuses of its blocks, and everything that a test can bend.
+/// A disk in memory: the statuses of its blocks, and how it answers commands.
 struct Disk {
     statuses: Mutex<Vec<u8>>,
-    /// Descriptors that an answer holds at most.
+    /// The number of descriptors of an answer, at most.
     descriptors: usize,
-    /// Blocks that a descriptor tells at most.
+    /// The number of blocks of a descriptor, at most.
     stride: usize,
     lbprz: u8,
     page_b2: bool,
     vendor: [u8; 8],
     /// READ CAPACITY(16) flags.
     flags: AtomicU64,
-    /// Commands that are answered with this sense key and code before they are done.
+    /// Sense keys and codes that answer the next commands, the last one first. The key FFh makes the command unsendable.
     sense: Mutex<Vec<(u8, u8)>>,
-    /// GET LBA STATUS commands that were received.
+    /// The number of GET LBA STATUS commands that were received.
     asked: AtomicUsize,
 }
 
@@ -85,9 +84,9 @@ impl Disk {
         [&(list.len() as u32 + 4).to_be_bytes()[..], &[0; 4], &list].concat()
     }
 
-    fn target(self: &Arc<Self>) -> Target {
+    fn device(self: &Arc<Self>) -> ScsiDevice {
         let disk = Arc::clone(self);
-        Target::new(move |cdb, data| {
+        ScsiDevice::new(move |cdb, data| {
             if let Some((key, code)) = disk.sense.lock().unwrap().pop() {
                 return match key {
                     0xff => Err(io::Error::from_raw_os_error(libc::EIO)),
@@ -101,8 +100,8 @@ impl Disk {
         })
     }
 
-    fn map(self: &Arc<Self>) -> Result<ScsiMap, Error> {
-        ScsiMap::new(self.target(), quiet(), LEN, Bytes::new(BLOCK))
+    fn map(self: &Arc<Self>) -> Result<LiveMap<LbaStatusSource>> {
+        map("disk", self.device(), quiet(), LEN, Bytes::new(BLOCK))
     }
 }
 
@@ -111,15 +110,15 @@ fn quiet() -> Counters {
     Box::new(|| Some(IoCounters::default()))
 }
 
-/// The whole map as (end in blocks, hole), neighbours merged.
-fn walk(map: &ScsiMap) -> Vec<(u64, bool)> {
+/// The whole map as pairs of end in blocks and whether it is a hole, neighbours merged.
+fn walk(map: &dyn HoleMap) -> Vec<(u64, bool)> {
     let mut runs: Vec<(u64, bool)> = Vec::new();
     let mut at = Bytes::ZERO;
     while at < map.len() {
         let run = map.extent_at(at);
         assert!(run.end > at && run.end <= map.len());
         at = run.end;
-        let (end, hole) = (run.end.get() / BLOCK, run.kind == Kind::Hole);
+        let (end, hole) = (run.end.get() / BLOCK, run.kind == ExtentKind::Hole);
         match runs.last_mut() {
             Some(last) if last.1 == hole => last.0 = end,
             _ => runs.push((end, hole)),
@@ -129,7 +128,7 @@ fn walk(map: &ScsiMap) -> Vec<(u64, bool)> {
 }
 
 #[test]
-fn the_map_is_the_disks_with_any_number_of_descriptors() {
+fn the_map_shows_the_statuses_with_any_number_of_descriptors() {
     for (descriptors, stride) in [(255, usize::MAX), (1, usize::MAX), (3, 7), (1, 1)] {
         let disk = Arc::new(Disk { descriptors, stride, ..Disk::default() });
         disk.set(100..200, 0);
@@ -142,37 +141,37 @@ fn the_map_is_the_disks_with_any_number_of_descriptors() {
         // In the middle of a block and of a run, and the last byte.
         assert_eq!(
             map.extent_at(Bytes::new(99 * BLOCK + 511)),
-            Extent { end: Bytes::new(100 * BLOCK), kind: Kind::Hole }
+            Extent { end: Bytes::new(100 * BLOCK), kind: ExtentKind::Hole }
         );
         assert_eq!(
             map.extent_at(Bytes::new(300 * BLOCK + 1)),
-            Extent { end: Bytes::new(301 * BLOCK), kind: Kind::Data }
+            Extent { end: Bytes::new(301 * BLOCK), kind: ExtentKind::Data }
         );
-        assert_eq!(map.extent_at(LEN.saturating_sub(Bytes::new(1))), Extent { end: LEN, kind: Kind::Data });
-        assert_eq!(map.extent_at(LEN), Extent { end: LEN.saturating_add(Bytes::new(1)), kind: Kind::Data });
+        assert_eq!(map.extent_at(LEN.saturating_sub(Bytes::new(1))), Extent { end: LEN, kind: ExtentKind::Data });
+        assert_eq!(map.extent_at(LEN), Extent { end: LEN.saturating_add(Bytes::new(1)), kind: ExtentKind::Data });
     }
 }
 
 #[test]
-fn a_hole_is_asked_again_and_data_is_not() {
+fn a_hole_is_queried_again_and_data_is_not() {
     let disk = Arc::new(Disk::default());
     disk.set(0..100, 0);
     let map = disk.map().unwrap();
     let hole = Bytes::new(500 * BLOCK);
-    assert_eq!(map.extent_at(hole).kind, Kind::Hole);
+    assert_eq!(map.extent_at(hole).kind, ExtentKind::Hole);
     // Another host writes; this one's counters do not move.
     disk.set(100..1000, 0);
-    assert_eq!(map.extent_at(hole).kind, Kind::Data);
+    assert_eq!(map.extent_at(hole).kind, ExtentKind::Data);
     let before = disk.asked.load(Ordering::Relaxed);
     for block in [0, 50, 99, 500, 999] {
-        assert_eq!(map.extent_at(Bytes::new(block * BLOCK)).kind, Kind::Data);
+        assert_eq!(map.extent_at(Bytes::new(block * BLOCK)).kind, ExtentKind::Data);
     }
-    assert_eq!(disk.asked.load(Ordering::Relaxed), before, "all of it was known");
+    assert_eq!(disk.asked.load(Ordering::Relaxed), before, "all of it is remembered");
     assert!(map.memory() > Bytes::ZERO);
 }
 
 #[test]
-fn no_promise_of_zeros_no_holes() {
+fn a_disk_that_does_not_report_zeros_has_no_holes() {
     for (what, disk) in [
         ("LBPME is 0", Disk { flags: AtomicU64::new(0x40), ..Disk::default() }),
         ("LBPRZ is 0", Disk { flags: AtomicU64::new(0x80), ..Disk::default() }),
@@ -195,18 +194,18 @@ fn no_promise_of_zeros_no_holes() {
 fn sizes_must_agree_with_the_kernels() {
     let disk = Arc::new(Disk::default());
     for (len, block) in [(LEN.get() - 512, 512), (LEN.get() + 512, 512), (LEN.get(), 4096)] {
-        assert!(ScsiMap::new(disk.target(), quiet(), Bytes::new(len), Bytes::new(block)).is_err(), "{len} {block}");
+        assert!(map("disk", disk.device(), quiet(), Bytes::new(len), Bytes::new(block)).is_err(), "{len} {block}");
     }
 }
 
 #[test]
-fn a_failed_command_is_the_last() {
+fn no_command_is_sent_after_a_failed_one() {
     for (sense, what) in [((5, 0x20), "does not support GET LBA STATUS"), ((0xff, 0), "cannot send GET LBA STATUS")] {
         let disk = Arc::new(Disk::default());
         let map = disk.map().unwrap();
         assert_eq!(map.dense_because(), None);
         disk.sense.lock().unwrap().push(sense);
-        assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+        assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
         let asked = disk.asked.load(Ordering::Relaxed);
         assert_eq!(walk(&map), [(1000, false)]);
         assert_eq!(disk.asked.load(Ordering::Relaxed), asked);
@@ -215,43 +214,42 @@ fn a_failed_command_is_the_last() {
 }
 
 #[test]
-fn after_an_event_the_promise_is_asked_again() {
+fn after_unit_attention_the_parameters_are_read_again() {
     let disk = Arc::new(Disk::default());
     let map = disk.map().unwrap();
     disk.sense.lock().unwrap().push((6, 0x2a));
-    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Hole });
+    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Hole });
     disk.sense.lock().unwrap().push((6, 0x2a));
     disk.flags.store(0x80, Ordering::Relaxed);
-    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
     assert!(map.dense_because().unwrap().to_string().contains("LBPRZ"));
 }
 
-/// The event went to another program's command.
+/// UNIT ATTENTION was the answer to a command of another program.
 #[test]
-fn a_promise_that_is_withdrawn_without_an_event_is_seen() {
+fn changed_parameters_are_seen_without_unit_attention() {
     let disk = Arc::new(Disk::default());
     let map = disk.map().unwrap();
-    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Hole });
+    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Hole });
     disk.flags.store(0x80, Ordering::Relaxed);
-    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+    assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
     assert!(map.dense_because().unwrap().to_string().contains("LBPRZ"));
 }
 
 #[test]
-fn a_walk_that_takes_too_long_is_data_for_a_while() {
+fn an_extent_that_takes_too_long_is_data_for_a_while() {
     let disk = Arc::new(Disk::default());
     let map = disk.map().unwrap();
     let at = Bytes::new(10 * BLOCK);
-    let hole = Extent { end: at, kind: Kind::Hole };
-    map.walks().put(Walk::default().on(hole, Duration::from_secs(3600)));
-    assert_eq!(map.extent_at(at).kind, Kind::Data);
-    assert_eq!(map.extent_at(at).kind, Kind::Data, "the same for who asks again");
-    assert_eq!(map.extent_at(Bytes::ZERO).kind, Kind::Hole);
+    map.spend_budget(at, ExtentKind::Hole);
+    assert_eq!(map.extent_at(at).kind, ExtentKind::Data);
+    assert_eq!(map.extent_at(at).kind, ExtentKind::Data, "the same for the next question");
+    assert_eq!(map.extent_at(Bytes::ZERO).kind, ExtentKind::Hole);
 }
 
 #[test]
-fn what_is_no_scsi_disk_is_dense() {
+fn a_file_that_is_no_scsi_disk_is_dense() {
     let layer = layer("null", Arc::new(File::open("/dev/null").unwrap()), LEN, Bytes::new(BLOCK));
     assert!(layer.map.dense_because().unwrap().to_string().contains("cannot send INQUIRY"));
-    assert_eq!(layer.map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: Kind::Data });
+    assert_eq!(layer.map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
 }

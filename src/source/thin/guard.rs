@@ -4,7 +4,7 @@ use std::io;
 
 use crate::source::{BlockDevice, Guard};
 use crate::sys::device::DeviceId;
-use crate::sys::iostats::Counting;
+use crate::sys::iostats::CompleteAccounting;
 use crate::sys::sysfs::{Activity, StatFile};
 
 /// Guards the counters of writes and discards of a thin device. As long as no write and no discard completes, no block
@@ -17,7 +17,7 @@ pub struct WriteGuard {
     id: DeviceId,
     stat: StatFile,
     seen: Activity,
-    counting: Counting,
+    counting: CompleteAccounting,
 }
 
 impl WriteGuard {
@@ -27,7 +27,7 @@ impl WriteGuard {
     /// When the device has no I/O counters, or it is not certain that they are enabled.
     pub fn new(device: &BlockDevice) -> io::Result<Self> {
         let stat = StatFile::open(device.id)?;
-        let counting = Counting::of(device.id)?;
+        let counting = CompleteAccounting::of(device.id)?;
         Ok(Self { id: device.id, seen: Activity::now(device.id, &stat)?, stat, counting })
     }
 }
@@ -35,7 +35,7 @@ impl WriteGuard {
 impl Guard for WriteGuard {
     fn unchanged(&self) -> bool {
         // The counters are read first: they are valid if counting was enabled until after that.
-        self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.goes_on()
+        self.seen.lasts(self.id, &self.stat).unwrap_or(false) && self.counting.holds()
     }
 
     fn is_of_content(&self) -> bool {

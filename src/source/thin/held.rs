@@ -10,7 +10,6 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -71,15 +70,6 @@ pub fn recover_once(wait: Duration) {
     RECOVERED.call_once(|| recover(wait));
 }
 
-/// Whether this process may take metadata snapshots.
-static ALLOWED: AtomicBool = AtomicBool::new(true);
-
-/// Lets this process take no metadata snapshot, and release none that a killed process left: for commands that must not
-/// change a pool.
-pub fn forbid() {
-    ALLOWED.store(false, Ordering::Relaxed);
-}
-
 fn recover(wait: Duration) {
     if fs::read_dir(DIRECTORY).is_ok_and(|mut entries| entries.next().is_some()) {
         match Keeper::start(&[]) {
@@ -121,15 +111,12 @@ pub struct MetadataSnapshot {
 }
 
 impl MetadataSnapshot {
-    /// Takes the metadata snapshot of `pool`, for which the pool commits. `None` when another process holds it, when it
-    /// takes longer than five seconds, and after [`forbid`].
+    /// Takes the metadata snapshot of `pool`, for which the pool commits. `None` when another process holds it, or it
+    /// takes longer than five seconds.
     ///
     /// # Errors
     /// When no keeper can be started, or the pool refuses: a pool that does not write its metadata does.
     pub fn reserve(control: &Control, pool: DeviceId) -> io::Result<Option<Self>> {
-        if !ALLOWED.load(Ordering::Relaxed) {
-            return Ok(None);
-        }
         // The keeper that recovers has the pool's record locked for a moment, so the next one waits for its end.
         recover_once(RELEASE_TIMEOUT);
         // A snapshot without a record was taken by another program.

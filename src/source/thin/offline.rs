@@ -22,7 +22,7 @@ use super::{MetaBlock, ThinId};
 use crate::error::{Error, Result};
 use crate::map::FillMap;
 use crate::sys::buffer::AlignedBuffer;
-use crate::sys::stamp::{Stamp, later_than_before};
+use crate::sys::stamp::{Stamp, increasing_now};
 use crate::sys::{block, device, file};
 use crate::units::Bytes;
 
@@ -142,7 +142,7 @@ impl OfflinePool {
         let metadata = Metadata::open(reader, MetaBlock::SUPERBLOCK)
             .map_err(|error| Error::failed("cannot read thin metadata").on(metadata_path).because(error))?;
         let data = Data::open(data_path).map_err(|error| failed(data_path, error))?;
-        let opened = later_than_before();
+        let opened = increasing_now();
         Ok(Self { metadata, metadata_path: metadata_path.to_owned(), metadata_file, stamp, data, opened })
     }
 

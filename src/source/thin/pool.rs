@@ -17,21 +17,21 @@ use std::time::{Duration, Instant};
 
 use log::debug;
 
+use super::MetaBlock;
 use super::error::{ThinError, ThinResult};
 use super::held::MetadataSnapshot;
 use super::metadata::{Metadata, read_superblock};
 use super::params::{self, Mode, PoolTable};
 use super::reader::MetadataReader;
-use super::shared_reads::{SharedReads, SharedReadsByPool};
-use super::{MetaBlock, ThinId};
+use super::shared_reads::{Maps, SharedReads, SharedReadsByPool, Wanted};
 use crate::error::plain;
 use crate::map::FillMap;
 use crate::reason::DenseReason;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::dm::{Commit, Control, Table};
-use crate::sys::iostats::Counting;
+use crate::sys::iostats::CompleteAccounting;
 use crate::sys::sysfs::{self, Activity, StatFile};
-use crate::units::{Bytes, Sectors};
+use crate::units::Sectors;
 
 /// The number of attempts before the metadata snapshot is taken.
 const FIRST_TRIES: usize = 3;
@@ -44,29 +44,12 @@ const THREADS: usize = 2;
 /// The size of a superblock in sectors, by which its read increases the counter of the metadata device.
 const SUPERBLOCK_SECTORS: u64 = 8;
 
-/// The reads of live pools that threads share.
-pub type Readers = SharedReadsByPool<Wanted, ThinResult<FillMap>>;
-
 /// A live pool.
 pub struct LivePool {
     control: Arc<Control>,
     id: DeviceId,
-    reads: Arc<SharedReads<Wanted, ThinResult<FillMap>>>,
+    reads: Arc<SharedReads>,
 }
-
-/// A request for the map of one thin device.
-#[derive(Clone, Copy, Debug)]
-pub struct Wanted {
-    /// The number of the device in the pool.
-    pub id: ThinId,
-    /// The length of the device.
-    pub len: Bytes,
-    /// The size of its mapped blocks, as its status reports it.
-    pub mapped: Sectors,
-}
-
-/// The results of one read, in the order of the requests. There may be fewer results than requests.
-type Maps = Vec<ThinResult<FillMap>>;
 
 /// The tables and the status of a pool. They are read again for each attempt, because metadata devices are replaced and
 /// extended while the pool is in use.
@@ -88,7 +71,7 @@ enum ReadAttempt {
 
 impl LivePool {
     /// The pool `id`.
-    pub fn new(control: Arc<Control>, id: DeviceId, readers: &Readers) -> Self {
+    pub fn new(control: Arc<Control>, id: DeviceId, readers: &SharedReadsByPool) -> Self {
         Self { control, id, reads: readers.of(id) }
     }
 
@@ -253,14 +236,14 @@ struct IdleDevice {
     id: DeviceId,
     stat: StatFile,
     seen: Activity,
-    counting: Counting,
+    counting: CompleteAccounting,
 }
 
 impl IdleDevice {
     /// `None` when a write is in flight, or it is not certain that all I/O is counted.
     fn new(id: DeviceId) -> io::Result<Option<Self>> {
         let stat = StatFile::open(id)?;
-        let counting = match Counting::of(id) {
+        let counting = match CompleteAccounting::of(id) {
             Ok(counting) => counting,
             Err(error) => {
                 debug!("cannot use the I/O counters of the metadata device {id}: {}", plain(&error));
@@ -275,6 +258,6 @@ impl IdleDevice {
     /// in the opposite order to [`IdleDevice::new`]: a write that is no longer in flight has been counted.
     fn is_still_idle(&self) -> io::Result<bool> {
         let idle = sysfs::writes_in_flight(self.id)? == 0;
-        Ok(idle && self.seen.lasts(self.id, &self.stat)? && self.counting.goes_on())
+        Ok(idle && self.seen.lasts(self.id, &self.stat)? && self.counting.holds())
     }
 }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::DataBlockSize;
 use super::guard::WriteGuard;
 use super::params::{self, Mapped, ThinTable};
-use super::pool::{LivePool, Wanted};
+use super::pool::LivePool;
+use super::shared_reads::Wanted;
 use super::single_activation::SingleActivationGuard;
-use crate::map::{Clip, Concat, FillMap, HoleMap, Kind, Overlay, Uniform};
+use crate::map::{Clip, Concat, ExtentKind, FillMap, HoleMap, Overlay, Uniform};
 use crate::reason::DenseReason;
 use crate::source::target::{TargetContext, TargetLayer};
 use crate::source::{Layer, LoadExtents, Resolver, StoredExtents};
@@ -75,7 +76,7 @@ fn over_origin(volume: Arc<StoredExtents>, origin: Arc<Layer>) -> Result<TargetL
     let len = volume.len();
     let shown = origin.len().min(len);
     let below = Clip { inner: origin.map.clone(), start: Bytes::ZERO, len: shown };
-    let rest = Uniform { len: len.saturating_sub(shown), kind: Kind::Data };
+    let rest = Uniform { len: len.saturating_sub(shown), kind: ExtentKind::Data };
     let below = Concat::new(vec![Arc::new(below), Arc::new(rest)]).ok_or("its length is out of range")?;
     let map = Overlay { layers: vec![volume, Arc::new(below)], len };
     Ok(TargetLayer::new("the mapping tree of its pool, and its external origin", map, vec![origin]))

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind;
 use blkholefs::source::nbd::Uri;
 use blkholefs::source::nbd::frame::{Dialect, HEAD, Head};
 use blkholefs::source::nbd::proto::{Greeting, Info, MAX_OPTION_REPLY, Opt, meta_context, option_reply};
@@ -107,7 +107,7 @@ fn reply(dialect: Dialect, status: bool, mut input: &[u8]) {
             let mut start = START;
             for run in runs {
                 assert!(
-                    run.kind == Kind::Data || is_zero(dialect, &extents, start..run.end.get()),
+                    run.kind == ExtentKind::Data || is_zero(dialect, &extents, start..run.end.get()),
                     "a hole from {start}"
                 );
                 start = run.end.get();

@@ -7,24 +7,24 @@
 
 use std::ops::Range;
 
-use blkholefs::map::Kind;
+use blkholefs::map::ExtentKind;
 use blkholefs::source::scsi::pages;
 use blkholefs::units::Bytes;
 
 pub fn run(input: &[u8]) {
     let Some(([shift, lba @ ..], data)) = input.split_first_chunk::<5>() else { return };
-    let _ = (pages::capacity(data), pages::identity(data), pages::sense(data));
+    let _ = (pages::capacity(data), pages::inquiry(data), pages::sense(data));
     let _ = (pages::lists_page(data, pages::PROVISIONING_PAGE), pages::provisioning_zeros(data));
     let block = Bytes::new(512 << (shift % 8));
     let asked = Bytes::new(u64::from(u32::from_le_bytes(*lba)) * block.get());
     for len in [asked.saturating_add(block), asked.saturating_add(Bytes::new(block.get() << 20)), Bytes::MAX] {
         let status = pages::lba_status(data, asked, block, len);
-        assert!(status.runs.len() <= data.len() / 16);
-        assert!(status.runs.windows(2).all(|pair| pair[0].kind != pair[1].kind && pair[0].end < pair[1].end));
-        assert!(status.runs.iter().all(|run| asked < run.end && run.end <= len));
+        assert!(status.extents.len() <= data.len() / 16);
+        assert!(status.extents.windows(2).all(|pair| pair[0].kind != pair[1].kind && pair[0].end < pair[1].end));
+        assert!(status.extents.iter().all(|run| asked < run.end && run.end <= len));
         let mut start = asked;
-        for run in status.runs {
-            assert!(run.kind == Kind::Data || is_deallocated(data, start..run.end, block), "a hole from {start}");
+        for run in status.extents {
+            assert!(run.kind == ExtentKind::Data || is_deallocated(data, start..run.end, block), "a hole from {start}");
             start = run.end;
         }
     }

@@ -44,7 +44,7 @@ fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> Result<Vec<u8>, Failure> {
     })
 }
 
-fn ask_status(chunks: &[Sent<'_>]) -> Result<Vec<(u64, Kind)>, Failure> {
+fn ask_status(chunks: &[Sent<'_>]) -> Result<Vec<(u64, ExtentKind)>, Failure> {
     let answer = Answer::status(bytes(4096, 16384), 9, Dialect::Structured, Bytes::new(20000));
     feed(answer, chunks).map(|content| match content {
         Content::Runs(runs) => runs.iter().map(|run| (run.end.get(), run.kind)).collect(),
@@ -116,11 +116,15 @@ fn a_hole_is_the_zero_bit_alone() {
     let done = |extents: &[(u32, u32)]| ask_status(&[status(FLAG_DONE, 9, extents)]);
     assert_eq!(
         done(&[(4096, 0), (1024, 1), (1024, 2), (2048, 3), (4096, 0)]),
-        Ok(vec![(9216, Kind::Data), (12288, Kind::Hole), (16384, Kind::Data)])
+        Ok(vec![(9216, ExtentKind::Data), (12288, ExtentKind::Hole), (16384, ExtentKind::Data)])
     );
-    assert_eq!(done(&[(512, 2)]), Ok(vec![(4608, Kind::Hole)]), "shorter than asked");
-    assert_eq!(done(&[(u32::MAX, 2)]), Ok(vec![(20000, Kind::Hole)]), "longer than asked, up to the end of the export");
-    assert_eq!(done(&[(12288, 0xffff_fffc)]), Ok(vec![(16384, Kind::Data)]), "bits of the future");
+    assert_eq!(done(&[(512, 2)]), Ok(vec![(4608, ExtentKind::Hole)]), "shorter than asked");
+    assert_eq!(
+        done(&[(u32::MAX, 2)]),
+        Ok(vec![(20000, ExtentKind::Hole)]),
+        "longer than asked, up to the end of the export"
+    );
+    assert_eq!(done(&[(12288, 0xffff_fffc)]), Ok(vec![(16384, ExtentKind::Data)]), "bits of the future");
 }
 
 #[test]
@@ -159,12 +163,15 @@ fn extended_headers() {
         answer.payload(chunk, &payload).map_err(Failure::Violation)?;
         answer.finish()
     };
-    let runs = |runs: &[(u64, Kind)]| {
+    let runs = |runs: &[(u64, ExtentKind)]| {
         Ok(Content::Runs(runs.iter().map(|&(end, kind)| Extent { end: Bytes::new(end), kind }).collect()))
     };
-    assert_eq!(ask(2, &[(1 << 39, 3), (1 << 39, 0)]), runs(&[(1 << 39, Kind::Hole), (1 << 40, Kind::Data)]));
-    assert_eq!(ask(1, &[(1 << 50, 2)]), runs(&[(1 << 41, Kind::Hole)]));
-    assert_eq!(ask(1, &[(1 << 39, (1 << 63) | 1)]), runs(&[(1 << 39, Kind::Data)]));
+    assert_eq!(
+        ask(2, &[(1 << 39, 3), (1 << 39, 0)]),
+        runs(&[(1 << 39, ExtentKind::Hole), (1 << 40, ExtentKind::Data)])
+    );
+    assert_eq!(ask(1, &[(1 << 50, 2)]), runs(&[(1 << 41, ExtentKind::Hole)]));
+    assert_eq!(ask(1, &[(1 << 39, (1 << 63) | 1)]), runs(&[(1 << 39, ExtentKind::Data)]));
     assert!(ask(3, &[(1 << 39, 3), (1 << 39, 0)]).is_err(), "count and length disagree");
     assert!(ask(2, &[(1, 0), (u64::MAX, 0)]).is_err(), "beyond 2^64");
     assert!(ask(1, &[(0, 0)]).is_err());

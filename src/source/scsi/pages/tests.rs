@@ -18,7 +18,10 @@ fn answer(descriptors: &[(u64, u32, u8)]) -> Vec<u8> {
 /// The runs as (end in blocks of 512, hole), and whether the list was at fault.
 fn read(data: &[u8], lba: u64) -> (Vec<(u64, bool)>, bool) {
     let status = lba_status(data, Bytes::new(lba * 512), BLOCK, LEN);
-    (status.runs.iter().map(|run| (run.end.get() / 512, run.kind == Kind::Hole)).collect(), status.fault.is_some())
+    (
+        status.extents.iter().map(|run| (run.end.get() / 512, run.kind == ExtentKind::Hole)).collect(),
+        status.fault.is_some(),
+    )
 }
 
 #[test]
@@ -96,7 +99,10 @@ fn blocks_of_4096_bytes_and_beyond_32_bits() {
     let status = lba_status(&data, Bytes::new(first * 4096), block, Bytes::MAX);
     let end = (first + u64::from(u32::MAX)) * 4096;
     let run = |end, kind| Extent { end: Bytes::new(end), kind };
-    assert_eq!(status, LbaStatus { runs: vec![run(end, Kind::Hole), run(end + 4096, Kind::Data)], fault: None });
+    assert_eq!(
+        status,
+        LbaStatus { extents: vec![run(end, ExtentKind::Hole), run(end + 4096, ExtentKind::Data)], fault: None }
+    );
 }
 
 #[test]
@@ -104,7 +110,7 @@ fn a_run_beyond_64_bits_is_at_fault() {
     let block = Bytes::new(1 << 31);
     let asked = Bytes::new(u64::MAX - (u64::MAX % (1 << 31)));
     let data = answer(&[(asked.get() >> 31, 1, 1)]);
-    assert_eq!(lba_status(&data, asked, block, Bytes::MAX).runs, []);
+    assert_eq!(lba_status(&data, asked, block, Bytes::MAX).extents, []);
 }
 
 fn capacity_data(last: u64, block: u32, flags: u8) -> [u8; 32] {
@@ -148,13 +154,13 @@ fn vital_product_data() {
 }
 
 #[test]
-fn identities() {
-    let inquiry = |first: u8, vendor: &[u8; 8]| [&[first, 0, 7, 2, 31, 0, 0, 0][..], vendor].concat();
-    let read = |first, vendor| identity(&inquiry(first, vendor)).unwrap();
-    assert_eq!(read(0, b"Linux   "), Identity { disk: true, ata: false });
-    assert_eq!(read(0, b"ATA     "), Identity { disk: true, ata: true });
-    assert_eq!(read(0x14, b"HGST    "), Identity { disk: false, ata: false });
-    assert!(identity(&inquiry(0, b"Linux   ")[..15]).is_err());
+fn inquiry_data() {
+    let data = |first: u8, vendor: &[u8; 8]| [&[first, 0, 7, 2, 31, 0, 0, 0][..], vendor].concat();
+    let read = |first, vendor| inquiry(&data(first, vendor)).unwrap();
+    assert_eq!(read(0, b"Linux   "), InquiryData { disk: true, ata: false });
+    assert_eq!(read(0, b"ATA     "), InquiryData { disk: true, ata: true });
+    assert_eq!(read(0x14, b"HGST    "), InquiryData { disk: false, ata: false });
+    assert!(inquiry(&data(0, b"Linux   ")[..15]).is_err());
 }
 
 #[test]
@@ -162,7 +168,7 @@ fn sense_formats() {
     let fixed = [0x70, 0, 0x06, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x29, 0x01];
     assert_eq!(sense(&fixed), Some(Sense { key: 6, code: (0x29, 1) }));
     assert_eq!(sense(&[0x72, 0x05, 0x20, 0, 0, 0, 0, 0]), Some(Sense { key: 5, code: (0x20, 0) }));
-    assert!(sense(&fixed).unwrap().is_attention());
+    assert!(sense(&fixed).unwrap().is_unit_attention());
     assert!(sense(&[0x72, 0x05, 0x24, 0]).unwrap().is_refusal());
     assert!(!sense(&[0x72, 0x03, 0x20, 0]).unwrap().is_refusal());
     assert_eq!(sense(&[0x70, 0, 3]), Some(Sense { key: 3, code: (0, 0) }));
@@ -175,16 +181,15 @@ fn sense_formats() {
 fn check_invariants(data: &[u8], asked: Bytes, block: Bytes, len: Bytes) {
     let status = lba_status(data, asked, block, len);
     let mut last = asked;
-    for pair in status.runs.windows(2) {
+    for pair in status.extents.windows(2) {
         assert_ne!(pair[0].kind, pair[1].kind);
     }
-    for run in &status.runs {
+    for run in &status.extents {
         assert!(run.end > last && run.end <= len);
         last = run.end;
     }
-    assert!(status.runs.len() <= data.len() / DESCRIPTOR);
-    let _ =
-        (capacity(data), lists_page(data, PROVISIONING_PAGE), provisioning_zeros(data), identity(data), sense(data));
+    assert!(status.extents.len() <= data.len() / DESCRIPTOR);
+    let _ = (capacity(data), lists_page(data, PROVISIONING_PAGE), provisioning_zeros(data), inquiry(data), sense(data));
 }
 
 #[test]

@@ -9,10 +9,8 @@ use std::sync::Arc;
 
 use log::error;
 
-use super::root::Root;
-use super::{FileKind, not_found};
+use super::{DeviceDirectory, Export, FileKind, HostNode, VolumeExport};
 use crate::error::{Error, Result};
-use crate::export::{self, Export, HostNode, VolumeExport};
 use crate::source::Context;
 use crate::source::nbd::{Beside, NbdExport, Uri};
 use crate::source::thin::ThinId;
@@ -34,7 +32,7 @@ pub enum Catalog {
         export_len: Bytes,
     },
     /// The block devices of a directory of the host.
-    Directory(Root),
+    Directory(DeviceDirectory),
     /// The volumes of a pool that is not active. The name of each file is the id of its volume.
     Pool(OfflinePools),
 }
@@ -102,7 +100,7 @@ impl Catalog {
         if kind.is_dir() {
             fs::read_dir(path).map_err(|error| failed("cannot read the directory", error))?;
             let file_system = DeviceId::from_dev(found.dev());
-            return Ok(Self::Directory(Root { path: path.to_owned(), file_system }));
+            return Ok(Self::Directory(DeviceDirectory { path: path.to_owned(), file_system }));
         }
         if !kind.is_block_device() && !kind.is_file() {
             return Err(Error::failed("is neither a block device, nor a regular file, nor a directory").on(path));
@@ -156,8 +154,8 @@ impl Catalog {
         match self {
             Self::File { source, name, .. } if path == Path::new(name) => source.clone().file(),
             Self::File { source, .. } if path.as_os_str().is_empty() => source.directory(),
-            Self::File { .. } => Err(not_found()),
-            Self::Directory(root) => match root.shown(path).ok_or_else(not_found)? {
+            Self::File { .. } => Err(Error::from_errno(libc::ENOENT)),
+            Self::Directory(root) => match root.shown(path).ok_or_else(|| Error::from_errno(libc::ENOENT))? {
                 FileKind::File => FileSource::Path(root.path.join(path)).file(),
                 FileKind::Directory => directory(&root.path.join(path)),
             },
@@ -165,7 +163,9 @@ impl Catalog {
             Self::Pool(pools) => {
                 let id = path.to_str().and_then(|name| name.parse().ok()).and_then(ThinId::new);
                 // There is one name for each volume: 01 is not a name of volume 1.
-                let id = id.filter(|id| Path::new(&id.to_string()) == path).ok_or_else(not_found)?;
+                let id = id
+                    .filter(|id| Path::new(&id.to_string()) == path)
+                    .ok_or_else(|| Error::from_errno(libc::ENOENT))?;
                 pools.open()?.volume(id)?;
                 FileSource::Volume(id).file()
             }
@@ -197,10 +197,10 @@ impl Catalog {
     /// When it cannot be opened for reading.
     pub fn open(&self, source: &FileSource) -> Result<Arc<dyn Export>> {
         match (self, source) {
-            (_, FileSource::Path(path)) => export::open(path),
+            (_, FileSource::Path(path)) => super::open(path),
             (_, FileSource::Export(export)) => Ok(Arc::new(export.open()?)),
             (Self::Pool(pools), FileSource::Volume(id)) => Ok(Arc::new(VolumeExport::new(pools.open()?.volume(*id)?))),
-            (_, FileSource::Volume(_)) => Err(not_found()),
+            (_, FileSource::Volume(_)) => Err(Error::from_errno(libc::ENOENT)),
         }
     }
 }
@@ -211,7 +211,7 @@ impl FileSource {
         match self {
             Self::Path(path) => parent(path),
             Self::Export(_) => directory(Path::new("/")),
-            Self::Volume(_) => Err(not_found()),
+            Self::Volume(_) => Err(Error::from_errno(libc::ENOENT)),
         }
     }
 
@@ -247,7 +247,7 @@ fn check_volumes(volumes: Vec<Found>) -> Result<()> {
 /// ENOENT only when it does not exist.
 fn node(path: &Path) -> Result<HostNode> {
     HostNode::at(path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => not_found(),
+        io::ErrorKind::NotFound => Error::from_errno(libc::ENOENT),
         _ => Error::failed("cannot stat").on(path).because(error),
     })
 }

@@ -14,10 +14,10 @@ mod connection;
 mod export;
 pub mod frame;
 mod link;
-mod map;
 mod pool;
 pub mod proto;
 pub mod reply;
+mod status;
 mod stream;
 mod tls;
 mod uri;
@@ -28,13 +28,16 @@ use std::sync::Arc;
 pub use beside::Beside;
 pub use client::Client;
 pub use export::NbdExport;
-pub use map::{NbdMap, Settling};
 pub use pool::Patience;
+pub use status::FlushBeforeStatus;
 pub use uri::{Tls, Transport, Uri};
 
+use self::link::LinkGuard;
+use self::status::ExportStatus;
+use crate::map::HoleMap;
+use crate::source::live::LiveMap;
 use crate::source::{BlockDevice, Layer, Resolver, dense};
 use crate::sys::device::DeviceId;
-use link::LinkGuard;
 
 /// What an export is called in a layer.
 const KIND: &str = "NBD export";
@@ -42,15 +45,20 @@ const KIND: &str = "NBD export";
 /// The layer of an export that is read through the same client.
 pub fn layer(client: Arc<Client>) -> Layer {
     // Where there are several connections the export is read-only; one connection sees its own state.
-    layer_with(client, Settling::Needless)
+    layer_with(client, FlushBeforeStatus::No)
 }
 
-fn layer_with(client: Arc<Client>, settling: Settling) -> Layer {
+/// The holes of an export. No query is sent yet.
+pub fn map(client: Arc<Client>, flush: FlushBeforeStatus) -> impl HoleMap + 'static {
+    LiveMap::new(ExportStatus { client, flush })
+}
+
+fn layer_with(client: Arc<Client>, flush: FlushBeforeStatus) -> Layer {
     Layer {
         name: client.uri().to_string(),
         kind: KIND.to_owned(),
         holes_from: client.holes_from(),
-        map: Arc::new(NbdMap::new(client, settling)),
+        map: Arc::new(map(client, flush)),
         below: Vec::new(),
     }
 }
@@ -109,5 +117,5 @@ fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc
                     (CAN_MULTI_CONN, with FLUSH or read-only)"
             .to_owned());
     }
-    Ok(Arc::new(layer_with(client, Settling::EachTime)))
+    Ok(Arc::new(layer_with(client, FlushBeforeStatus::Yes)))
 }

@@ -1,4 +1,4 @@
-//! The commands that a disk is asked, one at a time.
+//! The SCSI commands that a disk receives, and what becomes of each.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -10,16 +10,16 @@ use crate::error::{Error, Result};
 use crate::sys::sg::{self, Transfer};
 use crate::units::Bytes;
 
-/// The time a command may take: what the kernel's disk driver gives its own (`SD_TIMEOUT` of `drivers/scsi/sd.h`).
-/// Less would have a slow array's commands aborted and the device reset under whoever else uses it.
+/// The time that a command may take: that of the kernel's disk driver (`SD_TIMEOUT` of `drivers/scsi/sd.h`). With less, the
+/// kernel would abort the commands of a slow array and reset the device under its other users.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// How often a command is sent again because the device reports an event instead.
+/// How often a command is sent again because the device reports UNIT ATTENTION instead.
 const ATTEMPTS: u32 = 4;
-/// Room for vital product data and standard INQUIRY data: what any device may be asked for.
+/// Room for vital product data and standard INQUIRY data: a length that every device accepts.
 const INQUIRY_LEN: usize = 252;
-/// READ CAPACITY(16) data.
+/// The length of READ CAPACITY(16) data.
 const CAPACITY_LEN: usize = 32;
-/// A GET LBA STATUS answer of 255 descriptors. Devices may return fewer, and many return one.
+/// Room for a GET LBA STATUS answer of 255 descriptors. Devices may return fewer, and many return one.
 const STATUS_LEN: usize = 8 + 255 * 16;
 
 /// INQUIRY of SPC-4.
@@ -32,51 +32,50 @@ const GET_LBA_STATUS: u8 = 0x12;
 /// SCSI status GOOD.
 const GOOD: u8 = 0;
 
-type Send = dyn Fn(&[u8], &mut [u8]) -> io::Result<Transfer> + std::marker::Send + Sync;
+/// Sends a command descriptor block, and fills a buffer with the data that the device returns.
+type SendCommand = dyn Fn(&[u8], &mut [u8]) -> io::Result<Transfer> + Send + Sync;
 
-/// A SCSI logical unit that answers commands.
-pub(super) struct Target {
-    send: Box<Send>,
+/// A SCSI logical unit.
+pub(super) struct ScsiDevice {
+    send: Box<SendCommand>,
 }
 
 /// How a command failed.
 #[derive(Debug)]
-pub(super) enum Failure {
-    /// The device reports an event: what it said before may no longer hold.
-    Attention,
-    /// It does not know the command, or could not do it.
+pub(super) enum ScsiFailure {
+    /// The device reports UNIT ATTENTION: its parameters may have changed.
+    UnitAttention,
+    /// The device does not support the command, or could not execute it.
     Failed(Error),
 }
 
-impl Target {
-    /// The disk behind an open descriptor of the whole disk.
-    pub(super) fn disk(file: Arc<impl AsFd + std::marker::Send + Sync + 'static>) -> Self {
+impl ScsiDevice {
+    /// The disk with this open descriptor, of the whole disk.
+    pub(super) fn disk(file: Arc<impl AsFd + Send + Sync + 'static>) -> Self {
         Self::new(move |cdb, data| sg::command(file.as_fd(), cdb, data, TIMEOUT))
     }
 
-    /// Whatever answers `send`.
-    pub(super) fn new(
-        send: impl Fn(&[u8], &mut [u8]) -> io::Result<Transfer> + std::marker::Send + Sync + 'static,
-    ) -> Self {
+    /// A device that receives its commands through `send`.
+    pub(super) fn new(send: impl Fn(&[u8], &mut [u8]) -> io::Result<Transfer> + Send + Sync + 'static) -> Self {
         Self { send: Box::new(send) }
     }
 
-    /// Whether the disk promises, now, that blocks without an allocation read as zeros.
+    /// Checks that the disk reports, now, that blocks without storage read as zeros.
     ///
     /// # Errors
     ///
     /// The reason why its holes cannot be used.
-    pub(super) fn promise(&self, len: Bytes, block: Bytes) -> Result<()> {
-        let identity = pages::identity(&self.inquiry(None)?)?;
-        if !identity.disk {
+    pub(super) fn check_zeros(&self, len: Bytes, block: Bytes) -> Result<()> {
+        let inquiry = pages::inquiry(&self.inquiry(None)?)?;
+        if !inquiry.disk {
             return Err(Error::failed("not a direct-access SCSI disk"));
         }
-        if identity.ata {
+        if inquiry.ata {
             return Err(Error::failed(
-                "an ATA disk cannot be asked which blocks are trimmed (ATA has no command like GET LBA STATUS)",
+                "an ATA disk cannot report which blocks are trimmed (ATA has no command like GET LBA STATUS)",
             ));
         }
-        self.zeros(len, block)?;
+        self.check_capacity(len, block)?;
         let supported = self.inquiry(Some(pages::SUPPORTED_PAGES))?;
         if pages::lists_page(&supported, pages::PROVISIONING_PAGE)?
             && !pages::provisioning_zeros(&self.inquiry(Some(pages::PROVISIONING_PAGE))?)?
@@ -86,16 +85,17 @@ impl Target {
         Ok(())
     }
 
-    /// Whether READ CAPACITY(16) promises so, and has the length and blocks that the kernel has.
+    /// Checks that READ CAPACITY(16) reports zeros for blocks without storage, and the length and block size that the kernel
+    /// has.
     ///
     /// # Errors
     ///
     /// The reason why its holes cannot be used.
-    pub(super) fn zeros(&self, len: Bytes, block: Bytes) -> Result<()> {
-        let capacity = pages::capacity(&self.again("READ CAPACITY(16)", &read_capacity_cdb(), CAPACITY_LEN)?)?;
+    pub(super) fn check_capacity(&self, len: Bytes, block: Bytes) -> Result<()> {
+        let capacity = pages::capacity(&self.repeat("READ CAPACITY(16)", &read_capacity_cdb(), CAPACITY_LEN)?)?;
         if capacity.len != len || capacity.block != block {
             return Err(Error::failed(format!(
-                "the disk says {} bytes in blocks of {}, the kernel {len} in blocks of {block}",
+                "the disk reports {} bytes in blocks of {}, the kernel {len} in blocks of {block}",
                 capacity.len, capacity.block
             )));
         }
@@ -110,15 +110,20 @@ impl Target {
         Ok(())
     }
 
-    /// The status of the blocks from `asked` on, a multiple of `block`.
+    /// The status of the blocks from `start` on, a multiple of `block`.
     ///
     /// # Errors
     ///
-    /// [`Failure::Attention`] when the device's promise must be asked again before its holes are believed.
-    pub(super) fn status(&self, asked: Bytes, block: Bytes, len: Bytes) -> std::result::Result<LbaStatus, Failure> {
-        let lba = asked.get().checked_div(block.get()).unwrap_or(0);
+    /// [`ScsiFailure::UnitAttention`] when [`ScsiDevice::check_zeros`] is due before holes are used.
+    pub(super) fn lba_status(
+        &self,
+        start: Bytes,
+        block: Bytes,
+        len: Bytes,
+    ) -> std::result::Result<LbaStatus, ScsiFailure> {
+        let lba = start.get().checked_div(block.get()).unwrap_or(0);
         let data = self.once("GET LBA STATUS", &lba_status_cdb(lba), STATUS_LEN)?;
-        Ok(pages::lba_status(&data, asked, block, len))
+        Ok(pages::lba_status(&data, start, block, len))
     }
 
     fn inquiry(&self, page: Option<u8>) -> Result<Vec<u8>> {
@@ -126,30 +131,31 @@ impl Target {
             None => "INQUIRY".to_owned(),
             Some(page) => format!("INQUIRY of VPD page {page:02X}h"),
         };
-        self.again(&what, &inquiry_cdb(page), INQUIRY_LEN)
+        self.repeat(&what, &inquiry_cdb(page), INQUIRY_LEN)
     }
 
-    /// Sends a command again as long as the device reports events instead.
-    fn again(&self, what: &str, cdb: &[u8], room: usize) -> Result<Vec<u8>> {
+    /// Sends a command, again after each UNIT ATTENTION.
+    fn repeat(&self, what: &str, cdb: &[u8], room: usize) -> Result<Vec<u8>> {
         for _ in 0..ATTEMPTS {
             match self.once(what, cdb, room) {
-                Err(Failure::Attention) => {}
-                Err(Failure::Failed(error)) => return Err(error),
+                Err(ScsiFailure::UnitAttention) => {}
+                Err(ScsiFailure::Failed(error)) => return Err(error),
                 Ok(data) => return Ok(data),
             }
         }
-        Err(Error::failed(format!("{what} keeps being answered with UNIT ATTENTION")))
+        Err(Error::failed(format!("the disk answers {what} with UNIT ATTENTION again and again")))
     }
 
-    fn once(&self, what: &str, cdb: &[u8], room: usize) -> std::result::Result<Vec<u8>, Failure> {
-        let failed = |error: Error| Failure::Failed(error);
+    /// Sends a command once.
+    fn once(&self, what: &str, cdb: &[u8], room: usize) -> std::result::Result<Vec<u8>, ScsiFailure> {
+        let failed = |error: Error| ScsiFailure::Failed(error);
         let mut data = vec![0; room];
         let transfer = (self.send)(cdb, &mut data)
             .map_err(|source| failed(Error::failed(format!("cannot send {what}")).because(source)))?;
         if transfer.status != GOOD {
             let sense = pages::sense(&transfer.sense);
             return Err(match sense {
-                Some(sense) if sense.is_attention() => Failure::Attention,
+                Some(sense) if sense.is_unit_attention() => ScsiFailure::UnitAttention,
                 Some(sense) if sense.is_refusal() => failed(Error::failed(format!("the disk does not support {what}"))),
                 Some(sense) => failed(Error::failed(format!(
                     "{what} failed with sense key {:X}h, code {:02X}h/{:02X}h",
@@ -174,7 +180,7 @@ fn read_capacity_cdb() -> [u8; 16] {
     cdb
 }
 
-/// Report type 0: all blocks, whatever their status.
+/// Report type 0: blocks of every status.
 fn lba_status_cdb(lba: u64) -> [u8; 16] {
     let mut cdb = [0; 16];
     cdb[..2].copy_from_slice(&[SERVICE_ACTION_IN_16, GET_LBA_STATUS]);

@@ -1,11 +1,11 @@
-//! Sources: each turns one kind of device into a [`HoleMap`].
+//! Sources: each finds the extents of one kind of device.
 //!
-//! [`Resolver::device`] is the one factory. It looks at what the device is, asks that source for a [`Layer`], and the
-//! source asks the resolver for the layers below it. The result is a [`Stack`]: the map of the whole device, the tree of
-//! layers that explains it, the [`Guard`]s that tell how long it may be believed, and the devices whose dirty pages
-//! must be written back before it is believed.
+//! [`Stack::of_device`] resolves a device. It finds the source for the kind of device in `table.rs`, and the source gives
+//! a [`Layer`]. A source calls [`Resolver::device`] for the layers of the devices below. The result is a [`Stack`]: the
+//! layers, the [`Guard`]s that detect changes, and the devices whose dirty pages must be written back. Resolving reads
+//! tables, attributes and status lines. [`Stack::load`] then reads the extents that are stored in metadata.
 //!
-//! A source never fails: what it cannot know becomes a [`dense`] layer with the reason.
+//! A source never fails: a device whose holes cannot be known is a [`dense`] layer with the reason.
 //!
 //! | device | source | holes come from |
 //! |---|---|---|
@@ -16,16 +16,17 @@
 //! | md array | [`md`] | its legs, where the level and the state allow |
 //! | SCSI disk | [`scsi`] | GET LBA STATUS, where the disk promises zeros |
 //! | export of an NBD server | [`nbd`] | block status (base:allocation) |
-//! | anything else | [`dense`] | nowhere |
+//! | anything else | [`dense`] | none |
 
 pub mod dense;
 pub mod device;
 pub mod dm;
 pub mod file;
-mod known;
+mod live;
 pub mod loop_device;
 pub mod md;
 pub mod nbd;
+mod nvme;
 pub mod partition;
 mod resolve;
 pub mod scsi;
@@ -34,7 +35,6 @@ mod stored;
 mod table;
 mod target;
 pub mod thin;
-mod walks;
 
 pub use device::BlockDevice;
 pub use resolve::{Context, Resolver};
@@ -47,17 +47,17 @@ use std::sync::Arc;
 use crate::map::HoleMap;
 use crate::units::Bytes;
 
-/// One device of a stack, and what it stands on.
+/// One device or file of a stack.
 pub struct Layer {
-    /// The device's name for people: `/dev/loop0`, `vg-thin`, `/srv/disk.img`.
+    /// The name for people: `/dev/loop0`, `vg-thin`, `/srv/disk.img`.
     pub name: String,
-    /// What it is: `loop`, `partition`, `dm-linear`, `file`.
+    /// The kind of device: `loop`, `partition`, `dm-linear`, `file`.
     pub kind: String,
     /// Where its holes come from, in a few words: `SEEK_HOLE on the backing file`.
     pub holes_from: String,
-    /// Its holes.
+    /// Its extents, or all data until they are loaded.
     pub map: Arc<dyn HoleMap>,
-    /// The layers that it stands on, in table order.
+    /// The layers of the devices and files that it maps to, in the order of its table.
     pub below: Vec<Arc<Layer>>,
 }
 
@@ -73,19 +73,20 @@ impl Layer {
     }
 }
 
-/// Tells whether a map may still be believed.
+/// Detects changes of what extents depend on.
 ///
-/// A guard is made before the map is read, and remembers what it saw. As long as it is unchanged, no write that
-/// completed and no change of the stack happened since, so the map is as true as when it was made.
+/// A guard is made before the extents are read, and stores the state that it finds. As long as it finds the same state, no
+/// write has completed and no layer has changed since, so the extents are as true as when they were read.
 pub trait Guard: Send + Sync {
-    /// Whether nothing happened since the guard was made. Any doubt, such as a device that no longer answers, is `false`.
+    /// Whether nothing has changed since the guard was made. In any doubt, such as a device that no longer answers, the
+    /// result is `false`.
     fn unchanged(&self) -> bool;
 
-    /// Whether it guards what is stored, as I/O counters do, and not how the stack is built.
+    /// Whether it guards the stored data, as I/O counters do, and not how the stack is built.
     fn is_of_content(&self) -> bool {
         false
     }
 
-    /// Adds what tells this state of what it guards from any other, for the times of the file that shows it.
+    /// Adds the guarded state to a hash, from which the times of a file are derived.
     fn trace(&self, _trace: &mut dyn Hasher) {}
 }

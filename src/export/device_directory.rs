@@ -17,20 +17,20 @@ use std::path::{Path, PathBuf};
 use super::FileKind;
 use crate::error::{Error, Result};
 use crate::sys::device::DeviceId;
-use crate::sys::statx::{self, Kind, Links};
+use crate::sys::statx::{self, Links, PathInfo};
 
 /// A directory of devices.
 #[derive(Clone, Debug)]
-pub struct Root {
+pub struct DeviceDirectory {
     /// Its path on the host.
     pub path: PathBuf,
     /// The file system that it was on at the mount.
     pub file_system: DeviceId,
 }
 
-impl Root {
+impl DeviceDirectory {
     /// How the entry `path`, relative to this directory, is shown. `None` when it is not shown.
-    pub(super) fn shown(&self, path: &Path) -> Option<FileKind> {
+    pub fn shown(&self, path: &Path) -> Option<FileKind> {
         if path.as_os_str().is_empty() {
             return self.is_shown_directory(path).then_some(FileKind::Directory);
         }
@@ -42,7 +42,7 @@ impl Root {
     ///
     /// # Errors
     /// As readdir(3); ENOENT for a directory that is not shown.
-    pub(super) fn entries(&self, path: &Path) -> Result<Vec<(OsString, FileKind)>> {
+    pub fn entries(&self, path: &Path) -> Result<Vec<(OsString, FileKind)>> {
         let directory = self.path.join(path);
         let failed = |error: io::Error| Error::failed("cannot read the directory").on(&directory).because(error);
         if !self.is_shown_directory(path) {
@@ -61,7 +61,7 @@ impl Root {
     /// How the entry of a directory that is shown is shown itself.
     fn kind_of_entry(&self, path: &Path) -> Option<FileKind> {
         let path = self.path.join(path);
-        let own = statx::kind(&path, Links::Own).ok()?;
+        let own = statx::path_info(&path, Links::Own).ok()?;
         match own.file_type {
             libc::S_IFBLK => Some(FileKind::File),
             libc::S_IFDIR => self.is_on_file_system(own).then_some(FileKind::Directory),
@@ -74,16 +74,16 @@ impl Root {
     /// are checked from the top down, so that no lookup passes through another file system.
     fn is_shown_directory(&self, path: &Path) -> bool {
         // The SPEC itself may be a symbolic link.
-        let root = statx::kind(&self.path, Links::Follow);
+        let root = statx::path_info(&self.path, Links::Follow);
         let mut below = path.ancestors().filter(|path| !path.as_os_str().is_empty()).collect::<Vec<_>>();
         below.reverse();
-        let is_shown = |kind: io::Result<Kind>| {
+        let is_shown = |kind: io::Result<PathInfo>| {
             kind.is_ok_and(|kind| kind.file_type == libc::S_IFDIR && self.is_on_file_system(kind))
         };
-        is_shown(root) && below.into_iter().all(|path| is_shown(statx::kind(&self.path.join(path), Links::Own)))
+        is_shown(root) && below.into_iter().all(|path| is_shown(statx::path_info(&self.path.join(path), Links::Own)))
     }
 
-    fn is_on_file_system(&self, kind: Kind) -> bool {
+    fn is_on_file_system(&self, kind: PathInfo) -> bool {
         kind.device == self.file_system
     }
 }

@@ -1,4 +1,4 @@
-//! The kernel's side: ioctls, sysfs and file calls as safe functions. The only unsafe code of the program is here.
+//! System calls, ioctls, sysfs and /proc as safe functions. All unsafe code of the program is in this module.
 
 pub mod acl;
 pub mod block;

@@ -1,0 +1,209 @@
+//! Hole maps: which ranges of a device are proven to read as zeros.
+//!
+//! This module knows no devices. Each source in [`crate::source`] makes the map of one device or image. The types here
+//! compose such maps the same way as the devices are stacked, and [`view`] computes the answers of lseek(2) from a map.
+
+mod compose;
+mod fill;
+#[cfg(test)]
+mod model;
+mod stripe;
+#[cfg(test)]
+mod tests;
+pub mod view;
+
+pub use compose::{Clip, Concat, Overlay, Uniform};
+pub use fill::{Block, FillBuilder, FillMap, Filler};
+pub use stripe::{Stripe, Unstripe};
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Once;
+
+use crate::reason::DenseReason;
+use crate::units::Bytes;
+
+/// What an extent holds. There is one kind of data and there are several kinds of holes.
+///
+/// A range of any kind of hole reads as zeros from the file that the map is of. lseek(2) does not distinguish between the
+/// kinds of holes; the printed map does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExtentKind {
+    /// Bytes that must be read. This is always a correct answer.
+    Data,
+    /// A hole: the range is proven to read as zeros now.
+    Hole,
+    /// A hole in a file that shows only what changed since a snapshot: the range has not changed.
+    Unchanged,
+    /// A hole in a file that shows only the used space of a device: the range is free space.
+    Free,
+}
+
+impl ExtentKind {
+    /// Whether the range must be read.
+    pub const fn is_data(self) -> bool {
+        matches!(self, Self::Data)
+    }
+
+    /// Whether the range is proven to read as zeros.
+    pub const fn is_hole(self) -> bool {
+        !self.is_data()
+    }
+
+    /// The kind of a range in which both kinds occur, or of which two layers have these kinds: data if either is data, and
+    /// a plain hole for two different kinds of holes.
+    const fn combined_with(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Data, _) | (_, Self::Data) => Self::Data,
+            (Self::Unchanged, Self::Unchanged) => Self::Unchanged,
+            (Self::Free, Self::Free) => Self::Free,
+            (Self::Hole | Self::Unchanged | Self::Free, _) => Self::Hole,
+        }
+    }
+}
+
+/// A range of one kind. It begins at the offset that was passed to [`HoleMap::extent_at`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The first byte after the range.
+    pub end: Bytes,
+    /// What the range holds.
+    pub kind: ExtentKind,
+}
+
+impl Extent {
+    /// The answer for an offset at or beyond the end of the device: one byte of data.
+    pub fn outside(offset: Bytes) -> Self {
+        Self { end: offset.saturating_add(Bytes::new(1)), kind: ExtentKind::Data }
+    }
+}
+
+/// The data and holes of a device.
+///
+/// No method fails. A range about which a map has no information is data, and the source logs why.
+pub trait HoleMap: Send + Sync {
+    /// The length of the device.
+    fn len(&self) -> Bytes;
+
+    /// Whether the device has no bytes at all.
+    fn is_empty(&self) -> bool {
+        self.len() == Bytes::ZERO
+    }
+
+    /// The extent from `offset` on, with `offset < end <= len`.
+    ///
+    /// It need not be maximal: the next extent may be of the same kind. For an `offset` that is not below
+    /// [`HoleMap::len`] the answer is [`Extent::outside`] or longer data, so that a loop over extents always advances.
+    fn extent_at(&self, offset: Bytes) -> Extent;
+
+    /// The first byte of data at or after `offset`, or the length if there is none.
+    ///
+    /// A map implements this, or [`HoleMap::next_hole`], where it finds the answer faster than extent by extent.
+    fn next_data(&self, offset: Bytes) -> Bytes {
+        next_data_by_extents(self, offset)
+    }
+
+    /// The first hole at or after `offset`, of any kind. The hole may continue after the end of the returned range.
+    fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        next_hole_by_extents(self, offset)
+    }
+
+    /// Bytes of data within `range`, which must lie within the map. `None` where the map cannot count them faster than
+    /// extent by extent.
+    ///
+    /// Holes are rounded inwards to `unit` bytes, as in [`view`]: the parts that are rounded off count as data.
+    fn count_data(&self, _range: &Range<Bytes>, _unit: Bytes) -> Option<Bytes> {
+        None
+    }
+
+    /// Bytes of data of the whole device. `None` where that takes a walk over the map.
+    fn allocated(&self) -> Option<Bytes> {
+        None
+    }
+
+    /// Whether there is a hole of 4096 bytes or more. `None` where that takes a walk over the map.
+    fn is_sparse(&self) -> Option<bool> {
+        None
+    }
+
+    /// Why the map can find no holes at all, if so. Some maps know it only after the first [`HoleMap::extent_at`].
+    fn dense_because(&self) -> Option<DenseReason> {
+        None
+    }
+
+    /// The memory that the map occupies, which counts towards the limit of all maps of a mount.
+    fn memory(&self) -> Bytes {
+        Bytes::ZERO
+    }
+}
+
+/// [`HoleMap::extent_at`] with a check of the answer. An extent that does not advance or that ends beyond the device is
+/// replaced by data up to the end of the device. At and beyond the end of the map there is data without end.
+fn checked_extent(map: &dyn HoleMap, offset: Bytes) -> Extent {
+    let len = map.len();
+    if offset >= len {
+        return Extent { end: Bytes::MAX, kind: ExtentKind::Data };
+    }
+    valid_or_data(map.extent_at(offset), offset, len)
+}
+
+/// `extent` if it keeps the contract of [`HoleMap::extent_at`], else data up to the end of the device.
+fn valid_or_data(extent: Extent, offset: Bytes, len: Bytes) -> Extent {
+    if offset < extent.end && extent.end <= len {
+        return extent;
+    }
+    warn_of_invalid(&extent, offset, len);
+    Extent { end: len, kind: ExtentKind::Data }
+}
+
+/// The default of [`HoleMap::next_data`], which goes from extent to extent.
+pub fn next_data_by_extents<M: HoleMap + ?Sized>(map: &M, offset: Bytes) -> Bytes {
+    let mut at = offset;
+    while at < map.len() {
+        let extent = valid_or_data(map.extent_at(at), at, map.len());
+        if extent.kind.is_data() {
+            return at;
+        }
+        at = extent.end;
+    }
+    map.len()
+}
+
+/// The default of [`HoleMap::next_hole`], which goes from extent to extent.
+pub fn next_hole_by_extents<M: HoleMap + ?Sized>(map: &M, offset: Bytes) -> Option<Range<Bytes>> {
+    let mut at = offset;
+    while at < map.len() {
+        let extent = valid_or_data(map.extent_at(at), at, map.len());
+        if extent.kind.is_hole() {
+            return Some(at..extent.end);
+        }
+        at = extent.end;
+    }
+    None
+}
+
+/// [`HoleMap::next_data`] from an `offset` below the length. An answer out of bounds is replaced by data at `offset`.
+fn checked_next_data(map: &dyn HoleMap, offset: Bytes) -> Bytes {
+    let data = map.next_data(offset);
+    if offset <= data && data <= map.len() {
+        return data;
+    }
+    warn_of_invalid(&data, offset, map.len());
+    offset
+}
+
+/// [`HoleMap::next_hole`] from an `offset` below the length. An answer out of bounds counts as no hole.
+fn checked_next_hole(map: &dyn HoleMap, offset: Bytes) -> Option<Range<Bytes>> {
+    let hole = map.next_hole(offset).filter(|_| offset < map.len())?;
+    if offset <= hole.start && hole.start < hole.end && hole.end <= map.len() {
+        return Some(hole);
+    }
+    warn_of_invalid(&hole, offset, map.len());
+    None
+}
+
+/// Logs, once for all maps, that a map returned something invalid.
+fn warn_of_invalid(answer: &dyn Debug, offset: Bytes, len: Bytes) {
+    static WARNED: Once = Once::new();
+    WARNED.call_once(|| log::warn!("a hole map returned {answer:?} at {offset} of {len}: used as data"));
+}

@@ -1,0 +1,107 @@
+//! A chunk: one bit for each of 32 768 neighbouring blocks.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Words of 64 blocks in a chunk: 512 words of 8 bytes are one page.
+pub(super) const WORDS: usize = 512;
+/// Words of summary in a chunk, which has one bit per word.
+const SUMMARY: usize = WORDS / 64;
+/// Blocks in a chunk.
+pub(super) const CHUNK: u64 = 64 * WORDS as u64;
+
+/// A chunk in which blocks are being marked, by any number of threads at once.
+pub(super) struct ChunkBuilder([AtomicU64; WORDS]);
+
+impl ChunkBuilder {
+    /// A chunk without mapped blocks.
+    pub(super) fn new() -> Self {
+        Self([const { AtomicU64::new(0) }; WORDS])
+    }
+
+    /// Marks those blocks of `word` whose bits are set in `bits`.
+    pub(super) fn set(&self, word: usize, bits: u64) {
+        if bits == u64::MAX {
+            // A plain store is enough: it sets every bit that another thread may have set.
+            self.0[word].store(bits, Relaxed);
+        } else {
+            self.0[word].fetch_or(bits, Relaxed);
+        }
+    }
+
+    /// The finished chunk.
+    pub(super) fn finish(&self) -> Box<MixedChunk> {
+        let mut chunk = Box::new(MixedChunk { words: [0; WORDS], any: [0; SUMMARY], all: [0; SUMMARY] });
+        for (at, word) in self.0.iter().enumerate() {
+            let word = word.load(Relaxed);
+            chunk.words[at] = word;
+            chunk.any[at / 64] |= u64::from(word != 0) << (at % 64);
+            chunk.all[at / 64] |= u64::from(word == u64::MAX) << (at % 64);
+        }
+        chunk
+    }
+}
+
+/// A finished chunk, in which some blocks are mapped and others are not.
+pub(super) struct MixedChunk {
+    /// One bit per block: it is mapped.
+    words: [u64; WORDS],
+    /// One bit per word: at least one of its blocks is mapped.
+    any: [u64; SUMMARY],
+    /// One bit per word: all of its blocks are mapped.
+    all: [u64; SUMMARY],
+}
+
+impl MixedChunk {
+    /// Whether all blocks are mapped, so that the chunk need not be stored.
+    pub(super) fn is_full(&self) -> bool {
+        self.all == [u64::MAX; SUMMARY]
+    }
+
+    /// How many of the blocks in `range`, counted from the start of the chunk, are mapped.
+    pub(super) fn count_mapped(&self, range: &Range<u64>) -> u64 {
+        let words = self.words.iter().zip((0..).step_by(64));
+        words.map(|(word, at)| u64::from((word & bits_within(at, range)).count_ones())).sum()
+    }
+
+    /// The first mapped block of the chunk at or after `from`.
+    pub(super) fn next_mapped(&self, from: usize) -> Option<usize> {
+        let word = from / 64;
+        match self.words[word] & (u64::MAX << (from % 64)) {
+            0 => next_bit(&self.any, word + 1, 0).map(|word| word * 64 + self.words[word].trailing_zeros() as usize),
+            bits => Some(word * 64 + bits.trailing_zeros() as usize),
+        }
+    }
+
+    /// The first block of the chunk at or after `from` that is not mapped.
+    pub(super) fn next_unmapped(&self, from: usize) -> Option<usize> {
+        let word = from / 64;
+        match !self.words[word] & (u64::MAX << (from % 64)) {
+            0 => next_bit(&self.all, word + 1, u64::MAX)
+                .map(|word| word * 64 + self.words[word].trailing_ones() as usize),
+            bits => Some(word * 64 + bits.trailing_zeros() as usize),
+        }
+    }
+}
+
+/// The index of the first bit at or after `from` that is set in `bits` XOR `invert`, where `invert` is applied to each word.
+fn next_bit(bits: &[u64; SUMMARY], from: usize, invert: u64) -> Option<usize> {
+    let mut mask = u64::MAX << (from % 64);
+    for (at, word) in bits.iter().enumerate().skip(from / 64) {
+        let found = (word ^ invert) & mask;
+        if found != 0 {
+            return Some(at * 64 + found.trailing_zeros() as usize);
+        }
+        mask = u64::MAX;
+    }
+    None
+}
+
+/// The bits of those blocks that are in `range`, in the word whose first block is `at`.
+fn bits_within(at: u64, range: &Range<u64>) -> u64 {
+    let below = |limit: u64| match limit.saturating_sub(at) {
+        count @ 0..64 => (1 << count) - 1,
+        _ => u64::MAX,
+    };
+    below(range.end) & !below(range.start)
+}

@@ -1,0 +1,231 @@
+//! Hole maps of devices that other hosts may write to: SCSI disks and NBD exports.
+//!
+//! Such a device has no change counter that covers all its writers. So every hole comes from an answer to a query that
+//! was sent after the question arrived, and no hole is remembered. Data is always a correct answer: it is remembered
+//! for a short time ([`remembered`]), and it is the answer where a query fails or takes too long ([`budget`]).
+
+mod budget;
+mod remembered;
+mod window;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use self::budget::Budgets;
+use self::remembered::RememberedData;
+use self::window::{ENOUGH_EXTENTS, QueryWindow};
+use crate::error::Error;
+use crate::map::{Extent, ExtentKind, HoleMap};
+use crate::reason::DenseReason;
+use crate::sys::sysfs::IoCounters;
+use crate::units::Bytes;
+
+/// A device that is queried for its extents at each question.
+pub(super) trait LiveSource: Send + Sync {
+    /// The device in log messages.
+    fn name(&self) -> String;
+
+    /// The length of the device.
+    fn len(&self) -> Bytes;
+
+    /// The alignment of queries, a power of two.
+    fn block(&self) -> Bytes;
+
+    /// The longest range of one query, a multiple of every possible block size. `None` where a query has only a start and
+    /// the device decides how far its answer reaches.
+    fn longest_query(&self) -> Option<Bytes>;
+
+    /// Consecutive extents from the start of the first range on, as the device reports them now.
+    ///
+    /// The ranges are adjacent; each begins on a block and ends on a block or at the end of the device. The extents may end
+    /// before the last range or after it. Without any extent, everything from the start on is data.
+    ///
+    /// # Errors
+    ///
+    /// The query failed. Where no later query is worth sending, [`LiveSource::unusable`] gives the reason from now on.
+    fn extents(&self, ranges: &[Range<Bytes>]) -> Result<Vec<Extent>, QueryError>;
+
+    /// Why the device has no usable extents. It is not queried any more then, and all of it is data.
+    fn unusable(&self) -> Option<DenseReason>;
+
+    /// Counters of the writes and discards of this host; remembered data is dropped when they change. Nothing is remembered
+    /// while they cannot be read (`None`).
+    fn counters(&self) -> Option<IoCounters>;
+}
+
+/// A query that failed: what is data in place of its answer.
+pub(super) enum QueryError {
+    /// The ranges of the query. The device may answer queries about other ranges.
+    Ranges(Error),
+    /// Everything from the start of the query to the end of the device.
+    Device(Error),
+}
+
+/// The holes of a device that is queried at each question.
+pub(super) struct LiveMap<S> {
+    source: S,
+    window: QueryWindow,
+    remembered: Mutex<RememberedData>,
+    budgets: Mutex<Budgets>,
+    /// The last query failed. The first failure of several in a row is logged.
+    failing: AtomicBool,
+}
+
+impl<S: LiveSource> LiveMap<S> {
+    /// The map of a device. It sends no query yet.
+    pub(super) fn new(source: S) -> Self {
+        Self {
+            source,
+            window: QueryWindow::default(),
+            remembered: Mutex::default(),
+            budgets: Mutex::default(),
+            failing: AtomicBool::new(false),
+        }
+    }
+
+    /// Sends a first query, about the start of the device, to learn whether the device answers queries at all.
+    ///
+    /// # Errors
+    ///
+    /// As [`LiveSource::extents`].
+    pub(super) fn probe(&self) -> Result<(), Error> {
+        if self.len() == Bytes::ZERO {
+            return Ok(());
+        }
+        self.remembered().refresh(self.source.counters());
+        match self.query(&self.ranges(Bytes::ZERO, false)) {
+            Ok(_) => Ok(()),
+            Err(QueryError::Ranges(error) | QueryError::Device(error)) => Err(error),
+        }
+    }
+
+    /// The extent that holds `offset`, as the device reports it now. `continues`: the extent began before `offset`.
+    fn extent_now(&self, offset: Bytes, continues: bool) -> Extent {
+        let block = self.source.block();
+        let start = offset.align_down(block);
+        let ranges = self.ranges(start, continues);
+        let extents = match self.query(&ranges) {
+            Ok(extents) => extents,
+            Err(error) => {
+                let extent = self.after_failure(&ranges, error);
+                self.remembered().add(start, &[extent]);
+                vec![extent]
+            }
+        };
+        let end = match extents.is_empty() {
+            true => self.len(),
+            // The answer ends before `offset`, within its block.
+            false => start.saturating_add(block).min(self.len()),
+        };
+        extents.into_iter().find(|extent| extent.end > offset).unwrap_or(Extent { end, kind: ExtentKind::Data })
+    }
+
+    /// The ranges of the next query, from `start` on.
+    fn ranges(&self, start: Bytes, continues: bool) -> Vec<Range<Bytes>> {
+        match self.source.longest_query() {
+            Some(longest) => self.window.ranges(start..self.len(), longest, continues),
+            None => vec![start..self.len()],
+        }
+    }
+
+    /// Sends one query, and remembers the data in its answer.
+    fn query(&self, ranges: &[Range<Bytes>]) -> Result<Vec<Extent>, QueryError> {
+        let extents = self.source.extents(ranges)?;
+        self.failing.store(false, Ordering::Relaxed);
+        let mut remembered = extents.as_slice();
+        if let Some(longest) = self.source.longest_query() {
+            self.window.adapt(ranges, &extents, longest);
+            remembered = &extents[..extents.len().min(ENOUGH_EXTENTS)];
+        }
+        if let Some(range) = ranges.first() {
+            self.remembered().add(range.start, remembered);
+        }
+        Ok(extents)
+    }
+
+    /// The data in place of the answer to a query that failed.
+    fn after_failure(&self, ranges: &[Range<Bytes>], error: QueryError) -> Extent {
+        let (end, error) = match error {
+            QueryError::Ranges(error) => (ranges.last().map_or(self.len(), |range| range.end), error),
+            QueryError::Device(error) => (self.len(), error),
+        };
+        if !self.failing.swap(true, Ordering::Relaxed) {
+            let effect = match self.source.unusable() {
+                Some(_) => "all data from now on",
+                None => "data where a query fails",
+            };
+            log::warn!("{}: {effect}: {error}", self.source.name());
+        }
+        self.window.reset();
+        Extent { end, kind: ExtentKind::Data }
+    }
+
+    /// The end of the remembered data that holds `offset`.
+    fn remembered_end(&self, offset: Bytes) -> Option<Bytes> {
+        let mut remembered = self.remembered();
+        remembered.refresh(self.source.counters());
+        remembered.end_of(offset)
+    }
+
+    /// Makes `len` bytes from `offset` on data without a query. They are remembered, so that the next question about them
+    /// has the same answer.
+    fn data_without_query(&self, offset: Bytes, len: Bytes) -> Extent {
+        let name = self.source.name();
+        log::warn!("{name}: the end of an extent takes too long to find: {len} bytes from byte {offset} are data");
+        let extent = Extent { end: offset.saturating_add(len).min(self.len()), kind: ExtentKind::Data };
+        self.remembered().add(offset, &[extent]);
+        extent
+    }
+
+    fn remembered(&self) -> MutexGuard<'_, RememberedData> {
+        self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn budgets(&self) -> MutexGuard<'_, Budgets> {
+        self.budgets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<S: LiveSource> HoleMap for LiveMap<S> {
+    fn len(&self) -> Bytes {
+        self.source.len()
+    }
+
+    fn extent_at(&self, offset: Bytes) -> Extent {
+        let len = self.len();
+        if offset >= len {
+            return Extent::outside(offset);
+        }
+        if self.source.unusable().is_some() {
+            return Extent { end: len, kind: ExtentKind::Data };
+        }
+        let budget = self.budgets().take(offset);
+        let begin = Instant::now();
+        let extent = match (self.remembered_end(offset), budget.data_when_spent(len)) {
+            (Some(end), _) => Extent { end: end.min(len), kind: ExtentKind::Data },
+            (None, Some(data)) => return self.data_without_query(offset, data),
+            (None, None) => self.extent_now(offset, budget.is_begun()),
+        };
+        self.budgets().put(budget.after(extent, begin.elapsed()));
+        extent
+    }
+
+    fn dense_because(&self) -> Option<DenseReason> {
+        self.source.unusable()
+    }
+
+    fn memory(&self) -> Bytes {
+        self.remembered().memory()
+    }
+}
+
+#[cfg(test)]
+impl<S> LiveMap<S> {
+    /// Makes the map behave as if the extent of `kind` that ends at `end` had taken an hour to find.
+    pub(super) fn spend_budget(&self, end: Bytes, kind: ExtentKind) {
+        let budget = budget::Budget::default().after(Extent { end, kind }, std::time::Duration::from_secs(3600));
+        self.budgets.lock().unwrap_or_else(PoisonError::into_inner).put(budget);
+    }
+}
