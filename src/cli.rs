@@ -224,7 +224,8 @@ fn info(arguments: &[OsString]) -> Result<()> {
         return print(&if arguments.json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
     }
     let export = arguments.open()?;
-    let stack = export.stack(&arguments.context(&*export)?);
+    let context = Context { no_metadata_snapshots: true, ..arguments.context(&*export)? };
+    let stack = export.stack(&context);
     stack.write_back();
     print(&if arguments.json { report::json(&stack) } else { report::tree(&stack) })
 }

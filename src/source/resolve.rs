@@ -27,6 +27,8 @@ pub struct Context {
     pub dm: dm::SharedControl,
     /// What readers of live thin pools share.
     pub thin: thin::shared_reads::SharedReadsByPool,
+    /// Whether no metadata snapshot of a thin pool may be taken: for a command that must change nothing on the system.
+    pub no_metadata_snapshots: bool,
     /// The export that the kernel's NBD device is connected to.
     pub nbd: Option<nbd::Beside>,
 }

@@ -23,10 +23,11 @@ use super::held::MetadataSnapshot;
 use super::metadata::{Metadata, read_superblock};
 use super::params::{self, Mode, PoolTable};
 use super::reader::MetadataReader;
-use super::shared_reads::{Maps, SharedReads, SharedReadsByPool, Wanted};
+use super::shared_reads::{Maps, SharedReads, Wanted};
 use crate::error::plain;
 use crate::map::FillMap;
 use crate::reason::DenseReason;
+use crate::source::Context;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::dm::{Commit, Control, Table};
 use crate::sys::iostats::CompleteAccounting;
@@ -49,6 +50,8 @@ pub struct LivePool {
     control: Arc<Control>,
     id: DeviceId,
     reads: Arc<SharedReads>,
+    /// Whether no metadata snapshot may be taken.
+    no_snapshots: bool,
 }
 
 /// The tables and the status of a pool. They are read again for each attempt, because metadata devices are replaced and
@@ -71,8 +74,8 @@ enum ReadAttempt {
 
 impl LivePool {
     /// The pool `id`.
-    pub fn new(control: Arc<Control>, id: DeviceId, readers: &SharedReadsByPool) -> Self {
-        Self { control, id, reads: readers.of(id) }
+    pub fn new(control: Arc<Control>, id: DeviceId, context: &Context) -> Self {
+        Self { control, id, reads: context.thin.of(id), no_snapshots: context.no_metadata_snapshots }
     }
 
     /// The mapped blocks of a thin device. They include each block that was written by a write that completed before
@@ -149,7 +152,7 @@ impl LivePool {
     /// program during the read.
     fn read_snapshot(&self, wanted: &[Wanted]) -> Result<Option<Maps>, DenseReason> {
         let state = self.state(Commit::No)?;
-        if state.mode == Mode::ReadOnly {
+        if self.no_snapshots || state.mode == Mode::ReadOnly {
             return Ok(None);
         }
         let snapshot = match MetadataSnapshot::reserve(&self.control, self.id) {

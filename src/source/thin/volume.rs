@@ -38,7 +38,7 @@ pub fn layer(target: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<
     // Neither is tried while one of them is suspended.
     let waits = resolver.waits_on(table.pool);
     waits.map_err(|error| DenseReason::cannot("find out whether its pool is suspended", &error))?;
-    let pool = LivePool::new(control, table.pool, &resolver.context.thin);
+    let pool = LivePool::new(control, table.pool, resolver.context);
     let wanted = Wanted { id: table.id, len: target.len, mapped: mapped.sectors };
     let allocated = mapped.inside(target.len, block);
     let volume = resolver.stored(target.len, block.bytes(), allocated, MappingTree { pool, wanted });
