@@ -214,7 +214,8 @@ fn map(arguments: &[OsString]) -> Result<()> {
     written(printer.finish())
 }
 
-/// `blkholefs info`: prints the layers of a device, and where the holes of each layer come from.
+/// `blkholefs info`: prints the layers of a device, and where the holes of each layer come from. It changes nothing on the
+/// system, apart from writing back dirty pages.
 fn info(arguments: &[OsString]) -> Result<()> {
     let CommandLine::Run(arguments) = parse(arguments, "info")? else { return print(HELP) };
     if let (Some(metadata), None, Some(data)) =
