@@ -78,6 +78,7 @@ pub fn layer(device: &BlockDevice, medium: MediumGuard, resolver: &mut Resolver<
             kind: "loop".to_owned(),
             holes_from: "its backing file".to_owned(),
             map: Arc::new(Clip { inner: below.map.clone(), start: status.offset, len: device.len }),
+            device: None,
             below: vec![below],
         },
     }

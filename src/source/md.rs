@@ -47,7 +47,7 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
     };
     match array.and_then(|array| legs_of(&array, device.len, resolver)) {
         Ok((holes_from, map, below)) => {
-            Layer { name: device.name(), kind, holes_from: holes_from.to_owned(), map, below }
+            Layer { name: device.name(), kind, holes_from: holes_from.to_owned(), map, device: None, below }
         }
         Err(reason) => {
             let reason = format!("{kind}: {reason}");

@@ -41,6 +41,7 @@ use std::hash::Hasher;
 use std::sync::Arc;
 
 use crate::map::HoleMap;
+use crate::sys::device::DeviceId;
 use crate::units::Bytes;
 
 /// One device of a stack, and what it stands on.
@@ -53,6 +54,9 @@ pub struct Layer {
     pub holes_from: String,
     /// Its holes.
     pub map: Arc<dyn HoleMap>,
+    /// The block device that the layer is, as the resolver sets it for each device. `None` for a file or an export, and for
+    /// one of several targets of a table.
+    pub device: Option<DeviceId>,
     /// The layers that it stands on, in table order.
     pub below: Vec<Arc<Layer>>,
 }

@@ -57,11 +57,15 @@ fn layer_with(client: Arc<Client>, flush: FlushBeforeStatus) -> Layer {
         kind: KIND.to_owned(),
         holes_from: client.holes_from(),
         map: Arc::new(map(client, flush)),
+        device: None,
         below: Vec::new(),
     }
 }
 
-/// What the kernel's NBD device is called in a layer.
+/// The major number of the kernel's NBD devices (`NBD_MAJOR` of `include/uapi/linux/major.h`).
+pub const MAJOR: u32 = 43;
+
+/// The kind of the layer of the kernel's NBD device.
 const DEVICE_KIND: &str = "nbd";
 
 /// The layer of the kernel's NBD device: its bytes are the kernel's, its holes those of the export that the user says it is
@@ -74,6 +78,7 @@ pub fn device_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer 
             kind: DEVICE_KIND.to_owned(),
             holes_from: "its export, asked on a side connection".to_owned(),
             map: below.map.clone(),
+            device: None,
             below: vec![below],
         },
         Err(reason) => dense::layer(device.name(), DEVICE_KIND, device.len, reason),

@@ -22,6 +22,7 @@ pub fn layer(device: &BlockDevice, disk: DeviceId, start: Sectors, resolver: &mu
         kind: "partition".to_owned(),
         holes_from: "its disk".to_owned(),
         map: Arc::new(Clip { inner: below.map.clone(), start, len: device.len }),
+        device: None,
         below: vec![below],
     }
 }

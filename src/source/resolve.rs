@@ -24,9 +24,6 @@ const MAX_DEPTH: usize = 32;
 /// The loop driver's major number (`Documentation/admin-guide/devices.txt`).
 const LOOP_MAJOR: u32 = 7;
 
-/// The kernel's NBD driver (`NBD_MAJOR` of `include/uapi/linux/major.h`).
-const NBD_MAJOR: u32 = 43;
-
 /// What outlives a single resolve: the control device, and what the user chose.
 #[derive(Default)]
 pub struct Context {
@@ -95,7 +92,7 @@ impl Stack {
     pub fn shown_as_data(self, reason: &str) -> Self {
         let below = self.top;
         let top = dense::layer(below.name.clone(), below.kind.clone(), below.len(), reason);
-        Self { top: Arc::new(Layer { below: vec![below], ..top }), ..self }
+        Self { top: Arc::new(Layer { device: below.device, below: vec![below], ..top }), ..self }
     }
 
     /// The holes of the whole device.
@@ -185,7 +182,7 @@ impl Resolver<'_> {
             Ok(device) => self.opened(&device),
             Err(error) => {
                 let reason = format!("cannot open: {}", crate::error::plain(&error));
-                Arc::new(dense::layer(id.to_string(), "block device", len, reason))
+                Arc::new(Layer { device: Some(id), ..dense::layer(id.to_string(), "block device", len, reason) })
             }
         }
     }
@@ -200,13 +197,15 @@ impl Resolver<'_> {
             None
         };
         if let Some(reason) = refused {
-            return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
+            let layer = dense::layer(device.name(), "block device", device.len, reason);
+            return Arc::new(Layer { device: Some(device.id), ..layer });
         }
         // Also what stands below a layer that is dense: writing back its dirty pages waits for all of it. Where it is not
         // known whether that would wait, they are not written back, and the layer is dense.
         if let Err(error) = self.waits_on(device.id) {
             let reason = format!("cannot tell whether it is suspended: {}", crate::error::plain(&error));
-            return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
+            let layer = dense::layer(device.name(), "block device", device.len, reason);
+            return Arc::new(Layer { device: Some(device.id), ..layer });
         }
         self.above.push(device.id);
         // The guards before anything is read: a change from here on is seen.
@@ -214,10 +213,11 @@ impl Resolver<'_> {
         let whole = size.whole();
         self.guard(size);
         let medium = MediumGuard::new(device);
-        let layer = Arc::new(match whole {
+        let layer = match whole {
             Some(whole) => without_tail(self.dispatch(device, medium), whole),
             None => dense::layer(device.name(), "block device", device.len, "its logical block size is not known"),
-        });
+        };
+        let layer = Arc::new(Layer { device: Some(device.id), ..layer });
         self.above.pop();
         // After everything that it stands on: what is written back from here makes that dirty, by whatever way.
         self.dirty.push(Dirty::Device(device.file.clone()));
@@ -284,7 +284,7 @@ impl Kind {
         }
         Ok(match id.major {
             LOOP_MAJOR => Self::Loop,
-            NBD_MAJOR => Self::Nbd,
+            nbd::MAJOR => Self::Nbd,
             _ if sysfs::bytes(id, "dm/name")?.is_some() => Self::DeviceMapper,
             _ if md::is_array(id)? => Self::Md,
             _ if scsi::is_disk(id) => Self::Scsi,

@@ -115,6 +115,7 @@ fn segments(
             kind: "device-mapper".to_owned(),
             holes_from: "the targets of its table".to_owned(),
             map: Arc::new(map),
+            device: None,
             below,
         },
         None => dense::layer(name, "device-mapper", device.len, "its table is longer than a device can be"),

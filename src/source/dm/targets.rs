@@ -29,6 +29,7 @@ pub fn layer(
             kind,
             holes_from: segment.holes_from,
             map: segment.map,
+            device: None,
             below: segment.below,
         },
         Err(reason) => {

@@ -1,16 +1,16 @@
 //! The export that a device of the kernel's NBD client is connected to, as the user says.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::link::Link;
-use super::{Client, DEVICE_KIND, NbdExport, Uri};
+use super::{Client, MAJOR, NbdExport, Uri};
 use crate::error::{Error, Result};
 use crate::source::{Backing, BlockDevice, Context, Layer};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::file::read_full;
+use crate::sys::sysfs;
 use crate::units::Bytes;
 
 /// What is compared at each place.
@@ -39,14 +39,15 @@ impl Beside {
     /// those of the export.
     pub fn new(uri: Uri, shown: &Backing) -> Result<Self> {
         let stack = shown.resolve(&Context::default());
-        let mut nodes = Vec::new();
-        collect(&stack.top, &mut nodes);
-        let node = match nodes.as_slice() {
-            [node] => node,
+        let mut devices = Vec::new();
+        collect(&stack.top, &mut devices);
+        let id = match devices.as_slice() {
+            [id] => *id,
             [] => return Err(Self::unclear("does not stand on a device of the kernel's NBD client").on(shown.name())),
             _ => return Err(Self::unclear("stands on several devices of the kernel's NBD client").on(shown.name())),
         };
-        let device = BlockDevice::open(Path::new(node))?;
+        let device =
+            BlockDevice::open_id(id).map_err(|error| Error::failed("cannot open").on(id.to_string()).because(error))?;
         let link = Link::new(&device).map(Arc::new);
         let beside = Self { device: device.id, export: NbdExport::new(uri), link };
         beside.compare(&device)?;
@@ -125,12 +126,16 @@ fn differs(device: &BlockDevice, client: &Client, at: Bytes) -> bool {
     true
 }
 
-/// The nodes of all NBD devices in a stack, each once.
-fn collect(layer: &Layer, nodes: &mut Vec<String>) {
-    if layer.kind == DEVICE_KIND && !nodes.contains(&layer.name) {
-        nodes.push(layer.name.clone());
+/// Adds the NBD devices of a stack, each once. A partition has the major number of its disk, which is a layer of its own.
+fn collect(layer: &Layer, devices: &mut Vec<DeviceId>) {
+    if let Some(id) = layer.device
+        && id.major == MAJOR
+        && sysfs::partition(id).is_ok_and(|partition| partition.is_none())
+        && !devices.contains(&id)
+    {
+        devices.push(id);
     }
-    layer.below.iter().for_each(|below| collect(below, nodes));
+    layer.below.iter().for_each(|below| collect(below, devices));
 }
 
 #[cfg(test)]

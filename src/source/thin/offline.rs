@@ -334,7 +334,7 @@ impl Medium for VolumeMedium {
                 Arc::new(Dense::new(volume.len, why))
             };
             let holes_from = "its mapping tree".to_owned();
-            Arc::new(Layer { name, kind: "thin".to_owned(), holes_from, map, below: Vec::new() })
+            Arc::new(Layer { name, kind: "thin".to_owned(), holes_from, map, device: None, below: Vec::new() })
         })
     }
 
