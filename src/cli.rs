@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::handle::Handle;
 use crate::mount::options::{self, MountOptions, Unknown};
 use crate::report::{self, MapFormat, MapPrinter};
-use crate::source::nbd::{Beside, NbdExport, Uri};
+use crate::source::nbd::{NbdExport, SideExport, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{OfflinePool, VolumeMedium};
 use crate::source::{Backing, Context};
@@ -105,7 +105,7 @@ impl Asked {
     /// What the options say of the sources below.
     fn context(&self, shown: &Backing) -> Result<Context> {
         let uri = self.options.nbd.as_deref().map(Uri::parse).transpose()?;
-        let nbd = uri.map(|uri| Beside::new(uri, shown)).transpose()?;
+        let nbd = uri.map(|uri| SideExport::new(uri, shown)).transpose()?;
         Ok(Context { nbd, ..Context::default() })
     }
 

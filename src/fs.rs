@@ -29,7 +29,7 @@ use crate::error::{Error, Result, shown};
 use crate::handle::{Handle, MapCache};
 use crate::source::Context;
 use crate::source::backing::{Identity, Node};
-use crate::source::nbd::{Beside, Uri};
+use crate::source::nbd::{SideExport, Uri};
 use crate::units::Bytes;
 use attributes::Ownership;
 use change::Changes;
@@ -100,7 +100,7 @@ impl FileSystem {
     /// When it is missing, unreadable, or nothing that can be shown.
     pub fn new(spec: &OsStr, options: &Options) -> Result<Self> {
         let spec = Spec::new(spec, options)?;
-        let nbd = options.nbd.clone().map(|uri| Beside::new(uri, &spec.open_only()?)).transpose()?;
+        let nbd = options.nbd.clone().map(|uri| SideExport::new(uri, &spec.open_only()?)).transpose()?;
         let context = Context { nbd, ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),

@@ -14,7 +14,7 @@ use super::{FileKind, Options, not_found};
 use crate::error::{Error, Result};
 use crate::source::Backing;
 use crate::source::backing::Node;
-use crate::source::nbd::{Beside, NbdExport, Uri};
+use crate::source::nbd::{NbdExport, SideExport, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{Found, OfflinePools, VolumeMedium};
 use crate::sys::device::{self, DeviceId};
@@ -119,7 +119,7 @@ impl Spec {
     pub fn open_only(&self) -> Result<Backing> {
         match self {
             Self::File { place, .. } => self.open(place),
-            Self::Directory(_) | Self::Pool(_) => Err(Beside::unclear("has more than one file")),
+            Self::Directory(_) | Self::Pool(_) => Err(SideExport::unclear("has more than one file")),
         }
     }
 

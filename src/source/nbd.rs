@@ -7,16 +7,16 @@
 //! with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else. The
 //! protocol is that of `doc/proto.md` of the NBD project.
 
-mod beside;
 mod client;
 mod connect;
 mod connection;
 mod export;
 pub mod frame;
-mod link;
+mod kernel_connection;
 mod pool;
 pub mod proto;
 pub mod reply;
+mod side_export;
 mod status;
 mod stream;
 mod tls;
@@ -24,14 +24,14 @@ mod uri;
 
 use std::sync::Arc;
 
-pub use beside::Beside;
 pub use client::Client;
 pub use export::NbdExport;
-pub use pool::Patience;
+pub use pool::Timeouts;
+pub use side_export::SideExport;
 pub use status::FlushBeforeStatus;
 pub use uri::{Tls, Transport, Uri};
 
-use self::link::LinkGuard;
+use self::kernel_connection::KernelConnectionGuard;
 use self::status::ExportStatus;
 use crate::map::HoleMap;
 use crate::source::live::LiveMap;
@@ -98,7 +98,7 @@ fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc
     if let Some(why) = link.lost() {
         return Err(why.to_owned());
     }
-    resolver.guard(LinkGuard(link));
+    resolver.guard(KernelConnectionGuard(link));
     let client = export.client().map_err(|error| error.to_string())?;
     let size = client.size();
     if size != device.len {

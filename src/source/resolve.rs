@@ -32,7 +32,7 @@ pub struct Context {
     /// What readers of live thin pools share.
     pub thin: thin::pool::Readers,
     /// The export that the kernel's NBD device is connected to.
-    pub nbd: Option<nbd::Beside>,
+    pub nbd: Option<nbd::SideExport>,
 }
 
 /// A device, all the way down.

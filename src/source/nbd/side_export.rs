@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::link::Link;
+use super::kernel_connection::KernelConnection;
 use super::{Client, MAJOR, NbdExport, Uri};
 use crate::error::{Error, Result};
 use crate::source::{Backing, BlockDevice, Context, Layer};
@@ -25,13 +25,13 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// An export, and the one device that it is of. Any other NBD device has other bytes, whatever its size.
 #[derive(Debug)]
-pub struct Beside {
+pub struct SideExport {
     device: DeviceId,
     export: NbdExport,
-    link: std::result::Result<Arc<Link>, String>,
+    link: std::result::Result<Arc<KernelConnection>, String>,
 }
 
-impl Beside {
+impl SideExport {
     /// Takes `uri` for the export of the connection that the NBD device has now which `shown` is or stands on.
     ///
     /// # Errors
@@ -48,7 +48,7 @@ impl Beside {
         };
         let device =
             BlockDevice::open_id(id).map_err(|error| Error::failed("cannot open").on(id.to_string()).because(error))?;
-        let link = Link::new(&device).map(Arc::new);
+        let link = KernelConnection::new(&device).map(Arc::new);
         let beside = Self { device: device.id, export: NbdExport::new(uri), link };
         beside.compare(&device)?;
         Ok(beside)
@@ -67,7 +67,10 @@ impl Beside {
     }
 
     /// The export, if it is that of `device`, and the connection for which the user said so.
-    pub(super) fn of(&self, device: DeviceId) -> Option<(&NbdExport, std::result::Result<&Arc<Link>, &str>)> {
+    pub(super) fn of(
+        &self,
+        device: DeviceId,
+    ) -> Option<(&NbdExport, std::result::Result<&Arc<KernelConnection>, &str>)> {
         let link = self.link.as_ref().map_err(String::as_str);
         (self.device == device).then_some((&self.export, link))
     }
