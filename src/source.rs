@@ -45,6 +45,7 @@ use std::hash::Hasher;
 use std::sync::Arc;
 
 use crate::map::HoleMap;
+use crate::sys::device::DeviceId;
 use crate::units::Bytes;
 
 /// One device or file of a stack.
@@ -57,6 +58,8 @@ pub struct Layer {
     pub holes_from: String,
     /// Its extents, or all data until they are loaded.
     pub map: Arc<dyn HoleMap>,
+    /// The number of the block device, which the resolver sets. `None` for a file, an export, and one target of several.
+    pub device: Option<DeviceId>,
     /// The layers of the devices and files that it maps to, in the order of its table.
     pub below: Vec<Arc<Layer>>,
 }

@@ -12,7 +12,7 @@ use log::error;
 use super::{DeviceDirectory, Export, FileKind, HostNode, VolumeExport};
 use crate::error::{Error, Result};
 use crate::source::Context;
-use crate::source::nbd::{Beside, NbdExport, Uri};
+use crate::source::nbd::{NbdExport, SideExport, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{Found, OfflinePools};
 use crate::spec::{SourceOptions, Spec, SpecKind};
@@ -126,17 +126,17 @@ impl Catalog {
     pub fn open_only(&self) -> Result<Arc<dyn Export>> {
         match self {
             Self::File { source, .. } => self.open(source),
-            Self::Directory(_) | Self::Pool(_) => Err(Beside::unclear("has more than one file")),
+            Self::Directory(_) | Self::Pool(_) => Err(SideExport::unclear("has more than one file")),
         }
     }
 
     /// Assigns the export `uri` to the NBD device that the only file is or stands on.
     ///
     /// # Errors
-    /// As [`Beside::new`].
-    pub fn connection_of(&self, uri: Uri) -> Result<Beside> {
+    /// As [`SideExport::new`].
+    pub fn connection_of(&self, uri: Uri) -> Result<SideExport> {
         let export = self.open_only()?;
-        Beside::new(uri, &export.stack(&Context::default()), export.name())
+        SideExport::new(uri, &export.stack(&Context::default()), export.name())
     }
 
     /// The path of the entry `name` of a directory. `None` for a name that no entry can have, such as `..`.

@@ -70,7 +70,7 @@ impl Export for VolumeExport {
             let tree = OfflineTree(volume.clone());
             let map = resolver.stored(volume.len(), volume.block(), volume.mapped(), tree);
             let holes_from = "its mapping tree".to_owned();
-            Arc::new(Layer { name, kind: "thin".to_owned(), holes_from, map, below: Vec::new() })
+            Arc::new(Layer { name, kind: "thin".to_owned(), holes_from, map, device: None, below: Vec::new() })
         })
     }
 

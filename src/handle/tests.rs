@@ -60,7 +60,7 @@ impl Export for CountingExport {
             let stored = Stored { loads: self.loads.clone(), result: self.result.clone() };
             let map = resolver.stored(LEN, BLOCK, Some(BLOCK), stored);
             let (name, kind) = ("counting".to_owned(), "test".to_owned());
-            Arc::new(Layer { name, kind, holes_from: "a test".to_owned(), map, below: Vec::new() })
+            Arc::new(Layer { name, kind, holes_from: "a test".to_owned(), map, device: None, below: Vec::new() })
         })
     }
 

@@ -46,6 +46,7 @@ pub fn layer(name: impl Into<String>, kind: impl Into<String>, len: Bytes, reaso
         kind: kind.into(),
         holes_from: "none".to_owned(),
         map: Arc::new(Dense::new(len, reason)),
+        device: None,
         below: Vec::new(),
     }
 }

@@ -136,6 +136,7 @@ fn table_layer(
             kind: KIND.to_owned(),
             holes_from: "the targets of its table".to_owned(),
             map: Arc::new(map),
+            device: None,
             below,
         },
         None => dense::layer(name, KIND, device.len, "its table is longer than a device can be"),

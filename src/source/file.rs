@@ -197,6 +197,7 @@ pub fn backing(file: File, name: String, len: Bytes, reads: Reads, resolver: &mu
         kind: "file".to_owned(),
         holes_from: "SEEK_HOLE of its file system".to_owned(),
         map: Arc::new(map),
+        device: None,
         below: Vec::new(),
     }
 }

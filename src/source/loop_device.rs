@@ -93,6 +93,7 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
             kind: "loop".to_owned(),
             holes_from: "its backing file".to_owned(),
             map: Arc::new(Clip { inner: below.map.clone(), start: status.offset, len: device.len }),
+            device: None,
             below: vec![below],
         },
     }

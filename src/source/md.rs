@@ -48,7 +48,7 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
     };
     match array.and_then(|array| array_map(&array, device.len, resolver)) {
         Ok((holes_from, map, below)) => {
-            Layer { name: device.name(), kind, holes_from: holes_from.to_owned(), map, below }
+            Layer { name: device.name(), kind, holes_from: holes_from.to_owned(), map, device: None, below }
         }
         Err(reason) => {
             let reason = reason.of_kind(&kind);

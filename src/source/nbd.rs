@@ -7,16 +7,16 @@
 //! with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else. The
 //! protocol is that of `doc/proto.md` of the NBD project.
 
-mod beside;
 mod client;
 mod connect;
 mod connection;
 mod export;
 pub mod frame;
-mod link;
+mod kernel_connection;
 mod pool;
 pub mod proto;
 pub mod reply;
+mod side_export;
 mod status;
 mod stream;
 mod tls;
@@ -25,14 +25,14 @@ mod uri;
 use std::io;
 use std::sync::Arc;
 
-pub use beside::Beside;
 pub use client::Client;
 pub use export::NbdExport;
-pub use pool::Patience;
+pub use pool::Timeouts;
+pub use side_export::SideExport;
 pub use status::FlushBeforeStatus;
 pub use uri::{Tls, Transport, Uri};
 
-use self::link::LinkGuard;
+use self::kernel_connection::KernelConnectionGuard;
 use self::status::ExportStatus;
 use crate::map::HoleMap;
 use crate::source::live::LiveMap;
@@ -59,6 +59,7 @@ fn layer_with(client: Arc<Client>, flush: FlushBeforeStatus) -> Layer {
         kind: KIND.to_owned(),
         holes_from: client.holes_from(),
         map: Arc::new(map(client, flush)),
+        device: None,
         below: Vec::new(),
     }
 }
@@ -87,6 +88,7 @@ pub fn device_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer 
             kind: DEVICE_KIND.to_owned(),
             holes_from: "its export, asked on a side connection".to_owned(),
             map: below.map.clone(),
+            device: None,
             below: vec![below],
         },
         Err(reason) => dense::layer(device.name(), DEVICE_KIND, device.len, reason),
@@ -106,7 +108,7 @@ fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc
     if let Some(why) = link.lost() {
         return Err(why.to_owned());
     }
-    resolver.guard(LinkGuard(link));
+    resolver.guard(KernelConnectionGuard(link));
     let client = export.client().map_err(|error| error.to_string())?;
     let size = client.size();
     if size != device.len {

@@ -45,6 +45,7 @@ fn window(device: &BlockDevice, disk: DeviceId, start: Sectors, resolver: &mut R
         kind: "partition".to_owned(),
         holes_from: "its disk".to_owned(),
         map: Arc::new(Clip { inner: below.map.clone(), start, len: device.len }),
+        device: None,
         below: vec![below],
     }
 }

@@ -30,7 +30,7 @@ pub struct Context {
     /// Whether no metadata snapshot of a thin pool may be taken: for a command that must change nothing on the system.
     pub no_metadata_snapshots: bool,
     /// The export that the kernel's NBD device is connected to.
-    pub nbd: Option<nbd::Beside>,
+    pub nbd: Option<nbd::SideExport>,
 }
 
 /// Resolves one stack; collects its guards on the way.
@@ -118,7 +118,7 @@ impl<'a> Resolver<'a> {
             Ok(device) => self.opened(&device),
             Err(error) => {
                 let reason = DenseReason::cannot("open it", &error);
-                Arc::new(dense::layer(id.to_string(), "block device", len, reason))
+                Arc::new(Layer { device: Some(id), ..dense::layer(id.to_string(), "block device", len, reason) })
             }
         }
     }
@@ -133,13 +133,15 @@ impl<'a> Resolver<'a> {
             None
         };
         if let Some(reason) = refused {
-            return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
+            let layer = dense::layer(device.name(), "block device", device.len, reason);
+            return Arc::new(Layer { device: Some(device.id), ..layer });
         }
         // Devices below a dense layer too: writing back its dirty pages waits for all of them. If it is not known whether
         // that would wait, the dirty pages are not written back, and the layer is dense.
         if let Err(error) = self.waits_on(device.id) {
             let reason = DenseReason::cannot("find out whether it is suspended", &error);
-            return Arc::new(dense::layer(device.name(), "block device", device.len, reason));
+            let layer = dense::layer(device.name(), "block device", device.len, reason);
+            return Arc::new(Layer { device: Some(device.id), ..layer });
         }
         self.above.push(device.id);
         // The guards before anything is read: a change from here on is seen.
@@ -147,10 +149,11 @@ impl<'a> Resolver<'a> {
         let whole = size.whole();
         self.guard(size);
         let medium = MediumGuard::new(device);
-        let layer = Arc::new(match whole {
+        let layer = match whole {
             Some(whole) => without_tail(self.layer_of(device, medium), whole),
             None => dense::layer(device.name(), "block device", device.len, "its logical block size is not known"),
-        });
+        };
+        let layer = Arc::new(Layer { device: Some(device.id), ..layer });
         self.above.pop();
         // After all layers below it: writing back the pages of this device makes pages of those dirty.
         self.dirty.push(Dirty::Device(device.file.clone()));

@@ -69,6 +69,7 @@ fn layer(name: &str, file: Arc<File>, len: Bytes, block: Bytes) -> Layer {
             kind: KIND.to_owned(),
             holes_from: "GET LBA STATUS".to_owned(),
             map: Arc::new(map),
+            device: None,
             below: Vec::new(),
         },
         Err(reason) => dense::layer(name, KIND, len, reason.to_string()),

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::{Client, Patience, Uri};
+use blkholefs::source::nbd::{Client, Timeouts, Uri};
 
 use crate::fake::{BLOCK, CONTEXT, Dialect, Fake, Message, Spoil, Step, Then, chunk, option_reply, status_reply};
 use crate::{patience, read, runs_of};
@@ -30,8 +30,8 @@ fn disk() -> Vec<u8> {
 }
 
 /// Fails at once: a server that hangs up is not waited for.
-fn hasty() -> Patience {
-    Patience { connect: WAIT, request: WAIT, outage: Duration::ZERO }
+fn hasty() -> Timeouts {
+    Timeouts { connect: WAIT, request: WAIT, outage: Duration::ZERO }
 }
 
 /// What became of a session.
@@ -43,10 +43,10 @@ struct Outcome {
 }
 
 /// Opens, reads all, asks for the map; in bounded time.
-fn session(dialect: Dialect, patience: Patience, spoil: Arc<Spoil>) -> Outcome {
+fn session(dialect: Dialect, patience: Timeouts, spoil: Arc<Spoil>) -> Outcome {
     let fake = Fake::new(dialect, &disk(), spoil);
     let start = Instant::now();
-    let outcome = match Client::open_patiently(&Uri::parse(&fake.uri).unwrap(), patience) {
+    let outcome = match Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), patience) {
         Err(_) => Outcome { opened: false, bytes: None, runs: Vec::new() },
         Ok(client) => {
             let client = Arc::new(client);
@@ -145,7 +145,7 @@ fn a_stream_that_ends_at_any_byte() {
 #[test]
 fn a_stream_that_stalls_at_any_step() {
     let wait = Duration::from_millis(200);
-    let short = Patience { connect: wait, request: wait, outage: wait };
+    let short = Timeouts { connect: wait, request: wait, outage: wait };
     for dialect in DIALECTS {
         let length = length(dialect);
         std::thread::scope(|scope| {
@@ -187,7 +187,7 @@ fn flip(dialect: Dialect, at: usize, mask: u8) {
         Then::Go
     };
     let wait = Duration::from_millis(500);
-    let outcome = session(dialect, Patience { connect: wait, request: wait, outage: Duration::ZERO }, Arc::new(spoil));
+    let outcome = session(dialect, Timeouts { connect: wait, request: wait, outage: Duration::ZERO }, Arc::new(spoil));
     // A byte of data is the server's word; anything else that is wrong must not become data.
     if let Some(bytes) = outcome.bytes {
         let wrong = bytes.iter().zip(disk()).filter(|(got, wanted)| **got != *wanted).count();
@@ -384,7 +384,7 @@ fn a_broken_rule_is_not_tried_again() {
             Then::Go
         }),
     );
-    let client = Arc::new(Client::open_patiently(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
+    let client = Arc::new(Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
     for _ in 0..50 {
         assert_eq!(runs_of(&client), [(disk().len() as u64, ExtentKind::Data)]);
         assert_eq!(read(&client, 0, disk().len()), Ok(disk()));
@@ -410,7 +410,7 @@ fn a_map_told_byte_by_byte_takes_bounded_time() {
         Then::Go
     };
     let fake = Fake::new(Dialect::Structured, &disk(), Arc::new(spoil));
-    let client = Arc::new(Client::open_patiently(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
+    let client = Arc::new(Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
     let map = blkholefs::source::nbd::layer(Arc::clone(&client)).map;
     let start = Instant::now();
     let align = blkholefs::units::Bytes::new(4096);

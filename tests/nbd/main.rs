@@ -22,23 +22,23 @@ use std::time::Duration;
 
 use blkholefs::map::view;
 use blkholefs::map::{ExtentKind, HoleMap};
-use blkholefs::source::nbd::{self, Client, Patience, Uri};
+use blkholefs::source::nbd::{self, Client, Timeouts, Uri};
 use blkholefs::units::Bytes;
 
 /// A client that gives up soon.
-fn client(uri: &str, patience: Patience) -> Arc<Client> {
+fn client(uri: &str, patience: Timeouts) -> Arc<Client> {
     let uri = Uri::parse(uri).expect("tests use good URIs");
-    Arc::new(Client::open_patiently(&uri, patience).unwrap_or_else(|error| panic!("{error}")))
+    Arc::new(Client::open_with_timeouts(&uri, patience).unwrap_or_else(|error| panic!("{error}")))
 }
 
 /// A client that waits as long as users' clients do.
 fn patient(uri: &str) -> Arc<Client> {
-    client(uri, Patience::default())
+    client(uri, Timeouts::default())
 }
 
 /// The same wait for everything.
-fn patience(wait: Duration) -> Patience {
-    Patience { connect: wait, request: wait, outage: wait }
+fn patience(wait: Duration) -> Timeouts {
+    Timeouts { connect: wait, request: wait, outage: wait }
 }
 
 /// The end and kind of each run, merged, not rounded, up to 32 TiB: a wrong size must not keep a test busy.

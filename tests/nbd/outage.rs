@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::{NbdExport, Patience, Uri};
+use blkholefs::source::nbd::{NbdExport, Timeouts, Uri};
 
 use crate::common::nbd::{Server, directory, image};
 use crate::common::{MIB, requires, wait_until};
@@ -134,6 +134,6 @@ fn those_who_ask_while_one_connects_share_its_failure() {
             scope.spawn(|| assert!(export.client().is_err()));
         }
     });
-    let once = Patience::default().connect;
+    let once = Timeouts::default().connect;
     assert!(start.elapsed() >= once && start.elapsed() < 2 * once + SLACK, "{:?}", start.elapsed());
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use blkholefs::deadline;
 use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::{NbdExport, Patience, Uri, layer};
+use blkholefs::source::nbd::{NbdExport, Timeouts, Uri, layer};
 use blkholefs::units::Bytes;
 
 use crate::common::nbd::directory;
@@ -123,7 +123,7 @@ fn a_connection_that_failed_once_is_tried_again_later() {
         Then::Go
     };
     let fake = Fake::new(Dialect::Structured, &disk(), Arc::new(spoil));
-    let patience = Patience { connect: 10 * SECOND, request: 10 * SECOND, outage: SECOND / 2 };
+    let patience = Timeouts { connect: 10 * SECOND, request: 10 * SECOND, outage: SECOND / 2 };
     let client = client(&fake.uri, patience);
     let enough = AtomicBool::new(false);
     std::thread::scope(|scope| {

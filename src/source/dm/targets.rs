@@ -15,7 +15,9 @@ use crate::units::{Bytes, Sectors};
 pub fn layer(name: &str, context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Layer {
     let kind = format!("dm-{}", context.target.kind);
     match target_layer(context, resolver) {
-        Ok(TargetLayer { holes_from, map, below }) => Layer { name: name.to_owned(), kind, holes_from, map, below },
+        Ok(TargetLayer { holes_from, map, below }) => {
+            Layer { name: name.to_owned(), kind, holes_from, map, device: None, below }
+        }
         Err(reason) => {
             let reason = reason.of_kind(&kind);
             dense::layer(name, kind, context.len, reason)

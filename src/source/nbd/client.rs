@@ -5,11 +5,11 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::connection::{Ask, Connection};
+use super::connection::{Connection, NbdRequest};
 use super::frame::Dialect;
-use super::pool::{Patience, Pool};
+use super::pool::{ConnectionPool, Timeouts};
 use super::proto::BASE_ALLOCATION;
-use super::reply::{Content, Failure};
+use super::reply::{ReplyContent, RequestError};
 use super::status::FlushBeforeStatus;
 use super::uri::Uri;
 use crate::deadline;
@@ -30,22 +30,22 @@ const ESHUTDOWN: u32 = 108;
 /// A read-only client of one export.
 ///
 /// Requests of several threads share the connections. A connection that breaks is replaced, and its requests are sent
-/// again, within the bounds of [`Patience`] and of the request that the thread works on.
+/// again, within the bounds of [`Timeouts`] and of the request that the thread works on.
 #[derive(Debug)]
 pub struct Client {
-    pool: Pool,
+    pool: ConnectionPool,
     no_status: OnceLock<String>,
-    rest: Arc<Rest>,
+    rest: Arc<RetryDelay>,
 }
 
-/// Until when a server is not asked for its block status, because it did not answer in time.
+/// UntilDeadline when a server is not asked for its block status, because it did not answer in time.
 ///
 /// Otherwise each step of an open, a look at the attributes and an lseek would wait as long as a request may, one after
 /// the other, for an answer that is data in the end.
 #[derive(Debug, Default)]
-pub struct Rest(Mutex<Option<Instant>>);
+pub struct RetryDelay(Mutex<Option<Instant>>);
 
-impl Rest {
+impl RetryDelay {
     fn is_over(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).is_none_or(|until| Instant::now() >= until)
     }
@@ -62,7 +62,7 @@ impl Client {
     ///
     /// The server cannot be reached or trusted, has no such export, or does not speak the protocol.
     pub fn open(uri: &Uri) -> Result<Self> {
-        Self::open_patiently(uri, Patience::default())
+        Self::open_with_timeouts(uri, Timeouts::default())
     }
 
     /// As [`Client::open`], with the rest of earlier clients of the same export.
@@ -70,7 +70,7 @@ impl Client {
     /// # Errors
     ///
     /// As [`Client::open`].
-    pub fn open_again(uri: &Uri, rest: Arc<Rest>) -> Result<Self> {
+    pub fn open_again(uri: &Uri, rest: Arc<RetryDelay>) -> Result<Self> {
         Ok(Self { rest, ..Self::open(uri)? })
     }
 
@@ -79,11 +79,11 @@ impl Client {
     /// # Errors
     ///
     /// As [`Client::open`].
-    pub fn open_patiently(uri: &Uri, patience: Patience) -> Result<Self> {
-        let pool = Pool::open(uri.clone(), patience)?;
+    pub fn open_with_timeouts(uri: &Uri, patience: Timeouts) -> Result<Self> {
+        let pool = ConnectionPool::open(uri.clone(), patience)?;
         let no_status = OnceLock::new();
         if pool.first().context.is_none() {
-            no_status.get_or_init(|| Failure::NoContext.to_string());
+            no_status.get_or_init(|| RequestError::NoContext.to_string());
         }
         Ok(Self { pool, no_status, rest: Arc::default() })
     }
@@ -113,21 +113,21 @@ impl Client {
     ///
     /// EIO when the server cannot do it.
     pub fn flush(&self) -> io::Result<()> {
-        let eio = |failure: Failure| {
+        let eio = |failure: RequestError| {
             log::debug!("{}: cannot flush: {failure}", self.uri());
             io::Error::from_raw_os_error(libc::EIO)
         };
         self.settle(self.deadline()).map_err(eio)
     }
 
-    fn settle(&self, until: Instant) -> std::result::Result<(), Failure> {
+    fn settle(&self, until: Instant) -> std::result::Result<(), RequestError> {
         if !self.pool.first().export.flush {
             return Ok(());
         }
-        match self.ask(&[Ask::Flush], until).pop() {
+        match self.ask(&[NbdRequest::Flush], until).pop() {
             Some(Ok(_)) => Ok(()),
             Some(Err(failure)) => Err(failure),
-            None => Err(Failure::Broken("not asked".to_owned())),
+            None => Err(RequestError::Broken("not asked".to_owned())),
         }
     }
 
@@ -164,7 +164,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// EIO when the server fails to give the bytes, breaks the protocol, or stays away longer than [`Patience`] lasts.
+    /// EIO when the server fails to give the bytes, breaks the protocol, or stays away longer than [`Timeouts`] lasts.
     pub fn read_at(&self, buf: &mut [u8], offset: Bytes) -> io::Result<usize> {
         let left = usize::try_from(self.size().saturating_sub(offset).get()).unwrap_or(usize::MAX);
         let len = buf.len().min(left);
@@ -173,7 +173,9 @@ impl Client {
         let answers = self.ask(&asks, self.deadline());
         for (ask, answer) in asks.iter().zip(answers) {
             match (ask, answer) {
-                (Ask::Read(range), Ok(Content::Bytes(bytes))) => place(&bytes, range.start, buf, offset..end),
+                (NbdRequest::Read(range), Ok(ReplyContent::Bytes(bytes))) => {
+                    place(&bytes, range.start, buf, offset..end);
+                }
                 (_, Err(failure)) => {
                     log::debug!("{}: cannot read at {offset}: {failure}", self.uri());
                     return Err(io::Error::from_raw_os_error(libc::EIO));
@@ -194,13 +196,13 @@ impl Client {
         &self,
         ranges: &[Range<Bytes>],
         flush: FlushBeforeStatus,
-    ) -> Vec<std::result::Result<Vec<Extent>, Failure>> {
-        let fail = |failure: Failure| ranges.iter().map(|_| Err(failure.clone())).collect();
+    ) -> Vec<std::result::Result<Vec<Extent>, RequestError>> {
+        let fail = |failure: RequestError| ranges.iter().map(|_| Err(failure.clone())).collect();
         if self.no_status().is_some() {
-            return fail(Failure::NoContext);
+            return fail(RequestError::NoContext);
         }
         if !self.rest.is_over() {
-            return fail(Failure::Broken("the server did not tell its holes in time before".to_owned()));
+            return fail(RequestError::Broken("the server did not tell its holes in time before".to_owned()));
         }
         let (begin, until) = (Instant::now(), self.deadline());
         if flush == FlushBeforeStatus::Yes
@@ -209,7 +211,7 @@ impl Client {
             self.rest_after(begin, &failure);
             return fail(failure);
         }
-        let asks: Vec<Ask> = ranges.iter().cloned().map(Ask::Status).collect();
+        let asks: Vec<NbdRequest> = ranges.iter().cloned().map(NbdRequest::Status).collect();
         let answers = self.ask(&asks, until).into_iter();
         answers.map(|answer| self.status_answer(answer, begin)).collect()
     }
@@ -218,15 +220,15 @@ impl Client {
     /// asked again; one that was too slow is not for a while.
     fn status_answer(
         &self,
-        answer: std::result::Result<Content, Failure>,
+        answer: std::result::Result<ReplyContent, RequestError>,
         begin: Instant,
-    ) -> std::result::Result<Vec<Extent>, Failure> {
+    ) -> std::result::Result<Vec<Extent>, RequestError> {
         let failure = match answer {
-            Ok(Content::Runs(runs)) => return Ok(runs),
-            Ok(Content::Bytes(_) | Content::Flushed) => Failure::NoContext,
+            Ok(ReplyContent::Extents(runs)) => return Ok(runs),
+            Ok(ReplyContent::Bytes(_) | ReplyContent::Flushed) => RequestError::NoContext,
             Err(failure) => failure,
         };
-        if matches!(failure, Failure::Violation(_) | Failure::NoContext) {
+        if matches!(failure, RequestError::Violation(_) | RequestError::NoContext) {
             self.no_status.get_or_init(|| {
                 log::warn!("{}: no holes from now on: {failure}", self.uri());
                 failure.to_string()
@@ -236,34 +238,34 @@ impl Client {
         Err(failure)
     }
 
-    fn rest_after(&self, begin: Instant, failure: &Failure) {
-        if matches!(failure, Failure::Broken(_)) && begin.elapsed() >= SLOW {
+    fn rest_after(&self, begin: Instant, failure: &RequestError) {
+        if matches!(failure, RequestError::Broken(_)) && begin.elapsed() >= SLOW {
             self.rest.begin(self.pool.patience().request);
         }
     }
 
     /// Cuts a range into reads that keep to the block sizes; the first and the last may be longer than asked.
-    fn cut(&self, range: Range<Bytes>) -> Vec<Ask> {
+    fn cut(&self, range: Range<Bytes>) -> Vec<NbdRequest> {
         let blocks = self.pool.first().blocks;
         let end = range.end.align_up(blocks.minimum).unwrap_or(range.end).min(self.size());
         let mut at = range.start.align_down(blocks.minimum);
         let mut asks = Vec::new();
         while range.start < range.end && at < end {
             let next = at.saturating_add(blocks.maximum).min(end);
-            asks.push(Ask::Read(at..next));
+            asks.push(NbdRequest::Read(at..next));
             at = next;
         }
         asks
     }
 
     /// Gets every ask an answer before `until`, over as many connections as it takes.
-    fn ask(&self, asks: &[Ask], until: Instant) -> Vec<std::result::Result<Content, Failure>> {
+    fn ask(&self, asks: &[NbdRequest], until: Instant) -> Vec<std::result::Result<ReplyContent, RequestError>> {
         let begin = Instant::now();
-        let mut answers: Vec<_> = asks.iter().map(|_| Err(Failure::Broken("not asked".to_owned()))).collect();
+        let mut answers: Vec<_> = asks.iter().map(|_| Err(RequestError::Broken("not asked".to_owned()))).collect();
         let mut tries = 0;
         while tries < TRIES {
             let open: Vec<usize> =
-                (0..asks.len()).filter(|&index| matches!(answers[index], Err(Failure::Broken(_)))).collect();
+                (0..asks.len()).filter(|&index| matches!(answers[index], Err(RequestError::Broken(_)))).collect();
             if open.is_empty() || Instant::now() >= until {
                 break;
             }
@@ -276,7 +278,7 @@ impl Client {
                 }
                 Err(reason) => {
                     for index in open {
-                        answers[index] = Err(Failure::Broken(reason.clone()));
+                        answers[index] = Err(RequestError::Broken(reason.clone()));
                     }
                     break;
                 }
@@ -290,17 +292,17 @@ impl Client {
         &self,
         connection: &Connection,
         batch: &[usize],
-        asks: &[Ask],
-        answers: &mut [std::result::Result<Content, Failure>],
+        asks: &[NbdRequest],
+        answers: &mut [std::result::Result<ReplyContent, RequestError>],
         until: Instant,
     ) {
         let tickets: Vec<_> = batch.iter().map(|&index| (index, connection.submit(&asks[index], until))).collect();
         for (index, ticket) in tickets {
             let answer = ticket.and_then(|ticket| connection.wait(ticket, until));
             answers[index] = match answer {
-                Err(Failure::Server(ESHUTDOWN)) => {
+                Err(RequestError::Server(ESHUTDOWN)) => {
                     connection.end("the server is shutting down".to_owned());
-                    Err(Failure::Broken("the server is shutting down".to_owned()))
+                    Err(RequestError::Broken("the server is shutting down".to_owned()))
                 }
                 answer => answer,
             };

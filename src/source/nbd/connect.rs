@@ -17,10 +17,11 @@ use nix::sys::time::TimeVal;
 
 use super::frame::Dialect;
 use super::proto::{
-    self, BlockSizes, ExportInfo, GREETING, Greeting, Info, OPTION_HEADER, Opt, Reply, Violation, option_reply,
+    self, BlockSizes, ExportInfo, GREETING, Greeting, NbdInfo, NbdOption, OPTION_HEADER, OptionReply, Violation,
+    option_reply,
 };
 use super::stream::{Socket, Stream, TICK};
-use super::tls::Identity;
+use super::tls::TlsSettings;
 use super::uri::{Transport, Uri};
 use crate::error::{Error, Result};
 
@@ -50,11 +51,11 @@ pub struct Agreement {
 /// # Errors
 ///
 /// No server, no TLS where it is demanded, no such export, no NBD.
-pub fn connect(uri: &Uri, identity: Option<&Identity>, deadline: Instant) -> Result<(Stream, Agreement)> {
+pub fn connect(uri: &Uri, identity: Option<&TlsSettings>, deadline: Instant) -> Result<(Stream, Agreement)> {
     let failed = |error: io::Error| Error::failed("cannot connect").on(uri.to_string()).because(error);
     let socket = open_socket(uri.transport(), deadline).and_then(|socket| socket.tick().map(|()| socket));
     let stream = Stream::new(socket.map_err(failed)?);
-    let mut talk = Talk { stream, deadline };
+    let mut talk = Negotiation { stream, deadline };
     let greeting = talk.greet().map_err(|problem| problem.on(uri))?;
     if let Some(identity) = identity {
         talk = talk.encrypt(greeting, identity, uri)?;
@@ -129,7 +130,7 @@ fn open_unix(path: &Path) -> io::Result<UnixStream> {
 enum Problem {
     Io(io::Error),
     Violation(Violation),
-    Refused { option: Opt, code: u32, message: String },
+    Refused { option: NbdOption, code: u32, message: String },
 }
 
 impl From<io::Error> for Problem {
@@ -151,8 +152,8 @@ impl Problem {
             Self::Violation(violation) => Error::failed(format!("cannot negotiate: {violation}")),
             Self::Refused { option, code, message } => {
                 let said = if message.is_empty() { String::new() } else { format!(" ({message})") };
-                let what = if option == Opt::StartTls { "start TLS" } else { "open the export" };
-                Error::failed(format!("cannot {what}: {}{said}", Reply::error_text(code)))
+                let what = if option == NbdOption::StartTls { "start TLS" } else { "open the export" };
+                Error::failed(format!("cannot {what}: {}{said}", OptionReply::error_text(code)))
                     .hint(format!("the server's reply to the option {} was error {code}", option.name()))
             }
         };
@@ -161,20 +162,20 @@ impl Problem {
 }
 
 /// The end of the replies to one option, and the data of those before it.
-struct Replies {
-    end: Reply,
-    information: Vec<(Reply, Vec<u8>)>,
+struct OptionReplies {
+    end: OptionReply,
+    information: Vec<(OptionReply, Vec<u8>)>,
     /// What an error reply says to people.
     message: String,
 }
 
 /// A negotiation.
-struct Talk {
+struct Negotiation {
     stream: Stream,
     deadline: Instant,
 }
 
-impl Talk {
+impl Negotiation {
     fn read<const N: usize>(&self) -> std::result::Result<[u8; N], Problem> {
         let mut bytes = [0; N];
         self.stream.read_exact(&mut bytes, self.deadline)?;
@@ -188,7 +189,7 @@ impl Talk {
     }
 
     /// Sends an option and reads its replies up to the one that ends them.
-    fn ask(&self, option: Opt, data: &[u8]) -> std::result::Result<Replies, Problem> {
+    fn ask(&self, option: NbdOption, data: &[u8]) -> std::result::Result<OptionReplies, Problem> {
         self.stream.write_all(&option.encode(data), self.deadline)?;
         let mut information = Vec::new();
         for _ in 0..MAX_REPLIES {
@@ -197,9 +198,11 @@ impl Talk {
             let mut payload = vec![0; len];
             self.stream.read_exact(&mut payload, self.deadline)?;
             match reply {
-                Reply::Ack => return Ok(Replies { end: reply, information, message: String::new() }),
-                Reply::Error(_) => return Ok(Replies { end: reply, information, message: printable(&payload) }),
-                Reply::Info | Reply::MetaContext => information.push((reply, payload)),
+                OptionReply::Ack => return Ok(OptionReplies { end: reply, information, message: String::new() }),
+                OptionReply::Error(_) => {
+                    return Ok(OptionReplies { end: reply, information, message: printable(&payload) });
+                }
+                OptionReply::Info | OptionReply::MetaContext => information.push((reply, payload)),
             }
         }
         Err(Violation::new(format!("does not end its reply to {}", option.name())).into())
@@ -207,13 +210,13 @@ impl Talk {
 
     /// Starts TLS. Never falls back: everything else than TLS is an error. Nothing that the server said before counts
     /// afterwards, and nothing was read ahead that could be taken for a part of the encrypted stream.
-    fn encrypt(self, greeting: Greeting, identity: &Identity, uri: &Uri) -> Result<Self> {
+    fn encrypt(self, greeting: Greeting, identity: &TlsSettings, uri: &Uri) -> Result<Self> {
         if !greeting.fixed {
             return Err(Problem::from(Violation::new("is too old for TLS")).on(uri));
         }
-        match self.ask(Opt::StartTls, &[]).map_err(|problem| problem.on(uri))? {
-            Replies { end: Reply::Error(code), message, .. } => {
-                Err(Problem::Refused { option: Opt::StartTls, code, message }.on(uri))
+        match self.ask(NbdOption::StartTls, &[]).map_err(|problem| problem.on(uri))? {
+            OptionReplies { end: OptionReply::Error(code), message, .. } => {
+                Err(Problem::Refused { option: NbdOption::StartTls, code, message }.on(uri))
             }
             _ => {
                 let stream = self
@@ -240,21 +243,23 @@ impl Talk {
         if agreement.dialect != Dialect::Simple {
             agreement.context = self.context(export)?;
         }
-        let replies = self.ask(Opt::Go, &proto::go(export))?;
+        let replies = self.ask(NbdOption::Go, &proto::go(export))?;
         match replies.end {
             // NBD_REP_ERR_UNSUP: an option that is younger than the server.
-            Reply::Error(1) => agreement.export = self.export_name(greeting, export)?,
-            Reply::Error(code) => return Err(Problem::Refused { option: Opt::Go, code, message: replies.message }),
+            OptionReply::Error(1) => agreement.export = self.export_name(greeting, export)?,
+            OptionReply::Error(code) => {
+                return Err(Problem::Refused { option: NbdOption::Go, code, message: replies.message });
+            }
             _ => {
                 let mut size_known = false;
                 for (_, payload) in &replies.information {
-                    match Info::decode(payload)? {
-                        Info::Export(export) => {
+                    match NbdInfo::decode(payload)? {
+                        NbdInfo::Export(export) => {
                             agreement.export = export;
                             size_known = true;
                         }
-                        Info::BlockSizes(blocks) => agreement.blocks = blocks,
-                        Info::Other => {}
+                        NbdInfo::BlockSizes(blocks) => agreement.blocks = blocks,
+                        NbdInfo::Other => {}
                     }
                 }
                 if !size_known {
@@ -268,12 +273,12 @@ impl Talk {
     /// The best dialect that the server speaks.
     fn dialect(&self) -> std::result::Result<Dialect, Problem> {
         for (option, dialect) in
-            [(Opt::ExtendedHeaders, Dialect::Extended), (Opt::StructuredReply, Dialect::Structured)]
+            [(NbdOption::ExtendedHeaders, Dialect::Extended), (NbdOption::StructuredReply, Dialect::Structured)]
         {
             match self.ask(option, &[])? {
-                Replies { end: Reply::Ack, .. } => return Ok(dialect),
+                OptionReplies { end: OptionReply::Ack, .. } => return Ok(dialect),
                 // NBD_REP_ERR_TLS_REQD: it would come back for every other option.
-                Replies { end: Reply::Error(code @ 5), message, .. } => {
+                OptionReplies { end: OptionReply::Error(code @ 5), message, .. } => {
                     return Err(Problem::Refused { option, code, message });
                 }
                 _ => {}
@@ -284,17 +289,17 @@ impl Talk {
 
     /// The number of `base:allocation`. A refusal is no error here: GO will say what is wrong with the export.
     fn context(&self, export: &str) -> std::result::Result<Option<u32>, Problem> {
-        let replies = self.ask(Opt::SetMetaContext, &proto::set_meta_context(export))?;
+        let replies = self.ask(NbdOption::SetMetaContext, &proto::set_meta_context(export))?;
         match (replies.end, replies.information.as_slice()) {
-            (Reply::Ack, [(Reply::MetaContext, payload)]) => Ok(Some(proto::meta_context(payload)?)),
-            (Reply::Ack, []) | (Reply::Error(_), _) => Ok(None),
+            (OptionReply::Ack, [(OptionReply::MetaContext, payload)]) => Ok(Some(proto::meta_context(payload)?)),
+            (OptionReply::Ack, []) | (OptionReply::Error(_), _) => Ok(None),
             _ => Err(Violation::new("chose more than one metadata context").into()),
         }
     }
 
     /// `NBD_OPT_EXPORT_NAME`: the answer has no header, and a server that does not like it hangs up.
     fn export_name(&self, greeting: Greeting, export: &str) -> std::result::Result<ExportInfo, Problem> {
-        self.stream.write_all(&Opt::ExportName.encode(export.as_bytes()), self.deadline)?;
+        self.stream.write_all(&NbdOption::ExportName.encode(export.as_bytes()), self.deadline)?;
         let info = ExportInfo::decode(&self.read::<10>()?)?;
         if !greeting.no_zeroes {
             self.read::<124>()?;

@@ -12,8 +12,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::connect::Agreement;
-use super::frame::{Command, Dialect, HEAD, Head, request};
-use super::reply::{Answer, Content, Failure};
+use super::frame::{Dialect, NbdCommand, REPLY_HEADER, ReplyHeader, request};
+use super::reply::{PartialReply, ReplyContent, RequestError};
 use super::stream::Stream;
 use crate::units::Bytes;
 
@@ -22,7 +22,7 @@ const READ_AHEAD: usize = 64 << 10;
 
 /// What can be asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ask {
+pub enum NbdRequest {
     /// The bytes of a range, within the agreed block sizes.
     Read(Range<Bytes>),
     /// The block status of a range that starts and ends on a minimum block or at the end of the export.
@@ -33,7 +33,7 @@ pub enum Ask {
 
 /// A request under way.
 #[derive(Debug)]
-pub struct Ticket(u64);
+pub struct RequestId(u64);
 
 /// A connection in transmission.
 #[derive(Debug)]
@@ -42,33 +42,33 @@ pub struct Connection {
     agreement: Agreement,
     born: Instant,
     sending: Mutex<()>,
-    input: Mutex<Input>,
-    table: Mutex<Table>,
+    input: Mutex<ReadAhead>,
+    table: Mutex<PendingRequests>,
     changed: Condvar,
     in_flight: AtomicUsize,
 }
 
 /// Bytes of the stream that nobody has taken yet.
 #[derive(Debug)]
-struct Input {
+struct ReadAhead {
     buffer: Box<[u8]>,
     unread: Range<usize>,
 }
 
 #[derive(Debug, Default)]
-struct Table {
+struct PendingRequests {
     next: u64,
-    requests: HashMap<u64, Request>,
+    requests: HashMap<u64, PendingRequest>,
     has_reader: bool,
     broken: Option<String>,
 }
 
 #[derive(Debug)]
-enum Request {
-    Waiting(Answer),
+enum PendingRequest {
+    Waiting(PartialReply),
     /// The reader has its answer in hand.
     Arriving,
-    Done(Result<Content, Failure>),
+    Done(Result<ReplyContent, RequestError>),
 }
 
 impl Connection {
@@ -79,7 +79,7 @@ impl Connection {
             agreement,
             born: Instant::now(),
             sending: Mutex::new(()),
-            input: Mutex::new(Input { buffer: vec![0; READ_AHEAD].into(), unread: 0..0 }),
+            input: Mutex::new(ReadAhead { buffer: vec![0; READ_AHEAD].into(), unread: 0..0 }),
             table: Mutex::default(),
             changed: Condvar::new(),
             in_flight: AtomicUsize::new(0),
@@ -105,17 +105,17 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`Failure::NoContext`] for a status that the server cannot give, [`Failure::Broken`] when it cannot be sent.
-    pub fn submit(&self, ask: &Ask, deadline: Instant) -> Result<Ticket, Failure> {
+    /// [`RequestError::NoContext`] for a status that the server cannot give, [`RequestError::Broken`] when it cannot be sent.
+    pub fn submit(&self, ask: &NbdRequest, deadline: Instant) -> Result<RequestId, RequestError> {
         let (command, range, answer) = self.prepare(ask)?;
         let cookie = {
             let mut table = self.table();
             if let Some(reason) = &table.broken {
-                return Err(Failure::Broken(reason.clone()));
+                return Err(RequestError::Broken(reason.clone()));
             }
             table.next += 1;
             let cookie = table.next;
-            table.requests.insert(cookie, Request::Waiting(answer));
+            table.requests.insert(cookie, PendingRequest::Waiting(answer));
             cookie
         };
         self.in_flight.fetch_add(1, Ordering::Relaxed);
@@ -126,7 +126,7 @@ impl Connection {
             self.end(error.to_string());
         }
         // A request that was not sent finds out in `wait`, as all others of a broken connection do.
-        Ok(Ticket(cookie))
+        Ok(RequestId(cookie))
     }
 
     /// Waits for the answer to a request. Every ticket is to be waited for, once.
@@ -135,23 +135,23 @@ impl Connection {
     ///
     /// The server's error, its violation of the protocol, or the end of the connection, which is also what becomes of a
     /// request without an answer at `deadline`.
-    pub fn wait(&self, ticket: Ticket, deadline: Instant) -> Result<Content, Failure> {
+    pub fn wait(&self, ticket: RequestId, deadline: Instant) -> Result<ReplyContent, RequestError> {
         let result = self.wait_for(ticket.0, deadline);
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
         result
     }
 
-    fn wait_for(&self, cookie: u64, deadline: Instant) -> Result<Content, Failure> {
+    fn wait_for(&self, cookie: u64, deadline: Instant) -> Result<ReplyContent, RequestError> {
         let mut table = self.table();
         loop {
-            if let Some(Request::Done(_)) = table.requests.get(&cookie)
-                && let Some(Request::Done(result)) = table.requests.remove(&cookie)
+            if let Some(PendingRequest::Done(_)) = table.requests.get(&cookie)
+                && let Some(PendingRequest::Done(result)) = table.requests.remove(&cookie)
             {
                 return result;
             }
             if let Some(reason) = table.broken.clone() {
                 table.requests.remove(&cookie);
-                return Err(Failure::Broken(reason));
+                return Err(RequestError::Broken(reason));
             }
             if table.has_reader {
                 let left = deadline.saturating_duration_since(Instant::now());
@@ -183,20 +183,20 @@ impl Connection {
         self.changed.notify_all();
     }
 
-    fn prepare(&self, ask: &Ask) -> Result<(Command, Range<Bytes>, Answer), Failure> {
+    fn prepare(&self, ask: &NbdRequest) -> Result<(NbdCommand, Range<Bytes>, PartialReply), RequestError> {
         match ask {
-            Ask::Flush => Ok((Command::Flush, Bytes::ZERO..Bytes::ZERO, Answer::flush())),
-            Ask::Read(range) => {
-                let answer = Answer::read(range.clone()).expect("a read is a piece of a buffer in memory");
-                Ok((Command::Read, range.clone(), answer))
+            NbdRequest::Flush => Ok((NbdCommand::Flush, Bytes::ZERO..Bytes::ZERO, PartialReply::flush())),
+            NbdRequest::Read(range) => {
+                let answer = PartialReply::read(range.clone()).expect("a read is a piece of a buffer in memory");
+                Ok((NbdCommand::Read, range.clone(), answer))
             }
-            Ask::Status(range) => {
+            NbdRequest::Status(range) => {
                 let Agreement { dialect, context, export, .. } = self.agreement;
-                let context = context.ok_or(Failure::NoContext)?;
+                let context = context.ok_or(RequestError::NoContext)?;
                 // Another connection may have spoken another dialect when the range was chosen.
                 let end = range.end.min(range.start.saturating_add(dialect.longest_status()));
                 let range = range.start..end;
-                Ok((Command::BlockStatus, range.clone(), Answer::status(range, context, dialect, export.size)))
+                Ok((NbdCommand::BlockStatus, range.clone(), PartialReply::status(range, context, dialect, export.size)))
             }
         }
     }
@@ -209,34 +209,34 @@ impl Connection {
     }
 
     /// Takes one reply or chunk in; says whose request it finished.
-    fn read_reply(&self, input: &mut Input, deadline: Instant) -> Result<Option<u64>, String> {
+    fn read_reply(&self, input: &mut ReadAhead, deadline: Instant) -> Result<Option<u64>, String> {
         let dialect = self.agreement.dialect;
-        let mut bytes = [0; HEAD];
+        let mut bytes = [0; REPLY_HEADER];
         self.take(input, &mut bytes, deadline)?;
-        let head = Head::decode(&bytes, dialect).map_err(|violation| violation.to_string())?;
+        let head = ReplyHeader::decode(&bytes, dialect).map_err(|violation| violation.to_string())?;
         let cookie = head.cookie();
-        let Some(Request::Waiting(mut answer)) =
-            self.table().requests.get_mut(&cookie).map(|request| std::mem::replace(request, Request::Arriving))
+        let Some(PendingRequest::Waiting(mut answer)) =
+            self.table().requests.get_mut(&cookie).map(|request| std::mem::replace(request, PendingRequest::Arriving))
         else {
             return Err(format!("the server replied to the request {cookie}, which does not exist"));
         };
         let arrived = self.read_body(input, head, dialect, &mut answer, deadline);
         let (request, ended) = match arrived {
-            Ok(()) if !answer.is_done() => (Request::Waiting(answer), None),
+            Ok(()) if !answer.is_done() => (PendingRequest::Waiting(answer), None),
             Ok(()) => {
                 let result = answer.finish();
                 let ended = match &result {
-                    Err(Failure::Violation(violation)) => Some(violation.to_string()),
+                    Err(RequestError::Violation(violation)) => Some(violation.to_string()),
                     _ => None,
                 };
-                (Request::Done(result), ended)
+                (PendingRequest::Done(result), ended)
             }
             Err(failure) => {
                 let reason = failure.to_string();
-                (Request::Done(Err(failure)), Some(reason))
+                (PendingRequest::Done(Err(failure)), Some(reason))
             }
         };
-        let done = matches!(request, Request::Done(_));
+        let done = matches!(request, PendingRequest::Done(_));
         self.table().requests.insert(cookie, request);
         match ended {
             Some(reason) => Err(reason),
@@ -251,32 +251,32 @@ impl Connection {
     /// Takes in what follows the first part of a header.
     fn read_body(
         &self,
-        input: &mut Input,
-        head: Head,
+        input: &mut ReadAhead,
+        head: ReplyHeader,
         dialect: Dialect,
-        answer: &mut Answer,
+        answer: &mut PartialReply,
         deadline: Instant,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), RequestError> {
         let place = match head {
-            Head::Simple { error, .. } => answer.simple(error, dialect).map_err(Failure::Violation)?,
-            Head::Chunk { flags, kind, .. } => {
+            ReplyHeader::Simple { error, .. } => answer.simple(error, dialect).map_err(RequestError::Violation)?,
+            ReplyHeader::Chunk { flags, kind, .. } => {
                 let mut rest = [0; 16];
                 let rest = &mut rest[..head.rest(dialect)];
-                self.take(input, rest, deadline).map_err(Failure::Broken)?;
-                let chunk = answer.chunk(flags, kind, rest).map_err(Failure::Violation)?;
+                self.take(input, rest, deadline).map_err(RequestError::Broken)?;
+                let chunk = answer.chunk(flags, kind, rest).map_err(RequestError::Violation)?;
                 let mut payload = vec![0; chunk.to_parse()];
-                self.take(input, &mut payload, deadline).map_err(Failure::Broken)?;
-                answer.payload(chunk, &payload).map_err(Failure::Violation)?
+                self.take(input, &mut payload, deadline).map_err(RequestError::Broken)?;
+                answer.payload(chunk, &payload).map_err(RequestError::Violation)?
             }
         };
         match place {
-            Some(place) => self.take(input, place, deadline).map_err(Failure::Broken),
+            Some(place) => self.take(input, place, deadline).map_err(RequestError::Broken),
             None => Ok(()),
         }
     }
 
     /// Reads exactly `out` from the stream.
-    fn take(&self, input: &mut Input, mut out: &mut [u8], deadline: Instant) -> Result<(), String> {
+    fn take(&self, input: &mut ReadAhead, mut out: &mut [u8], deadline: Instant) -> Result<(), String> {
         let reason = |error: io::Error| error.to_string();
         loop {
             let count = out.len().min(input.unread.len());
@@ -298,7 +298,7 @@ impl Connection {
         }
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, PendingRequests> {
         // Nothing in this module panics while it holds a lock.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -309,7 +309,7 @@ impl Drop for Connection {
     /// may be dropped where others wait for a lock.
     fn drop(&mut self) {
         if !self.is_broken() {
-            let goodbye = request(self.agreement.dialect, Command::Disconnect, 0, &(Bytes::ZERO..Bytes::ZERO));
+            let goodbye = request(self.agreement.dialect, NbdCommand::Disconnect, 0, &(Bytes::ZERO..Bytes::ZERO));
             self.stream.write_at_once(&goodbye);
         }
         self.stream.shutdown();

@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime};
 
 use nix::unistd::{getegid, geteuid};
 
-use super::client::Rest;
+use super::client::RetryDelay;
 use super::{Client, Uri};
 use crate::deadline;
 use crate::error::{Error, Result};
@@ -21,14 +21,14 @@ use crate::units::Bytes;
 #[derive(Debug)]
 pub struct NbdExport {
     uri: Uri,
-    state: Mutex<State>,
+    state: Mutex<ExportState>,
     changed: Condvar,
     /// It outlives the clients.
-    rest: Arc<Rest>,
+    rest: Arc<RetryDelay>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ExportState {
     client: Weak<Client>,
     /// Some thread connects.
     connecting: bool,
@@ -38,9 +38,9 @@ struct State {
 }
 
 /// A thread that connects; however that ends, others may connect afterwards.
-struct Attempt<'a>(&'a NbdExport);
+struct ConnectAttempt<'a>(&'a NbdExport);
 
-impl Drop for Attempt<'_> {
+impl Drop for ConnectAttempt<'_> {
     fn drop(&mut self) {
         let mut state = self.0.lock();
         state.connecting = false;
@@ -88,7 +88,7 @@ impl NbdExport {
         state.connecting = true;
         drop(state);
         // Without the lock: a connection takes as long as the network, and who has a client needs no other.
-        let _attempt = Attempt(self);
+        let _attempt = ConnectAttempt(self);
         let opened = Client::open_again(&self.uri, self.rest.clone()).map(Arc::new);
         let mut state = self.lock();
         state.failed = opened.as_ref().err().map(ToString::to_string);
@@ -99,7 +99,7 @@ impl NbdExport {
         opened
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ExportState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

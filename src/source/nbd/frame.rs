@@ -38,7 +38,7 @@ impl Dialect {
 /// A command of this client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
-pub enum Command {
+pub enum NbdCommand {
     /// `NBD_CMD_READ`.
     Read = 0,
     /// `NBD_CMD_DISC`: the client leaves; there is no reply.
@@ -50,7 +50,7 @@ pub enum Command {
 }
 
 /// A request without payload. A length that the dialect cannot carry is cut to what it can.
-pub fn request(dialect: Dialect, command: Command, cookie: u64, range: &Range<Bytes>) -> Vec<u8> {
+pub fn request(dialect: Dialect, command: NbdCommand, cookie: u64, range: &Range<Bytes>) -> Vec<u8> {
     let len = range.end.saturating_sub(range.start).get();
     let mut bytes = Vec::with_capacity(32);
     let magic = if dialect == Dialect::Extended { EXTENDED_REQUEST } else { REQUEST };
@@ -67,11 +67,11 @@ pub fn request(dialect: Dialect, command: Command, cookie: u64, range: &Range<By
 }
 
 /// Bytes that every reply header has at least.
-pub const HEAD: usize = 16;
+pub const REPLY_HEADER: usize = 16;
 
-/// The first [`HEAD`] bytes of a reply.
+/// The first [`REPLY_HEADER`] bytes of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Head {
+pub enum ReplyHeader {
     /// A simple reply, whole. A successful read is followed by all its bytes.
     Simple {
         /// Zero, or the server's errno.
@@ -79,7 +79,7 @@ pub enum Head {
         /// Whose reply it is.
         cookie: u64,
     },
-    /// A chunk; [`Head::rest`] bytes of its header follow.
+    /// A chunk; [`ReplyHeader::rest`] bytes of its header follow.
     Chunk {
         /// `NBD_REPLY_FLAG_*`.
         flags: u16,
@@ -90,13 +90,13 @@ pub enum Head {
     },
 }
 
-impl Head {
+impl ReplyHeader {
     /// Reads the common part of a reply header.
     ///
     /// # Errors
     ///
     /// Bytes that are no reply of this dialect; the stream cannot be followed any further.
-    pub fn decode(bytes: &[u8; HEAD], dialect: Dialect) -> Result<Self, Violation> {
+    pub fn decode(bytes: &[u8; REPLY_HEADER], dialect: Dialect) -> Result<Self, Violation> {
         let mut fields = Fields::of(bytes);
         let magic = fields.u32().unwrap_or_default();
         match (magic, dialect) {
@@ -139,18 +139,18 @@ mod tests {
 
     #[test]
     fn requests_on_the_wire() {
-        let plain = request(Dialect::Structured, Command::BlockStatus, 7, &bytes(512, 1536));
+        let plain = request(Dialect::Structured, NbdCommand::BlockStatus, 7, &bytes(512, 1536));
         assert_eq!(plain, b"\x25\x60\x95\x13\0\0\0\x07\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\x02\0\0\0\x04\0");
-        let extended = request(Dialect::Extended, Command::Read, 1, &bytes(0, 1 << 32));
+        let extended = request(Dialect::Extended, NbdCommand::Read, 1, &bytes(0, 1 << 32));
         assert_eq!(extended, b"\x21\xe4\x1c\x71\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0");
     }
 
     #[test]
     fn heads() {
         let head = |magic: u32, dialect| {
-            let mut bytes = [1; HEAD];
+            let mut bytes = [1; REPLY_HEADER];
             bytes[..4].copy_from_slice(&magic.to_be_bytes());
-            Head::decode(&bytes, dialect).map(|head| head.rest(dialect))
+            ReplyHeader::decode(&bytes, dialect).map(|head| head.rest(dialect))
         };
         assert_eq!(head(SIMPLE_REPLY, Dialect::Simple), Ok(0));
         assert_eq!(head(SIMPLE_REPLY, Dialect::Structured), Ok(0));

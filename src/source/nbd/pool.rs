@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::connect::{Agreement, connect};
 use super::connection::Connection;
-use super::tls::Identity;
+use super::tls::TlsSettings;
 use super::uri::Uri;
 use crate::deadline;
 use crate::error::{Error, Result};
@@ -26,7 +26,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// One call of [`super::Client`] takes at most `request`, whatever happens in it: lost connections, attempts to connect and
 /// their host names, answers in small pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Patience {
+pub struct Timeouts {
     /// For a new connection, from the socket to the end of the negotiation.
     pub connect: Duration,
     /// For a call, from its begin to its answer.
@@ -36,7 +36,7 @@ pub struct Patience {
     pub outage: Duration,
 }
 
-impl Default for Patience {
+impl Default for Timeouts {
     fn default() -> Self {
         Self { connect: Duration::from_secs(10), request: Duration::from_secs(30), outage: Duration::from_secs(30) }
     }
@@ -44,17 +44,17 @@ impl Default for Patience {
 
 /// The live connections to one export.
 #[derive(Debug)]
-pub struct Pool {
+pub struct ConnectionPool {
     uri: Uri,
-    identity: Option<Identity>,
+    identity: Option<TlsSettings>,
     first: Agreement,
-    patience: Patience,
-    state: Mutex<State>,
+    patience: Timeouts,
+    state: Mutex<PoolState>,
     changed: Condvar,
 }
 
 #[derive(Debug)]
-struct State {
+struct PoolState {
     live: Vec<Arc<Connection>>,
     limit: usize,
     /// When an additional connection may be tried, after one failed.
@@ -73,27 +73,27 @@ struct Outage {
     reason: String,
 }
 
-impl State {
+impl PoolState {
     /// Whether one more connection may be tried now.
     fn may_grow(&self) -> bool {
         self.live.len() < self.limit && self.more_after.is_none_or(|after| Instant::now() >= after)
     }
 }
 
-impl Pool {
+impl ConnectionPool {
     /// Makes the first connection.
     ///
     /// # Errors
     ///
     /// Whatever keeps the export from being opened. Nothing is tried twice.
-    pub fn open(uri: Uri, patience: Patience) -> Result<Self> {
-        let identity = Identity::of(&uri)?;
+    pub fn open(uri: Uri, patience: Timeouts) -> Result<Self> {
+        let identity = TlsSettings::of(&uri)?;
         let (stream, first) =
             connect(&uri, identity.as_ref(), deadline::no_later_than(Instant::now() + patience.connect))?;
         let several = first.export.multi_conn && first.export.read_only;
         let limit = if several { MAX_CONNECTIONS } else { 1 };
         let live = vec![Arc::new(Connection::new(stream, first))];
-        let state = Mutex::new(State { live, limit, more_after: None, opening: false, outage: None });
+        let state = Mutex::new(PoolState { live, limit, more_after: None, opening: false, outage: None });
         Ok(Self { uri, identity, first, patience, state, changed: Condvar::new() })
     }
 
@@ -108,7 +108,7 @@ impl Pool {
     }
 
     /// How long a server is waited for.
-    pub fn patience(&self) -> Patience {
+    pub fn patience(&self) -> Timeouts {
         self.patience
     }
 
@@ -187,14 +187,14 @@ impl Pool {
     }
 
     /// Notes that the server is there.
-    fn back(&self, state: &mut State) {
+    fn back(&self, state: &mut PoolState) {
         if state.outage.take().is_some() {
             log::info!("{}: connected again", self.uri);
         }
     }
 
     /// Notes that the server is away; an error when that lasts too long.
-    fn away(&self, state: &mut State, error: &Error) -> std::result::Result<(), String> {
+    fn away(&self, state: &mut PoolState, error: &Error) -> std::result::Result<(), String> {
         let now = Instant::now();
         let outage = state.outage.get_or_insert_with(|| {
             log::warn!("{error}; trying again");
@@ -210,7 +210,7 @@ impl Pool {
         Err(outage.reason.clone())
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, PoolState> {
         // Nothing in this module panics while it holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -94,9 +94,9 @@ pub const GREETING: usize = 18;
 /// A newstyle server's greeting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Greeting {
-    /// Whether options other than [`Opt::ExportName`] may be sent.
+    /// Whether options other than [`NbdOption::ExportName`] may be sent.
     pub fixed: bool,
-    /// Whether the answer to [`Opt::ExportName`] ends without 124 zero bytes.
+    /// Whether the answer to [`NbdOption::ExportName`] ends without 124 zero bytes.
     pub no_zeroes: bool,
 }
 
@@ -129,7 +129,7 @@ impl Greeting {
 /// An option that this client sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Opt {
+pub enum NbdOption {
     /// `NBD_OPT_EXPORT_NAME`: the old way to choose an export; no error reply, the server just hangs up.
     ExportName = 1,
     /// `NBD_OPT_ABORT`: the client leaves.
@@ -146,7 +146,7 @@ pub enum Opt {
     ExtendedHeaders = 11,
 }
 
-impl Opt {
+impl NbdOption {
     /// The option's name in messages.
     pub fn name(self) -> &'static str {
         match self {
@@ -176,7 +176,7 @@ fn length(data: &[u8]) -> [u8; 4] {
     u32::try_from(data.len()).expect("option data is a few KiB").to_be_bytes()
 }
 
-/// Data of [`Opt::Go`]: the export, and the wish to know its block sizes (`NBD_INFO_BLOCK_SIZE`, 3).
+/// Data of [`NbdOption::Go`]: the export, and the wish to know its block sizes (`NBD_INFO_BLOCK_SIZE`, 3).
 pub fn go(export: &str) -> Vec<u8> {
     let mut data = length(export.as_bytes()).to_vec();
     data.extend(export.as_bytes());
@@ -184,7 +184,7 @@ pub fn go(export: &str) -> Vec<u8> {
     data
 }
 
-/// Data of [`Opt::SetMetaContext`]: the export and the one query [`BASE_ALLOCATION`].
+/// Data of [`NbdOption::SetMetaContext`]: the export and the one query [`BASE_ALLOCATION`].
 pub fn set_meta_context(export: &str) -> Vec<u8> {
     let mut data = length(export.as_bytes()).to_vec();
     data.extend(export.as_bytes());
@@ -199,7 +199,7 @@ pub const OPTION_HEADER: usize = 20;
 
 /// What an option reply says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reply {
+pub enum OptionReply {
     /// `NBD_REP_ACK`: done.
     Ack,
     /// `NBD_REP_INFO`.
@@ -210,7 +210,7 @@ pub enum Reply {
     Error(u32),
 }
 
-impl Reply {
+impl OptionReply {
     /// An error reply in words, and what the user can do about it.
     pub fn error_text(code: u32) -> &'static str {
         match code {
@@ -234,7 +234,7 @@ impl Reply {
 /// # Errors
 ///
 /// Anything that is not a reply to `option`, or is longer than [`MAX_OPTION_REPLY`].
-pub fn option_reply(bytes: &[u8; OPTION_HEADER], option: Opt) -> Result<(Reply, u32), Violation> {
+pub fn option_reply(bytes: &[u8; OPTION_HEADER], option: NbdOption) -> Result<(OptionReply, u32), Violation> {
     let mut fields = Fields::of(bytes);
     let (magic, number) = (fields.u64(), fields.u32());
     let (kind, len) = (fields.u32().unwrap_or_default(), fields.u32().unwrap_or_default());
@@ -248,10 +248,10 @@ pub fn option_reply(bytes: &[u8; OPTION_HEADER], option: Opt) -> Result<(Reply, 
         return Err(Violation::new(format!("sent an option reply of {len} bytes")));
     }
     match kind {
-        1 if len == 0 => Ok((Reply::Ack, 0)),
-        3 => Ok((Reply::Info, len)),
-        4 => Ok((Reply::MetaContext, len)),
-        error if error & REPLY_ERROR != 0 => Ok((Reply::Error(error & !REPLY_ERROR), len)),
+        1 if len == 0 => Ok((OptionReply::Ack, 0)),
+        3 => Ok((OptionReply::Info, len)),
+        4 => Ok((OptionReply::MetaContext, len)),
+        error if error & REPLY_ERROR != 0 => Ok((OptionReply::Error(error & !REPLY_ERROR), len)),
         other => Err(Violation::new(format!("sent option reply {other} of {len} bytes"))),
     }
 }
@@ -266,12 +266,12 @@ pub struct ExportInfo {
     /// The server has no cache, or one for all connections, and what it flushed is visible on all of them
     /// (`NBD_FLAG_CAN_MULTI_CONN`).
     pub multi_conn: bool,
-    /// The server takes [`super::frame::Command::Flush`] (`NBD_FLAG_SEND_FLUSH`).
+    /// The server takes [`super::frame::NbdCommand::Flush`] (`NBD_FLAG_SEND_FLUSH`).
     pub flush: bool,
 }
 
 impl ExportInfo {
-    /// Reads size and transmission flags, the whole answer to [`Opt::ExportName`] but for its zeroes.
+    /// Reads size and transmission flags, the whole answer to [`NbdOption::ExportName`] but for its zeroes.
     ///
     /// # Errors
     ///
@@ -309,9 +309,9 @@ impl Default for BlockSizes {
     }
 }
 
-/// The data of a [`Reply::Info`].
+/// The data of a [`OptionReply::Info`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Info {
+pub enum NbdInfo {
     /// `NBD_INFO_EXPORT`.
     Export(ExportInfo),
     /// `NBD_INFO_BLOCK_SIZE`.
@@ -320,8 +320,8 @@ pub enum Info {
     Other,
 }
 
-impl Info {
-    /// Reads the data of a [`Reply::Info`].
+impl NbdInfo {
+    /// Reads the data of a [`OptionReply::Info`].
     ///
     /// # Errors
     ///
@@ -357,7 +357,7 @@ fn block_sizes(minimum: u32, maximum: u32) -> Result<BlockSizes, Violation> {
     Ok(BlockSizes { minimum, maximum })
 }
 
-/// Reads the data of a [`Reply::MetaContext`]: the number that stands for [`BASE_ALLOCATION`].
+/// Reads the data of a [`OptionReply::MetaContext`]: the number that stands for [`BASE_ALLOCATION`].
 ///
 /// # Errors
 ///

@@ -35,7 +35,7 @@ const MAX_GAPS: usize = 4096;
 
 /// Why a request has no answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Failure {
+pub enum RequestError {
     /// The server says that it failed, with its errno.
     Server(u32),
     /// The server broke the protocol in this very answer.
@@ -46,7 +46,7 @@ pub enum Failure {
     Broken(String),
 }
 
-impl std::fmt::Display for Failure {
+impl std::fmt::Display for RequestError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Server(errno) => write!(f, "the server reports error {errno}"),
@@ -59,64 +59,64 @@ impl std::fmt::Display for Failure {
 
 /// A chunk whose type and length fit the request that it answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Chunk {
+pub struct ReplyChunk {
     kind: u16,
     len: u64,
 }
 
-impl Chunk {
-    /// How many bytes to read and give to [`Answer::payload`]: all of them (at most 16 MiB and a little), but of
+impl ReplyChunk {
+    /// How many bytes to read and give to [`PartialReply::payload`]: all of them (at most 16 MiB and a little), but of
     /// `OFFSET_DATA` only the position, so that the data goes straight into its place.
     pub fn to_parse(self) -> usize {
         let bytes = if self.kind == OFFSET_DATA { POSITION } else { self.len };
-        usize::try_from(bytes).expect("Answer::chunk bounds the length")
+        usize::try_from(bytes).expect("PartialReply::chunk bounds the length")
     }
 }
 
 /// An answer that grows by chunks.
 #[derive(Debug)]
-pub struct Answer {
+pub struct PartialReply {
     asked: Range<Bytes>,
-    sort: Sort,
+    sort: ReplyKind,
     error: Option<u32>,
     done: bool,
 }
 
 #[derive(Debug)]
-enum Sort {
-    Read { bytes: Vec<u8>, covered: Covered },
+enum ReplyKind {
+    Read { bytes: Vec<u8>, covered: CoveredBytes },
     Status { context: u32, dialect: Dialect, limit: Bytes, runs: Option<Vec<Extent>> },
     Flush,
 }
 
 /// A finished answer.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Content {
+pub enum ReplyContent {
     /// All bytes of the range.
     Bytes(Vec<u8>),
     /// The runs from the start of the range on, neighbours of different kinds. They may end before the range does, or
     /// after it.
-    Runs(Vec<Extent>),
+    Extents(Vec<Extent>),
     /// A flush is done.
     Flushed,
 }
 
-impl Answer {
+impl PartialReply {
     /// The empty answer to a read of `range`, or `None` when it has no memory's size.
     pub fn read(range: Range<Bytes>) -> Option<Self> {
         let len = usize::try_from(range.end.checked_sub(range.start)?.get()).ok()?;
-        let sort = Sort::Read { bytes: vec![0; len], covered: Covered::default() };
+        let sort = ReplyKind::Read { bytes: vec![0; len], covered: CoveredBytes::default() };
         Some(Self { asked: range, sort, error: None, done: false })
     }
 
     /// The empty answer to a block status request about `range` of an export of `limit` bytes.
     pub fn status(range: Range<Bytes>, context: u32, dialect: Dialect, limit: Bytes) -> Self {
-        Self { asked: range, sort: Sort::Status { context, dialect, limit, runs: None }, error: None, done: false }
+        Self { asked: range, sort: ReplyKind::Status { context, dialect, limit, runs: None }, error: None, done: false }
     }
 
     /// The empty answer to a flush.
     pub fn flush() -> Self {
-        Self { asked: Bytes::ZERO..Bytes::ZERO, sort: Sort::Flush, error: None, done: false }
+        Self { asked: Bytes::ZERO..Bytes::ZERO, sort: ReplyKind::Flush, error: None, done: false }
     }
 
     /// Whether the last chunk was seen.
@@ -136,12 +136,12 @@ impl Answer {
             return Ok(None);
         }
         match &mut self.sort {
-            Sort::Read { bytes, covered } if dialect == Dialect::Simple => {
+            ReplyKind::Read { bytes, covered } if dialect == Dialect::Simple => {
                 covered.claim(0..bytes.len())?;
                 Ok(Some(bytes))
             }
             // A reply without data may be simple in the structured dialect too.
-            Sort::Flush if dialect != Dialect::Extended => Ok(None),
+            ReplyKind::Flush if dialect != Dialect::Extended => Ok(None),
             _ => Err(Violation::new("sent a simple reply where a structured one is due")),
         }
     }
@@ -151,7 +151,7 @@ impl Answer {
     /// # Errors
     ///
     /// A chunk that does not fit this request or its own type.
-    pub fn chunk(&mut self, flags: u16, kind: u16, rest: &[u8]) -> Result<Chunk, Violation> {
+    pub fn chunk(&mut self, flags: u16, kind: u16, rest: &[u8]) -> Result<ReplyChunk, Violation> {
         let mut fields = Fields::of(rest);
         let len = match rest.len() {
             4 => fields.u32().map(u64::from),
@@ -161,44 +161,48 @@ impl Answer {
         self.done = flags & FLAG_DONE != 0;
         let fits = match (kind, &self.sort) {
             (NONE, _) => len == 0 && self.done,
-            (OFFSET_DATA, Sort::Read { bytes, .. }) => {
+            (OFFSET_DATA, ReplyKind::Read { bytes, .. }) => {
                 len > POSITION && usize::try_from(len - POSITION).is_ok_and(|len| len <= bytes.len())
             }
-            (OFFSET_HOLE, Sort::Read { .. }) => len == POSITION + 4,
-            (STATUS, Sort::Status { dialect: Dialect::Structured, .. }) => len >= 12 && (len - 4) / 8 <= MAX_EXTENTS,
-            (STATUS_EXT, Sort::Status { dialect: Dialect::Extended, .. }) => len >= 24 && (len - 8) / 16 <= MAX_EXTENTS,
+            (OFFSET_HOLE, ReplyKind::Read { .. }) => len == POSITION + 4,
+            (STATUS, ReplyKind::Status { dialect: Dialect::Structured, .. }) => {
+                len >= 12 && (len - 4) / 8 <= MAX_EXTENTS
+            }
+            (STATUS_EXT, ReplyKind::Status { dialect: Dialect::Extended, .. }) => {
+                len >= 24 && (len - 8) / 16 <= MAX_EXTENTS
+            }
             (error, _) if error & CHUNK_ERROR != 0 => (4..=MAX_ERROR).contains(&len),
             _ => false,
         };
         if fits {
-            Ok(Chunk { kind, len })
+            Ok(ReplyChunk { kind, len })
         } else {
             Err(Violation::new(format!("sent a chunk of type {kind} and {len} bytes")))
         }
     }
 
-    /// Takes [`Chunk::to_parse`] bytes in, and says where the chunk's data has to be read to, if it has any.
+    /// Takes [`ReplyChunk::to_parse`] bytes in, and says where the chunk's data has to be read to, if it has any.
     ///
     /// # Errors
     ///
     /// A payload that contradicts the request, itself or an earlier chunk.
-    pub fn payload(&mut self, chunk: Chunk, payload: &[u8]) -> Result<Option<&mut [u8]>, Violation> {
+    pub fn payload(&mut self, chunk: ReplyChunk, payload: &[u8]) -> Result<Option<&mut [u8]>, Violation> {
         let short = || Violation::new("sent a chunk that ends early");
         let mut fields = Fields::of(payload);
         match (chunk.kind, &mut self.sort) {
             (NONE, _) => {}
-            (OFFSET_DATA, Sort::Read { bytes, covered }) => {
+            (OFFSET_DATA, ReplyKind::Read { bytes, covered }) => {
                 let offset = fields.u64().ok_or_else(short)?;
                 let range = within(&self.asked, offset, chunk.len - POSITION)?;
                 covered.claim(range.clone())?;
                 return Ok(Some(&mut bytes[range]));
             }
-            (OFFSET_HOLE, Sort::Read { covered, .. }) => {
+            (OFFSET_HOLE, ReplyKind::Read { covered, .. }) => {
                 // The bytes are zeros already: nothing else can have been written into a range that is claimed once.
                 let (offset, len) = (fields.u64().ok_or_else(short)?, fields.u32().ok_or_else(short)?);
                 covered.claim(within(&self.asked, offset, u64::from(len))?)?;
             }
-            (STATUS | STATUS_EXT, Sort::Status { context, dialect, limit, runs }) => {
+            (STATUS | STATUS_EXT, ReplyKind::Status { context, dialect, limit, runs }) => {
                 let extents = extents(payload, *dialect, *context)?;
                 if runs.replace(merge(extents, &self.asked, *limit)?).is_some() {
                     return Err(Violation::new("sent two chunks for one metadata context"));
@@ -219,18 +223,18 @@ impl Answer {
     /// # Errors
     ///
     /// The server's own error; a read that is not covered completely; a status without extents.
-    pub fn finish(self) -> Result<Content, Failure> {
+    pub fn finish(self) -> Result<ReplyContent, RequestError> {
         if let Some(errno) = self.error {
-            return Err(Failure::Server(errno));
+            return Err(RequestError::Server(errno));
         }
-        let missing = |what: &str| Err(Failure::Violation(Violation::new(what)));
+        let missing = |what: &str| Err(RequestError::Violation(Violation::new(what)));
         match self.sort {
             _ if !self.done => missing("did not finish its reply"),
-            Sort::Read { bytes, covered } if covered.all(bytes.len()) => Ok(Content::Bytes(bytes)),
-            Sort::Read { .. } => missing("left out a part of a read"),
-            Sort::Status { runs: Some(runs), .. } => Ok(Content::Runs(runs)),
-            Sort::Flush => Ok(Content::Flushed),
-            Sort::Status { runs: None, .. } => missing("answered a block status request without extents"),
+            ReplyKind::Read { bytes, covered } if covered.all(bytes.len()) => Ok(ReplyContent::Bytes(bytes)),
+            ReplyKind::Read { .. } => missing("left out a part of a read"),
+            ReplyKind::Status { runs: Some(runs), .. } => Ok(ReplyContent::Extents(runs)),
+            ReplyKind::Flush => Ok(ReplyContent::Flushed),
+            ReplyKind::Status { runs: None, .. } => missing("answered a block status request without extents"),
         }
     }
 }
@@ -251,9 +255,9 @@ fn within(asked: &Range<Bytes>, offset: u64, len: u64) -> Result<Range<usize>, V
 
 /// The parts of a read that have arrived: sorted, disjoint, not touching.
 #[derive(Debug, Default)]
-struct Covered(Vec<Range<usize>>);
+struct CoveredBytes(Vec<Range<usize>>);
 
-impl Covered {
+impl CoveredBytes {
     fn claim(&mut self, new: Range<usize>) -> Result<(), Violation> {
         let at = self.0.partition_point(|old| old.end < new.start);
         let touches_before = self.0.get(at).is_some_and(|old| old.end == new.start);

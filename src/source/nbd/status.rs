@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::client::Client;
-use super::reply::Failure;
+use super::reply::RequestError;
 use crate::error::Error;
 use crate::map::Extent;
 use crate::reason::DenseReason;
@@ -49,7 +49,7 @@ impl LiveSource for ExportStatus {
             let error = Error::failed(failure.to_string());
             match failure {
                 // A server that cannot read one place may know others.
-                Failure::Server(_) => QueryError::Ranges(error),
+                RequestError::Server(_) => QueryError::Ranges(error),
                 _ => QueryError::Device(error),
             }
         })
@@ -66,7 +66,7 @@ impl LiveSource for ExportStatus {
 }
 
 /// Joins the answers to adjacent ranges up to the first gap.
-fn join(ranges: &[Range<Bytes>], answers: Vec<Result<Vec<Extent>, Failure>>) -> Result<Vec<Extent>, Failure> {
+fn join(ranges: &[Range<Bytes>], answers: Vec<Result<Vec<Extent>, RequestError>>) -> Result<Vec<Extent>, RequestError> {
     let mut all: Vec<Extent> = Vec::new();
     for (range, answer) in ranges.iter().zip(answers) {
         match answer {
@@ -100,8 +100,11 @@ mod tests {
             ([Ok(vec![hole(10)]), Ok(vec![hole(20)]), Ok(vec![data(30)])], Ok(vec![hole(20), data(30)])),
             ([Ok(vec![hole(9)]), Ok(vec![hole(20)]), Ok(vec![hole(30)])], Ok(vec![hole(9)])),
             ([Ok(vec![hole(15)]), Ok(vec![data(20)]), Ok(vec![data(30)])], Ok(vec![hole(15)])),
-            ([Ok(vec![data(5), hole(10)]), Err(Failure::Server(5)), Ok(vec![hole(30)])], Ok(vec![data(5), hole(10)])),
-            ([Err(Failure::Server(5)), Ok(vec![hole(20)]), Ok(vec![hole(30)])], Err(Failure::Server(5))),
+            (
+                [Ok(vec![data(5), hole(10)]), Err(RequestError::Server(5)), Ok(vec![hole(30)])],
+                Ok(vec![data(5), hole(10)]),
+            ),
+            ([Err(RequestError::Server(5)), Ok(vec![hole(20)]), Ok(vec![hole(30)])], Err(RequestError::Server(5))),
         ] {
             assert_eq!(join(&ranges, answers.to_vec()), wanted);
         }

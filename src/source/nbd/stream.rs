@@ -86,12 +86,12 @@ impl Write for &Socket {
 }
 
 /// A socket until a deadline, as `Read` and `Write`.
-struct Until<'a> {
+struct UntilDeadline<'a> {
     socket: &'a Socket,
     deadline: Instant,
 }
 
-impl Until<'_> {
+impl UntilDeadline<'_> {
     /// Repeats what the tick or a signal interrupted, until the deadline. Progress does not extend it: a server that
     /// moves one byte now and then must not hold anybody longer.
     fn retry<T>(&self, ready: PollFlags, mut io: impl FnMut(&Socket) -> io::Result<T>) -> io::Result<T> {
@@ -128,9 +128,9 @@ fn wait(socket: &Socket, ready: PollFlags, deadline: Instant) -> io::Result<()> 
 }
 
 /// A socket that is written without waiting.
-struct AtOnce<'a>(&'a Socket);
+struct WithoutWaiting<'a>(&'a Socket);
 
-impl Write for AtOnce<'_> {
+impl Write for WithoutWaiting<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         Ok(send_to_socket(self.0.as_fd().as_raw_fd(), buf, flags)?)
@@ -145,13 +145,13 @@ fn late() -> io::Error {
     io::Error::new(ErrorKind::TimedOut, "the server does not answer in time")
 }
 
-impl Read for Until<'_> {
+impl Read for UntilDeadline<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.retry(PollFlags::POLLIN, |mut socket| socket.read(buf))
     }
 }
 
-impl Write for Until<'_> {
+impl Write for UntilDeadline<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         self.retry(PollFlags::POLLOUT, |mut socket| socket.write(buf))
     }
@@ -180,7 +180,7 @@ impl Stream {
     ///
     /// The server is not who it should be, does not speak TLS, or does not answer before `deadline`.
     pub fn encrypt(self, mut tls: ClientConnection, deadline: Instant) -> io::Result<Self> {
-        let mut until = Until { socket: &self.socket, deadline };
+        let mut until = UntilDeadline { socket: &self.socket, deadline };
         while tls.is_handshaking() {
             if Instant::now() >= deadline {
                 return Err(late());
@@ -197,7 +197,7 @@ impl Stream {
     /// The connection failed, or nothing came before `deadline`.
     pub fn read(&self, buf: &mut [u8], deadline: Instant) -> io::Result<usize> {
         match &self.tls {
-            None => Until { socket: &self.socket, deadline }.read(buf),
+            None => UntilDeadline { socket: &self.socket, deadline }.read(buf),
             Some(tls) => self.read_tls(tls, buf, deadline),
         }
     }
@@ -223,7 +223,7 @@ impl Stream {
     ///
     /// The connection failed, or the server took nothing before `deadline`.
     pub fn write_all(&self, bytes: &[u8], deadline: Instant) -> io::Result<()> {
-        let mut until = Until { socket: &self.socket, deadline };
+        let mut until = UntilDeadline { socket: &self.socket, deadline };
         let Some(tls) = &self.tls else { return until.write_all(bytes) };
         let mut tls = lock(tls);
         tls.writer().write_all(bytes)?;
@@ -232,7 +232,7 @@ impl Stream {
 
     /// Writes what the socket takes without waiting, and forgets the rest. For the last words of a connection.
     pub fn write_at_once(&self, bytes: &[u8]) {
-        let mut now = AtOnce(&self.socket);
+        let mut now = WithoutWaiting(&self.socket);
         let _ = match &self.tls {
             None => now.write_all(bytes),
             Some(tls) => {
@@ -255,7 +255,7 @@ impl Stream {
 
     /// The socket is waited for without the lock, so that other threads can send meanwhile.
     fn read_tls(&self, tls: &Mutex<ClientConnection>, buf: &mut [u8], deadline: Instant) -> io::Result<usize> {
-        let mut until = Until { socket: &self.socket, deadline };
+        let mut until = UntilDeadline { socket: &self.socket, deadline };
         loop {
             {
                 let mut tls = lock(tls);
@@ -275,7 +275,7 @@ impl Stream {
 }
 
 /// Sends what TLS has made. Under the lock, since records must leave in the order in which they were made.
-fn send(tls: &mut ClientConnection, until: &mut Until<'_>) -> io::Result<()> {
+fn send(tls: &mut ClientConnection, until: &mut UntilDeadline<'_>) -> io::Result<()> {
     while tls.wants_write() {
         tls.write_tls(until)?;
     }

@@ -17,12 +17,12 @@ use crate::error::{Error, Result};
 
 /// Everything that a TLS connection to one URI's server needs.
 #[derive(Clone, Debug)]
-pub struct Identity {
+pub struct TlsSettings {
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
 }
 
-impl Identity {
+impl TlsSettings {
     /// Reads the certificates that `uri` names; `None` when it wants no TLS.
     ///
     /// # Errors
@@ -38,7 +38,7 @@ impl Identity {
             Some(directory) if tls.verify_peer => {
                 builder.with_root_certificates(roots(&directory.join("ca-cert.pem"))?)
             }
-            _ => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
+            _ => builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider))),
         };
         let client = tls.certificates.as_deref().filter(|directory| directory.join("client-cert.pem").exists());
         let config = match client {
@@ -102,9 +102,9 @@ fn bad(path: &Path, error: &impl std::fmt::Display) -> Error {
 
 /// `tls-verify-peer=0`: the user takes any server for the right one. It must still hold the key of its certificate.
 #[derive(Debug)]
-struct Anyone(Arc<CryptoProvider>);
+struct AnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Anyone {
+impl ServerCertVerifier for AnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

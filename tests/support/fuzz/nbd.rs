@@ -9,9 +9,9 @@ use std::ops::Range;
 
 use blkholefs::map::ExtentKind;
 use blkholefs::source::nbd::Uri;
-use blkholefs::source::nbd::frame::{Dialect, HEAD, Head};
-use blkholefs::source::nbd::proto::{Greeting, Info, MAX_OPTION_REPLY, Opt, meta_context, option_reply};
-use blkholefs::source::nbd::reply::{Answer, Content};
+use blkholefs::source::nbd::frame::{Dialect, REPLY_HEADER, ReplyHeader};
+use blkholefs::source::nbd::proto::{Greeting, MAX_OPTION_REPLY, NbdInfo, NbdOption, meta_context, option_reply};
+use blkholefs::source::nbd::reply::{PartialReply, ReplyContent};
 use blkholefs::spec::Spec;
 use blkholefs::units::Bytes;
 
@@ -43,11 +43,11 @@ fn handshake(input: &[u8]) {
         let _ = Greeting::decode(bytes);
     }
     if let Some(bytes) = input.first_chunk()
-        && let Ok((_, len)) = option_reply(bytes, Opt::Go)
+        && let Ok((_, len)) = option_reply(bytes, NbdOption::Go)
     {
         assert!(len <= MAX_OPTION_REPLY);
     }
-    if let Ok(Info::BlockSizes(blocks)) = Info::decode(input) {
+    if let Ok(NbdInfo::BlockSizes(blocks)) = NbdInfo::decode(input) {
         assert!(blocks.minimum.get().is_power_of_two() && blocks.maximum >= blocks.minimum);
         assert!(blocks.maximum.get() % blocks.minimum.get() == 0);
     }
@@ -58,19 +58,19 @@ fn handshake(input: &[u8]) {
 fn reply(dialect: Dialect, status: bool, mut input: &[u8]) {
     let range = Bytes::new(START)..Bytes::new(END);
     let mut answer = if status {
-        Answer::status(range, 1, dialect, Bytes::new(EXPORT))
+        PartialReply::status(range, 1, dialect, Bytes::new(EXPORT))
     } else {
-        Answer::read(range).expect("a small read")
+        PartialReply::read(range).expect("a small read")
     };
     let (mut sent, mut expected, mut extents) = (0, vec![0; (END - START) as usize], Vec::new());
     while !answer.is_done() {
-        let Some((head, after)) = input.split_first_chunk::<HEAD>() else { return };
-        let Ok(head) = Head::decode(head, dialect) else { return };
+        let Some((head, after)) = input.split_first_chunk::<REPLY_HEADER>() else { return };
+        let Ok(head) = ReplyHeader::decode(head, dialect) else { return };
         input = after;
         let mut at = START as usize;
         let place = match head {
-            Head::Simple { error, .. } => answer.simple(error, dialect),
-            Head::Chunk { flags, kind, .. } => {
+            ReplyHeader::Simple { error, .. } => answer.simple(error, dialect),
+            ReplyHeader::Chunk { flags, kind, .. } => {
                 let Some((rest, after)) = input.split_at_checked(head.rest(dialect)) else { return };
                 let Ok(chunk) = answer.chunk(flags, kind, rest) else { return };
                 assert!(chunk.to_parse() <= (16 << 20) + 64);
@@ -99,9 +99,9 @@ fn reply(dialect: Dialect, status: bool, mut input: &[u8]) {
     }
     match answer.finish() {
         Err(_) => {}
-        Ok(Content::Flushed) => panic!("no flush was asked for"),
-        Ok(Content::Bytes(bytes)) => assert!(!status && bytes.len() == sent && bytes == expected),
-        Ok(Content::Runs(runs)) => {
+        Ok(ReplyContent::Flushed) => panic!("no flush was asked for"),
+        Ok(ReplyContent::Bytes(bytes)) => assert!(!status && bytes.len() == sent && bytes == expected),
+        Ok(ReplyContent::Extents(runs)) => {
             assert!(status && runs.iter().all(|run| START < run.end.get() && run.end.get() <= EXPORT));
             assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].end && pair[0].kind != pair[1].kind));
             let mut start = START;

@@ -13,7 +13,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use blkholefs::source::nbd::{Client, Patience, Uri, layer};
+use blkholefs::source::nbd::{Client, Timeouts, Uri, layer};
 use blkholefs::units::Bytes;
 
 /// Far more than a session without waiting takes.
@@ -45,8 +45,8 @@ pub fn run(input: &[u8]) {
 }
 
 fn session() {
-    let patience = Patience { connect: LONGEST, request: LONGEST, outage: Duration::ZERO };
-    let Ok(client) = Client::open_patiently(&SERVER, patience) else { return };
+    let patience = Timeouts { connect: LONGEST, request: LONGEST, outage: Duration::ZERO };
+    let Ok(client) = Client::open_with_timeouts(&SERVER, patience) else { return };
     let client = Arc::new(client);
     let (size, block) = (client.size(), client.minimum_block());
     assert!(block.get().is_power_of_two() && i64::try_from(size.get()).is_ok());

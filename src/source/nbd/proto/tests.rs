@@ -16,8 +16,8 @@ fn a_greeting_is_answered_with_its_own_abilities() {
 
 #[test]
 fn options_on_the_wire() {
-    assert_eq!(Opt::StructuredReply.encode(&[]), b"IHAVEOPT\0\0\0\x08\0\0\0\0");
-    assert_eq!(Opt::Go.encode(&go("ab")), b"IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x02ab\0\x01\0\x03");
+    assert_eq!(NbdOption::StructuredReply.encode(&[]), b"IHAVEOPT\0\0\0\x08\0\0\0\0");
+    assert_eq!(NbdOption::Go.encode(&go("ab")), b"IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x02ab\0\x01\0\x03");
     assert_eq!(set_meta_context("e"), b"\0\0\0\x01e\0\0\0\x01\0\0\0\x0fbase:allocation");
 }
 
@@ -29,49 +29,49 @@ fn option_replies() {
         bytes[8..12].copy_from_slice(&option.to_be_bytes());
         bytes[12..16].copy_from_slice(&kind.to_be_bytes());
         bytes[16..].copy_from_slice(&len.to_be_bytes());
-        option_reply(&bytes, Opt::Go)
+        option_reply(&bytes, NbdOption::Go)
     };
-    assert_eq!(reply(7, 1, 0), Ok((Reply::Ack, 0)));
-    assert_eq!(reply(7, 3, 12), Ok((Reply::Info, 12)));
-    assert_eq!(reply(7, 0x8000_0006, 5), Ok((Reply::Error(6), 5)));
+    assert_eq!(reply(7, 1, 0), Ok((OptionReply::Ack, 0)));
+    assert_eq!(reply(7, 3, 12), Ok((OptionReply::Info, 12)));
+    assert_eq!(reply(7, 0x8000_0006, 5), Ok((OptionReply::Error(6), 5)));
     assert!(reply(8, 1, 0).is_err(), "another option");
     assert!(reply(7, 1, 4).is_err(), "an acknowledgement has no data");
     assert!(reply(7, 2, 4).is_err(), "nobody asked for a list");
     assert!(reply(7, 3, MAX_OPTION_REPLY + 1).is_err());
-    assert!(option_reply(&[0; OPTION_HEADER], Opt::Go).is_err());
+    assert!(option_reply(&[0; OPTION_HEADER], NbdOption::Go).is_err());
 }
 
 #[test]
 fn block_sizes_are_checked_and_capped() {
     let info = |min: u32, max: u32| {
         let words = [min, 4096, max].map(u32::to_be_bytes).concat();
-        Info::decode(&[&[0, 3], words.as_slice()].concat())
+        NbdInfo::decode(&[&[0, 3], words.as_slice()].concat())
     };
-    let sizes = |min, max| Ok(Info::BlockSizes(BlockSizes { minimum: Bytes::new(min), maximum: Bytes::new(max) }));
+    let sizes = |min, max| Ok(NbdInfo::BlockSizes(BlockSizes { minimum: Bytes::new(min), maximum: Bytes::new(max) }));
     assert_eq!(info(1, u32::MAX), sizes(1, 32 << 20));
     assert_eq!(info(4096, 65536), sizes(4096, 65536));
     assert_eq!(info(4096, 65535), sizes(4096, 61440));
     for (min, max) in [(0, 4096), (3, 4096), (131_072, 1 << 20), (4096, 512)] {
         assert!(info(min, max).is_err(), "{min} {max}");
     }
-    assert!(Info::decode(&[0, 3, 0]).is_err());
-    assert_eq!(Info::decode(&[0, 9, 1]), Ok(Info::Other));
+    assert!(NbdInfo::decode(&[0, 3, 0]).is_err());
+    assert_eq!(NbdInfo::decode(&[0, 9, 1]), Ok(NbdInfo::Other));
 }
 
 #[test]
 fn export_information() {
     let info = |size: u64, flags: u16| {
-        Info::decode(&[&[0, 0], size.to_be_bytes().as_slice(), flags.to_be_bytes().as_slice()].concat())
+        NbdInfo::decode(&[&[0, 0], size.to_be_bytes().as_slice(), flags.to_be_bytes().as_slice()].concat())
     };
     let export = |size, read_only, multi_conn, flush| {
-        Ok(Info::Export(ExportInfo { size: Bytes::new(size), read_only, multi_conn, flush }))
+        Ok(NbdInfo::Export(ExportInfo { size: Bytes::new(size), read_only, multi_conn, flush }))
     };
     assert_eq!(info(5, 1), export(5, false, false, false));
     assert_eq!(info(0, 0x103), export(0, true, true, false));
     assert_eq!(info(0, 0x105), export(0, false, true, true));
     assert!(info(5, 2).is_err(), "flags without HAS_FLAGS");
     assert!(info(1 << 63, 1).is_err());
-    assert!(Info::decode(&[0, 0, 1]).is_err());
+    assert!(NbdInfo::decode(&[0, 0, 1]).is_err());
 }
 
 #[test]
@@ -93,18 +93,18 @@ proptest::proptest! {
             let mut header = *header;
             header[..8].copy_from_slice(&OPTION_REPLY.to_be_bytes());
             header[8..12].copy_from_slice(&7_u32.to_be_bytes());
-            if let Ok((_, len)) = option_reply(&header, Opt::Go) {
+            if let Ok((_, len)) = option_reply(&header, NbdOption::Go) {
                 proptest::prop_assert!(len <= MAX_OPTION_REPLY);
             }
         }
-        match Info::decode(&[&[0, kind], bytes.as_slice()].concat()) {
-            Ok(Info::BlockSizes(blocks)) => {
+        match NbdInfo::decode(&[&[0, kind], bytes.as_slice()].concat()) {
+            Ok(NbdInfo::BlockSizes(blocks)) => {
                 proptest::prop_assert!(blocks.minimum.get().is_power_of_two() && blocks.minimum <= blocks.maximum);
                 proptest::prop_assert_eq!(blocks.maximum.align_down(blocks.minimum), blocks.maximum);
                 proptest::prop_assert!(blocks.maximum <= DEFAULT_MAX_PAYLOAD);
             }
-            Ok(Info::Export(export)) => proptest::prop_assert!(i64::try_from(export.size.get()).is_ok()),
-            Ok(Info::Other) | Err(_) => {}
+            Ok(NbdInfo::Export(export)) => proptest::prop_assert!(i64::try_from(export.size.get()).is_ok()),
+            Ok(NbdInfo::Other) | Err(_) => {}
         }
         let _ = meta_context(&bytes);
     }

@@ -8,12 +8,12 @@ fn bytes(start: u64, end: u64) -> Range<Bytes> {
 type Sent<'a> = (u16, u16, Vec<u8>);
 
 /// Feeds chunks of the structured dialect to an answer, as a connection does.
-fn feed(mut answer: Answer, chunks: &[Sent<'_>]) -> Result<Content, Failure> {
+fn feed(mut answer: PartialReply, chunks: &[Sent<'_>]) -> Result<ReplyContent, RequestError> {
     for (flags, kind, payload) in chunks {
         let len = u32::try_from(payload.len()).unwrap();
-        let chunk = answer.chunk(*flags, *kind, &len.to_be_bytes()).map_err(Failure::Violation)?;
+        let chunk = answer.chunk(*flags, *kind, &len.to_be_bytes()).map_err(RequestError::Violation)?;
         let (parsed, data) = payload.split_at(chunk.to_parse());
-        if let Some(place) = answer.payload(chunk, parsed).map_err(Failure::Violation)? {
+        if let Some(place) = answer.payload(chunk, parsed).map_err(RequestError::Violation)? {
             place.copy_from_slice(data);
         }
     }
@@ -37,18 +37,18 @@ fn status(flags: u16, context: u32, extents: &[(u32, u32)]) -> Sent<'static> {
     (flags, STATUS, payload)
 }
 
-fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> Result<Vec<u8>, Failure> {
-    feed(Answer::read(bytes(start, end)).unwrap(), chunks).map(|content| match content {
-        Content::Bytes(bytes) => bytes,
-        Content::Runs(_) | Content::Flushed => panic!("a read has bytes"),
+fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> Result<Vec<u8>, RequestError> {
+    feed(PartialReply::read(bytes(start, end)).unwrap(), chunks).map(|content| match content {
+        ReplyContent::Bytes(bytes) => bytes,
+        ReplyContent::Extents(_) | ReplyContent::Flushed => panic!("a read has bytes"),
     })
 }
 
-fn ask_status(chunks: &[Sent<'_>]) -> Result<Vec<(u64, ExtentKind)>, Failure> {
-    let answer = Answer::status(bytes(4096, 16384), 9, Dialect::Structured, Bytes::new(20000));
+fn ask_status(chunks: &[Sent<'_>]) -> Result<Vec<(u64, ExtentKind)>, RequestError> {
+    let answer = PartialReply::status(bytes(4096, 16384), 9, Dialect::Structured, Bytes::new(20000));
     feed(answer, chunks).map(|content| match content {
-        Content::Runs(runs) => runs.iter().map(|run| (run.end.get(), run.kind)).collect(),
-        Content::Bytes(_) | Content::Flushed => panic!("a status has runs"),
+        ReplyContent::Extents(runs) => runs.iter().map(|run| (run.end.get(), run.kind)).collect(),
+        ReplyContent::Bytes(_) | ReplyContent::Flushed => panic!("a status has runs"),
     })
 }
 
@@ -82,32 +82,32 @@ fn a_read_that_is_not_covered_exactly_is_no_answer() {
         vec![(FLAG_DONE, 77, vec![0; 12])],
         vec![status(FLAG_DONE, 9, &[(6, 2)])],
     ] {
-        assert!(matches!(read(10, 16, &chunks), Err(Failure::Violation(_))), "{chunks:?}");
+        assert!(matches!(read(10, 16, &chunks), Err(RequestError::Violation(_))), "{chunks:?}");
     }
 }
 
 #[test]
 fn the_servers_own_error() {
     let error = |kind: u16, payload: &[u8]| vec![data(0, 10, b"ab"), (FLAG_DONE, kind, payload.to_vec())];
-    assert_eq!(read(10, 16, &error(0x8001, b"\0\0\0\x05\0\x02no")), Err(Failure::Server(5)));
-    assert_eq!(read(10, 16, &error(0x8002, b"\0\0\0\x05\0\0\0\0\0\0\0\0\0\x0c")), Err(Failure::Server(5)));
-    assert_eq!(read(10, 16, &error(0xffff, b"\0\0\0\x16")), Err(Failure::Server(22)));
+    assert_eq!(read(10, 16, &error(0x8001, b"\0\0\0\x05\0\x02no")), Err(RequestError::Server(5)));
+    assert_eq!(read(10, 16, &error(0x8002, b"\0\0\0\x05\0\0\0\0\0\0\0\0\0\x0c")), Err(RequestError::Server(5)));
+    assert_eq!(read(10, 16, &error(0xffff, b"\0\0\0\x16")), Err(RequestError::Server(22)));
     for (kind, payload) in [(0x8001, b"\0\0\0".as_slice()), (0x8001, b"\0\0\0\0\0\0"), (0x8001, &[1; 5000])] {
-        assert!(matches!(read(10, 16, &error(kind, payload)), Err(Failure::Violation(_))), "{payload:?}");
+        assert!(matches!(read(10, 16, &error(kind, payload)), Err(RequestError::Violation(_))), "{payload:?}");
     }
 }
 
 #[test]
 fn simple_replies() {
-    let answer = || Answer::read(bytes(0, 4)).unwrap();
+    let answer = || PartialReply::read(bytes(0, 4)).unwrap();
     let mut good = answer();
     good.simple(0, Dialect::Simple).unwrap().unwrap().copy_from_slice(b"good");
-    assert_eq!(good.finish(), Ok(Content::Bytes(b"good".to_vec())));
+    assert_eq!(good.finish(), Ok(ReplyContent::Bytes(b"good".to_vec())));
     let mut failed = answer();
     assert_eq!(failed.simple(5, Dialect::Structured), Ok(None));
-    assert_eq!(failed.finish(), Err(Failure::Server(5)));
+    assert_eq!(failed.finish(), Err(RequestError::Server(5)));
     assert!(answer().simple(0, Dialect::Structured).is_err());
-    let mut status = Answer::status(bytes(0, 4), 1, Dialect::Structured, Bytes::new(4));
+    let mut status = PartialReply::status(bytes(0, 4), 1, Dialect::Structured, Bytes::new(4));
     assert!(status.simple(0, Dialect::Structured).is_err());
 }
 
@@ -143,28 +143,28 @@ fn a_block_status_that_is_wrong_is_no_answer() {
         vec![(FLAG_DONE, STATUS_EXT, vec![0; 24])],
         vec![data(FLAG_DONE, 4096, b"a")],
     ] {
-        assert!(matches!(ask_status(&chunks), Err(Failure::Violation(_))), "{chunks:?}");
+        assert!(matches!(ask_status(&chunks), Err(RequestError::Violation(_))), "{chunks:?}");
     }
     let failed = [status(0, 9, &[(4096, 2)]), (FLAG_DONE, 0x8001, b"\0\0\0\x05\0\0".to_vec())];
-    assert_eq!(ask_status(&failed), Err(Failure::Server(5)), "an error makes the extents before it void");
+    assert_eq!(ask_status(&failed), Err(RequestError::Server(5)), "an error makes the extents before it void");
 }
 
 #[test]
 fn extended_headers() {
     let ask = |count: u32, extents: &[(u64, u64)]| {
-        let mut answer = Answer::status(bytes(0, 1 << 40), 3, Dialect::Extended, Bytes::new(1 << 41));
+        let mut answer = PartialReply::status(bytes(0, 1 << 40), 3, Dialect::Extended, Bytes::new(1 << 41));
         let mut payload = [3_u32.to_be_bytes(), count.to_be_bytes()].concat();
         for (len, state) in extents {
             payload.extend([len.to_be_bytes(), state.to_be_bytes()].concat());
         }
         let rest = [0_u64.to_be_bytes(), (payload.len() as u64).to_be_bytes()].concat();
-        let chunk = answer.chunk(FLAG_DONE, STATUS_EXT, &rest).map_err(Failure::Violation)?;
+        let chunk = answer.chunk(FLAG_DONE, STATUS_EXT, &rest).map_err(RequestError::Violation)?;
         assert_eq!(chunk.to_parse(), payload.len());
-        answer.payload(chunk, &payload).map_err(Failure::Violation)?;
+        answer.payload(chunk, &payload).map_err(RequestError::Violation)?;
         answer.finish()
     };
     let runs = |runs: &[(u64, ExtentKind)]| {
-        Ok(Content::Runs(runs.iter().map(|&(end, kind)| Extent { end: Bytes::new(end), kind }).collect()))
+        Ok(ReplyContent::Extents(runs.iter().map(|&(end, kind)| Extent { end: Bytes::new(end), kind }).collect()))
     };
     assert_eq!(
         ask(2, &[(1 << 39, 3), (1 << 39, 0)]),
@@ -179,7 +179,7 @@ fn extended_headers() {
 
 #[test]
 fn gaps_are_bounded() {
-    let mut covered = Covered::default();
+    let mut covered = CoveredBytes::default();
     for gap in 0..MAX_GAPS {
         covered.claim(gap * 2..gap * 2 + 1).unwrap();
     }
@@ -251,13 +251,13 @@ fn a_flush_is_answered_without_data() {
             Dialect::Extended => [[0; 8], u64::from(len).to_be_bytes()].concat(),
             _ => len.to_be_bytes().to_vec(),
         };
-        let mut answer = Answer::flush();
+        let mut answer = PartialReply::flush();
         assert_eq!(answer.chunk(1, kind, &rest).is_ok(), answered, "{dialect:?} {kind}");
     }
-    let mut simple = Answer::flush();
+    let mut simple = PartialReply::flush();
     assert_eq!(simple.simple(0, Dialect::Structured), Ok(None));
-    assert_eq!(simple.finish(), Ok(Content::Flushed));
-    let mut failed = Answer::flush();
+    assert_eq!(simple.finish(), Ok(ReplyContent::Flushed));
+    let mut failed = PartialReply::flush();
     assert_eq!(failed.simple(5, Dialect::Structured), Ok(None));
-    assert_eq!(failed.finish(), Err(Failure::Server(5)));
+    assert_eq!(failed.finish(), Err(RequestError::Server(5)));
 }

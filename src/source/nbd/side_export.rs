@@ -4,13 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::link::Link;
-use super::{Client, DEVICE_KIND, NbdExport, Uri};
+use super::kernel_connection::KernelConnection;
+use super::{Client, MAJOR, NbdExport, Uri};
 use crate::error::{Error, Result};
 use crate::source::{BlockDevice, Layer, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device::{self, DeviceId};
 use crate::sys::file::read_full;
+use crate::sys::sysfs;
 use crate::units::Bytes;
 
 /// What is compared at each place.
@@ -25,28 +26,29 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// An export, and the one device that it is of. Any other NBD device has other bytes, whatever its size.
 #[derive(Debug)]
-pub struct Beside {
+pub struct SideExport {
     device: DeviceId,
     export: NbdExport,
-    link: std::result::Result<Arc<Link>, String>,
+    link: std::result::Result<Arc<KernelConnection>, String>,
 }
 
-impl Beside {
+impl SideExport {
     /// Takes `uri` for the export of the connection that the NBD device has now which `stack` is or stands on.
     ///
     /// # Errors
     /// When it stands on none, or on several: it is not known which one is meant. When the bytes of the device are not
     /// those of the export.
     pub fn new(uri: Uri, stack: &Stack, name: &Path) -> Result<Self> {
-        let mut nodes = Vec::new();
-        collect(&stack.top, &mut nodes);
-        let node = match nodes.as_slice() {
-            [node] => node,
+        let mut devices = Vec::new();
+        collect(&stack.top, &mut devices);
+        let id = match devices.as_slice() {
+            [id] => *id,
             [] => return Err(Self::unclear("does not stand on a device of the kernel's NBD client").on(name)),
             _ => return Err(Self::unclear("stands on several devices of the kernel's NBD client").on(name)),
         };
-        let device = BlockDevice::open(Path::new(node))?;
-        let link = Link::new(&device).map(Arc::new);
+        let device =
+            BlockDevice::open_id(id).map_err(|error| Error::failed("cannot open").on(id.to_string()).because(error))?;
+        let link = KernelConnection::new(&device).map(Arc::new);
         let beside = Self { device: device.id, export: NbdExport::new(uri), link };
         beside.compare(&device)?;
         Ok(beside)
@@ -65,7 +67,10 @@ impl Beside {
     }
 
     /// The export, if it is that of `device`, and the connection for which the user said so.
-    pub(super) fn of(&self, device: DeviceId) -> Option<(&NbdExport, std::result::Result<&Arc<Link>, &str>)> {
+    pub(super) fn of(
+        &self,
+        device: DeviceId,
+    ) -> Option<(&NbdExport, std::result::Result<&Arc<KernelConnection>, &str>)> {
         let link = self.link.as_ref().map_err(String::as_str);
         (self.device == device).then_some((&self.export, link))
     }
@@ -124,12 +129,16 @@ fn differs(device: &BlockDevice, client: &Client, at: Bytes) -> bool {
     true
 }
 
-/// The nodes of all NBD devices in a stack, each once.
-fn collect(layer: &Layer, nodes: &mut Vec<String>) {
-    if layer.kind == DEVICE_KIND && !nodes.contains(&layer.name) {
-        nodes.push(layer.name.clone());
+/// Adds the NBD devices of a stack, each once. A partition has the major number of its disk, which is a layer of its own.
+fn collect(layer: &Layer, devices: &mut Vec<DeviceId>) {
+    if let Some(id) = layer.device
+        && id.major == MAJOR
+        && sysfs::partition(id).is_ok_and(|partition| partition.is_none())
+        && !devices.contains(&id)
+    {
+        devices.push(id);
     }
-    layer.below.iter().for_each(|below| collect(below, nodes));
+    layer.below.iter().for_each(|below| collect(below, devices));
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ use crate::sys::sysfs::ConnectionFile;
 /// (`nbd_read_reply`, `sock_shutdown`, `nbd_disconnect` and `nbd_genl_reconfigure` of `drivers/block/nbd.c`), and none in the
 /// ordinary course of reads and writes.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct KernelConnection {
     name: String,
     device: DeviceId,
     attribute: ConnectionFile,
@@ -35,7 +35,7 @@ pub(super) struct Link {
     lost: OnceLock<String>,
 }
 
-impl Link {
+impl KernelConnection {
     /// Takes note of the connection that an open device has now.
     ///
     /// # Errors
@@ -98,9 +98,9 @@ impl Link {
 }
 
 /// Holds a device to the connection that it had when it was mounted.
-pub(super) struct LinkGuard(pub(super) Arc<Link>);
+pub(super) struct KernelConnectionGuard(pub(super) Arc<KernelConnection>);
 
-impl Guard for LinkGuard {
+impl Guard for KernelConnectionGuard {
     fn unchanged(&self) -> bool {
         self.0.lost().is_none()
     }
