@@ -112,7 +112,7 @@ impl MountPoint {
     ///
     /// # Errors
     /// When `path` is the mountpoint, or is below it.
-    pub fn leaves(&self, path: &Path) -> Result<()> {
+    pub fn keeps_visible(&self, path: &Path) -> Result<()> {
         let covered =
             !self.namespace.is_other() && fs::canonicalize(path).is_ok_and(|path| path.starts_with(&self.dir));
         if !covered {

@@ -41,7 +41,9 @@ pub fn run(name: &str, request: &MountRequest) -> Result<u8> {
         return Ok(0);
     }
     let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
-    spec.path().into_iter().chain(options.source.thin_metadata.as_deref()).try_for_each(|path| point.leaves(path))?;
+    for path in spec.path().into_iter().chain(options.source.thin_metadata.as_deref()) {
+        point.keeps_visible(path)?;
+    }
     let fs = open_file_system(&spec, &options, point.kind())?;
     if request.verbose {
         let action = if request.fake { "would mount" } else { "mounting" };
@@ -86,14 +88,17 @@ fn serve_mount(
     resources::check()?;
     let claim = point.claim()?;
     let signals = Signals::block(report.is_foreground())?;
-    let answering = BlkHoleFs::new(fs.clone(), options.mount.direct_io);
-    let (session, mounted) = session::mount(answering, spec.typed(), &claim, &options.mount)?;
+    let filesystem = BlkHoleFs::new(fs.clone(), options.mount.direct_io);
+    let (session, mounted) = session::mount(filesystem, spec.typed(), &claim, &options.mount)?;
     let record = create_record(&mounted);
+    // Privileges are dropped before the first thread starts, because each thread has capabilities of its own. An error in one
+    // of these steps unmounts.
     let started = drop_privileges(&mounted, connects_to_socket(spec, &options.source))
         .and_then(|()| serve::start(session, signals))
         .and_then(|events| report.serving().map(|()| events));
     let events = started.map_err(|error| serve::unmount_after(&mounted, error))?;
     drop(claim);
+    // Releases the metadata snapshots that killed daemons left held, without waiting for it.
     held::recover_once(Duration::ZERO);
     log::info!("{} is mounted on {}", shown(spec.typed()), shown(mounted.dir()));
     let result = serve::until_unmounted(&fs, &mounted, &events);
