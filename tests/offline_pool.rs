@@ -246,7 +246,7 @@ fn damage_that_is_found_after_a_stat_is_logged() {
     let volume = open(&mount.directory().join("7"));
     assert_eq!(volume.metadata().expect("fstat").len(), 4 * BLOCK);
     assert_eq!((seek_data(&volume, 0), seek_hole(&volume, 0)), (Some(0), Some(4 * BLOCK)), "all is data");
-    let logged = || mount.log().contains("all data: thin device 7 maps 3 blocks, but its details say 2");
+    let logged = || mount.log().contains("all data: thin device 7 maps 3 blocks, but its details state 2");
     assert!(wait_until(logged), "{}", mount.log());
 }
 
