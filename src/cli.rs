@@ -11,7 +11,7 @@ use lexopt::ValueExt;
 use lexopt::prelude::{Long, Short, Value};
 
 use crate::error::{Error, Result};
-use crate::export::{self, Export, VolumeExport};
+use crate::export::{self, Export, NbdExportFile, VolumeExport};
 use crate::handle::Handle;
 use crate::mount::argv::CommandLine;
 use crate::mount::options;
@@ -114,7 +114,7 @@ impl MapArguments {
     /// Opens the device, the image, the NBD export or the volume of a pool that is not active.
     fn open(&self) -> Result<Arc<dyn Export>> {
         let path = match self.spec.kind() {
-            SpecKind::Nbd(uri) => return Ok(Arc::new(NbdExport::new(uri.clone()).open()?)),
+            SpecKind::Nbd(uri) => return Ok(Arc::new(NbdExportFile::open(&NbdExport::new(uri.clone()))?)),
             SpecKind::Path(path) => path,
         };
         let Some(metadata) = &self.source.thin_metadata else { return export::open(path) };

@@ -8,6 +8,7 @@ mod block_device;
 mod catalog;
 mod device_directory;
 mod image;
+mod nbd;
 mod node;
 mod usage;
 mod volume;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 
 pub use catalog::{Catalog, CatalogEntry, FileSource};
 pub use device_directory::DeviceDirectory;
+pub use nbd::NbdExportFile;
 pub use node::{FileIdentity, HostNode};
 pub use usage::Usage;
 pub use volume::VolumeExport;

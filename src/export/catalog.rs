@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use log::error;
 
-use super::{DeviceDirectory, Export, FileKind, HostNode, VolumeExport};
+use super::{DeviceDirectory, Export, FileKind, HostNode, NbdExportFile, VolumeExport};
 use crate::error::{Error, Result};
 use crate::source::Context;
 use crate::source::nbd::{NbdExport, SideExport, Uri};
@@ -198,7 +198,7 @@ impl Catalog {
     pub fn open(&self, source: &FileSource) -> Result<Arc<dyn Export>> {
         match (self, source) {
             (_, FileSource::Path(path)) => super::open(path),
-            (_, FileSource::Export(export)) => Ok(Arc::new(export.open()?)),
+            (_, FileSource::Export(export)) => Ok(Arc::new(NbdExportFile::open(export)?)),
             (Self::Pool(pools), FileSource::Volume(id)) => Ok(Arc::new(VolumeExport::new(pools.open()?.volume(*id)?))),
             (_, FileSource::Volume(_)) => Err(Error::from_errno(libc::ENOENT)),
         }

@@ -1,21 +1,12 @@
-//! An export as a file, and a kernel device's export on the side.
+//! An export of a server, and the client that all its users share.
 
-use std::io;
-use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Instant, SystemTime};
-
-use nix::unistd::{getegid, geteuid};
+use std::time::Instant;
 
 use super::client::RetryDelay;
 use super::{Client, Uri};
 use crate::deadline;
 use crate::error::{Error, Result};
-use crate::export::{Export, HostNode, MIN_ALIGN};
-use crate::source::{Context, Stack};
-use crate::sys::buffer::AlignedBuffer;
-use crate::units::Bytes;
 
 /// An export by its URI: connected to when it is looked at, by one client for all that have it open.
 #[derive(Debug)]
@@ -101,51 +92,5 @@ impl NbdExport {
 
     fn lock(&self) -> MutexGuard<'_, ExportState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The export as a file.
-    ///
-    /// # Errors
-    /// As [`Client::open`].
-    pub fn open(&self) -> Result<NbdExportFile> {
-        let name = PathBuf::from(self.uri.to_string());
-        Ok(NbdExportFile { name, client: self.client()?, opened: SystemTime::now() })
-    }
-}
-
-/// An open export.
-pub struct NbdExportFile {
-    name: PathBuf,
-    client: Arc<Client>,
-    /// A server tells no time of change: each open may be of other contents.
-    opened: SystemTime,
-}
-
-impl Export for NbdExportFile {
-    fn name(&self) -> &Path {
-        &self.name
-    }
-
-    fn size(&self) -> io::Result<Bytes> {
-        Ok(self.client.size())
-    }
-
-    fn align(&self) -> Bytes {
-        self.client.minimum_block().max(MIN_ALIGN)
-    }
-
-    fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
-        Ok(0..self.client.read_at(buffer.resize(size), offset)?)
-    }
-
-    fn resolve(&self, context: &Context) -> Stack {
-        Stack::build(context, |_| Arc::new(super::layer(self.client.clone())))
-    }
-
-    fn host_node(&self) -> io::Result<HostNode> {
-        // Nobody but who mounted it has shown a right to read it.
-        let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-        let mode = libc::S_IFREG | 0o400;
-        Ok(HostNode { identity: None, uid, gid, mode, mtime: self.opened, ctime: self.opened })
     }
 }

@@ -1,0 +1,64 @@
+//! An export of an NBD server, as an export of a mount.
+
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use nix::unistd::{getegid, geteuid};
+
+use super::{Export, HostNode, MIN_ALIGN};
+use crate::error::Result;
+use crate::source::nbd::{self, Client, NbdExport};
+use crate::source::{Context, Stack};
+use crate::sys::buffer::AlignedBuffer;
+use crate::units::Bytes;
+
+/// An open export.
+pub struct NbdExportFile {
+    name: PathBuf,
+    client: Arc<Client>,
+    /// The time of the open. A server reports no time of its last write, so the contents may differ at each open.
+    opened: SystemTime,
+}
+
+impl NbdExportFile {
+    /// Connects to the server of an export.
+    ///
+    /// # Errors
+    /// As [`Client::open`].
+    pub fn open(export: &NbdExport) -> Result<Self> {
+        let name = PathBuf::from(export.uri().to_string());
+        Ok(Self { name, client: export.client()?, opened: SystemTime::now() })
+    }
+}
+
+impl Export for NbdExportFile {
+    fn name(&self) -> &Path {
+        &self.name
+    }
+
+    fn size(&self) -> io::Result<Bytes> {
+        Ok(self.client.size())
+    }
+
+    fn align(&self) -> Bytes {
+        self.client.minimum_block().max(MIN_ALIGN)
+    }
+
+    fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
+        Ok(0..self.client.read_at(buffer.resize(size), offset)?)
+    }
+
+    fn resolve(&self, context: &Context) -> Stack {
+        Stack::build(context, |_| Arc::new(nbd::layer(self.client.clone())))
+    }
+
+    fn host_node(&self) -> io::Result<HostNode> {
+        // Only the user who made the mount is known to have the right to read the export.
+        let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
+        let mode = libc::S_IFREG | 0o400;
+        Ok(HostNode { identity: None, uid, gid, mode, mtime: self.opened, ctime: self.opened })
+    }
+}
