@@ -15,19 +15,17 @@ const BLOCK: Bytes = Bytes::new(64 << 10);
 /// An export whose extents are stored, and whose status reports one allocated block.
 struct CountingExport {
     loads: Arc<AtomicUsize>,
-    result: Result<(), DenseReason>,
+    result: std::result::Result<(), DenseReason>,
 }
 
 /// The stored extents of the export: one block of data.
 struct Stored {
     loads: Arc<AtomicUsize>,
-    result: Result<(), DenseReason>,
+    result: std::result::Result<(), DenseReason>,
 }
 
-type Result<T, E> = std::result::Result<T, E>;
-
 impl LoadExtents for Stored {
-    fn load(&self) -> Result<FillMap, DenseReason> {
+    fn load(&self) -> std::result::Result<FillMap, DenseReason> {
         self.loads.fetch_add(1, Ordering::Relaxed);
         self.result.clone()?;
         // So that it has a cost on any clock.
@@ -69,7 +67,7 @@ impl Export for CountingExport {
     }
 }
 
-fn handle(result: Result<(), DenseReason>) -> (Handle, Arc<AtomicUsize>, Arc<MapCache>) {
+fn handle(result: std::result::Result<(), DenseReason>) -> (Handle, Arc<AtomicUsize>, Arc<MapCache>) {
     let (loads, maps) = (Arc::<AtomicUsize>::default(), Arc::<MapCache>::default());
     let export = CountingExport { loads: loads.clone(), result };
     (Handle::new(Arc::new(export), Arc::default(), maps.clone()), loads, maps)

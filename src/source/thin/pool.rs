@@ -56,7 +56,7 @@ pub struct LivePool {
 
 /// The tables and the status of a pool. They are read again for each attempt, because metadata devices are replaced and
 /// extended while the pool is in use.
-struct PoolState {
+struct LivePoolState {
     name: String,
     params: String,
     table: PoolTable,
@@ -115,7 +115,7 @@ impl LivePool {
         Ok(None)
     }
 
-    fn try_read(&self, state: &PoolState, wanted: &[Wanted]) -> Result<ReadAttempt, DenseReason> {
+    fn try_read(&self, state: &LivePoolState, wanted: &[Wanted]) -> Result<ReadAttempt, DenseReason> {
         let unreadable = |error| DenseReason::cannot("read the I/O counters of the metadata device", &error);
         let reader = state.open_metadata()?;
         let Some(idle) = IdleDevice::new(state.table.metadata).map_err(unreadable)? else {
@@ -143,7 +143,7 @@ impl LivePool {
     }
 
     /// Whether the pool has the same table as in `state`, and is not suspended.
-    fn is_still(&self, state: &PoolState) -> bool {
+    fn is_still(&self, state: &LivePoolState) -> bool {
         let table = self.control.table(self.id);
         table.is_ok_and(|table| !table.suspended && only_target(table).is_ok_and(|(_, params)| params == state.params))
     }
@@ -173,7 +173,7 @@ impl LivePool {
     }
 
     /// The state of the pool now.
-    fn state(&self, commit: Commit) -> Result<PoolState, DenseReason> {
+    fn state(&self, commit: Commit) -> Result<LivePoolState, DenseReason> {
         let suspended = || DenseReason::NotNow("its pool is suspended".into());
         let not_understood =
             |what: &'static str, text: &str| DenseReason::NotUnderstood { what: what.into(), text: text.to_owned() };
@@ -196,7 +196,7 @@ impl LivePool {
         if status.needs_check {
             return Err(DenseReason::Damaged("its pool's metadata needs a check (thin_check)".into()));
         }
-        Ok(PoolState { name, params, table, held_root: status.held_root, mode: status.mode })
+        Ok(LivePoolState { name, params, table, held_root: status.held_root, mode: status.mode })
     }
 }
 
@@ -208,7 +208,7 @@ fn only_target(table: Table) -> Result<(String, String), DenseReason> {
     }
 }
 
-impl PoolState {
+impl LivePoolState {
     fn open_metadata(&self) -> Result<MetadataReader, DenseReason> {
         let id = self.table.metadata;
         let failed = |error| DenseReason::cannot(format!("open the metadata device {id}"), &error);
