@@ -6,23 +6,24 @@
 //!
 //! # The one rule
 //!
-//! **A hole is a promise that the range reads as zeros now; any doubt is data.** What is unknown, stale, unreadable,
-//! corrupt or unsupported is data, with one line in the log that says why. Reads do not depend on the map: bytes come
+//! **A hole is a promise that the range reads as zeros now; any doubt is data.** Ranges that are unknown, stale, unreadable,
+//! corrupt or unsupported are data, and one line in the log has the reason. Reads do not depend on the extents: bytes come
 //! from the device, and a read error is an error.
 //!
 //! # The flow of a request
 //!
 //! ```text
-//! fuse -> fs -> handle -> map <- source -> sys
+//! fuse -> fs -> handle -> export -> (source, map) -> sys
 //! ```
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`fuse`] | FUSE requests to calls of [`fs`] and back, nothing else |
+//! | [`fuse`] | decodes FUSE requests, calls [`fs`], and replies |
 //! | [`fs`] | names, inodes, attributes, the table of open files |
 //! | [`handle`] | one open device: reads, and seeks under the freshness rule |
-//! | [`map`] | runs of data and holes, their compositions, and the exact answers of lseek; knows no devices |
-//! | [`source`] | each kind of device to a map, in a folder or file of its own; [`source::Resolver`] goes down a stack |
+//! | [`export`] | what one file is: its length, bytes, extents, freshness and identity; and what a mount shows |
+//! | [`source`] | finds the extents of each kind of device, in a folder or file of its own |
+//! | [`map`] | extents of data and holes, their compositions, and the exact answers of lseek; knows no devices |
 //! | [`sys`] | system calls, ioctls and sysfs as safe functions: the only unsafe code |
 //! | [`spec`] | the SPEC of a command line, parsed once, and the options that belong to it |
 //! | [`mount`] | the commands `mount` and `umount`, their options, and the daemon |
@@ -31,15 +32,15 @@
 //! | [`reason`] | why a device is shown without holes |
 //! | [`deadline`] | how long a request may wait for servers |
 //!
-//! Arrows point one way: nothing in `map` knows of devices, nothing in `source` of FUSE, and only `fuse` and the mount's
-//! session name the FUSE library.
+//! A module uses none that is left of it in the flow. Only `fuse` and the mount's session name the FUSE library.
+//! `docs/architecture.md` has the types, and three requests from begin to end.
 //!
 //! # The freshness rule
 //!
-//! A write that completed before an lseek is never inside a hole that it reports. [`handle`] writes back the dirty pages
-//! of every layer, asks the map, and then asks each [`source::Guard`] whether anything happened since the map was made:
-//! size, disk sequence, loop binding, device-mapper table, I/O counters. Otherwise the stack is resolved again, for a
-//! tenth of the time at most; in between, all is data.
+//! A write that completed before an lseek is never inside a hole that the lseek reports. [`handle`] writes back the dirty
+//! pages of every layer, asks the extents, and then calls each [`source::Guard`], which finds out whether anything has
+//! changed since the extents were loaded: size, disk sequence, loop binding, device-mapper table, I/O counters. If
+//! something has, the stack is resolved and loaded again. That takes a tenth of the time at most; in between, all is data.
 #![deny(unsafe_code)]
 
 pub mod cli;
