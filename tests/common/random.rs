@@ -18,6 +18,12 @@ impl Length {
         Self { rounds, end: seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds)) }
     }
 
+    /// That time, unless the environment has another one.
+    pub fn time(time: Duration) -> Self {
+        let Self { end, .. } = Self::rounds(0);
+        Self { rounds: 0, end: end.or_else(|| Some(Instant::now() + time)) }
+    }
+
     /// The numbers of the rounds, from 0.
     pub fn numbers(self) -> impl Iterator<Item = u64> {
         (0..).take_while(move |number| self.end.map_or(*number < self.rounds, |end| Instant::now() < end))
@@ -25,7 +31,7 @@ impl Length {
 }
 
 /// The seed in `BLKHOLEFS_SEED`.
-fn chosen_seed() -> Option<u64> {
+pub fn chosen_seed() -> Option<u64> {
     std::env::var("BLKHOLEFS_SEED").ok().map(|text| text.parse().expect("BLKHOLEFS_SEED is a number"))
 }
 
@@ -34,6 +40,14 @@ pub fn seeds(first: u64, count: u64) -> Box<dyn Iterator<Item = u64>> {
     match chosen_seed() {
         Some(seed) => Box::new(std::iter::once(seed)),
         None => Box::new(Length::rounds(count).numbers().map(move |number| first + number)),
+    }
+}
+
+/// The seed in `BLKHOLEFS_SEED` alone; else seeds from `first` on, for a time as [`Length`] says.
+pub fn seeds_for(first: u64, time: Duration) -> Box<dyn Iterator<Item = u64>> {
+    match chosen_seed() {
+        Some(seed) => Box::new(std::iter::once(seed)),
+        None => Box::new(Length::time(time).numbers().map(move |number| first + number)),
     }
 }
 

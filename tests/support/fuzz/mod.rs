@@ -1,6 +1,7 @@
-//! What the fuzz targets do with an input: a module for each target, with the rule that every input keeps.
+//! What the fuzz targets do with an input: a module for each target. Its header states the invariant that is checked.
 //!
-//! `tests/fuzz` runs them under libFuzzer, `tests/fuzz_corpus.rs` with the inputs that it found.
+//! `tests/fuzz` runs them under libFuzzer. `tests/fuzz_corpus.rs` runs them with the inputs that libFuzzer found, and with
+//! random changes of these (`mutate.rs`).
 
 pub mod dm_tables;
 pub mod kernel_texts;
