@@ -14,7 +14,7 @@ use common::check::{Extent, Kind, check, check_blocks, map_holes, open};
 use common::image::{Image, write};
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
-use common::{GIB, KIB, MIB, requires_root, run, wait_until};
+use common::{GIB, KIB, MIB, needs, run, wait_until};
 
 fn stat(path: &Path) -> Metadata {
     fs::metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
@@ -26,9 +26,7 @@ fn times(metadata: &Metadata) -> [i64; 4] {
 
 #[test]
 fn a_regular_file_of_the_size_of_the_device() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(3 * MIB + 512, &[0..4096]);
     let shown = stat(source.file());
     assert!(shown.is_file());
@@ -45,9 +43,7 @@ fn a_regular_file_of_the_size_of_the_device() {
 /// Nobody gains a right: owner and group are the node's, and no mode bit is set that the node has not.
 #[test]
 fn rights_are_never_wider_than_the_node_s() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB, &[]);
     for mode in [0o600, 0o640, 0o660, 0o400, 0o000] {
         fs::set_permissions(source.device.path(), fs::Permissions::from_mode(mode)).expect("the node is ours");
@@ -66,9 +62,7 @@ fn rights_are_never_wider_than_the_node_s() {
 /// only then), and follows the device.
 #[test]
 fn blocks() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let layouts: [(u64, &[Range<u64>]); 6] = [
         (MIB, &[]),
         (MIB, &[0..MIB]),
@@ -90,9 +84,7 @@ fn blocks() {
 /// The shortest file that can say both has one.
 #[test]
 fn a_file_too_short_to_tell_of_a_hole_has_none() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     for (size, has_hole) in
         [(1, false), (511, false), (512, false), (1023, false), (1024, true), (1025, true), (1536, true)]
     {
@@ -116,9 +108,7 @@ fn a_file_too_short_to_tell_of_a_hole_has_none() {
 /// A part of an image counts its own blocks, not the image's.
 #[test]
 fn blocks_of_a_part_of_an_image() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let dense_part = ["--offset=1048576", "--sizelimit=1048576"];
     let source = LoopMount::with_options(64 * MIB, &[MIB..2 * MIB], &dense_part);
     check_blocks(source.file());
@@ -130,9 +120,7 @@ fn blocks_of_a_part_of_an_image() {
 /// Without a look at the map first: `stat` alone must be right too, before and after the device changes.
 #[test]
 fn blocks_follow_the_device() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB, &[]);
     let sparse = || stat(source.file()).blocks() < MIB / 512;
     assert!(sparse());
@@ -154,9 +142,7 @@ fn settled(file: &Path) -> [i64; 4] {
 /// Backup tools skip a file that did not change, and complain about one that changed as they read it.
 #[test]
 fn times_change_when_the_device_changes_and_only_then() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(4 * MIB, &[0..64 * KIB]);
     let before = settled(source.file());
     let mut bytes = Vec::new();
@@ -186,9 +172,7 @@ fn times_change_when_the_device_changes_and_only_then() {
 /// Without counters nothing tells that a device did not change.
 #[test]
 fn times_of_a_device_without_counters_always_change() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let name = source.device.path().file_name().expect("a device has a name").to_owned();
     let switch = Path::new("/sys/block").join(name).join("queue/iostats");
@@ -204,9 +188,7 @@ fn times_of_a_device_without_counters_always_change() {
 /// What is below a device may be written past it.
 #[test]
 fn times_change_when_the_image_below_a_partition_changes() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::with_data(4 * MIB, &[0..MIB]);
     let mut device = Loop::with_options(image.path(), &["--partscan"]);
     let partition = device.add_partition(1, 2048, 2048);
@@ -223,9 +205,7 @@ fn times_change_when_the_image_below_a_partition_changes() {
 
 #[test]
 fn inode_numbers_are_stable() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let number = stat(source.file()).ino();
     fs::write("/proc/sys/vm/drop_caches", "2").expect("root may drop caches");
@@ -241,9 +221,7 @@ fn inode_numbers_are_stable() {
 
 #[test]
 fn file_system_attributes() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let statfs = nix::sys::statvfs::statvfs(source.mount.directory()).expect("statvfs works");
     // bsdtar sizes its buffers by these.

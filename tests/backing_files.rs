@@ -9,13 +9,11 @@ use common::fuse_image::FuseImage;
 use common::image::{open_for_writing, write_at};
 use common::loop_device::Loop;
 use common::mount::Mount;
-use common::{MIB, requires_root};
+use common::{MIB, needs};
 
 #[test]
 fn dirty_pages_of_an_image() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = FuseImage::new(4 * MIB);
     let writer = open_for_writing(image.path());
     write_at(&writer, 3 * MIB..3 * MIB + 4096);
@@ -30,9 +28,7 @@ fn dirty_pages_of_an_image() {
 
 #[test]
 fn dirty_pages_of_an_image_under_a_loop_device() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = FuseImage::new(4 * MIB);
     let device = Loop::with_options(image.path(), &["--direct-io=on"]);
     let mount = Mount::new(device.path());
@@ -50,9 +46,7 @@ fn dirty_pages_of_an_image_under_a_loop_device() {
 /// holes must be the same.
 #[test]
 fn a_hole_of_a_server_is_one_only_if_reads_go_to_the_server() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = FuseImage::new(4 * MIB);
     let (buffered, direct) = (Loop::new(image.path()), Loop::with_options(image.path(), &["--direct-io=on"]));
     let writer = open_for_writing(image.path());

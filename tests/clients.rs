@@ -14,7 +14,7 @@ use common::check::{Extent, Kind, check_same_bytes, map_holes, open};
 use common::fuse_image::FuseImage;
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
-use common::{KIB, MIB, requires, requires_root, run, wait_until};
+use common::{KIB, MIB, needs, run, wait_until};
 
 const SIZE: u64 = 1024 * MIB;
 const DATA: [Range<u64>; 5] = [
@@ -84,9 +84,7 @@ fn text(path: &Path) -> &str {
 
 #[test]
 fn cp() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     for sparse in ["--sparse=always", "--sparse=auto"] {
         let source = Source::new();
         let copy = source.scratch("copy");
@@ -97,9 +95,7 @@ fn cp() {
 
 #[test]
 fn gnu_tar() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = Source::new();
     let (archive, copies) = (source.scratch("archive.tar"), source.scratch("copies"));
     let name = source.source.device.name();
@@ -113,9 +109,7 @@ fn gnu_tar() {
 
 #[test]
 fn bsdtar() {
-    if !requires_root() || !requires(&["bsdtar"]) {
-        return;
-    }
+    needs!(root, programs["bsdtar"]);
     let source = Source::new();
     let (archive, copies) = (source.scratch("archive.tar"), source.scratch("copies"));
     let name = source.source.device.name();
@@ -129,9 +123,7 @@ fn bsdtar() {
 
 #[test]
 fn qemu_img_convert() {
-    if !requires_root() || !requires(&["qemu-img"]) {
-        return;
-    }
+    needs!(root, programs["qemu-img"]);
     // Buffered, and with O_DIRECT, which aborts on holes that are not aligned.
     for cache in ["writeback", "none"] {
         let source = Source::new();
@@ -158,9 +150,7 @@ fn json_extents(list: &str, length: &str, is_data: impl Fn(&serde_json::Value) -
 
 #[test]
 fn qemu_img_map() {
-    if !requires_root() || !requires(&["qemu-img"]) {
-        return;
-    }
+    needs!(root, programs["qemu-img"]);
     let source = Source::new();
     let list = run("qemu-img", ["map", "-f", "raw", "--output=json", source.file()]);
     let map = json_extents(&list, "length", |entry| entry["data"] == true);
@@ -169,9 +159,7 @@ fn qemu_img_map() {
 
 #[test]
 fn nbdkit_and_nbdinfo() {
-    if !requires_root() || !requires(&["nbdkit", "nbdinfo"]) {
-        return;
-    }
+    needs!(root, programs["nbdkit", "nbdinfo"]);
     let source = Source::new();
     let list = run("nbdkit", ["-r", "-U", "-", "file", source.file(), "--run", "nbdinfo --map --json \"$uri\""]);
     let map = json_extents(&list, "size", |entry| entry["type"] == 0);
@@ -180,9 +168,7 @@ fn nbdkit_and_nbdinfo() {
 
 #[test]
 fn nbdcopy() {
-    if !requires_root() || !requires(&["nbdcopy"]) {
-        return;
-    }
+    needs!(root, programs["nbdcopy"]);
     let source = Source::new();
     let copy = source.scratch("copy");
     run("nbdcopy", [source.file(), text(&copy)]);
@@ -214,9 +200,7 @@ print(digest.hexdigest())
 /// Python takes `st_blksize` for the size of its buffer: one that is larger than an extent hides where the descriptor is.
 #[test]
 fn python_that_seeks_on_the_descriptor() {
-    if !requires_root() || !requires(&["python3"]) {
-        return;
-    }
+    needs!(root, programs["python3"]);
     let data: Vec<_> = (0..64).map(|n| n * 128 * KIB..n * 128 * KIB + (n % 7 + 1) * 4 * KIB).collect();
     let source = LoopMount::new(64 * 128 * KIB, &data);
     let read = |path: &Path| run("python3", ["-c", PYTHON_READER, text(path)]);
@@ -226,9 +210,7 @@ fn python_that_seeks_on_the_descriptor() {
 /// There are no extended attributes, which is no reason for a complaint.
 #[test]
 fn programs_that_ask_for_extended_attributes() {
-    if !requires_root() || !requires(&["python3"]) {
-        return;
-    }
+    needs!(root, programs["python3"]);
     let source = Source::new();
     let archive = source.scratch("archive.tar");
     let (directory, name) = (source.source.mount.directory(), source.source.device.name());
@@ -248,9 +230,7 @@ fn programs_that_ask_for_extended_attributes() {
 #[test]
 fn reads_that_wait_hold_bounded_memory() {
     const READERS: u64 = 192;
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = FuseImage::new(READERS * MIB);
     let device = Loop::new(image.path());
     // Each read of a client is one request then, and no more than sixteen would wait else.
@@ -282,9 +262,7 @@ fn reads_that_wait_hold_bounded_memory() {
 
 #[test]
 fn du() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = Source::new();
     let data: u64 = DATA.iter().map(|range| range.end - range.start).sum();
     let words = |options: &[&str]| {
@@ -298,9 +276,7 @@ fn du() {
 
 #[test]
 fn borg() {
-    if !requires_root() || !requires(&["borg"]) {
-        return;
-    }
+    needs!(root, programs["borg"]);
     let source = Source::new();
     let repository = source.scratch("repository");
     let copies = source.scratch("copies");

@@ -13,7 +13,7 @@ use common::check::{check, map_holes, open};
 use common::image::Image;
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
-use common::{MIB, requires_root, run};
+use common::{MIB, needs, run};
 
 fn errno<T>(result: io::Result<T>) -> Option<i32> {
     result.err().and_then(|error| error.raw_os_error())
@@ -21,9 +21,7 @@ fn errno<T>(result: io::Result<T>) -> Option<i32> {
 
 #[test]
 fn reads_stop_at_the_end() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB + 512, &[MIB..MIB + 512]);
     let file = open(source.file());
     let mut buffer = vec![0; 8192];
@@ -37,9 +35,7 @@ fn reads_stop_at_the_end() {
 
 #[test]
 fn nothing_can_be_changed() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let (file, directory) = (source.file(), source.mount.directory());
     let other = directory.join("other");
@@ -62,9 +58,7 @@ fn nothing_can_be_changed() {
 /// What the device cannot read is an error for the range, and the rest is still there.
 #[test]
 fn unreadable_ranges_are_errors() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(4 * MIB, &[0..MIB]);
     source.image.resize(2 * MIB);
     let file = open(source.file());
@@ -76,17 +70,14 @@ fn unreadable_ranges_are_errors() {
 
 #[test]
 fn a_last_sector_that_is_not_whole_is_data() {
-    if requires_root() {
-        common::tail::a_last_sector_that_is_not_whole_is_data();
-    }
+    needs!(root);
+    common::tail::a_last_sector_that_is_not_whole_is_data();
 }
 
 /// One device of a directory goes away: its file fails, and the others do not notice.
 #[test]
 fn vanished_device() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let images = [Image::with_data(MIB, &[0..4096]), Image::with_data(MIB, &[4096..8192])];
     let lost = Loop::new(images[0].path());
@@ -120,9 +111,7 @@ fn vanished_device() {
 /// A daemon that dies leaves errors behind, and a mountpoint that can be unmounted.
 #[test]
 fn killed_daemon() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let LoopMount { mut mount, device, image: _image } = LoopMount::new(MIB, &[0..4096]);
     let file = open(mount.file());
     mount.kill();
@@ -136,9 +125,7 @@ fn killed_daemon() {
 /// A directory as SPEC is read live: block devices and folders, nothing else.
 #[test]
 fn directory_of_devices_is_live() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let image = Image::with_data(MIB, &[0..4096]);
     let device = Loop::new(image.path());

@@ -6,15 +6,13 @@ use common::freshness::race;
 use common::image::Image;
 use common::loop_device::Loop;
 use common::mount::Mount;
-use common::{MIB, requires_root};
+use common::{MIB, needs};
 
 const SIZE: u64 = 48 * MIB;
 
 #[test]
 fn loop_device() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::new(SIZE);
     let device = Loop::new(image.path());
     let mount = Mount::new(device.path());
@@ -23,9 +21,7 @@ fn loop_device() {
 
 #[test]
 fn loop_over_loop() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::new(SIZE);
     let lower = Loop::new(image.path());
     let upper = Loop::with_options(lower.path(), &["--direct-io=on"]);

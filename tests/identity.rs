@@ -12,7 +12,7 @@ use common::check::{check, check_same_bytes, map_holes, map_of, open, seek_hole}
 use common::image::{Image, open_for_writing};
 use common::loop_device::Loop;
 use common::mount::Mount;
-use common::{MIB, ioctl, requires_root, run, wait_until};
+use common::{MIB, ioctl, needs, run, wait_until};
 
 /// A directory with a link `disk` to one device after the other.
 struct Links(tempfile::TempDir);
@@ -38,9 +38,7 @@ impl Links {
 /// The page cache of the mount is by inode: two open devices must not share one.
 #[test]
 fn an_open_file_stays_with_its_device_and_gives_its_bytes_to_no_other() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let images = [Image::with_data(MIB, &[0..MIB]), Image::new(2 * MIB)];
     open_for_writing(images[1].path()).write_all_at(&[7; 65536], 0).expect("a write");
     let [first, second] = [0, 1].map(|index: usize| Loop::new(images[index].path()));
@@ -74,9 +72,7 @@ fn an_open_file_stays_with_its_device_and_gives_its_bytes_to_no_other() {
 /// A number that a user was allowed to open never comes to stand for what he could not open.
 #[test]
 fn another_device_with_other_rights_is_another_file() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let images = [Image::new(MIB), Image::new(MIB), Image::new(MIB)];
     let devices = [0, 1, 2].map(|index: usize| Loop::new(images[index].path()));
@@ -104,9 +100,7 @@ fn another_device_with_other_rights_is_another_file() {
 /// With an access control list the group's bits are not the group's rights.
 #[test]
 fn an_access_control_list_leaves_the_rights_of_the_owner() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     const NOBODY: u32 = u32::MAX;
     // user::rw- user:1000:r-- group::--- mask::rw- other::r-- (`include/uapi/linux/posix_acl_xattr.h`)
     let entries = [(1, 6, NOBODY), (2, 4, 1000), (4, 0, NOBODY), (0x10, 6, NOBODY), (0x20, 4, NOBODY)];

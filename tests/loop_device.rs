@@ -16,7 +16,7 @@ use common::image::{Image, open_for_writing, write, write_at};
 use common::ioctl;
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
-use common::{KIB, MIB, assert_becomes, requires, requires_root, run, try_run};
+use common::{KIB, MIB, assert_becomes, needs, run, try_run};
 
 /// The data ranges of an image as a device sees it that begins at `start` and is `size` long: data grows outwards to
 /// 4 KiB, and ranges that meet become one.
@@ -40,9 +40,7 @@ fn is_dense(map: &[Extent]) -> bool {
 
 #[test]
 fn offset_and_size_limit() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let data =
         [0..4 * KIB, 64 * KIB..68 * KIB, MIB..MIB + 8 * KIB, 3 * MIB - 4 * KIB..3 * MIB, 4 * MIB - 4 * KIB..4 * MIB];
     let image = Image::with_data(4 * MIB, &data);
@@ -73,9 +71,7 @@ fn offset_and_size_limit() {
 
 #[test]
 fn deleted_backing_file_is_dense() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let LoopMount { mount, device, image } = LoopMount::new(MIB, &[0..4096]);
     assert!(!is_dense(&map_holes(mount.file())));
     let path = image.path().to_owned();
@@ -95,9 +91,7 @@ fn deleted_backing_file_is_dense() {
 
 #[test]
 fn renamed_backing_file_still_tells() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let moved = source.image.path().with_extension("moved");
     fs::rename(source.image.path(), &moved).expect("a rename in one directory");
@@ -109,9 +103,7 @@ fn renamed_backing_file_still_tells() {
 /// A path is bytes: not all are text, and a line end may be one of them.
 #[test]
 fn a_backing_file_of_any_name_tells() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     for name in [&b"\xff\xfe.img"[..], b"two\nlines\n", b"end\n\n", b"x (deleted)"] {
         let path = directory.path().join(OsStr::from_bytes(name));
@@ -134,9 +126,7 @@ fn a_backing_file_of_any_name_tells() {
 /// have it yet.
 #[test]
 fn dirty_pages_are_data() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(64 * MIB, &[]);
     let early = open(source.file());
     assert_eq!(seek_data(&early, 0), None);
@@ -154,9 +144,7 @@ fn dirty_pages_are_data() {
 
 #[test]
 fn writes_discards_and_punches_are_seen_by_an_open_file() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(16 * MIB, &[0..MIB]);
     let file = open(source.file());
     assert_eq!(map_holes(source.file()), map_of(16 * MIB, &[0..MIB]));
@@ -174,9 +162,7 @@ fn writes_discards_and_punches_are_seen_by_an_open_file() {
 
 #[test]
 fn another_image_while_open() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::with_options(MIB, &[0..4096], &["--read-only"]);
     let file = open(source.file());
     assert_eq!(map_holes(source.file()), map_of(MIB, &[0..4096]));
@@ -189,9 +175,7 @@ fn another_image_while_open() {
 
 #[test]
 fn another_offset_while_open() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(4 * MIB, &[0..4096, 2 * MIB..3 * MIB]);
     let file = open(source.file());
     assert_eq!(seek_hole(&file, 0), Some(4096));
@@ -205,9 +189,7 @@ fn another_offset_while_open() {
 /// An idle mount does not hold the device: it can be detached and bound again.
 #[test]
 fn bound_again_while_mounted() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::with_data(MIB, &[0..4096]);
     let other = Image::with_data(2 * MIB, &[MIB..2 * MIB]);
     let device = Loop::reserved(image.path());
@@ -222,9 +204,7 @@ fn bound_again_while_mounted() {
 
 #[test]
 fn growth_while_open() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let file = open(source.file());
     assert_eq!(seek_data(&file, 4096), None);
@@ -242,9 +222,7 @@ fn growth_while_open() {
 /// Behind the end of an image that was cut short the device gives errors, not zeros: no hole.
 #[test]
 fn image_cut_short() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(4 * MIB, &[0..4096]);
     let file = open(source.file());
     source.image.resize(2 * MIB);
@@ -256,9 +234,7 @@ fn image_cut_short() {
 
 #[test]
 fn loop_over_loop() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::with_data(8 * MIB, &[MIB..2 * MIB, 4 * MIB..4 * MIB + 4096]);
     let lower = Loop::with_options(image.path(), &["--offset=4096"]);
     let upper = Loop::with_options(lower.path(), &["--offset=1024", "--sizelimit=6291456", "--direct-io=on"]);
@@ -297,9 +273,7 @@ impl Drop for Ext4 {
 /// them still has the old bytes: a hole below is a hole above only if the reads above go below.
 #[test]
 fn a_hole_below_is_one_above_only_if_reads_go_below() {
-    if !requires_root() || !requires(&["mkfs.ext4", "fstrim"]) {
-        return;
-    }
+    needs!(root, programs["mkfs.ext4", "fstrim"]);
     let image = Image::new(64 * MIB);
     let lower = Loop::new(image.path());
     let upper = Loop::with_options(lower.path(), &["--read-only"]);
@@ -326,9 +300,7 @@ fn a_hole_below_is_one_above_only_if_reads_go_below() {
 
 #[test]
 fn partitions() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let data = [2 * MIB..3 * MIB, 11 * MIB - 4096..11 * MIB + 4096, 20 * MIB..20 * MIB + 4096, 63 * MIB..64 * MIB];
     let image = Image::with_data(64 * MIB, &data);
     let mut device = Loop::with_options(image.path(), &["--partscan"]);
@@ -351,9 +323,7 @@ fn partitions() {
 
 #[test]
 fn sectors_of_4_kib_and_direct_io() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     for options in [&["--sector-size=4096"][..], &["--direct-io=on"], &["--read-only"]] {
         let source = LoopMount::with_options(4 * MIB, &[MIB..MIB + 4096, 2 * MIB..3 * MIB], options);
         let map = map_of(4 * MIB, &[MIB..MIB + 4096, 2 * MIB..3 * MIB]);

@@ -13,7 +13,7 @@ use common::check::{Extent, Kind, map_holes, map_of, open, seek_data, seek_hole}
 use common::image::Image;
 use common::mount::{LoopMount, Mount};
 use common::random::Random;
-use common::{GIB, KIB, MIB, requires_root};
+use common::{GIB, KIB, MIB, needs};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
@@ -38,9 +38,7 @@ fn check_at(file: &File, map: &[Extent], offset: u64) {
 /// The layouts of the kernel series' `test.py`: the device's map is the image's.
 #[test]
 fn layouts_of_the_kernel_series() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let layouts: [(u64, &[Range<u64>]); 4] = [
         (GIB, &[0..4 * KIB, 256 * MIB..256 * MIB + 64 * KIB, GIB - KIB..GIB]),
         (GIB, &[128 * MIB..128 * MIB + 4 * KIB, 512 * MIB..512 * MIB + 64 * KIB]),
@@ -59,9 +57,7 @@ fn layouts_of_the_kernel_series() {
 
 #[test]
 fn boundaries_and_their_neighbours() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let mut data: Vec<_> = (1..40).map(|n| n * 64 * KIB..n * 64 * KIB + n % 5 * 4 * KIB + 4 * KIB).collect();
     data.push(4 * MIB - 8 * KIB..4 * MIB);
     let source = LoopMount::new(4 * MIB, &data);
@@ -81,9 +77,7 @@ fn boundaries_and_their_neighbours() {
 /// The last byte and what lies behind it, with data and with a hole at the end: the table of the kernel series' review.
 #[test]
 fn end_of_the_device() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     for (data, last_data, last_hole) in [(MIB - 4 * KIB..MIB, Some(MIB - 1), MIB), (0..4 * KIB, None, MIB - 1)] {
         let source = LoopMount::new(MIB, &[data]);
         let file = open(source.file());
@@ -103,9 +97,7 @@ fn end_of_the_device() {
 /// Sizes that are no multiple of the 4 KiB that holes are aligned to, and the smallest ones.
 #[test]
 fn odd_sizes() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     for size in [512, 1024, 4096, 4096 + 512, 12 * KIB - 512, MIB + 512] {
         for data in [vec![], vec![0..512], vec![size - 512..size], vec![0..size]] {
             let source = LoopMount::new(size, &data);
@@ -120,9 +112,7 @@ fn odd_sizes() {
 
 #[test]
 fn offsets_beyond_2_gib_4_gib_and_8_tib() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let size = 15 * 1024 * GIB;
     let at = |offset: u64| offset..offset + 64 * KIB;
     let data =
@@ -141,9 +131,7 @@ fn offsets_beyond_2_gib_4_gib_and_8_tib() {
 /// The descriptor's position moves as lseek(2) says, and other whences work as on any file.
 #[test]
 fn positions() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(MIB, &[64 * KIB..128 * KIB]);
     let mut file = open(source.file());
     let mut byte = [0];
@@ -164,9 +152,7 @@ fn positions() {
 /// The kernel asks for one file at a time, and the daemon answers for many: nobody gets the answer of another.
 #[test]
 fn many_files_at_once() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let sources: Vec<_> =
         (1..5).map(|n| LoopMount::new(4 * MIB, &[n * 512 * KIB..n * 512 * KIB + n * 4 * KIB])).collect();
     std::thread::scope(|scope| {
@@ -197,9 +183,7 @@ fn many_files_at_once() {
 /// An image file needs no loop device.
 #[test]
 fn image_file_as_spec() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let data = [0..64 * KIB, MIB..MIB + 4096, 3 * MIB..4 * MIB];
     let image = Image::with_data(4 * MIB, &data);
     let mount = Mount::new(image.path());

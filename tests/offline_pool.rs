@@ -26,7 +26,7 @@ use common::check::{assert_map, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing};
 use common::loop_device::Loop;
 use common::mount::Mount;
-use common::{KIB, MIB, requires_root, run, wait_until};
+use common::{KIB, MIB, needs, run, wait_until};
 use thin_image::Device;
 
 const BLOCK: u64 = 64 * KIB;
@@ -44,9 +44,7 @@ fn mount(metadata: &Path, data: &Path) -> Mount {
 
 #[test]
 fn bytes_come_from_the_data_device_past_its_page_cache() {
-    if !requires_root() || !thin_image::tools() {
-        return;
-    }
+    needs!(root, programs["thin_restore", "thin_dump"]);
     let image = Image::with_data(MIB, &[0..MIB]);
     let data = Loop::new(image.path());
     // Somebody has the device open, so its pages stay; then the pool was active, and wrote past them.
@@ -76,9 +74,7 @@ fn bytes_come_from_the_data_device_past_its_page_cache() {
 
 #[test]
 fn rights_are_those_of_the_data() {
-    if !requires_root() || !thin_image::tools() {
-        return;
-    }
+    needs!(root, programs["thin_restore", "thin_dump"]);
     let (data, metadata) = (Image::new(MIB), metadata());
     for (of_data, of_metadata) in [(0o600, 0o644), (0o640, 0o600)] {
         fs::set_permissions(data.path(), fs::Permissions::from_mode(of_data)).expect("the image is ours");
@@ -92,9 +88,7 @@ fn rights_are_those_of_the_data() {
 /// Nobody may write the metadata while its volumes are open. If somebody does, nothing is claimed any more.
 #[test]
 fn metadata_that_changes_makes_an_open_volume_dense() {
-    if !requires_root() || !thin_image::tools() {
-        return;
-    }
+    needs!(root, programs["thin_restore", "thin_dump"]);
     let (data, metadata) = (Image::with_data(MIB, &[0..MIB]), metadata());
     let mount = mount(&metadata, data.path());
     let volume = open(&mount.directory().join("7"));
@@ -120,9 +114,7 @@ fn metadata_that_changes_makes_an_open_volume_dense() {
 
 #[test]
 fn totals_are_the_sums_of_the_runs() {
-    if !requires_root() || !thin_image::tools() {
-        return;
-    }
+    needs!(root, programs["thin_restore", "thin_dump"]);
     let (data, metadata) = (Image::new(MIB), metadata());
     let option = format!("thin_metadata={}", metadata.display());
     let map = |more: &[&str]| {
@@ -154,16 +146,14 @@ fn totals_are_the_sums_of_the_runs() {
 
 #[test]
 fn an_image_that_is_rewritten_right_after_a_look_is_seen() {
-    if requires_root() {
-        rewritten::metadata_right_after_a_look();
-    }
+    needs!(root);
+    rewritten::metadata_right_after_a_look();
 }
 
 #[test]
 fn a_backing_file_that_is_written_right_after_a_stat_is_seen() {
-    if requires_root() {
-        rewritten::backing_file_right_after_a_stat();
-    }
+    needs!(root);
+    rewritten::backing_file_right_after_a_stat();
 }
 
 /// What is damaged, and how.
@@ -202,9 +192,7 @@ fn damages() -> [Damage; 4] {
 /// A volume whose metadata is damaged is listed and gives EIO, so that a copy of the pool fails.
 #[test]
 fn a_damaged_volume_is_not_absent() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let devices = [Device::new(7, [1..4], 4), Device::new(8, [0..2], 8)];
     for (what, damage) in damages() {
         let mut image = thin_image::build(&devices, 64);
@@ -230,9 +218,7 @@ fn a_damaged_volume_is_not_absent() {
 /// `cp` calls fstat first. That is answered without the mapping tree, and must not count as a question that read it.
 #[test]
 fn damage_that_is_found_after_a_stat_is_logged() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let mut image = thin_image::build(&[Device::new(7, [1..4], 4)], 64);
     let details = usize::try_from(thin_image::get(&image, 328, 8)).expect("a block");
     // The details state one mapping less than the tree has.

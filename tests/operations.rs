@@ -19,7 +19,7 @@ use std::ptr::{null, null_mut};
 use common::image::Image;
 use common::loop_device::Loop;
 use common::mount::Mount;
-use common::{MIB, requires, requires_root, run, try_run, wait_until};
+use common::{MIB, needs, run, try_run, wait_until};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 
@@ -212,9 +212,7 @@ fn remount(directory: &Path, flags: MsFlags) {
 
 #[test]
 fn answers_are_those_of_a_read_only_ext4() {
-    if !requires_root() || !requires(&["mkfs.ext4"]) {
-        return;
-    }
+    needs!(root, programs["mkfs.ext4"]);
     let image = Image::new(16 * MIB);
     run("mkfs.ext4", ["-q".as_ref(), image.path().as_os_str()]);
     let disk = Loop::new(image.path());
@@ -256,9 +254,7 @@ fn answers_are_those_of_a_read_only_ext4() {
 /// What is mapped is no older than the open, and `direct_io` does not take the mapping away where the kernel has both.
 #[test]
 fn a_mapping_is_no_older_than_the_open() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let release = nix::sys::utsname::uname().expect("a kernel").release().to_owned();
     let mut numbers = release.to_str().expect("text").split('.').map_while(|part| part.parse::<u32>().ok());
     let has_both = (numbers.next(), numbers.next()) >= (Some(6), Some(6));
@@ -281,9 +277,7 @@ fn a_mapping_is_no_older_than_the_open() {
 /// `df` says how much is shown, once for each device, and that nothing is free; no device is opened for that.
 #[test]
 fn df_says_what_is_shown() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let df = |directory: &Path| {
         let words = ["--block-size=1", "--output=size,used,avail,itotal", directory.to_str().expect("text")];
         let printed = run("df", words);
@@ -311,9 +305,7 @@ fn df_says_what_is_shown() {
 #[test]
 fn names_are_forgotten_when_the_kernel_forgets_them() {
     use std::os::unix::fs::MetadataExt as _;
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     const NAMES: usize = 2000;
     let image = Image::new(MIB);
     let device = Loop::new(image.path());
@@ -357,9 +349,7 @@ fn names(mount: &Mount) -> usize {
 /// bsdtar sizes its buffers by statfs(2), which it asks for each file.
 #[test]
 fn bsdtar_copies_many_devices() {
-    if !requires_root() || !requires(&["bsdtar"]) {
-        return;
-    }
+    needs!(root, programs["bsdtar"]);
     let image = Image::with_data(MIB, &[0..4096]);
     let device = Loop::new(image.path());
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");

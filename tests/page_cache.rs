@@ -12,7 +12,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use common::check::open;
 use common::mount::LoopMount;
-use common::{MIB, requires, requires_root, run};
+use common::{MIB, needs, run};
 
 /// Bytes of a device that are in its page cache.
 fn cached(device: &Path) -> u64 {
@@ -23,9 +23,7 @@ fn cached(device: &Path) -> u64 {
 /// The page cache of a device is older than what is below it. A daemon that is short of descriptors must not read there.
 #[test]
 fn without_descriptors_an_open_fails_and_no_read_is_stale() {
-    if !requires_root() || !requires(&["prlimit"]) {
-        return;
-    }
+    needs!(root, programs["prlimit"]);
     let source = LoopMount::new(MIB, &[]);
     let holder = open(source.device.path());
     holder.read_exact_at(&mut vec![0; 1 << 20], 0).expect("the device can be read");
@@ -53,9 +51,7 @@ fn without_descriptors_an_open_fails_and_no_read_is_stale() {
 
 #[test]
 fn the_daemon_takes_all_the_descriptors_that_it_may() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("every process has one");
     // Enough for the other tests of this process.
     setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard - 1).min(1000), hard).expect("it becomes lower");
@@ -68,9 +64,7 @@ fn the_daemon_takes_all_the_descriptors_that_it_may() {
 
 #[test]
 fn a_read_does_not_fill_the_cache_of_the_device() {
-    if !requires_root() || !requires(&["fincore"]) {
-        return;
-    }
+    needs!(root, programs["fincore"]);
     let source = LoopMount::new(32 * MIB, &[0..32 * MIB]);
     run("blockdev", ["--flushbufs".as_ref(), source.device.path().as_os_str()]);
     fs::read(source.file()).expect("the file can be read");

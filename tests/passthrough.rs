@@ -12,7 +12,7 @@ use common::check::{check, map_holes, map_of, open, seek_data};
 use common::image::Image;
 use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
-use common::{KIB, MIB, assert_becomes, requires_root, wait_until};
+use common::{KIB, MIB, assert_becomes, needs, wait_until};
 
 /// Bytes that a process read by system calls so far.
 fn bytes_read_by(process: u32) -> u64 {
@@ -30,9 +30,7 @@ fn bytes_read_for(file: &Path, daemon: u32) -> u64 {
 
 #[test]
 fn an_image_is_read_by_the_kernel_and_a_loop_device_by_the_daemon() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let source = LoopMount::new(8 * MIB, &[0..8 * MIB]);
     assert!(bytes_read_for(source.file(), source.mount.pid()) >= 8 * MIB, "who else read it?");
     let release = nix::sys::utsname::uname().expect("a kernel").release().to_owned();
@@ -46,9 +44,7 @@ fn an_image_is_read_by_the_kernel_and_a_loop_device_by_the_daemon() {
 
 #[test]
 fn writes_and_changes_of_size_are_seen_by_an_open_file() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::with_data(4 * MIB, &[0..4096]);
     let mount = Mount::new(image.path());
     let file = open(mount.file());
@@ -68,9 +64,7 @@ fn writes_and_changes_of_size_are_seen_by_an_open_file() {
 
 #[test]
 fn many_opens_at_a_time() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::with_data(MIB, &[0..64 * KIB, 512 * KIB..MIB]);
     let mount = Mount::new(image.path());
     let expected = fs::read(image.path()).expect("the image can be read");
@@ -89,9 +83,7 @@ fn many_opens_at_a_time() {
 /// The kernel does not let go of an open file's image; who opens the name gets the new one.
 #[test]
 fn another_image_in_its_place() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::with_data(MIB, &[0..4096]);
     let other = Image::with_data(MIB, &[512 * KIB..MIB]);
     let mount = Mount::new(image.path());
@@ -107,9 +99,7 @@ fn another_image_in_its_place() {
 /// Nothing of an image is held by an idle mount: a loop device over it, and the image itself, can go.
 #[test]
 fn an_idle_mount_holds_no_image() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let directory = tempfile::tempdir().expect("a temporary directory");
     let lower = Image::new(64 * MIB);
     common::run("mkfs.ext4", ["-q".as_ref(), lower.path().as_os_str()]);

@@ -13,7 +13,7 @@ use common::check::{check_same_bytes, map_holes, map_of};
 use common::image::Image;
 use common::loop_device::Loop;
 use common::mount::Mount;
-use common::{MIB, requires_root, run, wait_until};
+use common::{MIB, needs, run, wait_until};
 
 /// Runs all of `work` at the same time; panics when it does not end.
 fn all_at_once(work: Vec<Box<dyn FnOnce() + Send>>) {
@@ -25,9 +25,7 @@ fn all_at_once(work: Vec<Box<dyn FnOnce() + Send>>) {
 /// A file of the mount is bound to a loop device, as `mount -o loop` does it, and the mount shows that device too.
 #[test]
 fn loop_device_over_a_file_of_its_own_mount() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let image = Image::with_data(16 * MIB, &[MIB..2 * MIB]);
     let device = Loop::new(image.path());
@@ -59,9 +57,7 @@ fn loop_device_over_a_file_of_its_own_mount() {
 /// The mount lies in the directory that it shows.
 #[test]
 fn mount_inside_its_spec() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::with_data(MIB, &[0..4096]);
     let device = Loop::new(image.path());
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
@@ -84,9 +80,7 @@ fn mount_inside_its_spec() {
 /// questions that they ask each other.
 #[test]
 fn mounts_inside_the_specs_of_each_other() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let image = Image::with_data(MIB, &[0..4096]);
     let device = Loop::new(image.path());
     let nodes =
@@ -123,9 +117,7 @@ fn mounts_inside_the_specs_of_each_other() {
 /// A mount over what it shows could only ask itself for it.
 #[test]
 fn mount_over_its_spec() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let image = directory.path().join("image");
     fs::File::create(&image).and_then(|file| file.set_len(MIB)).expect("the directory is ours");

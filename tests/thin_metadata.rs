@@ -15,11 +15,13 @@ use blkholefs::source::thin::reader::MetadataReader;
 use blkholefs::source::thin::{MetaBlock, ThinId};
 use blkholefs::units::Bytes;
 
+mod common;
 #[path = "support/thin_image.rs"]
 #[allow(dead_code)]
 mod thin_image;
 #[path = "support/thin_mutation.rs"]
 mod thin_mutation;
+use common::needs;
 use thin_image::{BLOCK, Device, NODE, SUPERBLOCK, put, stamp};
 use thin_mutation::Image;
 
@@ -80,9 +82,7 @@ fn random(state: &mut u64) -> u64 {
 
 #[test]
 fn restored_metadata_gives_what_thin_dump_gives() {
-    if !thin_image::tools() {
-        return;
-    }
+    needs!(programs["thin_restore", "thin_dump"]);
     compare("contiguous", &[Device::new(1, [0..200_000], 5)]);
     compare("alternating", &[Device::new(1, (0..100_000).map(|block| 2 * block..2 * block + 1), 0)]);
     let mut state = 7;

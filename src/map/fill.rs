@@ -73,7 +73,7 @@ impl FillBuilder {
         Filler { builder: self, chunk: None }
     }
 
-    /// The map of all marked blocks, or `None` if it takes more than [`MAX_CHUNKS`].
+    /// The map of all marked blocks, or `None` if it takes more than `MAX_CHUNKS`.
     pub fn finish(self) -> Option<FillMap> {
         if self.overflow.into_inner() {
             return None;

@@ -64,6 +64,26 @@ pub fn try_run<S: AsRef<OsStr>>(
     String::from_utf8(output.stdout).map_err(|error| format!("{command:?}: {error}"))
 }
 
+/// The first line of a test: what the test needs. If something is missing, the test fails where `CI` is set, and otherwise
+/// ends with a printed line that names it.
+///
+/// - `root`: root's rights, loop devices and FUSE
+/// - `programs["cp", "tar"]`: programs in the search path
+/// - `modules["dm-clone"]`: modules of the kernel, which are loaded
+#[allow(unused_macros, reason = "the benchmarks use the fixtures too, and have no needs")]
+macro_rules! needs {
+    (@ root) => { $crate::common::requires_root() };
+    (@ programs [$($name:expr),+]) => { $crate::common::requires(&[$($name),+]) };
+    (@ modules [$($name:expr),+]) => { $crate::common::requires_modules(&[$($name),+]) };
+    ($($need:ident $([$($name:expr),+])?),+) => {
+        if !($($crate::common::needs!(@ $need $([$($name),+])?))&&+) {
+            return;
+        }
+    };
+}
+#[allow(unused_imports, reason = "as above")]
+pub(crate) use needs;
+
 /// Whether the programs are there. If not: a failure where `CI` is set, else a printed skip.
 #[must_use]
 pub fn requires(programs: &[&str]) -> bool {

@@ -12,7 +12,7 @@ use nix::unistd::getpgrp;
 
 use crate::bench::Bench;
 use crate::common::check::check;
-use crate::common::{requires_root, wait_until};
+use crate::common::{needs, wait_until};
 
 /// `struct autofs_v5_packet` of `include/uapi/linux/auto_fs.h`, as the kernel writes it into the pipe.
 const PACKET_SIZE: usize = 304;
@@ -87,9 +87,7 @@ fn output(mut child: Child, what: &str) -> Output {
 
 #[test]
 fn automount_is_served_while_the_others_wait() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let Some(mut autofs) = Autofs::new(&bench) else { return };
     let mut reader = stranger("cmp").args([&bench.file(), bench.device.path()]).spawn().unwrap();
@@ -112,9 +110,7 @@ fn automount_is_served_while_the_others_wait() {
 /// A mount that fails is taken away before the kernel has its answer.
 #[test]
 fn failed_automount_fails_the_access() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let Some(mut autofs) = Autofs::new(&bench) else { return };
     let reader = stranger("cat").arg(bench.file()).spawn().unwrap();
@@ -134,9 +130,7 @@ fn failed_automount_fails_the_access() {
 /// Who unmounts by hand what is not mounted must not cause it to be mounted.
 #[test]
 fn umount_does_not_ask_for_a_mount() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let Some(mut autofs) = Autofs::new(&bench) else { return };
     let mut child = stranger(bench.bin("umount.blkholefs").to_str().unwrap()).arg(bench.mnt()).spawn().unwrap();

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use crate::bench::{Bench, Ran, mount_at};
 use crate::common::check::check;
-use crate::common::{requires, requires_root, wait_until};
+use crate::common::{needs, wait_until};
 
 fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).expect("the daemon runs");
@@ -55,9 +55,7 @@ impl Foreground {
 
 #[test]
 fn foreground_service_logs_and_obeys() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let mut service = Foreground::new(&bench);
     let device = bench.device.path().to_str().unwrap();
@@ -83,9 +81,7 @@ fn foreground_service_logs_and_obeys() {
 
 #[test]
 fn term_unmounts() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let daemon = bench.mount(&[]);
     signal(daemon, Signal::SIGTERM);
@@ -96,9 +92,7 @@ fn term_unmounts() {
 /// In use: out of sight at once, and whoever still reads gets an error, never zeros.
 #[test]
 fn term_unmounts_although_files_are_open() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let daemon = bench.mount(&[]);
     let mut open = File::open(bench.file()).unwrap();
@@ -119,9 +113,7 @@ impl Bench {
 /// Killed: the place stays as the kernel leaves it, and both helpers cope with it.
 #[test]
 fn killed_daemon_can_be_unmounted() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let device = bench.device.path().to_str().unwrap();
     let daemon = bench.mount(&[]);
@@ -142,9 +134,7 @@ fn killed_daemon_can_be_unmounted() {
 /// reaches both processes.
 #[test]
 fn interrupted_command_leaves_nothing() {
-    if !requires_root() || !requires(&["strace"]) {
-        return;
-    }
+    needs!(root, programs["strace"]);
     let bench = Bench::new();
     for signal_to_both in [false, true] {
         let mut command = Command::new("strace");
@@ -172,9 +162,7 @@ fn interrupted_command_leaves_nothing() {
 /// Nothing that ends a process by default leaves a mount without its daemon.
 #[test]
 fn every_signal_unmounts_or_does_nothing() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let send = |pid: u32, number: i32| crate::common::run("kill", [format!("-{number}"), pid.to_string()]);
     let daemon = bench.mount(&[]);
@@ -194,9 +182,7 @@ fn every_signal_unmounts_or_does_nothing() {
 /// serves until ours can be unmounted, and no dead mount is left below.
 #[test]
 fn term_below_another_mount_ends_when_that_is_gone() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let mut service = Foreground::new(&bench);
     let inside = File::open(bench.file()).unwrap();
@@ -215,9 +201,7 @@ fn term_below_another_mount_ends_when_that_is_gone() {
 /// `RUST_LOG` adds lines, and the FUSE library's lines are not for the user.
 #[test]
 fn the_log_has_the_lines_that_the_user_chose() {
-    if !requires_root() || !requires(&["blockdev"]) {
-        return;
-    }
+    needs!(root, programs["blockdev"]);
     let bench = Bench::new();
     for (levels, debug) in [(None, false), (Some("debug"), true), (Some("error"), false)] {
         let mut service = Foreground::with_levels(&bench, levels);
@@ -237,9 +221,7 @@ fn the_log_has_the_lines_that_the_user_chose() {
 
 #[test]
 fn privileges_are_dropped_but_for_what_is_needed() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let daemon = bench.mount(&[]);
     let status = fs::read_to_string(format!("/proc/{daemon}/status")).unwrap();
@@ -256,9 +238,7 @@ fn privileges_are_dropped_but_for_what_is_needed() {
 /// An image of another user that nobody else may read: root's daemon opens it long after it gave up most privileges.
 #[test]
 fn root_reads_private_images_of_others() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let private = bench.path("private");
     fs::create_dir(&private).unwrap();
@@ -276,9 +256,7 @@ fn root_reads_private_images_of_others() {
 /// The daemon holds nothing of its caller: no directory, no terminal, no lock of a script.
 #[test]
 fn nothing_of_the_caller_is_kept() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let script = "exec 9>lock; flock 9; exec \"$@\"";
     let mount = bench.bin("mount.blkholefs");
@@ -300,9 +278,7 @@ fn nothing_of_the_caller_is_kept() {
 /// Under systemd, standard error is the journal: it stays, and lines have priorities.
 #[test]
 fn journal_is_kept() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let journal = File::create(bench.path("journal")).unwrap();
     let named = journal.metadata().unwrap();
@@ -320,9 +296,7 @@ fn journal_is_kept() {
 /// `-N`: the mount is in the other namespace only, and the daemon finds it there again.
 #[test]
 fn other_namespace() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let other = Other::new();
     let pid = other.0.id();

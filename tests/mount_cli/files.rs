@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::bench::{NAMES, Ran};
-use crate::common::requires;
+use crate::common::needs;
 
 fn helpers(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("mount-helpers").join(name)
@@ -66,9 +66,7 @@ fn nothing_to_install_is_said() {
 
 #[test]
 fn man_pages_render_without_warnings() {
-    if !requires(&["man", "groff"]) {
-        return;
-    }
+    needs!(programs["man", "groff"]);
     for page in ["man/blkholefs.8", "man/mount.blkholefs.8"] {
         let ran = Ran::of(Command::new("man").args(["--warnings", "--local-file"]).arg(helpers(page)));
         assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{page}");
@@ -82,9 +80,7 @@ fn man_pages_render_without_warnings() {
 #[test]
 fn systemd_reads_the_fstab_example() {
     let generator = "/usr/lib/systemd/system-generators/systemd-fstab-generator";
-    if !requires(&[generator]) {
-        return;
-    }
+    needs!(programs[generator]);
     let units = tempfile::tempdir().unwrap();
     let mut command = Command::new(generator);
     command.env("SYSTEMD_FSTAB", helpers("fstab.example")).args([units.path(); 3]);

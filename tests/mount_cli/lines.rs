@@ -5,13 +5,11 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use crate::bench::{Bench, Ran};
 use crate::common::check::check;
-use crate::common::{MIB, image, requires_root};
+use crate::common::{MIB, image, needs};
 
 #[test]
 fn helper_mounts_with_type_source_and_flags() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     bench.mount(&["-o", "rw"]);
     let line = bench.mounted().expect("it is mounted");
@@ -24,9 +22,7 @@ fn helper_mounts_with_type_source_and_flags() {
 
 #[test]
 fn words_reach_the_mount() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     bench.mount(&[
         "-sn",
@@ -45,9 +41,7 @@ fn words_reach_the_mount() {
 /// With `direct_io` the mount keeps no bytes: an open file shows what was written since.
 #[test]
 fn direct_io_keeps_no_bytes() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     bench.mount(&["-o", "direct_io"]);
     check(&bench.file(), bench.device.path());
@@ -65,9 +59,7 @@ fn direct_io_keeps_no_bytes() {
 
 #[test]
 fn both_names_and_both_orders() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let device = bench.device.path().to_str().unwrap();
     for words in [[device, "mnt", "-o", "ro"], ["-o", "ro", device, "mnt"]] {
@@ -82,9 +74,7 @@ fn both_names_and_both_orders() {
 
 #[test]
 fn fake_does_everything_but_mount() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let device = bench.device.path().to_str().unwrap();
     bench.run("mount.blkholefs", [device, "mnt", "-f", "-o", "rw"]).succeeds();
@@ -98,9 +88,7 @@ fn fake_does_everything_but_mount() {
 
 #[test]
 fn sloppy_warns_and_mounts() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let device = bench.device.path().to_str().unwrap();
     let warned = bench.run("mount.blkholefs", [device, "mnt", "-s", "-o", "frob,ro"]);
@@ -110,9 +98,7 @@ fn sloppy_warns_and_mounts() {
 
 #[test]
 fn help_and_version() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     for (name, words) in [
         ("mount.blkholefs", vec!["-h"]),
@@ -130,9 +116,7 @@ fn help_and_version() {
 /// Each wrong input: one clear line, the right exit code, nothing mounted, nothing left.
 #[test]
 fn wrong_input() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let device = bench.device.path().to_str().unwrap();
     for (words, code, text) in [
@@ -164,9 +148,7 @@ fn wrong_input() {
 /// `map` and `info` mount nothing: an option of a mount is an error, and so is an option without the one that it needs.
 #[test]
 fn commands_without_a_mount_refuse_options_of_mounts() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let device = bench.device.path().to_str().unwrap();
     for command in ["map", "info"] {
@@ -192,9 +174,7 @@ fn commands_without_a_mount_refuse_options_of_mounts() {
 
 #[test]
 fn directory_is_mounted_once() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let daemon = bench.mount(&[]);
     let device = bench.device.path().to_str().unwrap();
@@ -206,9 +186,7 @@ fn directory_is_mounted_once() {
 /// A mountpoint that is a regular file shows the device as that file.
 #[test]
 fn file_as_mountpoint() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     fs::remove_dir(bench.mnt()).unwrap();
     fs::write(bench.mnt(), "below").unwrap();
@@ -224,9 +202,7 @@ fn file_as_mountpoint() {
 /// What looks like several words to the kernel or to a parser is one name.
 #[test]
 fn odd_names() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     for name in ["a,b=c", "a b", "a\\040b", "-o", "a\nb", "x\"y"] {
         let image = bench.path(name);

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use crate::bench::{Bench, Ran, mount_at};
 use crate::common::check::check;
-use crate::common::{requires, requires_root, wait_until};
+use crate::common::{needs, wait_until};
 
 const UNIT: &str = include_str!("../../mount-helpers/systemd/blkholefs@.service");
 
@@ -46,9 +46,7 @@ fn run_all(bench: &Bench, key: &str, main: u32) {
 
 #[test]
 fn unit_starts_reloads_and_stops() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     fs::create_dir(bench.path("run")).unwrap();
     let manager = UnixDatagram::bind(bench.path("manager")).unwrap();
@@ -77,9 +75,7 @@ fn unit_starts_reloads_and_stops() {
 /// systemd makes the directories of a unit again before each of its commands, which fails where one is the mount.
 #[test]
 fn no_directory_of_the_unit_is_the_mount() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let start = command(&bench, &values(&bench, "ExecStart")[0]);
     let place = Path::new(start.get_args().last().unwrap());
@@ -90,9 +86,7 @@ fn no_directory_of_the_unit_is_the_mount() {
 
 #[test]
 fn systemd_reads_the_units() {
-    if !requires(&["systemd-analyze"]) {
-        return;
-    }
+    needs!(programs["systemd-analyze"]);
     let units = tempfile::tempdir().unwrap();
     let service = UNIT.replace("/usr/sbin/blkholefs", env!("CARGO_BIN_EXE_blkholefs"));
     fs::write(units.path().join("blkholefs@dev-loop0.service"), service).unwrap();

@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 
 use crate::bench::{Bench, Ran};
 use crate::common::check::check;
-use crate::common::{requires, requires_root, wait_until};
+use crate::common::{needs, wait_until};
 
 /// Mounts under a limit of ulimit(1), with records of its own, and prints what is wrong afterwards.
 const SWEEP: &str = r#"
@@ -40,9 +40,7 @@ done
 "#;
 
 fn sweep(kind: &str, limits: impl Iterator<Item = u32>) {
-    if !requires_root() || !requires(&["unshare", "cmp"]) {
-        return;
-    }
+    needs!(root, programs["unshare", "cmp"]);
     let bench = Bench::new();
     let limits: Vec<_> = limits.map(|limit| limit.to_string()).collect();
     let mut command = Command::new("unshare");
@@ -66,9 +64,7 @@ fn little_address_space_is_enough_or_an_error() {
 /// A record cannot be written, which a process that does not expect that is killed for.
 #[test]
 fn no_room_for_a_record_is_a_warning() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let mut command = Command::new("sh");
     command.args(["-c", "ulimit -f 0; exec \"$@\"", "sh"]).arg(bench.bin("mount.blkholefs"));
@@ -83,9 +79,7 @@ fn no_room_for_a_record_is_a_warning() {
 /// Each thread of the daemon in turn cannot be started.
 #[test]
 fn thread_that_does_not_start_is_an_error() {
-    if !requires_root() || !requires(&["strace"]) {
-        return;
-    }
+    needs!(root, programs["strace"]);
     let bench = Bench::new();
     // The counts are of each thread: the main thread starts two, one of them the others.
     for count in 1..=8 {
@@ -101,9 +95,7 @@ fn thread_that_does_not_start_is_an_error() {
 /// A daemon that is killed after mount(2) cannot take its mount away; the command that waits for it does.
 #[test]
 fn killed_start_leaves_nothing() {
-    if !requires_root() || !requires(&["strace"]) {
-        return;
-    }
+    needs!(root, programs["strace"]);
     let bench = Bench::new();
     let mut command = Command::new("strace");
     command.args(["-f", "-o", "/dev/null", "-e", "trace=capset", "-e", "inject=capset:signal=KILL"]);
@@ -115,9 +107,7 @@ fn killed_start_leaves_nothing() {
 /// Two at once on one place: one mounts, the other one finds the mount, and the record names the one that serves.
 #[test]
 fn two_helpers_make_one_mount() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     for round in 0..40 {
         let start = || {

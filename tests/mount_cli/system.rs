@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use crate::bench::{Bench, NAMES, Ran};
-use crate::common::{requires, requires_root};
+use crate::common::needs;
 
 /// Makes /usr/sbin a directory of links to what is there, so that helpers can be added without a trace on the host.
 const INSTALL: &str = r#"
@@ -38,15 +38,9 @@ impl Bench {
     }
 }
 
-fn requirements() -> bool {
-    requires_root() && requires(&["unshare", "findmnt", "mount", "umount"])
-}
-
 #[test]
 fn fstab_line_works_twice_in_a_row() {
-    if !requirements() {
-        return;
-    }
+    needs!(root, programs["unshare", "findmnt", "mount", "umount"]);
     let bench = Bench::new();
     let ran = bench.script(
         &bench.fstab_line("ro,nofail,allow_other,x-systemd.device-timeout=10s"),
@@ -70,9 +64,7 @@ fn fstab_line_works_twice_in_a_row() {
 /// As for every file system: a device that is not plugged in is no failure, one that cannot be mounted is.
 #[test]
 fn nofail_is_for_missing_devices() {
-    if !requirements() {
-        return;
-    }
+    needs!(root, programs["unshare", "findmnt", "mount", "umount"]);
     let bench = Bench::new();
     let missing = bench.fstab_line("ro,nofail").replace(bench.device.path().to_str().unwrap(), "/dev/nonexistent");
     bench.script(&missing, "mount -a -T fstab; ! mountpoint -q mnt");
@@ -84,9 +76,7 @@ fn nofail_is_for_missing_devices() {
 
 #[test]
 fn mount_by_type_and_by_subtype() {
-    if !requirements() {
-        return;
-    }
+    needs!(root, programs["unshare", "findmnt", "mount", "umount"]);
     let bench = Bench::new();
     let ran = bench.script(
         "",
@@ -107,9 +97,7 @@ fn mount_by_type_and_by_subtype() {
 /// mount(8) adds nothing to what the helper says, and passes its exit code on.
 #[test]
 fn failures_reach_the_user_of_mount() {
-    if !requirements() {
-        return;
-    }
+    needs!(root, programs["unshare", "findmnt", "mount", "umount"]);
     let bench = Bench::new();
     let ran = bench.script(
         "",

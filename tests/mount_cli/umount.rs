@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 
 use crate::bench::{Bench, Ran, assert_ended};
 use crate::common::loop_device::Loop;
-use crate::common::{requires_root, run, wait_until};
+use crate::common::{needs, run, wait_until};
 use crate::daemon::Other;
 
 fn text(bytes: &[u8]) -> String {
@@ -18,9 +18,7 @@ fn text(bytes: &[u8]) -> String {
 /// The point of it: what comes after `umount.blkholefs` finds the device free, each time.
 #[test]
 fn device_is_free_at_once() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     for _ in 0..20 {
         let device = Loop::new(bench.image.path());
@@ -40,9 +38,7 @@ fn device_is_free_at_once() {
 /// A daemon that takes long is waited for; one that another mount still needs is not.
 #[test]
 fn umount_waits_for_the_daemon() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let daemon = bench.mount(&[]);
     let signal = |signal| kill(Pid::from_raw(i32::try_from(daemon).unwrap()), signal).unwrap();
@@ -63,9 +59,7 @@ fn umount_waits_for_the_daemon() {
 
 #[test]
 fn one_of_two_places_keeps_the_daemon() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let daemon = bench.mount(&[]);
     std::fs::create_dir(bench.path("second")).unwrap();
@@ -78,9 +72,7 @@ fn one_of_two_places_keeps_the_daemon() {
 /// Another namespace has a copy of the mount: the daemon serves on, and the device is free.
 #[test]
 fn umount_does_not_wait_for_an_idle_daemon() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let daemon = bench.mount(&[]);
     let other = Other::new();
@@ -96,9 +88,7 @@ fn umount_does_not_wait_for_an_idle_daemon() {
 /// A file that is open at a second place holds the device, and umount says so; it waits for one that is closed soon.
 #[test]
 fn umount_waits_for_the_device() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     let second = bench.path("second");
     std::fs::create_dir(&second).unwrap();
@@ -131,9 +121,7 @@ fn umount_waits_for_the_device() {
 /// The name of what was mounted leads to a mount that another one covers: that other one is not ours to unmount.
 #[test]
 fn what_covers_a_mount_stays() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     bench.mount(&[]);
     run("mount", ["-t".as_ref(), "tmpfs".as_ref(), "over".as_ref(), bench.mnt().as_os_str()]);
@@ -147,9 +135,7 @@ fn what_covers_a_mount_stays() {
 
 #[test]
 fn busy_mount_stays_unless_detached() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     bench.mount(&[]);
     let open = File::open(bench.file()).unwrap();
@@ -164,9 +150,7 @@ fn busy_mount_stays_unless_detached() {
 
 #[test]
 fn only_our_mounts_are_unmounted() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let bench = Bench::new();
     bench.run("umount.blkholefs", ["mnt"]).fails(32, "mnt: not mounted");
     bench.run("umount.blkholefs", ["/nonexistent"]).fails(32, "/nonexistent: not mounted");

@@ -5,7 +5,7 @@ use std::fs;
 use std::process::Command;
 
 use crate::bench::{Bench, Ran, assert_ended};
-use crate::common::{requires, requires_root, run, wait_until};
+use crate::common::{needs, run, wait_until};
 
 /// A place that belongs to the user nobody, with an image and a mountpoint in it.
 struct Home(Bench);
@@ -35,15 +35,9 @@ impl Home {
     }
 }
 
-fn requirements() -> bool {
-    requires_root() && requires(&["fusermount3", "setpriv"])
-}
-
 #[test]
 fn user_mounts_what_the_user_can_read() {
-    if !requirements() {
-        return;
-    }
+    needs!(root, programs["fusermount3", "setpriv"]);
     let home = Home::new();
     let bench = &home.0;
     let place = bench.path("home/mnt");
@@ -67,9 +61,7 @@ fn user_mounts_what_the_user_can_read() {
 
 #[test]
 fn user_mounts_on_a_file_and_ends_it_with_a_signal() {
-    if !requirements() {
-        return;
-    }
+    needs!(root, programs["fusermount3", "setpriv"]);
     let home = Home::new();
     let bench = &home.0;
     home.run(["mount", "my,image", bench.path("home/file").to_str().unwrap()]).succeeds();
@@ -82,9 +74,7 @@ fn user_mounts_on_a_file_and_ends_it_with_a_signal() {
 
 #[test]
 fn users_limits_are_one_line_each() {
-    if !requirements() {
-        return;
-    }
+    needs!(root, programs["fusermount3", "setpriv"]);
     let home = Home::new();
     let device = home.0.device.path().to_str().unwrap();
     home.run(["mount", device, "mnt"]).fails(32, &format!("{device}: cannot open: Permission denied"));
@@ -100,9 +90,7 @@ fn users_limits_are_one_line_each() {
 /// A user who mounts with fusermount3 chooses the name: it must not make root unmount something.
 #[test]
 fn root_does_not_take_a_users_mount_for_its_own() {
-    if !requirements() {
-        return;
-    }
+    needs!(root, programs["fusermount3", "setpriv"]);
     let home = Home::new();
     let bench = &home.0;
     let place = bench.path("home/mnt");
@@ -123,9 +111,7 @@ fn root_does_not_take_a_users_mount_for_its_own() {
 /// A set-user-id copy would lend root's rights to everybody.
 #[test]
 fn setuid_copy_refuses_to_run() {
-    if !requirements() {
-        return;
-    }
+    needs!(root, programs["fusermount3", "setpriv"]);
     let home = Home::new();
     let program = home.0.path("home/blkholefs");
     run("chown", ["root".as_ref(), program.as_os_str()]);

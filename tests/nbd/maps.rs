@@ -9,7 +9,7 @@ use blkholefs::source::nbd::{Client, layer};
 use blkholefs::units::Bytes;
 
 use crate::common::nbd::{Server, directory, image, nbdinfo_map};
-use crate::common::{GIB, KIB, MIB, requires, run};
+use crate::common::{GIB, KIB, MIB, needs, run};
 use crate::{patient, read, runs_of};
 
 const BLOCKS: [std::ops::Range<u64>; 5] = [0..1, 16..17, 1024..1500, 1501..1502, 16383..16384];
@@ -35,9 +35,7 @@ fn check(uri: &str) -> Arc<Client> {
 
 #[test]
 fn nbdkit() {
-    if !requires(&["nbdkit", "nbdinfo"]) {
-        return;
-    }
+    needs!(programs["nbdkit", "nbdinfo"]);
     let directory = directory();
     let (socket, disk) = (directory.path().join("s"), directory.path().join("disk"));
     image(&disk, 64 * MIB, &BLOCKS);
@@ -69,9 +67,7 @@ fn nbdkit() {
 
 #[test]
 fn qemu_nbd() {
-    if !requires(&["qemu-nbd", "qemu-img", "qemu-io", "nbdinfo"]) {
-        return;
-    }
+    needs!(programs["qemu-nbd", "qemu-img", "qemu-io", "nbdinfo"]);
     let directory = directory();
     let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
     image(path("raw").as_ref(), 64 * MIB, &BLOCKS);
@@ -96,9 +92,7 @@ fn qemu_nbd() {
 
 #[test]
 fn a_write_is_never_inside_a_hole() {
-    if !requires(&["nbdkit"]) {
-        return;
-    }
+    needs!(programs["nbdkit"]);
     let directory = directory();
     let (socket, disk) = (directory.path().join("s"), directory.path().join("disk"));
     image(&disk, GIB, &[]);
@@ -117,9 +111,7 @@ fn a_write_is_never_inside_a_hole() {
 
 #[test]
 fn no_holes_without_block_status() {
-    if !requires(&["nbdkit"]) {
-        return;
-    }
+    needs!(programs["nbdkit"]);
     let directory = directory();
     for (name, words, dense) in [
         ("noextents", vec!["--filter=noextents", "memory", "64M"], false),

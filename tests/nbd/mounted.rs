@@ -14,7 +14,7 @@ use blkholefs::map::ExtentKind;
 use crate::common::check::{self, check_same_bytes, map_holes};
 use crate::common::mount::Mount;
 use crate::common::nbd::{Server, directory, image, nbdinfo_map};
-use crate::common::{GIB, MIB, requires, requires_root, run, wait_until};
+use crate::common::{GIB, MIB, needs, run, wait_until};
 use crate::fake::{BLOCK, Dialect, Fake, Message, Step, Then};
 
 /// The map of a mounted file, as [`nbdinfo_map`] says it.
@@ -25,9 +25,7 @@ fn map(file: &Path) -> Vec<(u64, ExtentKind)> {
 
 #[test]
 fn an_export_is_a_sparse_file() {
-    if !requires(&["nbdkit", "nbdinfo"]) || !requires_root() {
-        return;
-    }
+    needs!(root, programs["nbdkit", "nbdinfo"]);
     let directory = directory();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
     image(&disk, GIB, &[0..16, 1024..1500, 1501..1502, 200_000..200_001]);
@@ -48,9 +46,7 @@ fn an_export_is_a_sparse_file() {
 /// A program that opens a file makes several requests of the kernel, and each of them several of the server.
 #[test]
 fn a_server_that_became_slow_holds_nobody_longer_than_a_request_may_last() {
-    if !requires_root() {
-        return;
-    }
+    needs!(root);
     let slow = Arc::new(AtomicBool::new(false));
     let is_slow = Arc::clone(&slow);
     let spoil = move |message: &mut Message| match message.step == Step::Status && is_slow.load(Ordering::Relaxed) {
@@ -71,9 +67,7 @@ fn a_server_that_became_slow_holds_nobody_longer_than_a_request_may_last() {
 
 #[test]
 fn the_socket_of_another_user() {
-    if !requires(&["nbdkit"]) || !requires_root() {
-        return;
-    }
+    needs!(root, programs["nbdkit"]);
     let directory = directory();
     let socket = directory.path().join("s");
     let _server = Server::nbdkit(&socket, &["memory", "1M"]);
@@ -86,9 +80,7 @@ fn the_socket_of_another_user() {
 
 #[test]
 fn a_server_that_is_restarted_in_the_middle_of_a_copy() {
-    if !requires(&["nbdkit"]) || !requires_root() {
-        return;
-    }
+    needs!(root, programs["nbdkit"]);
     let directory = directory();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
     image(&disk, 64 * MIB, &[0..1000, 4000..9000, 16_000..16_384]);

@@ -11,7 +11,7 @@ use blkholefs::map::ExtentKind;
 use blkholefs::source::nbd::{NbdExport, Timeouts, Uri};
 
 use crate::common::nbd::{Server, directory, image};
-use crate::common::{MIB, requires, wait_until};
+use crate::common::{MIB, needs, wait_until};
 use crate::{client, patience, patient, read, runs_of};
 
 /// The steps in which the client measures time, and a slow machine.
@@ -23,9 +23,7 @@ fn uri(socket: &Path) -> String {
 
 #[test]
 fn a_server_that_comes_back() {
-    if !requires(&["nbdkit"]) {
-        return;
-    }
+    needs!(programs["nbdkit"]);
     let directory = directory();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
     image(&disk, 8 * MIB, &[0..2048]);
@@ -61,9 +59,7 @@ fn a_server_that_comes_back() {
 
 #[test]
 fn a_server_that_stays_away() {
-    if !requires(&["nbdkit"]) {
-        return;
-    }
+    needs!(programs["nbdkit"]);
     let directory = directory();
     let socket = directory.path().join("s");
     let mut server = Server::nbdkit(&socket, &["memory", "1M"]);
@@ -86,9 +82,7 @@ fn a_server_that_stays_away() {
 
 #[test]
 fn a_server_that_comes_back_with_another_size() {
-    if !requires(&["nbdkit"]) {
-        return;
-    }
+    needs!(programs["nbdkit"]);
     let directory = directory();
     let socket = directory.path().join("s");
     let mut server = Server::nbdkit(&socket, &["memory", "1M"]);
@@ -104,9 +98,7 @@ fn a_server_that_comes_back_with_another_size() {
 
 #[test]
 fn a_server_that_hangs() {
-    if !requires(&["nbdkit"]) {
-        return;
-    }
+    needs!(programs["nbdkit"]);
     let directory = directory();
     let socket = directory.path().join("s");
     let words = ["--filter=delay", "memory", "1M", "delay-read=60", "delay-extents=60"];

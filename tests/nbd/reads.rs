@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::Arc;
 
 use crate::common::nbd::{Server, directory, image};
-use crate::common::{KIB, MIB, requires};
+use crate::common::{KIB, MIB, needs};
 use crate::{patient, read};
 
 const SIZE: u64 = 8 * MIB + 4 * KIB;
@@ -37,9 +37,7 @@ fn check(uri: &str, wanted: &[u8]) {
 
 #[test]
 fn from_nbdkit() {
-    if !requires(&["nbdkit"]) {
-        return;
-    }
+    needs!(programs["nbdkit"]);
     let directory = directory();
     let disk = directory.path().join("disk");
     image(&disk, SIZE, &[0..100, 300..301, 900..2049]);
@@ -74,9 +72,7 @@ fn from_nbdkit() {
 
 #[test]
 fn from_qemu_nbd() {
-    if !requires(&["qemu-nbd"]) {
-        return;
-    }
+    needs!(programs["qemu-nbd"]);
     let directory = directory();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
     image(&disk, SIZE, &[0..100, 300..301, 900..2049]);
@@ -86,9 +82,7 @@ fn from_qemu_nbd() {
 
 #[test]
 fn an_error_of_the_server_is_eio() {
-    if !requires(&["nbdkit"]) {
-        return;
-    }
+    needs!(programs["nbdkit"]);
     let directory = directory();
     let (disk, always, often) =
         (directory.path().join("disk"), directory.path().join("always"), directory.path().join("often"));
@@ -109,9 +103,7 @@ fn an_error_of_the_server_is_eio() {
 
 #[test]
 fn an_export_that_does_not_exist() {
-    if !requires(&["qemu-nbd"]) {
-        return;
-    }
+    needs!(programs["qemu-nbd"]);
     let directory = directory();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
     image(&disk, MIB, &[]);

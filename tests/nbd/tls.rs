@@ -6,7 +6,7 @@ use blkholefs::map::ExtentKind;
 use blkholefs::source::nbd::{Client, Uri};
 
 use crate::common::nbd::{Server, directory};
-use crate::common::{MIB, requires, run};
+use crate::common::{MIB, needs, run};
 use crate::{patient, read, runs_of};
 
 /// Makes a certificate authority, or with `signer`, a certificate that it signs.
@@ -32,9 +32,7 @@ fn authority(directory: &Path) {
 
 #[test]
 fn tls() {
-    if !requires(&["nbdkit", "certtool"]) {
-        return;
-    }
+    needs!(programs["nbdkit", "certtool"]);
     let (pki, other, bare) = (directory(), directory(), directory());
     authority(pki.path());
     let server =

@@ -102,16 +102,6 @@ pub fn dump(path: &Path) -> Vec<(u32, Vec<Range<u64>>)> {
     devices
 }
 
-/// Whether the tools are there. Their absence is a failure where `CI` is set, else a printed skip.
-pub fn tools() -> bool {
-    let there = ["thin_restore", "thin_dump"].iter().all(|tool| Command::new(tool).arg("-V").output().is_ok());
-    assert!(there || std::env::var_os("CI").is_none(), "thin-provisioning-tools are not installed");
-    if !there {
-        eprintln!("skipped: thin-provisioning-tools are not installed");
-    }
-    there
-}
-
 /// Writes a little-endian number of `size` bytes.
 pub fn put(image: &mut [u8], at: usize, value: u64, size: usize) {
     image[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);

@@ -8,7 +8,7 @@ use crate::common::dm::Dm;
 use crate::common::image::{discard, open_for_writing, write, write_at};
 use crate::common::mount::Mount;
 use crate::common::random::Random;
-use crate::common::{KIB, MIB, assert_becomes, requires_modules, run, wait_until};
+use crate::common::{KIB, MIB, assert_becomes, needs, run, wait_until};
 use crate::targets::{Disk, assert_dense, assert_map};
 
 const SIZE: u64 = 4 * MIB;
@@ -26,9 +26,7 @@ fn legs() -> [Disk; 2] {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn mirror_has_a_hole_where_all_legs_have_one() {
-    if !requires_modules(&["dm-mirror"]) {
-        return;
-    }
+    needs!(modules["dm-mirror"]);
     let legs = legs();
     let table =
         |log: &str, second: &str| format!("0 {SECTORS} mirror {log} 2 {} 0 {second} 0 1 handle_errors", legs[0].path());
@@ -51,9 +49,7 @@ fn mirror_has_a_hole_where_all_legs_have_one() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn raid1_has_a_hole_where_all_legs_have_one() {
-    if !requires_modules(&["dm-raid", "raid1"]) {
-        return;
-    }
+    needs!(modules["dm-raid", "raid1"]);
     let legs = legs();
     let [first, second] = legs.each_ref().map(|leg| leg.path().to_string());
     let device = Dm::new(&format!("0 {SECTORS} raid raid1 2 0 nosync 2 - {first} - {second}"));
@@ -67,9 +63,7 @@ fn raid1_has_a_hole_where_all_legs_have_one() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn raid_with_parity_is_dense() {
-    if !requires_modules(&["dm-raid", "raid456"]) {
-        return;
-    }
+    needs!(modules["dm-raid", "raid456"]);
     let legs = [0; 3].map(|_| Disk::new(SIZE, &[]));
     let [a, b, c] = legs.each_ref().map(|leg| leg.path().to_string());
     let device = Dm::new(&format!("0 {} raid raid5_ls 2 128 nosync 3 - {a} - {b} - {c}", 2 * SECTORS));
@@ -180,9 +174,7 @@ fn snapshots_that_are_not_certain_are_dense() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn clone_is_its_source_and_then_its_destination() {
-    if !requires_modules(&["dm-clone"]) {
-        return;
-    }
+    needs!(modules["dm-clone"]);
     let [metadata, destination, source] =
         [Disk::new(4 * MIB, &[]), Disk::new(SIZE, &[]), Disk::new(SIZE, &[MIB..2 * MIB])];
     let devices = format!("{} {} {}", metadata.path(), destination.path(), source.path());

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::common::check::{Extent, Kind, assert_map, check, map_holes, map_of};
 use crate::common::image::write;
 use crate::common::mount::Mount;
-use crate::common::{KIB, MIB, assert_becomes, requires_modules, run, try_run, wait_until};
+use crate::common::{KIB, MIB, assert_becomes, needs, run, try_run, wait_until};
 use crate::targets::Disk;
 
 /// An array, stopped with this value. Panics when something still holds it then.
@@ -73,9 +73,7 @@ const LEG: u64 = 8 * MIB;
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
 fn raid1() {
-    if !requires_modules(&["md-mod", "raid1"]) {
-        return;
-    }
+    needs!(modules["md-mod", "raid1"]);
     let array = Array::new(&["--level=1", "--assume-clean"], &[LEG, LEG]);
     array.assert_map(&[]);
     let mount = Mount::new(&array.path);
@@ -95,9 +93,7 @@ fn raid1() {
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
 fn raid1_that_resyncs_is_dense() {
-    if !requires_modules(&["md-mod", "raid1"]) {
-        return;
-    }
+    needs!(modules["md-mod", "raid1"]);
     let array = Array::new(&["--level=1", "--assume-clean"], &[LEG, LEG]);
     write(&array.path, MIB..MIB + 64 * KIB);
     let limit = |speed: &str| {
@@ -124,9 +120,7 @@ fn raid1_that_resyncs_is_dense() {
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
 fn raid0() {
-    if !requires_modules(&["md-mod", "raid0"]) {
-        return;
-    }
+    needs!(modules["md-mod", "raid0"]);
     let array = Array::new(&["--level=0", "--chunk=64"], &[LEG, LEG, LEG]);
     array.assert_map(&[]);
     let data = [64 * KIB..256 * KIB, MIB + 32 * KIB..MIB + 36 * KIB, array.size() - 4 * KIB..array.size()];
@@ -137,9 +131,7 @@ fn raid0() {
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
 fn raid0_with_legs_of_two_lengths_is_dense() {
-    if !requires_modules(&["md-mod", "raid0"]) {
-        return;
-    }
+    needs!(modules["md-mod", "raid0"]);
     // Without a word from its user, the kernel does not start such an array (`drivers/md/raid0.c`).
     std::fs::write("/sys/module/raid0/parameters/default_layout", "2").expect("the module is there");
     Array::new(&["--level=0", "--chunk=64"], &[LEG, 2 * LEG]).assert_dense("legs differ in length");
@@ -148,9 +140,7 @@ fn raid0_with_legs_of_two_lengths_is_dense() {
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
 fn linear() {
-    if !requires_modules(&["md-mod", "linear"]) {
-        return;
-    }
+    needs!(modules["md-mod", "linear"]);
     let array = Array::new(&["--level=linear"], &[LEG, 2 * LEG]);
     let first = LEG / 2;
     write(&array.path, first..first + 8 * KIB);
@@ -161,9 +151,7 @@ fn linear() {
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
 fn raid10() {
-    if !requires_modules(&["md-mod", "raid10"]) {
-        return;
-    }
+    needs!(modules["md-mod", "raid10"]);
     for (layout, legs) in [("n2", 4), ("n2", 2), ("n3", 3)] {
         let words = ["--level=10", "--chunk=64", &format!("--layout={layout}"), "--assume-clean"];
         let array = Array::new(&words, &vec![LEG; legs]);
@@ -181,8 +169,6 @@ fn raid10() {
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
 fn parity_is_dense() {
-    if !requires_modules(&["md-mod", "raid456"]) {
-        return;
-    }
+    needs!(modules["md-mod", "raid456"]);
     Array::new(&["--level=5", "--assume-clean"], &[LEG; 3]).assert_dense("raid5");
 }

@@ -3,7 +3,7 @@
 use crate::common::dm::Dm;
 use crate::common::image::Image;
 use crate::common::loop_device::Loop;
-use crate::common::{KIB, MIB, requires_modules};
+use crate::common::{KIB, MIB, needs};
 use crate::targets::{Disk, assert_dense, assert_map};
 
 const SIZE: u64 = 4 * MIB;
@@ -12,9 +12,7 @@ const SECTORS: u64 = SIZE / 512;
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn delay_reads_from_its_first_device() {
-    if !requires_modules(&["dm-delay"]) {
-        return;
-    }
+    needs!(modules["dm-delay"]);
     let read = Disk::new(SIZE + MIB, &[MIB..2 * MIB]);
     let write = Disk::new(SIZE, &[0..SIZE]);
     assert_map(&Dm::new(&format!("0 {SECTORS} delay {} 0 0", read.path())), &[MIB..2 * MIB]);
@@ -25,9 +23,7 @@ fn delay_reads_from_its_first_device() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn flakey_counts_only_while_it_is_not() {
-    if !requires_modules(&["dm-flakey"]) {
-        return;
-    }
+    needs!(modules["dm-flakey"]);
     let disk = Disk::new(SIZE + MIB, &[MIB..2 * MIB]);
     assert_map(&Dm::new(&format!("0 {SECTORS} flakey {} 2048 60 0", disk.path())), &[0..MIB]);
     for faults in ["60 1", "60 0 1 drop_writes", "60 0 1 error_writes", "60 0 5 corrupt_bio_byte 32 r 1 0"] {
@@ -38,9 +34,7 @@ fn flakey_counts_only_while_it_is_not() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn unstriped_shows_one_leg() {
-    if !requires_modules(&["dm-unstripe"]) {
-        return;
-    }
+    needs!(modules["dm-unstripe"]);
     for chunk in [4 * KIB, 64 * KIB] {
         let data = [[0..4 * KIB, MIB..2 * MIB], [512 * KIB..640 * KIB, SIZE - 4 * KIB..SIZE]];
         let legs = data.clone().map(|data| Disk::new(SIZE, &data));
@@ -66,9 +60,7 @@ fn origins_of_snapshots_are_their_devices() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn era_shows_its_origin() {
-    if !requires_modules(&["dm-era"]) {
-        return;
-    }
+    needs!(modules["dm-era"]);
     let (metadata, disk) = (Disk::new(4 * MIB, &[]), Disk::new(SIZE, &[MIB..2 * MIB]));
     let device = Dm::new(&format!("0 {SECTORS} era {} {} 128", metadata.path(), disk.path()));
     assert_map(&device, &[MIB..2 * MIB]);
@@ -77,9 +69,7 @@ fn era_shows_its_origin() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn multipath_is_read_through_a_path_that_works() {
-    if !requires_modules(&["dm-multipath", "dm-round-robin"]) {
-        return;
-    }
+    needs!(modules["dm-multipath", "dm-round-robin"]);
     let image = Image::with_data(SIZE, &[MIB..2 * MIB]);
     let paths = [Loop::new(image.path()), Loop::new(image.path())];
     let [first, second] = paths.each_ref().map(|path| path.path().display().to_string());

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::image::Image;
 use crate::common::loop_device::Loop;
-use crate::common::{MIB, requires, run};
+use crate::common::{MIB, needs, run};
 
 /// For a slow kernel; the idle timeout of the automount is part of it.
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -98,9 +98,7 @@ fn source(name: &str) -> PathBuf {
 #[ignore = "needs a kernel of its own: run tests/run"]
 fn automount_of_an_fstab_line_mounts_and_expires() {
     const GENERATOR: &str = "/usr/lib/systemd/system-generators/systemd-fstab-generator";
-    if !requires(&["systemd", "unshare", GENERATOR]) {
-        return;
-    }
+    needs!(programs["systemd", "unshare", GENERATOR]);
     run("modprobe", ["-a", "autofs4", "fuse"]);
     let (directory, image) = prepare();
     let place = directory.path().join("mnt");
@@ -135,9 +133,7 @@ fn automount_of_an_fstab_line_mounts_and_expires() {
 #[test]
 #[ignore = "needs a kernel of its own: run tests/run"]
 fn service_is_reloaded_stopped_and_cleared_away() {
-    if !requires(&["systemd", "unshare"]) {
-        return;
-    }
+    needs!(programs["systemd", "unshare"]);
     let (directory, image) = prepare();
     let device = Loop::new(image.path());
     // There is no udev that would report devices to systemd here.

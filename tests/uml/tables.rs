@@ -9,7 +9,7 @@ use crate::common::check::{check, open, seek_data, seek_hole, sysfs};
 use crate::common::dm::{Dm, Pool};
 use crate::common::image::{discard, write};
 use crate::common::mount::Mount;
-use crate::common::{KIB, MIB, requires_modules, run, wait_until};
+use crate::common::{KIB, MIB, needs, run, wait_until};
 use crate::targets::Disk;
 
 const SIZE: u64 = 4 * MIB;
@@ -76,9 +76,7 @@ fn snapshot_with_another_store_has_changed() {
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn clone_with_other_metadata() {
-    if !requires_modules(&["dm-clone"]) {
-        return;
-    }
+    needs!(modules["dm-clone"]);
     let [metadata, destination, source] =
         [Disk::new(4 * MIB, &[]), Disk::new(SIZE, &[]), Disk::new(SIZE, &[MIB..2 * MIB])];
     let devices = format!("{} {} {}", metadata.path(), destination.path(), source.path());
