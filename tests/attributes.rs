@@ -42,7 +42,7 @@ fn a_regular_file_of_the_size_of_the_device() {
 
 /// Nobody gains a right: owner and group are the node's, and no mode bit is set that the node has not.
 #[test]
-fn rights_are_never_wider_than_the_node_s() {
+fn permissions_are_never_wider_than_those_of_the_node() {
     needs!(root);
     let source = LoopMount::new(MIB, &[]);
     for mode in [0o600, 0o640, 0o660, 0o400, 0o000] {
@@ -83,7 +83,7 @@ fn blocks() {
 /// `st_blocks` of a file of one block cannot say that there is a hole and that there is something to read: it has no hole.
 /// The shortest file that can say both has one.
 #[test]
-fn a_file_too_short_to_tell_of_a_hole_has_none() {
+fn a_file_of_less_than_1024_bytes_has_no_hole() {
     needs!(root);
     for (size, has_hole) in
         [(1, false), (511, false), (512, false), (1023, false), (1024, true), (1025, true), (1536, true)]

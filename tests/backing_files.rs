@@ -45,7 +45,7 @@ fn dirty_pages_of_an_image_under_a_loop_device() {
 /// A server says what it has now, and the page cache here keeps what was read before. What is read and what is asked for
 /// holes must be the same.
 #[test]
-fn a_hole_of_a_server_is_one_only_if_reads_go_to_the_server() {
+fn holes_of_a_server_are_used_only_with_direct_reads() {
     needs!(root);
     let image = FuseImage::new(4 * MIB);
     let (buffered, direct) = (Loop::new(image.path()), Loop::with_options(image.path(), &["--direct-io=on"]));

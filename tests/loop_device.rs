@@ -90,7 +90,7 @@ fn deleted_backing_file_is_dense() {
 }
 
 #[test]
-fn renamed_backing_file_still_tells() {
+fn a_renamed_backing_file_keeps_its_holes() {
     needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let moved = source.image.path().with_extension("moved");
@@ -102,7 +102,7 @@ fn renamed_backing_file_still_tells() {
 
 /// A path is bytes: not all are text, and a line end may be one of them.
 #[test]
-fn a_backing_file_of_any_name_tells() {
+fn holes_of_a_backing_file_do_not_depend_on_its_name() {
     needs!(root);
     let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     for name in [&b"\xff\xfe.img"[..], b"two\nlines\n", b"end\n\n", b"x (deleted)"] {
@@ -272,7 +272,7 @@ impl Drop for Ext4 {
 /// A discard by a mounted file system leaves the pages of its device in the page cache. A loop device that reads through
 /// them still has the old bytes: a hole below is a hole above only if the reads above go below.
 #[test]
-fn a_hole_below_is_one_above_only_if_reads_go_below() {
+fn holes_of_a_lower_device_are_used_only_with_direct_io() {
     needs!(root, programs["mkfs.ext4", "fstrim"]);
     let image = Image::new(64 * MIB);
     let lower = Loop::new(image.path());

@@ -256,7 +256,7 @@ fn a_pool_of_damaged_volumes_only_is_not_mounted() {
 
 /// What was proven to be unused, and what is watched, is what is read: also where a path leads elsewhere a moment later.
 #[test]
-fn the_metadata_that_was_opened_is_read() {
+fn metadata_is_read_from_the_open_file_and_not_by_path() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let data = Image::new(MIB);
     let name = |name: &str| directory.path().join(name);

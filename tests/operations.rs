@@ -276,7 +276,7 @@ fn a_mapping_is_no_older_than_the_open() {
 
 /// `df` says how much is shown, once for each device, and that nothing is free; no device is opened for that.
 #[test]
-fn df_says_what_is_shown() {
+fn df_shows_the_sum_of_all_files() {
     needs!(root);
     let df = |directory: &Path| {
         let words = ["--block-size=1", "--output=size,used,avail,itotal", directory.to_str().expect("text")];

@@ -50,7 +50,7 @@ fn without_descriptors_an_open_fails_and_no_read_is_stale() {
 }
 
 #[test]
-fn the_daemon_takes_all_the_descriptors_that_it_may() {
+fn the_daemon_raises_its_descriptor_limit() {
     needs!(root);
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("every process has one");
     // Enough for the other tests of this process.

@@ -318,7 +318,7 @@ fn mutated_metadata_is_an_error_or_a_map() {
 }
 
 #[test]
-fn a_walk_takes_few_requests_and_a_look_up_one_for_each_level() {
+fn a_walk_reads_in_few_requests_and_a_lookup_in_one_for_each_level() {
     // Two devices whose nodes lie between each other's: a foreign block is read rather than split a request.
     let blocks = |device: u64| (0..3000).map(move |at| 2 * at + device..2 * at + device + 1);
     let mut image = thin_image::build(&[Device::new(1, blocks(0), 0), Device::new(2, blocks(1), 3000)], 9);

@@ -129,7 +129,7 @@ fn failed_automount_fails_the_access() {
 
 /// Who unmounts by hand what is not mounted must not cause it to be mounted.
 #[test]
-fn umount_does_not_ask_for_a_mount() {
+fn umount_does_not_trigger_the_automount() {
     needs!(root);
     let bench = Bench::new();
     let Some(mut autofs) = Autofs::new(&bench) else { return };

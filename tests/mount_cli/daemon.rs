@@ -255,7 +255,7 @@ fn root_reads_private_images_of_others() {
 
 /// The daemon holds nothing of its caller: no directory, no terminal, no lock of a script.
 #[test]
-fn nothing_of_the_caller_is_kept() {
+fn the_daemon_keeps_nothing_of_its_caller_open() {
     needs!(root);
     let bench = Bench::new();
     let script = "exec 9>lock; flock 9; exec \"$@\"";

@@ -21,7 +21,7 @@ fn helper_mounts_with_type_source_and_flags() {
 }
 
 #[test]
-fn words_reach_the_mount() {
+fn options_reach_the_mount() {
     needs!(root);
     let bench = Bench::new();
     bench.mount(&[

@@ -58,7 +58,7 @@ fn umount_waits_for_the_daemon() {
 }
 
 #[test]
-fn one_of_two_places_keeps_the_daemon() {
+fn the_daemon_runs_until_its_last_mountpoint_is_unmounted() {
     needs!(root);
     let bench = Bench::new();
     let daemon = bench.mount(&[]);

@@ -394,7 +394,7 @@ fn a_broken_rule_is_not_tried_again() {
 }
 
 #[test]
-fn a_map_told_byte_by_byte_takes_bounded_time() {
+fn block_status_in_tiny_extents_takes_bounded_time() {
     // One byte of zeros at a time, of an export that seems to have 2^62 bytes.
     let spoil = |message: &mut Message| {
         match message.step {

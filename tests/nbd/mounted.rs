@@ -45,7 +45,7 @@ fn an_export_is_a_sparse_file() {
 
 /// A program that opens a file makes several requests of the kernel, and each of them several of the server.
 #[test]
-fn a_server_that_became_slow_holds_nobody_longer_than_a_request_may_last() {
+fn a_slow_server_delays_a_request_by_its_deadline_at_most() {
     needs!(root);
     let slow = Arc::new(AtomicBool::new(false));
     let is_slow = Arc::clone(&slow);

@@ -114,7 +114,7 @@ fn a_server_that_hangs() {
 }
 
 #[test]
-fn those_who_ask_while_one_connects_share_its_failure() {
+fn requests_during_a_failing_connect_share_its_failure() {
     let directory = directory();
     let socket = directory.path().join("s");
     // Takes connections and never says a word: each attempt lasts as long as a client waits.

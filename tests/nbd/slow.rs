@@ -76,7 +76,7 @@ fn the_calls_of_a_request_share_its_deadline() {
 
 /// An open, a look at the attributes and an lseek ask one after the other. Only the first of them waits for nothing.
 #[test]
-fn a_server_that_was_too_slow_to_tell_holes_is_not_asked_again_at_once() {
+fn a_server_with_slow_block_status_is_not_queried_again_at_once() {
     let slow = Arc::new(AtomicBool::new(true));
     let fake = dribbling(Step::Status, &slow);
     let client = client(&fake.uri, patience(2 * SECOND));
@@ -90,7 +90,7 @@ fn a_server_that_was_too_slow_to_tell_holes_is_not_asked_again_at_once() {
 }
 
 #[test]
-fn who_waits_for_the_connection_of_another_thread_waits_no_longer_than_his_request() {
+fn waiting_for_a_connection_of_another_thread_ends_with_the_request() {
     let directory = directory();
     let socket = directory.path().join("s");
     let _silent = UnixListener::bind(&socket).unwrap();
@@ -166,7 +166,7 @@ fn the_window_does_not_grow_when_block_status_fails() {
 
 /// A map is dropped where others wait for a lock.
 #[test]
-fn a_client_that_leaves_waits_for_nothing() {
+fn closing_a_client_waits_for_nothing() {
     let ahead = |message: &mut Message| match message.step {
         Step::Option(7) => Then::AnswerAhead,
         _ => Then::Go,

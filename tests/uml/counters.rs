@@ -27,7 +27,7 @@ fn switch(device: &Path, to: &str) {
 /// A write between two looks that no counter counted: the switch was off meanwhile.
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
-fn counters_that_were_switched_off_tell_no_times() {
+fn times_do_not_use_counters_that_were_switched_off() {
     let disk = ScsiDisk::new(16, &["lbprz=1"]);
     let mount = Mount::new(disk.path());
     let before = time(mount.file());
@@ -41,7 +41,7 @@ fn counters_that_were_switched_off_tell_no_times() {
 /// The same, where a map stands on the counters. Kernels before 6.5 count a device-mapper device whatever the switch says.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn counters_that_were_switched_off_prove_no_hole() {
+fn holes_do_not_use_counters_that_were_switched_off() {
     let pool = Pool::new(64 * MIB, 64 << 10);
     let thin = pool.thin(0, 64 * MIB);
     let mount = Mount::new(thin.path());

@@ -22,7 +22,7 @@ fn delay_reads_from_its_first_device() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn flakey_counts_only_while_it_is_not() {
+fn flakey_has_holes_only_without_faults() {
     needs!(modules["dm-flakey"]);
     let disk = Disk::new(SIZE + MIB, &[MIB..2 * MIB]);
     assert_map(&Dm::new(&format!("0 {SECTORS} flakey {} 2048 60 0", disk.path())), &[0..MIB]);

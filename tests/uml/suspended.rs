@@ -94,7 +94,7 @@ fn device_that_was_suspended_has_its_holes_again() {
 /// What a layer stands on that is dense is waited for by nobody: a crypt device, or the metadata of a pool.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn devices_below_that_are_not_asked_may_be_suspended_too() {
+fn a_suspended_device_below_a_dense_layer_blocks_nothing() {
     run("modprobe", ["dm-crypt"]);
     let image = Image::new(4 * MIB);
     let disk = Loop::new(image.path());

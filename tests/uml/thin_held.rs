@@ -129,7 +129,7 @@ fn killed_inside_the_reserve_message_nothing_stays_held() {
 /// A reading that takes long blocks no end: the snapshot is released without the daemon.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn a_slow_reading_blocks_no_end() {
+fn a_slow_metadata_read_does_not_block_the_unmount() {
     let pool = Pool::with_slow_commits(192 * MIB, BLOCK, 20, 20);
     let wide = pool.thin(2, 512 * MIB);
     // Every other block, so that nodes hold few and there are many of them.

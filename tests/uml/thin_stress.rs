@@ -31,7 +31,7 @@ impl Drop for Ends<'_> {
 /// releases the one metadata snapshot that a pool has.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn everyone_at_once() {
+fn everything_at_once() {
     let pool = Pool::new(160 * MIB, BLOCK);
     let volumes: Vec<Dm> = (0..3).map(|id| pool.thin(id, SIZE)).collect();
     let mounts: Vec<Mount> = volumes.iter().map(|volume| Mount::new(volume.path())).collect();

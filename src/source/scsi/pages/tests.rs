@@ -42,7 +42,7 @@ fn neighbours_of_one_kind_are_one_run() {
 }
 
 #[test]
-fn a_list_is_believed_up_to_what_is_out_of_place() {
+fn a_list_is_used_up_to_the_first_misplaced_descriptor() {
     for (what, second) in [
         ("a gap", (16, 4, 1)),
         ("an overlap", (14, 4, 1)),
@@ -65,7 +65,7 @@ fn a_list_ends_with_the_disk() {
 }
 
 #[test]
-fn a_list_that_is_cut_off_is_believed_as_far_as_it_goes() {
+fn a_truncated_list_is_used_as_far_as_it_goes() {
     let data = answer(&[(0, 5, 1), (5, 5, 0), (10, 5, 1)]);
     for len in 0..24 {
         assert_eq!(read(&data[..len], 0), (vec![], true), "{len} bytes");
@@ -77,7 +77,7 @@ fn a_list_that_is_cut_off_is_believed_as_far_as_it_goes() {
 }
 
 #[test]
-fn a_length_that_is_not_of_descriptors_is_at_fault() {
+fn a_length_that_is_no_multiple_of_a_descriptor_is_a_fault() {
     let good = answer(&[(0, 5, 1), (5, 5, 0)]);
     for told in [0, 4, 19, 21, 32, 35, u32::MAX] {
         let mut data = good.clone();
