@@ -1,7 +1,8 @@
 //! Device-mapper's replies, the arguments and status lines of targets, and the stores of snapshots.
 //!
-//! Invariant: no input makes a parser panic, loop or allocate more than the input's size allows: a table has no more
-//! targets than target headers fit into the reply, no target more legs or paths than words, and an area of a store no more exceptions than entries.
+//! Invariant: no input makes a parser panic, loop, or allocate more than the size of the input allows. A table has at most as
+//! many targets as target headers fit into the reply. A target has at most as many legs or paths as words. An area of a store
+//! has at most as many exceptions as entries.
 
 use blkholefs::source::dm::{exceptions, params};
 use blkholefs::sys::dm::Table;

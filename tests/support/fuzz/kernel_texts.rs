@@ -1,7 +1,8 @@
 //! Texts of sysfs: md arrays, the I/O counters and the name of a device, device numbers; and the records of daemons.
 //!
-//! Invariant: no text makes a parser panic. An md array has as many legs as it says, and none without a device, an offset
-//! and a size of its own. A device's name stays a path below `/dev`. A number that was read and written is the same.
+//! Invariant: no text makes a parser panic. An md array has as many legs as its attribute `raid_disks` states, and
+//! each leg has a device, an offset and a size. The name of a device is a path below `/dev`. A device number that is parsed and
+//! formatted again is the same.
 
 use std::collections::HashMap;
 
@@ -32,7 +33,7 @@ pub fn run(input: &[u8]) {
     assert!(record::process_in(&text).is_none_or(|process| process.as_raw() > 0));
 }
 
-/// The text is taken for the attributes of an array, a line `NAME=VALUE` for each; the first of a name counts.
+/// Parses the text as the attributes of an array, one line `NAME=VALUE` for each. The first line with a name counts.
 fn array(text: &str) {
     let mut attributes = HashMap::new();
     for (name, value) in text.lines().filter_map(|line| line.split_once('=')) {

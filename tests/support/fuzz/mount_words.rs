@@ -1,7 +1,7 @@
 //! The words of mount(8): arguments, `-o` lists, and the kernel's list of mounts.
 //!
-//! Invariant: no input makes a parser panic. Numbers of options are within their limits. A list has no more mounts than
-//! lines, and the top mount of a place is at this place.
+//! Invariant: no input makes a parser panic. Numbers of options are within their limits. A list has at most as
+//! many mounts as lines, and the top mount of a directory is mounted on this directory.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;

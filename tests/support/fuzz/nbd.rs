@@ -1,9 +1,9 @@
 //! Everything that an NBD server sends, and NBD URIs.
 //!
-//! Invariant: no input makes a parser panic, loop or allocate more than the protocol's limits allow. A read is complete
-//! only when each of its bytes was sent, as data or as a hole, and it is what was sent. The runs of a block status begin
-//! where it was asked, advance, differ from their neighbours, end within the export, and a hole is where all extents have
-//! the bit ZERO.
+//! Invariant: no input makes a parser panic, loop, or allocate more than the limits of the protocol allow. A read is complete
+//! only if each of its bytes was sent, as data or as a hole, and its result equals what was sent. The runs of a block status
+//! begin at the requested offset, have increasing ends, differ from their neighbours, and end within the export. A run is a
+//! hole only if all of its extents have the bit ZERO.
 
 use std::ops::Range;
 
@@ -54,7 +54,7 @@ fn handshake(input: &[u8]) {
     let _ = meta_context(input);
 }
 
-/// Feeds a stream of replies to one answer, as a connection does.
+/// Passes a stream of replies to one answer, as a connection does.
 fn reply(dialect: Dialect, status: bool, mut input: &[u8]) {
     let range = Bytes::new(START)..Bytes::new(END);
     let mut answer = if status {

@@ -1,10 +1,10 @@
 //! A whole session with an NBD server: greeting, options, and the replies to reads and block status requests.
 //!
-//! Invariant: whatever the server sends, each call of the client ends, without a panic and in bounded memory, in an error
-//! or an answer. A server that ends the connection after its bytes is not waited for. A read gives the bytes that were asked
-//! for, as far as the export reaches; the runs of the map advance and end within the export.
+//! Invariant: for all bytes that the server may send, each call of the client returns an error or an answer, without a panic
+//! and in bounded memory. The client does not wait for a server that has closed the connection. A read returns all requested
+//! bytes that lie within the export. The runs of the map have increasing ends, and end within the export.
 //!
-//! An input is what the server sends on each connection, whatever the client asks.
+//! An input is what the server sends on each connection. It does not depend on the requests.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 use blkholefs::source::nbd::{Client, Timeouts, Uri, layer};
 use blkholefs::units::Bytes;
 
-/// Far more than a session without waiting takes.
+/// The longest time for a session: far more than one takes that does not wait.
 const LONGEST: Duration = Duration::from_secs(10);
 
-/// What the server sends next.
+/// What the server sends on the next connection.
 static SENT: Mutex<Vec<u8>> = Mutex::new(Vec::new());
-/// The server, which runs as long as the program.
+/// The address of the server, which runs until the process ends.
 static SERVER: LazyLock<Uri> = LazyLock::new(|| {
     let name = format!("blkholefs-fuzz-{}", std::process::id());
     let address = SocketAddr::from_abstract_name(&name).expect("a short name");
@@ -29,7 +29,7 @@ static SERVER: LazyLock<Uri> = LazyLock::new(|| {
     std::thread::spawn(move || {
         for mut socket in listener.incoming().map_while(Result::ok) {
             let bytes = SENT.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            // A client that hangs up before the end is one of those that are looked for.
+            // The client may close the connection before it has received everything.
             let _ = socket.write_all(&bytes).and_then(|()| socket.shutdown(Shutdown::Write));
             let _ = socket.read_to_end(&mut Vec::new());
         }

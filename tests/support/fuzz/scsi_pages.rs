@@ -1,9 +1,10 @@
 //! The answers of SCSI disks.
 //!
-//! Invariant: no input makes a parser panic. The runs of an LBA status list advance, alternate in kind and end within
-//! the disk, and there are no more of them than descriptors. Each byte of a hole is in a descriptor that says so.
+//! Invariant: no input makes a parser panic. The runs of an LBA status list have increasing ends, alternate in
+//! kind, and end within the disk. There are at most as many runs as descriptors. Each byte of a hole is in a descriptor of
+//! deallocated or anchored blocks.
 //!
-//! An input is a shift for the block size (one byte), the block that was asked about (four bytes), and an answer.
+//! An input is a shift for the block size (one byte), the first block of the request (four bytes), and an answer.
 
 use std::ops::Range;
 

@@ -1,10 +1,11 @@
-//! Whole images of thin metadata, damaged with right checksums.
+//! Whole images of thin metadata that are damaged but have correct checksums.
 //!
-//! Invariant: reading an image ends, without a panic and in bounded memory, in an error or in a map; where a device has
-//! a map, look-ups of single blocks agree with it.
+//! Invariant: reading an image returns an error or a map, without a panic and in bounded memory. If a device has a map, look-ups
+//! of single blocks give the same result.
 //!
-//! An input is the number of an image, a length that cuts it off (two bytes, mostly unused), and edits of eight bytes.
-// A device is a list of ranges, and a list of one is one too.
+//! An input is the number of an image (one byte), a length to which the image is cut (two bytes; most values do not cut it),
+//! and edits of eight bytes each.
+// A device is made of a list of ranges, which may have one element.
 #![allow(clippy::single_range_in_vec_init)]
 
 use std::cell::RefCell;
@@ -17,14 +18,14 @@ mod thin_mutation;
 use thin_image::Device;
 use thin_mutation::Image;
 
-/// The most edits of one input: with more of them hardly a tree is left.
+/// The most edits of one input. More of them leave hardly a tree that can be read.
 const MAX_EDITS: usize = 64;
 
 thread_local! {
     static IMAGES: RefCell<Vec<Image>> = RefCell::new(images());
 }
 
-/// Trees that are deep, each with few blocks, and trees that are flat.
+/// Images with deep trees (few entries in each node), and images with flat trees.
 fn images() -> Vec<Image> {
     let small = [
         Device::new(1, (0..20).map(|at| at * 7..at * 7 + 2), 0),

@@ -1,7 +1,7 @@
 //! Table and status lines of `thin` and `thin-pool`, and the records of metadata snapshots.
 //!
-//! Invariant: no text makes a parser panic, and no status puts more bytes inside a device than it has. A record gives a
-//! step only for the pool that it names, and what follows its last whole line changes nothing.
+//! Invariant: no text makes a parser panic, and no status line leads to more mapped bytes than the device has. A record gives
+//! a step only for the pool that it names, and text after its last complete line changes nothing.
 //!
 //! An input is the length of a device (eight bytes), a block size in sectors (four bytes), and a text.
 
