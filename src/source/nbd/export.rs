@@ -1,4 +1,4 @@
-//! An export as a file, and a kernel device's export on the side.
+//! An export by its URI, and an open export as a file.
 
 use std::io;
 use std::ops::Range;
@@ -16,27 +16,28 @@ use crate::source::{Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
-/// An export by its URI: connected to when it is looked at, by one client for all that have it open.
+/// An export by its URI. It is connected to when it is used, by one client for all its users.
 #[derive(Debug)]
 pub struct NbdExport {
     uri: Uri,
     state: Mutex<ExportState>,
     changed: Condvar,
-    /// It outlives the clients.
-    rest: Arc<RetryDelay>,
+    /// Shared by all clients of the export, one after the other.
+    retry_delay: Arc<RetryDelay>,
 }
 
 #[derive(Debug, Default)]
 struct ExportState {
     client: Weak<Client>,
-    /// Some thread connects.
+    /// Some thread is connecting.
     connecting: bool,
-    /// Attempts to connect that have ended, and why the last of them failed if it did.
+    /// The number of attempts to connect that have ended.
     ended: u64,
+    /// Why the last attempt failed, if it did.
     failed: Option<String>,
 }
 
-/// A thread that connects; however that ends, others may connect afterwards.
+/// An attempt to connect. When it ends, even by a panic, other threads may connect.
 struct ConnectAttempt<'a>(&'a NbdExport);
 
 impl Drop for ConnectAttempt<'_> {
@@ -51,7 +52,7 @@ impl Drop for ConnectAttempt<'_> {
 impl NbdExport {
     /// The export with that URI.
     pub fn new(uri: Uri) -> Self {
-        Self { uri, state: Mutex::default(), changed: Condvar::new(), rest: Arc::default() }
+        Self { uri, state: Mutex::default(), changed: Condvar::new(), retry_delay: Arc::default() }
     }
 
     /// The URI.
@@ -59,8 +60,8 @@ impl NbdExport {
         &self.uri
     }
 
-    /// A client that is connected. Those that ask while one connects share what becomes of it, and wait for it no longer
-    /// than their own request lasts.
+    /// A client that is connected. Threads that call this while another one connects share its result, and wait for it no
+    /// longer than their own request lasts.
     ///
     /// # Errors
     /// As [`Client::open`].
@@ -72,8 +73,8 @@ impl NbdExport {
             if let Some(client) = state.client.upgrade() {
                 return Ok(client);
             }
-            if let Some(why) = state.failed.as_ref().filter(|_| state.ended > before) {
-                return Err(Error::failed(why.clone()));
+            if let Some(reason) = state.failed.as_ref().filter(|_| state.ended > before) {
+                return Err(Error::failed(reason.clone()));
             }
             if !state.connecting {
                 break;
@@ -86,9 +87,9 @@ impl NbdExport {
         }
         state.connecting = true;
         drop(state);
-        // Without the lock: a connection takes as long as the network, and who has a client needs no other.
+        // The lock is not held while connecting, which may take long: a thread that has a client does not need to wait.
         let _attempt = ConnectAttempt(self);
-        let opened = Client::open_again(&self.uri, self.rest.clone()).map(Arc::new);
+        let opened = Client::open_again(&self.uri, self.retry_delay.clone()).map(Arc::new);
         let mut state = self.lock();
         state.failed = opened.as_ref().err().map(ToString::to_string);
         if let Ok(client) = &opened {
@@ -114,7 +115,7 @@ impl NbdExport {
 /// An open export.
 pub struct NbdExportFile {
     client: Arc<Client>,
-    /// A server tells no time of change: each open may be of other contents.
+    /// The time of the open, used as the time of change, which a server does not report: each open may have other contents.
     opened: SystemTime,
 }
 
@@ -136,7 +137,7 @@ impl Medium for NbdExportFile {
     }
 
     fn node(&self) -> io::Result<Node> {
-        // Nobody but who mounted it has shown a right to read it.
+        // Only the user who mounts the export has shown a right to read it.
         let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
         let mode = libc::S_IFREG | 0o400;
         Ok(Node { identity: None, uid, gid, mode, mtime: self.opened, ctime: self.opened })

@@ -8,12 +8,12 @@ fn bytes(start: u64, end: u64) -> Range<Bytes> {
 type Sent<'a> = (u16, u16, Vec<u8>);
 
 /// Feeds chunks of the structured dialect to an answer, as a connection does.
-fn feed(mut answer: PartialReply, chunks: &[Sent<'_>]) -> Result<ReplyContent, RequestError> {
+fn feed(mut answer: PartialReply, chunks: &[Sent<'_>]) -> std::result::Result<ReplyContent, RequestError> {
     for (flags, kind, payload) in chunks {
         let len = u32::try_from(payload.len()).unwrap();
-        let chunk = answer.chunk(*flags, *kind, &len.to_be_bytes()).map_err(RequestError::Violation)?;
+        let chunk = answer.chunk(*flags, *kind, &len.to_be_bytes()).map_err(RequestError::violation)?;
         let (parsed, data) = payload.split_at(chunk.to_parse());
-        if let Some(place) = answer.payload(chunk, parsed).map_err(RequestError::Violation)? {
+        if let Some(place) = answer.payload(chunk, parsed).map_err(RequestError::violation)? {
             place.copy_from_slice(data);
         }
     }
@@ -37,14 +37,14 @@ fn status(flags: u16, context: u32, extents: &[(u32, u32)]) -> Sent<'static> {
     (flags, STATUS, payload)
 }
 
-fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> Result<Vec<u8>, RequestError> {
+fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> std::result::Result<Vec<u8>, RequestError> {
     feed(PartialReply::read(bytes(start, end)).unwrap(), chunks).map(|content| match content {
         ReplyContent::Bytes(bytes) => bytes,
         ReplyContent::Extents(_) | ReplyContent::Flushed => panic!("a read has bytes"),
     })
 }
 
-fn ask_status(chunks: &[Sent<'_>]) -> Result<Vec<(u64, Kind)>, RequestError> {
+fn ask_status(chunks: &[Sent<'_>]) -> std::result::Result<Vec<(u64, Kind)>, RequestError> {
     let answer = PartialReply::status(bytes(4096, 16384), 9, Dialect::Structured, Bytes::new(20000));
     feed(answer, chunks).map(|content| match content {
         ReplyContent::Extents(runs) => runs.iter().map(|run| (run.end.get(), run.kind)).collect(),
@@ -104,7 +104,7 @@ fn simple_replies() {
     good.simple(0, Dialect::Simple).unwrap().unwrap().copy_from_slice(b"good");
     assert_eq!(good.finish(), Ok(ReplyContent::Bytes(b"good".to_vec())));
     let mut failed = answer();
-    assert_eq!(failed.simple(5, Dialect::Structured), Ok(None));
+    assert_eq!(failed.simple(5, Dialect::Structured).unwrap(), None);
     assert_eq!(failed.finish(), Err(RequestError::Server(5)));
     assert!(answer().simple(0, Dialect::Structured).is_err());
     let mut status = PartialReply::status(bytes(0, 4), 1, Dialect::Structured, Bytes::new(4));
@@ -154,9 +154,9 @@ fn extended_headers() {
             payload.extend([len.to_be_bytes(), state.to_be_bytes()].concat());
         }
         let rest = [0_u64.to_be_bytes(), (payload.len() as u64).to_be_bytes()].concat();
-        let chunk = answer.chunk(FLAG_DONE, STATUS_EXT, &rest).map_err(RequestError::Violation)?;
+        let chunk = answer.chunk(FLAG_DONE, STATUS_EXT, &rest).map_err(RequestError::violation)?;
         assert_eq!(chunk.to_parse(), payload.len());
-        answer.payload(chunk, &payload).map_err(RequestError::Violation)?;
+        answer.payload(chunk, &payload).map_err(RequestError::violation)?;
         answer.finish()
     };
     let runs = |runs: &[(u64, Kind)]| {
@@ -173,14 +173,14 @@ fn extended_headers() {
 #[test]
 fn gaps_are_bounded() {
     let mut covered = CoveredBytes::default();
-    for gap in 0..MAX_GAPS {
-        covered.claim(gap * 2..gap * 2 + 1).unwrap();
+    for gap in 0..MAX_PARTS {
+        covered.add(gap * 2..gap * 2 + 1).unwrap();
     }
-    assert!(covered.claim(MAX_GAPS * 2..MAX_GAPS * 2 + 1).is_err());
-    for gap in (0..MAX_GAPS).rev() {
-        covered.claim(gap * 2 + 1..gap * 2 + 2).unwrap();
+    assert!(covered.add(MAX_PARTS * 2..MAX_PARTS * 2 + 1).is_err());
+    for gap in (0..MAX_PARTS).rev() {
+        covered.add(gap * 2 + 1..gap * 2 + 2).unwrap();
     }
-    assert!(covered.all(MAX_GAPS * 2));
+    assert!(covered.all(MAX_PARTS * 2));
 }
 
 proptest::proptest! {
@@ -248,9 +248,9 @@ fn a_flush_is_answered_without_data() {
         assert_eq!(answer.chunk(1, kind, &rest).is_ok(), answered, "{dialect:?} {kind}");
     }
     let mut simple = PartialReply::flush();
-    assert_eq!(simple.simple(0, Dialect::Structured), Ok(None));
+    assert_eq!(simple.simple(0, Dialect::Structured).unwrap(), None);
     assert_eq!(simple.finish(), Ok(ReplyContent::Flushed));
     let mut failed = PartialReply::flush();
-    assert_eq!(failed.simple(5, Dialect::Structured), Ok(None));
+    assert_eq!(failed.simple(5, Dialect::Structured).unwrap(), None);
     assert_eq!(failed.finish(), Err(RequestError::Server(5)));
 }
