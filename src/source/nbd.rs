@@ -3,9 +3,9 @@
 //! The kernel's client, `/dev/nbdN`, has no structured replies and so no block status, which reports holes. The client
 //! here has. It reads an export, or it queries the block status of the export that the kernel's client is connected to.
 //!
-//! A [`Uri`] names an export. A [`Client`] reads it and queries its block status (`base:allocation`); a hole is an extent
-//! with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else. The
-//! protocol is that of `doc/proto.md` of the NBD project.
+//! A [`Uri`] names an export. A [`Client`] reads it and queries its block status (`base:allocation`); a hole is an
+//! extent with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else.
+//! The protocol is that of `doc/proto.md` of the NBD project.
 
 mod client;
 mod connect;
@@ -68,9 +68,9 @@ pub const MAJOR: u32 = 43;
 /// The kind of the layer of the kernel's NBD device.
 const DEVICE_KIND: &str = "nbd";
 
-/// The layer of a device of the kernel's NBD client. It is read through the kernel; its holes are those of the export that the
-/// user named. The layer is dense, with the reason, where the device may be connected to another export, or where a
-/// write over one connection may be invisible on another.
+/// The layer of a device of the kernel's NBD client. It is read through the kernel; its holes are those of the export
+/// that the user named. The layer is dense, with the reason, where the device may be connected to another export, or
+/// where a write over one connection may be invisible on another.
 pub fn device_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
     match export_layer(device, resolver) {
         Ok(below) => Layer {
@@ -94,7 +94,8 @@ fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc
         return Err("it is not the NBD device of the export in option 'nbd'".to_owned());
     };
     let connection = connection.map_err(ToOwned::to_owned)?.clone();
-    // A lost connection stays lost. With a guard for it, a stack would never be unchanged, and be resolved at each look.
+    // No guard for a lost connection: it stays lost, so the stack would never be unchanged, and be resolved again and
+    // again.
     if let Some(reason) = connection.lost() {
         return Err(reason.to_owned());
     }

@@ -30,10 +30,11 @@ const ESHUTDOWN: u32 = 108;
 /// A read-only client of one export.
 ///
 /// Requests of several threads share the connections. A connection that breaks is replaced, and its requests are sent
-/// again, within the bounds of [`Timeouts`] and of the request that the thread works on.
+/// again, within the [`Timeouts`] and the deadline of the FUSE request that the thread works on.
 #[derive(Debug)]
 pub struct Client {
     pool: ConnectionPool,
+    /// Why block status is not queried, if it is not.
     no_status: OnceLock<String>,
     retry_delay: Arc<RetryDelay>,
 }
@@ -46,10 +47,12 @@ pub struct Client {
 pub struct RetryDelay(Mutex<Option<Instant>>);
 
 impl RetryDelay {
+    /// Whether a query may be sent.
     fn is_over(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).is_none_or(|until| Instant::now() >= until)
     }
 
+    /// Begins a delay.
     fn begin(&self, delay: Duration) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + delay);
     }
@@ -60,7 +63,8 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// The server cannot be reached, its certificate is not accepted, it has no such export, or it does not follow the protocol.
+    /// The server cannot be reached, its certificate is not accepted, it has no such export, or it does not follow the
+    /// protocol.
     pub fn open(uri: &Uri) -> Result<Self> {
         Self::open_with_timeouts(uri, Timeouts::default())
     }
@@ -98,10 +102,11 @@ impl Client {
         self.pool.first().export.size
     }
 
-    /// Whether writes over other connections are visible on those of this client, at the latest after [`Client::flush`].
+    /// Whether writes over other connections are visible on those of this client, at the latest after
+    /// [`Client::flush`].
     ///
-    /// With `NBD_FLAG_CAN_MULTI_CONN`, the writes that a flush covers are visible on all connections when the server has
-    /// replied to the flush. A read-only export needs no flush.
+    /// With `NBD_FLAG_CAN_MULTI_CONN`, the writes that a flush covers are visible on all connections when the server
+    /// has replied to the flush. A read-only export needs no flush.
     pub fn is_visible_elsewhere(&self) -> bool {
         let export = self.pool.first().export;
         export.multi_conn && (export.flush || export.read_only)
@@ -188,11 +193,11 @@ impl Client {
     }
 
     /// The block status of several ranges, each with an answer of its own: the extents from its start on, which may end
-    /// before or after the range does, or the reason why there are none. With [`FlushBeforeStatus::Yes`], writes over other
-    /// connections are made visible first.
+    /// before or after the range does, or the reason why there are none. With [`FlushBeforeStatus::Yes`], writes over
+    /// other connections are made visible first.
     ///
-    /// Each query is sent after the call began. A range starts and ends on [`Client::minimum_block`] or at the end of the
-    /// export.
+    /// Each query is sent after the call began. A range starts and ends on [`Client::minimum_block`] or at the end of
+    /// the export.
     pub fn block_status(
         &self,
         ranges: &[Range<Bytes>],
@@ -217,8 +222,8 @@ impl Client {
         answers.map(|answer| self.status_answer(answer, begin)).collect()
     }
 
-    /// The extents in the answer to a query that was sent at `begin`. A server that broke the protocol, or has no block status,
-    /// gets no further query; a server that was too slow gets none for a while.
+    /// The extents in the answer to a query that was sent at `begin`. A server that broke the protocol, or has no block
+    /// status, gets no further query; a server that was too slow gets none for a while.
     fn status_answer(
         &self,
         answer: std::result::Result<ReplyContent, RequestError>,
@@ -239,13 +244,15 @@ impl Client {
         Err(failure)
     }
 
+    /// Begins the retry delay after a query, sent at `begin`, that the server did not answer in time.
     fn delay_after(&self, begin: Instant, failure: &RequestError) {
         if matches!(failure, RequestError::Broken(_)) && begin.elapsed() >= SLOW {
             self.retry_delay.begin(self.pool.timeouts().request);
         }
     }
 
-    /// The reads of a range, within the block sizes. The first may begin before the range, and the last may end after it.
+    /// The reads of a range, within the block sizes. The first may begin before the range, and the last may end after
+    /// it.
     fn reads_of(&self, range: Range<Bytes>) -> Vec<NbdRequest> {
         let blocks = self.pool.first().blocks;
         let end = range.end.align_up(blocks.minimum).unwrap_or(range.end).min(self.size());
@@ -316,7 +323,8 @@ impl Client {
     }
 }
 
-/// Copies the bytes of the range `wanted` from `bytes`, which begin at offset `at`, to `buf`, which begins where `wanted` does.
+/// Copies the bytes of the range `wanted` from `bytes`, which begin at offset `at`, to `buf`, which begins where
+/// `wanted` does.
 fn copy_part(bytes: &[u8], at: Bytes, buf: &mut [u8], wanted: Range<Bytes>) {
     let index = |bytes: Bytes| usize::try_from(bytes.get()).expect("a piece of a buffer fits into memory");
     let from = index(wanted.start.saturating_sub(at));

@@ -50,7 +50,8 @@ pub struct Agreement {
 ///
 /// # Errors
 ///
-/// The server cannot be reached, has no TLS where the URI demands it, has no such export, or does not follow the protocol.
+/// The server cannot be reached, has no TLS where the URI demands it, has no such export, or does not follow the
+/// protocol.
 pub fn connect(uri: &Uri, tls: Option<&TlsSettings>, deadline: Instant) -> Result<(Stream, Agreement)> {
     let failed = |error: io::Error| Error::failed("cannot connect").on(uri.to_string()).because(error);
     let socket = open_socket(uri.transport(), deadline).and_then(|socket| socket.set_timeouts().map(|()| socket));
@@ -89,8 +90,8 @@ fn open_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
     Err(last)
 }
 
-/// The addresses of a host. The resolver of the system has no deadline, so it runs in a thread, which is not joined when it
-/// takes too long.
+/// The addresses of a host. The resolver of the system has no deadline, so it runs in a thread, which is not joined
+/// when it takes too long.
 fn look_up(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAddr>> {
     let resolve = move |host: &str| (host, port).to_socket_addrs().map(|all| all.take(MAX_ADDRESSES).collect());
     if host.parse::<IpAddr>().is_ok() {
@@ -111,8 +112,8 @@ fn look_up(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAdd
     }
 }
 
-/// Connects, with the send timeout set first: otherwise connect(2) blocks for ever on a server that does not accept and has a
-/// full queue (unix(7), `SO_SNDTIMEO`).
+/// Connects, with the send timeout set first: otherwise connect(2) blocks for ever on a server that does not accept and
+/// has a full queue (unix(7), `SO_SNDTIMEO`).
 fn open_unix(path: &Path) -> io::Result<UnixStream> {
     let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let tick = i64::try_from(TICK.as_secs()).expect("a tick is short");
@@ -201,8 +202,8 @@ impl Negotiation {
         Err(bad_handshake(violation(format!("does not end its reply to {}", option.name()))))
     }
 
-    /// Starts TLS. Never falls back: every other outcome is an error. No reply from before TLS is used afterwards, and no bytes
-    /// were read ahead that could be taken as part of the encrypted stream.
+    /// Starts TLS. Never falls back: every other outcome is an error. No reply from before TLS is used afterwards, and
+    /// no bytes were read ahead that could be taken as part of the encrypted stream.
     fn encrypt(self, greeting: Greeting, tls: &TlsSettings, uri: &Uri) -> Result<Self> {
         if !greeting.fixed {
             return Err(bad_handshake(violation("is too old for TLS")).on(uri.to_string()));
@@ -281,7 +282,8 @@ impl Negotiation {
         Ok(Dialect::Simple)
     }
 
-    /// The number of `base:allocation`. A refusal is no error here: the reply to GO has the reason if the export is unusable.
+    /// The number of `base:allocation`. A refusal is no error here: the reply to GO has the reason if the export is
+    /// unusable.
     fn context(&self, export: &str) -> Result<Option<u32>> {
         let replies = self.send(NbdOption::SetMetaContext, &proto::set_meta_context(export))?;
         match (replies.end, replies.information.as_slice()) {

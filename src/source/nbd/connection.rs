@@ -2,7 +2,8 @@
 //!
 //! There is no reader thread. A thread that waits for a reply while no other thread reads becomes the reader: it
 //! receives the replies to all requests until its own is complete; then another waiting thread becomes the reader. A
-//! single request thus costs one send and one receive, without a change of threads, and an idle connection costs nothing.
+//! single request thus costs one send and one receive, without a change of threads, and an idle connection costs
+//! nothing.
 
 use std::collections::HashMap;
 use std::io;
@@ -113,7 +114,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`RequestError::NoContext`] for a status that the server cannot give, [`RequestError::Broken`] when it cannot be sent.
+    /// [`RequestError::NoContext`] for a status that the server cannot give, [`RequestError::Broken`] when it cannot be
+    /// sent.
     pub fn submit(&self, request: &NbdRequest, deadline: Instant) -> Result<RequestId, RequestError> {
         let (command, range, reply) = self.prepare(request)?;
         let cookie = {
@@ -317,8 +319,8 @@ impl Connection {
 }
 
 impl Drop for Connection {
-    /// Sends the request to disconnect, so that the server does not log a lost client. It does not wait, because a connection
-    /// may be dropped by a thread that holds a lock.
+    /// Sends the request to disconnect, so that the server does not log a lost client. It does not wait, because a
+    /// connection may be dropped by a thread that holds a lock.
     fn drop(&mut self) {
         if !self.is_broken() {
             let goodbye =

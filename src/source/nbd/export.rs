@@ -60,8 +60,8 @@ impl NbdExport {
         &self.uri
     }
 
-    /// A client that is connected. Threads that call this while another one connects share its result, and wait for it no
-    /// longer than their own request lasts.
+    /// A client that is connected. Threads that call this while another one connects share its result, and wait for it
+    /// no longer than their own request lasts.
     ///
     /// # Errors
     /// As [`Client::open`].
@@ -115,7 +115,8 @@ impl NbdExport {
 /// An open export.
 pub struct NbdExportFile {
     client: Arc<Client>,
-    /// The time of the open, used as the time of change, which a server does not report: each open may have other contents.
+    /// The time of the open, used as the time of change, which a server does not report: each open may have other
+    /// contents.
     opened: SystemTime,
 }
 

@@ -1,5 +1,5 @@
-//! The transmission phase: the headers of requests and replies in all three dialects, without I/O. Every input gives a value
-//! or an error.
+//! The transmission phase: the headers of requests and replies in all three dialects, without I/O. Every input gives a
+//! value or an error.
 
 use std::ops::Range;
 

@@ -1,7 +1,9 @@
-//! The connection that a device of the kernel's NBD client had at the mount, and whether the device may have another one.
+//! The connection that a device of the kernel's NBD client had at the mount, and whether the device may have another
+//! one.
 //!
 //! The user names the export that the device is connected to at the mount. The kernel does not report the export of a
-//! device. So as soon as the device may be connected to another export, its holes are unknown for the rest of the mount.
+//! device. So as soon as the device may be connected to another export, its holes are unknown for the rest of the
+//! mount.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -20,9 +22,9 @@ use crate::sys::sysfs::ConnectionFile;
 /// One connection of one device.
 ///
 /// It has ended when the device's `pid` attribute was removed, or when the kernel's log has a message about the device.
-/// Both are permanent evidence: neither returns to an earlier state. The driver logs when a socket fails, is shut down or
-/// is replaced (`nbd_read_reply`, `sock_shutdown`, `nbd_disconnect` and `nbd_genl_reconfigure` of `drivers/block/nbd.c`), and
-/// logs nothing for ordinary reads and writes.
+/// Both are permanent evidence: neither returns to an earlier state. The driver logs when a socket fails, is shut down
+/// or is replaced (`nbd_read_reply`, `sock_shutdown`, `nbd_disconnect` and `nbd_genl_reconfigure` of
+/// `drivers/block/nbd.c`), and logs nothing for ordinary reads and writes.
 #[derive(Debug)]
 pub(super) struct KernelConnection {
     name: String,

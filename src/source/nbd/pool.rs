@@ -1,4 +1,4 @@
-//! The connections to one export: their number, the choice for the next request, and reconnection to a server that is away.
+//! The connections to one export: their number, the choice for the next request, and reconnection after an outage.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,30 +10,31 @@ use super::uri::Uri;
 use crate::deadline;
 use crate::error::{Error, Result};
 
-/// The most connections to one export that is read-only, where the server allows several (`NBD_FLAG_CAN_MULTI_CONN`).
+/// The largest number of connections to one export that is read-only, where the server allows several
+/// (`NBD_FLAG_CAN_MULTI_CONN`).
 ///
 /// An export that can be written has one connection: without a flush, a write of another client may be visible on one
 /// connection and not yet on the next one. A hole in the block status of one connection could be data on another.
 const MAX_CONNECTIONS: usize = 4;
 /// The time that an additional connection may take. A server at its limit of clients may accept it and never answer.
 const ADDITIONAL_CONNECT: Duration = Duration::from_secs(1);
-/// The first pause between two attempts to reach a server that is away. Each pause is twice as long as the last one.
+/// The first pause between two attempts to connect in an outage. Each pause is twice as long as the last one.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The longest waits for a server.
 ///
-/// One call of [`super::Client`] takes at most `request`. That includes lost connections, attempts to connect with their
-/// host name lookups, and answers in small pieces.
+/// One call of [`super::Client`] takes at most `request`. That includes lost connections, attempts to connect with
+/// their host name lookups, and answers in small pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
     /// For a new connection, from the socket to the end of the negotiation.
     pub connect: Duration,
     /// For a call, from its start to its answer.
     pub request: Duration,
-    /// For a server that is away, from the first failed attempt to connect. After that, calls fail at once, except that one
-    /// attempt is made each second. Also the pause after an additional connection failed.
+    /// For the end of an outage, from the first failed attempt to connect. After that, calls fail at once, except that
+    /// one attempt is made each second. Also the pause after an additional connection failed.
     pub outage: Duration,
 }
 
@@ -48,15 +49,18 @@ impl Default for Timeouts {
 pub struct ConnectionPool {
     uri: Uri,
     tls: Option<TlsSettings>,
+    /// The parameters of the first connection.
     first: Agreement,
     timeouts: Timeouts,
     state: Mutex<PoolState>,
+    /// Signals the end of an attempt to connect.
     changed: Condvar,
 }
 
 #[derive(Debug)]
 struct PoolState {
     live: Vec<Arc<Connection>>,
+    /// The largest number of connections.
     limit: usize,
     /// The time before which no additional connection is tried, after one failed.
     more_after: Option<Instant>,
@@ -69,8 +73,10 @@ struct PoolState {
 #[derive(Debug)]
 struct Outage {
     since: Instant,
+    /// The pause after the next failed attempt to connect.
     pause: Duration,
     next_attempt: Instant,
+    /// Why the last attempt failed.
     reason: String,
 }
 
@@ -128,17 +134,7 @@ impl ConnectionPool {
                 return Ok(Arc::clone(best));
             }
             let now = Instant::now();
-            let wake = match &state.outage {
-                _ if state.opening => Some(until),
-                Some(outage) if best.is_none() && now < outage.next_attempt => {
-                    if now.duration_since(outage.since) >= self.timeouts.outage {
-                        return Err(outage.reason.clone());
-                    }
-                    Some(outage.next_attempt.min(until))
-                }
-                _ => None,
-            };
-            if let Some(wake) = wake {
+            if let Some(wake) = self.wait_until(&state, best.is_some(), now, until)? {
                 if now >= until {
                     return Err("the server cannot be reached in time".to_owned());
                 }
@@ -168,6 +164,36 @@ impl ConnectionPool {
         }
     }
 
+    /// The time to wait until before the next attempt to connect; `None` when it is due. `connected`: there is a
+    /// connection.
+    ///
+    /// # Errors
+    ///
+    /// The outage has lasted too long.
+    fn wait_until(
+        &self,
+        state: &PoolState,
+        connected: bool,
+        now: Instant,
+        until: Instant,
+    ) -> std::result::Result<Option<Instant>, String> {
+        match &state.outage {
+            _ if state.opening => Ok(Some(until)),
+            Some(outage) if !connected && now < outage.next_attempt => {
+                if now.duration_since(outage.since) >= self.timeouts.outage {
+                    return Err(outage.reason.clone());
+                }
+                Ok(Some(outage.next_attempt.min(until)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Makes one more connection, with the parameters of the first.
+    ///
+    /// # Errors
+    ///
+    /// No connection is made before `deadline`, or the export has changed.
     fn open_another(&self, deadline: Instant) -> Result<Arc<Connection>> {
         let (stream, agreement) = connect(&self.uri, self.tls.as_ref(), deadline)?;
         let (now, before) = (agreement.export.size, self.first.export.size);

@@ -1,5 +1,5 @@
-//! The handshake: the bytes of the greeting, of options and of their replies, without I/O. Every input gives a value or an
-//! error.
+//! The handshake: the bytes of the greeting, of options and of their replies, without I/O. Every input gives a value or
+//! an error.
 //!
 //! Everything here and in [`super::reply`] follows `doc/proto.md` of the NBD project ("fixed newstyle"). All numbers
 //! are big-endian.
@@ -99,10 +99,10 @@ impl Greeting {
     pub fn decode(bytes: &[u8; GREETING]) -> Result<Self> {
         let mut fields = Fields::of(bytes);
         if fields.u64() != Some(NBDMAGIC) {
-            return Err(violation("does not speak NBD"));
+            return Err(violation("is not an NBD server"));
         }
         if fields.u64() != Some(IHAVEOPT) {
-            return Err(violation("speaks only the oldstyle protocol"));
+            return Err(violation("supports only the oldstyle protocol"));
         }
         let flags = fields.u16().unwrap_or_default();
         Ok(Self { fixed: flags & FIXED_NEWSTYLE != 0, no_zeroes: flags & NO_ZEROES != 0 })
@@ -120,7 +120,8 @@ impl Greeting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum NbdOption {
-    /// `NBD_OPT_EXPORT_NAME`: chooses an export, for old servers. There is no error reply; the server disconnects instead.
+    /// `NBD_OPT_EXPORT_NAME`: chooses an export, for old servers. There is no error reply; the server disconnects
+    /// instead.
     ExportName = 1,
     /// `NBD_OPT_ABORT`: the client disconnects.
     Abort = 2,
@@ -340,7 +341,7 @@ impl NbdInfo {
 fn block_sizes(minimum: u32, maximum: u32) -> Result<BlockSizes> {
     let sane = minimum.is_power_of_two() && minimum <= LARGEST_MIN_BLOCK && maximum >= minimum;
     if !sane {
-        return Err(violation(format!("wants blocks of at least {minimum} and at most {maximum} bytes")));
+        return Err(violation(format!("demands blocks of at least {minimum} and at most {maximum} bytes")));
     }
     let minimum = Bytes::new(u64::from(minimum));
     let maximum = Bytes::new(u64::from(maximum)).min(DEFAULT_MAX_PAYLOAD).align_down(minimum);

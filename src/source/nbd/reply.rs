@@ -1,8 +1,8 @@
-//! The transmission phase: replies to the three kinds of requests, assembled without I/O. Every input gives a value or an
-//! error.
+//! The transmission phase: replies to the three kinds of requests, assembled without I/O. Every input gives a value or
+//! an error.
 //!
-//! The chunks of a reply may arrive in any order. The reply is complete only when the chunks cover the request exactly once.
-//! Anything else is a violation of the protocol, and never zeros.
+//! The chunks of a reply may arrive in any order. The reply is complete only when the chunks cover the request exactly
+//! once. Anything else is a violation of the protocol, and never zeros.
 
 use std::ops::Range;
 
@@ -31,8 +31,8 @@ const STATE_ZERO: u64 = 1 << 1;
 const MAX_EXTENTS: u64 = 1 << 20;
 /// The length of the longest error chunk, in bytes: a string of 4096 bytes and the fixed parts.
 const MAX_ERROR: u64 = 4096 + 64;
-/// The largest number of separate parts of an incomplete read. Servers send in order or split at holes, and adjacent parts
-/// are merged; a server that sends thousands of separate parts is filling the memory of the client.
+/// The largest number of separate parts of an incomplete read. Servers send in order or split at holes, and adjacent
+/// parts are merged; a server that sends thousands of separate parts is filling the memory of the client.
 const MAX_PARTS: usize = 4096;
 
 /// Why a request has no content in reply.
@@ -73,8 +73,8 @@ pub struct ReplyChunk {
 }
 
 impl ReplyChunk {
-    /// The number of bytes to receive for [`PartialReply::payload`]: the whole payload (at most 16 MiB and a few bytes), but
-    /// only the offset of `OFFSET_DATA`, so that the data is received directly where it belongs.
+    /// The number of bytes to receive for [`PartialReply::payload`]: the whole payload (at most 16 MiB and a few
+    /// bytes), but only the offset of `OFFSET_DATA`, so that the data is received directly where it belongs.
     pub fn to_parse(self) -> usize {
         let bytes = if self.kind == OFFSET_DATA { OFFSET_LEN } else { self.len };
         usize::try_from(bytes).expect("PartialReply::chunk bounds the length")
@@ -103,8 +103,8 @@ enum ReplyKind {
 pub enum ReplyContent {
     /// All bytes of the range.
     Bytes(Vec<u8>),
-    /// Consecutive extents from the start of the range on, neighbours of different kinds. They may end before the range does,
-    /// or after it.
+    /// Consecutive extents from the start of the range on, neighbours of different kinds. They may end before the range
+    /// does, or after it.
     Extents(Vec<Extent>),
     /// The flush is complete.
     Flushed,
@@ -190,7 +190,8 @@ impl PartialReply {
         }
     }
 
-    /// Adds the first [`ReplyChunk::to_parse`] bytes of the payload. Returns the buffer to receive the rest into, if any.
+    /// Adds the first [`ReplyChunk::to_parse`] bytes of the payload. Returns the buffer to receive the rest into, if
+    /// any.
     ///
     /// # Errors
     ///
@@ -248,12 +249,12 @@ impl PartialReply {
     }
 }
 
-/// The indices of the `len` bytes at `offset` of the export in the buffer of a read of `asked`.
-fn within(asked: &Range<Bytes>, offset: u64, len: u64) -> Result<Range<usize>> {
+/// The indices of the `len` bytes at `offset` of the export in the buffer of a read of `requested`.
+fn within(requested: &Range<Bytes>, offset: u64, len: u64) -> Result<Range<usize>> {
     let place = || {
-        let start = Bytes::new(offset).checked_sub(asked.start)?;
+        let start = Bytes::new(offset).checked_sub(requested.start)?;
         let end = start.checked_add(Bytes::new(len))?;
-        let fits = len != 0 && end <= asked.end.checked_sub(asked.start)?;
+        let fits = len != 0 && end <= requested.end.checked_sub(requested.start)?;
         Some((fits, usize::try_from(start.get()).ok()?..usize::try_from(end.get()).ok()?))
     };
     match place() {
@@ -325,13 +326,13 @@ fn width(extended: bool) -> usize {
     if extended { 16 } else { 8 }
 }
 
-/// The ends of extents that begin at the start of `asked`, neighbours of one kind merged. Only the last extent may end after
-/// `asked`; it is cut at `limit`, the end of the export.
-fn merge(extents: Vec<(Bytes, Kind)>, asked: &Range<Bytes>, limit: Bytes) -> Result<Vec<Extent>> {
+/// The ends of extents that begin at the start of `requested`, neighbours of one kind merged. Only the last extent may
+/// end after `requested`; it is cut at `limit`, the end of the export.
+fn merge(extents: Vec<(Bytes, Kind)>, requested: &Range<Bytes>, limit: Bytes) -> Result<Vec<Extent>> {
     let mut merged: Vec<Extent> = Vec::new();
-    let mut at = asked.start;
+    let mut at = requested.start;
     for (len, kind) in extents {
-        if at >= asked.end {
+        if at >= requested.end {
             return Err(violation("sent extents beyond the requested range"));
         }
         at = at.checked_add(len).ok_or_else(|| violation("sent an extent that ends beyond 2^64"))?;

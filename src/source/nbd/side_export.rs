@@ -24,7 +24,8 @@ const ATTEMPTS: u32 = 4;
 /// The time between two reads of a block that differs.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// An export, and the one device that is connected to it. Any other NBD device has other bytes, even with the same size.
+/// An export, and the one device that is connected to it. Any other NBD device has other bytes, even with the same
+/// size.
 #[derive(Debug)]
 pub struct SideExport {
     device: DeviceId,
@@ -44,8 +45,12 @@ impl SideExport {
         collect(&stack.top, &mut devices);
         let id = match devices.as_slice() {
             [id] => *id,
-            [] => return Err(Self::unclear("does not stand on a device of the kernel's NBD client").on(shown.name())),
-            _ => return Err(Self::unclear("stands on several devices of the kernel's NBD client").on(shown.name())),
+            [] => return Err(Self::unclear("has no device of the kernel's NBD client in its stack").on(shown.name())),
+            _ => {
+                return Err(
+                    Self::unclear("has several devices of the kernel's NBD client in its stack").on(shown.name())
+                );
+            }
         };
         let device =
             BlockDevice::open_id(id).map_err(|error| Error::failed("cannot open").on(id.to_string()).because(error))?;
@@ -57,7 +62,7 @@ impl SideExport {
 
     /// The error for an option that does not name the export of exactly one device.
     pub fn unclear(why: &str) -> Error {
-        Error::usage(format!("option 'nbd' names the export of one device: what is shown {why}"))
+        Error::usage(format!("option 'nbd' names the export of one device, but the mounted source {why}"))
     }
 
     /// Starts a thread that notices the end of the connection.
@@ -76,8 +81,8 @@ impl SideExport {
         (self.device == device).then_some((&self.export, connection))
     }
 
-    /// Compares parts of the device with the export. A difference proves that the device is connected to another export; equal
-    /// bytes prove nothing, since zeros equal zeros.
+    /// Compares parts of the device with the export. A difference proves that the device is connected to another
+    /// export; equal bytes prove nothing, since zeros equal zeros.
     fn compare(&self, device: &BlockDevice) -> Result<()> {
         // An export that cannot be queried has no holes; each resolve of the device reports the reason.
         let (Ok(connection), Ok(client)) = (&self.connection, self.export.client()) else { return Ok(()) };
@@ -131,7 +136,8 @@ fn differs(device: &BlockDevice, client: &Client, at: Bytes) -> bool {
     true
 }
 
-/// Adds the NBD devices of a stack, each once. A partition has the major number of its disk, which is a layer of its own.
+/// Adds the NBD devices of a stack, each once. A partition has the major number of its disk, which is a layer of its
+/// own.
 fn collect(layer: &Layer, devices: &mut Vec<DeviceId>) {
     if let Some(id) = layer.device
         && id.major == MAJOR

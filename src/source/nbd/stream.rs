@@ -1,8 +1,8 @@
 //! One socket, with or without TLS, with a deadline for every wait.
 //!
-//! Reading and writing both take `&self`: one thread may wait for the server while another sends. The socket has a timeout
-//! of one [`TICK`] for each system call, after which the deadline is checked; so a normal request costs no extra system
-//! call. When less than a tick is left, poll(2) waits for the rest of the time first.
+//! Reading and writing both take `&self`: one thread may wait for the server while another sends. The socket has a
+//! timeout of one [`TICK`] for each system call, after which the deadline is checked; so a normal request costs no
+//! extra system call. When less than a tick is left, poll(2) waits for the rest of the time first.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -179,7 +179,7 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// The server's certificate is not accepted, the server does not speak TLS, or it does not answer before `deadline`.
+    /// The server's certificate is not accepted, the server has no TLS, or it does not answer before `deadline`.
     pub fn encrypt(self, mut tls: ClientConnection, deadline: Instant) -> io::Result<Self> {
         let mut until = UntilDeadline { socket: &self.socket, deadline };
         while tls.is_handshaking() {
@@ -231,7 +231,8 @@ impl Stream {
         send(&mut tls, &mut until)
     }
 
-    /// Writes the bytes that the socket accepts without waiting, and drops the rest. For the last message of a connection.
+    /// Writes the bytes that the socket accepts without waiting, and drops the rest. For the last message of a
+    /// connection.
     pub fn write_without_waiting(&self, bytes: &[u8]) {
         let mut now = WithoutWaiting(&self.socket);
         let _ = match &self.tls {

@@ -1,7 +1,7 @@
 //! The TLS configuration: certificates of authorities, and the client's own certificate.
 //!
-//! The file names are those of libnbd and qemu: `ca-cert.pem`, and `client-cert.pem` with `client-key.pem` for servers that
-//! demand a client certificate.
+//! The file names are those of libnbd and qemu: `ca-cert.pem`, and `client-cert.pem` with `client-key.pem` for servers
+//! that demand a client certificate.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
-    /// Reads the certificates that `uri` names; `None` when it wants no TLS.
+    /// Reads the certificates that `uri` names; `None` when it is without TLS.
     ///
     /// # Errors
     ///
@@ -64,7 +64,8 @@ impl TlsSettings {
     }
 }
 
-/// The name that the server's certificate must have: the one in the URI, or the host. A Unix socket has the host `localhost`.
+/// The name that the server's certificate must have: the one in the URI, or the host. A Unix socket has the host
+/// `localhost`.
 fn name(uri: &Uri, tls: &Tls) -> Result<ServerName<'static>> {
     let name = match (&tls.hostname, uri.transport()) {
         (Some(name), _) => name,

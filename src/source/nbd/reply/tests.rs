@@ -44,7 +44,7 @@ fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> std::result::Result<Vec<u8
     })
 }
 
-fn ask_status(chunks: &[Sent<'_>]) -> std::result::Result<Vec<(u64, Kind)>, RequestError> {
+fn read_status(chunks: &[Sent<'_>]) -> std::result::Result<Vec<(u64, Kind)>, RequestError> {
     let answer = PartialReply::status(bytes(4096, 16384), 9, Dialect::Structured, Bytes::new(20000));
     feed(answer, chunks).map(|content| match content {
         ReplyContent::Extents(runs) => runs.iter().map(|run| (run.end.get(), run.kind)).collect(),
@@ -113,13 +113,17 @@ fn simple_replies() {
 
 #[test]
 fn a_hole_is_the_zero_bit_alone() {
-    let done = |extents: &[(u32, u32)]| ask_status(&[status(FLAG_DONE, 9, extents)]);
+    let done = |extents: &[(u32, u32)]| read_status(&[status(FLAG_DONE, 9, extents)]);
     assert_eq!(
         done(&[(4096, 0), (1024, 1), (1024, 2), (2048, 3), (4096, 0)]),
         Ok(vec![(9216, Kind::Data), (12288, Kind::Hole), (16384, Kind::Data)])
     );
-    assert_eq!(done(&[(512, 2)]), Ok(vec![(4608, Kind::Hole)]), "shorter than asked");
-    assert_eq!(done(&[(u32::MAX, 2)]), Ok(vec![(20000, Kind::Hole)]), "longer than asked, up to the end of the export");
+    assert_eq!(done(&[(512, 2)]), Ok(vec![(4608, Kind::Hole)]), "shorter than requested");
+    assert_eq!(
+        done(&[(u32::MAX, 2)]),
+        Ok(vec![(20000, Kind::Hole)]),
+        "longer than requested, up to the end of the export"
+    );
     assert_eq!(done(&[(12288, 0xffff_fffc)]), Ok(vec![(16384, Kind::Data)]), "bits of the future");
 }
 
@@ -139,15 +143,15 @@ fn a_block_status_that_is_wrong_is_no_answer() {
         vec![(FLAG_DONE, STATUS_EXT, vec![0; 24])],
         vec![data(FLAG_DONE, 4096, b"a")],
     ] {
-        assert!(matches!(ask_status(&chunks), Err(RequestError::Violation(_))), "{chunks:?}");
+        assert!(matches!(read_status(&chunks), Err(RequestError::Violation(_))), "{chunks:?}");
     }
     let failed = [status(0, 9, &[(4096, 2)]), (FLAG_DONE, 0x8001, b"\0\0\0\x05\0\0".to_vec())];
-    assert_eq!(ask_status(&failed), Err(RequestError::Server(5)), "an error makes the extents before it void");
+    assert_eq!(read_status(&failed), Err(RequestError::Server(5)), "an error makes the extents before it void");
 }
 
 #[test]
 fn extended_headers() {
-    let ask = |count: u32, extents: &[(u64, u64)]| {
+    let status_of = |count: u32, extents: &[(u64, u64)]| {
         let mut answer = PartialReply::status(bytes(0, 1 << 40), 3, Dialect::Extended, Bytes::new(1 << 41));
         let mut payload = [3_u32.to_be_bytes(), count.to_be_bytes()].concat();
         for (len, state) in extents {
@@ -162,12 +166,12 @@ fn extended_headers() {
     let runs = |runs: &[(u64, Kind)]| {
         Ok(ReplyContent::Extents(runs.iter().map(|&(end, kind)| Extent { end: Bytes::new(end), kind }).collect()))
     };
-    assert_eq!(ask(2, &[(1 << 39, 3), (1 << 39, 0)]), runs(&[(1 << 39, Kind::Hole), (1 << 40, Kind::Data)]));
-    assert_eq!(ask(1, &[(1 << 50, 2)]), runs(&[(1 << 41, Kind::Hole)]));
-    assert_eq!(ask(1, &[(1 << 39, (1 << 63) | 1)]), runs(&[(1 << 39, Kind::Data)]));
-    assert!(ask(3, &[(1 << 39, 3), (1 << 39, 0)]).is_err(), "count and length disagree");
-    assert!(ask(2, &[(1, 0), (u64::MAX, 0)]).is_err(), "beyond 2^64");
-    assert!(ask(1, &[(0, 0)]).is_err());
+    assert_eq!(status_of(2, &[(1 << 39, 3), (1 << 39, 0)]), runs(&[(1 << 39, Kind::Hole), (1 << 40, Kind::Data)]));
+    assert_eq!(status_of(1, &[(1 << 50, 2)]), runs(&[(1 << 41, Kind::Hole)]));
+    assert_eq!(status_of(1, &[(1 << 39, (1 << 63) | 1)]), runs(&[(1 << 39, Kind::Data)]));
+    assert!(status_of(3, &[(1 << 39, 3), (1 << 39, 0)]).is_err(), "count and length disagree");
+    assert!(status_of(2, &[(1, 0), (u64::MAX, 0)]).is_err(), "beyond 2^64");
+    assert!(status_of(1, &[(0, 0)]).is_err());
 }
 
 #[test]
@@ -211,7 +215,7 @@ proptest::proptest! {
         proptest::prop_assert!(read(0, 256, &chunks).is_err());
     }
 
-    /// Random chunks never panic, and bytes that nobody sent never look like an answer.
+    /// Random chunks cause no panic, and bytes that were not sent are no part of a reply.
     #[test]
     fn noise_is_no_answer(kinds in proptest::collection::vec((0..2_u16, 0..8_u16, proptest::collection::vec(0..=255_u8, 0..40)), 0..6)) {
         let chunks: Vec<Sent<'_>> = kinds;
@@ -223,7 +227,7 @@ proptest::proptest! {
                 let hole = chunks.iter().any(|(_, kind, _)| *kind == OFFSET_HOLE);
                 proptest::prop_assert!(hole || carried > bytes.len());
             }
-            if let Ok(runs) = ask_status(&chunks) {
+            if let Ok(runs) = read_status(&chunks) {
                 proptest::prop_assert!(!runs.is_empty());
                 proptest::prop_assert!(runs.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 != pair[1].1));
             }
