@@ -228,3 +228,6 @@ impl<S> LiveMap<S> {
         self.budgets.lock().unwrap_or_else(PoisonError::into_inner).put(budget);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -108,6 +108,8 @@ impl LbaStatusSource {
                     if let Some(fault) = status.fault {
                         log::debug!("{}: GET LBA STATUS at byte {start}: {fault}: data from there on", self.name);
                     }
+                    // The first extent holds the offset of the question: it begins on the offset's block. Of the others,
+                    // only data is used.
                     if status.extents.first().is_some_and(|extent| extent.kind == Kind::Hole) {
                         self.device.check_capacity(self.len, self.block)?;
                     }
