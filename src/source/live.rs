@@ -33,14 +33,14 @@ pub(super) trait LiveSource: Send + Sync {
     /// The alignment of queries, a power of two.
     fn block(&self) -> Bytes;
 
-    /// The longest range of one query, a multiple of every possible block size. `None` where a query has only a start and
-    /// the device decides how far its answer reaches.
+    /// The longest range of one query: a multiple of every possible block size, or [`Bytes::MAX`]. `None` where a query
+    /// has only a start and the device decides how far its answer reaches.
     fn longest_query(&self) -> Option<Bytes>;
 
     /// Consecutive extents from the start of the first range on, as the device reports them now.
     ///
-    /// The ranges are adjacent; each begins on a block and ends on a block or at the end of the device. The extents may end
-    /// before the last range or after it. Without any extent, everything from the start on is data.
+    /// The ranges are adjacent; each begins on a block and ends on a block or at the end of the device. The extents may
+    /// end before the last range or after it. Without any extent, everything from the start on is data.
     ///
     /// # Errors
     ///
@@ -50,8 +50,8 @@ pub(super) trait LiveSource: Send + Sync {
     /// Why the device has no usable extents. It is not queried any more then, and all of it is data.
     fn unusable(&self) -> Option<DenseReason>;
 
-    /// Counters of the writes and discards of this host; remembered data is dropped when they change. Nothing is remembered
-    /// while they cannot be read (`None`).
+    /// Counters of the writes and discards of this host; remembered data is dropped when they change. Nothing is
+    /// remembered while they cannot be read (`None`).
     fn counters(&self) -> Option<IoCounters>;
 }
 
@@ -169,8 +169,8 @@ impl<S: LiveSource> LiveMap<S> {
         remembered.end_of(offset)
     }
 
-    /// Makes `len` bytes from `offset` on data without a query. They are remembered, so that the next question about them
-    /// has the same answer.
+    /// Makes `len` bytes from `offset` on data without a query. They are remembered, so that the next question about
+    /// them has the same answer.
     fn data_without_query(&self, offset: Bytes, len: Bytes) -> Extent {
         let name = self.source.name();
         log::warn!("{name}: the end of an extent takes too long to find: {len} bytes from byte {offset} are data");
@@ -229,3 +229,6 @@ impl<S> LiveMap<S> {
         self.budgets.lock().unwrap_or_else(PoisonError::into_inner).put(budget);
     }
 }
+
+#[cfg(test)]
+mod tests;

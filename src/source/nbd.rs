@@ -1,11 +1,11 @@
-//! NBD: exports of a server, as a client of our own.
+//! NBD: exports of a server, through a client of this program.
 //!
-//! The kernel's `/dev/nbdN` does not speak structured replies, so it cannot tell holes. This client does: it reads an
-//! export itself, or, beside the kernel's connection, asks the same export only for its map.
+//! The kernel's client, `/dev/nbdN`, has no structured replies and so no block status, which reports holes. The client
+//! here has. It reads an export, or it queries the block status of the export that the kernel's client is connected to.
 //!
-//! [`Uri`] says which export; [`Client`] reads it and asks its block status (`base:allocation`); a hole is an extent
-//! with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else. The
-//! protocol is that of `doc/proto.md` of the NBD project.
+//! A [`Uri`] names an export. A [`Client`] reads it and queries its block status (`base:allocation`); a hole is an
+//! extent with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else.
+//! The protocol is that of `doc/proto.md` of the NBD project.
 
 mod client;
 mod connect;
@@ -39,12 +39,12 @@ use crate::source::live::LiveMap;
 use crate::source::{BlockDevice, Layer, Resolver, dense};
 use crate::sys::device::DeviceId;
 
-/// What an export is called in a layer.
+/// The kind of the layer of an export.
 const KIND: &str = "NBD export";
 
 /// The layer of an export that is read through the same client.
 pub fn layer(client: Arc<Client>) -> Layer {
-    // Where there are several connections the export is read-only; one connection sees its own state.
+    // No flush is needed: a client of an export that can be written has only one connection.
     layer_with(client, FlushBeforeStatus::No)
 }
 
@@ -78,15 +78,15 @@ pub fn is_device(id: DeviceId) -> io::Result<bool> {
 /// What the kernel's NBD device is called in a layer.
 const DEVICE_KIND: &str = "nbd";
 
-/// The layer of the kernel's NBD device: its bytes are the kernel's, its holes those of the export that the user says it is
-/// connected to. Dense, with the reason, where it may be connected to another one, or where one connection need not see
-/// what another one has written.
+/// The layer of a device of the kernel's NBD client. It is read through the kernel; its holes are those of the export
+/// that the user named. The layer is dense, with the reason, where the device may be connected to another export, or
+/// where a write over one connection may be invisible on another.
 pub fn device_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
     match export_layer(device, resolver) {
         Ok(below) => Layer {
             name: device.name(),
             kind: DEVICE_KIND.to_owned(),
-            holes_from: "its export, asked on a side connection".to_owned(),
+            holes_from: "its export, over a connection of its own".to_owned(),
             map: below.map.clone(),
             device: None,
             below: vec![below],
@@ -95,27 +95,28 @@ pub fn device_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer 
     }
 }
 
-/// The export of a device of the kernel, or why its holes are not the device's.
+/// The layer of the export of a device of the kernel, or why its holes cannot be used for the device.
 fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc<Layer>, String> {
-    let Some(beside) = &resolver.context.nbd else {
-        return Err("the kernel does not ask its server for holes: name the export with -o nbd=URI".to_owned());
+    let Some(side) = &resolver.context.nbd else {
+        return Err("the kernel does not query its server for holes: name the export with -o nbd=URI".to_owned());
     };
-    let Some((export, link)) = beside.of(device.id) else {
-        return Err("it is not the NBD device whose export was named".to_owned());
+    let Some((export, connection)) = side.of(device.id) else {
+        return Err("it is not the NBD device of the export in option 'nbd'".to_owned());
     };
-    let link = link.map_err(ToOwned::to_owned)?.clone();
-    // Once lost it stays lost: a guard of that would only keep the map from being used.
-    if let Some(why) = link.lost() {
-        return Err(why.to_owned());
+    let connection = connection.map_err(ToOwned::to_owned)?.clone();
+    // No guard for a lost connection: it stays lost, so the stack would never be unchanged, and be resolved again and
+    // again.
+    if let Some(reason) = connection.lost() {
+        return Err(reason.to_owned());
     }
-    resolver.guard(KernelConnectionGuard(link));
+    resolver.guard(KernelConnectionGuard(connection));
     let client = export.client().map_err(|error| error.to_string())?;
     let size = client.size();
     if size != device.len {
-        return Err(format!("the export has {size} bytes and the device {}: not the same", device.len));
+        return Err(format!("the export has {size} bytes and the device {}: they are not the same", device.len));
     }
     if !client.is_visible_elsewhere() {
-        return Err("the server does not promise that one connection sees what another one wrote \
+        return Err("the server does not promise that writes over one connection are visible on another \
                     (CAN_MULTI_CONN, with FLUSH or read-only)"
             .to_owned());
     }

@@ -3,8 +3,8 @@
 //! A hole needs two answers of the disk. READ CAPACITY(16), and VPD page B2h where the disk has one, report that blocks
 //! without storage read as zeros; GET LBA STATUS reports that this block is deallocated or anchored. Both are queried
 //! each time a hole is claimed. The second, because a disk in a storage network has other writers than this host, which
-//! change no counter here. READ CAPACITY(16), because a disk reports a change of its parameters to the first command that
-//! it receives, which may be that of another program.
+//! change no counter here. READ CAPACITY(16), because a disk reports a change of its parameters to the first command
+//! that it receives, which may be that of another program.
 //!
 //! A disk that does not report zeros, or fails a command, is all data for as long as the map lives.
 
@@ -114,6 +114,8 @@ impl LbaStatusSource {
                     if let Some(fault) = status.fault {
                         log::debug!("{}: GET LBA STATUS at byte {start}: {fault}: data from there on", self.name);
                     }
+                    // The first extent holds the offset of the question: it begins on the offset's block. Of the others,
+                    // only data is used.
                     if status.extents.first().is_some_and(|extent| extent.kind == ExtentKind::Hole) {
                         self.device.check_capacity(self.len, self.block)?;
                     }

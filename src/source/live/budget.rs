@@ -1,9 +1,9 @@
 //! The time that may be spent on finding the end of one extent.
 //!
 //! The end of an extent is found by further queries, each from where the last answer ended, and the device decides how
-//! far an answer reaches. A device that reports an extent block by block would keep a single lseek(2) busy for hours. So
-//! the time that was spent on an extent is kept with the offset where the answer ended, and counts for the question that
-//! continues there.
+//! far an answer reaches. A device that reports an extent block by block would keep a single lseek(2) busy for hours.
+//! So the time that was spent on an extent is kept with the offset where the answer ended, and counts for the question
+//! that continues there.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -15,8 +15,8 @@ use crate::units::Bytes;
 const LIMIT: Duration = Duration::from_secs(2);
 /// The number of bytes that are data, at least, when the time for an extent is spent.
 const DATA: Bytes = Bytes::new(64 << 20);
-/// The number of times that one SEEK_HOLE can spend its time, at most: it continues behind data until it finds a hole or
-/// the end of the device.
+/// The number of times that one SEEK_HOLE can spend its time, at most: it continues behind data until it finds a hole
+/// or the end of the device.
 const DATA_SHARES: u64 = 16;
 /// The number of extents whose time is counted at the same time.
 const MAX_BUDGETS: usize = 32;
@@ -41,7 +41,8 @@ impl Budget {
         self.kind.is_some()
     }
 
-    /// The number of bytes of a device of `len` bytes to answer as data without a query; `None` while there is time left.
+    /// The number of bytes of a device of `len` bytes to answer as data without a query; `None` while there is time
+    /// left.
     pub(super) fn data_when_spent(self, len: Bytes) -> Option<Bytes> {
         let share = match self.kind {
             // SEEK_DATA ends at this data; its caller continues behind it.

@@ -25,8 +25,8 @@ pub(super) struct RememberedData {
 }
 
 impl RememberedData {
-    /// Drops data that is too old, or older than the last change of the counters. The counters must have been read before the
-    /// query whose answer is added next. Without counters nothing is remembered.
+    /// Drops data that is too old, or older than the last change of the counters. The counters must have been read
+    /// before the query whose answer is added next. Without counters nothing is remembered.
     pub(super) fn refresh(&mut self, now: Option<IoCounters>) {
         let valid = self.valid.is_some_and(|(counters, since)| Some(counters) == now && since.elapsed() < LIFETIME);
         if !valid {

@@ -1,4 +1,4 @@
-//! A read-only client of one export, for many threads.
+//! A read-only client of one export, shared by threads.
 
 use std::io;
 use std::ops::Range;
@@ -17,75 +17,79 @@ use crate::error::Result;
 use crate::map::Extent;
 use crate::units::Bytes;
 
-/// How often a request is sent over new connections when each breaks before its answer. Those from before the request do
-/// not count: all of them break when a server is restarted, and each tells only when it is used.
+/// How often a request is sent over new connections, when each breaks before its answer. Connections made before the
+/// request do not count: all of them break when a server is restarted, and each shows that only when it is used.
 const TRIES: usize = 3;
-/// Requests of one call that are under way together.
+/// The number of requests of one call that wait for their answers at the same time.
 const BATCH: usize = 16;
-/// A block status that fails after so long was waited for.
+/// A block status query that fails after this time, or later, is followed by a [`RetryDelay`].
 const SLOW: Duration = Duration::from_secs(1);
-/// `NBD_ESHUTDOWN`: the server is about to leave, and wants us to.
+/// `NBD_ESHUTDOWN`: the server is shutting down, and clients are to disconnect.
 const ESHUTDOWN: u32 = 108;
 
 /// A read-only client of one export.
 ///
 /// Requests of several threads share the connections. A connection that breaks is replaced, and its requests are sent
-/// again, within the bounds of [`Timeouts`] and of the request that the thread works on.
+/// again, within the [`Timeouts`] and the deadline of the FUSE request that the thread works on.
 #[derive(Debug)]
 pub struct Client {
     pool: ConnectionPool,
+    /// Why block status is not queried, if it is not.
     no_status: OnceLock<String>,
-    rest: Arc<RetryDelay>,
+    retry_delay: Arc<RetryDelay>,
 }
 
-/// UntilDeadline when a server is not asked for its block status, because it did not answer in time.
+/// The time before which a server gets no further block status query, because it did not answer the last one in time.
 ///
-/// Otherwise each step of an open, a look at the attributes and an lseek would wait as long as a request may, one after
-/// the other, for an answer that is data in the end.
+/// Without it, each step of an open, a stat and an lseek would wait for as long as a request may last, one after the
+/// other, and the answer would be data in the end.
 #[derive(Debug, Default)]
 pub struct RetryDelay(Mutex<Option<Instant>>);
 
 impl RetryDelay {
+    /// Whether a query may be sent.
     fn is_over(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).is_none_or(|until| Instant::now() >= until)
     }
 
-    fn begin(&self, long: Duration) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + long);
+    /// Begins a delay.
+    fn begin(&self, delay: Duration) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + delay);
     }
 }
 
 impl Client {
-    /// Connects to the server and opens the export. One attempt.
+    /// Connects to the server and opens the export. There is one attempt.
     ///
     /// # Errors
     ///
-    /// The server cannot be reached or trusted, has no such export, or does not speak the protocol.
+    /// The server cannot be reached, its certificate is not accepted, it has no such export, or it does not follow the
+    /// protocol.
     pub fn open(uri: &Uri) -> Result<Self> {
         Self::open_with_timeouts(uri, Timeouts::default())
     }
 
-    /// As [`Client::open`], with the rest of earlier clients of the same export.
+    /// As [`Client::open`], with the retry delay of earlier clients of the same export.
     ///
     /// # Errors
     ///
     /// As [`Client::open`].
-    pub fn open_again(uri: &Uri, rest: Arc<RetryDelay>) -> Result<Self> {
-        Ok(Self { rest, ..Self::open(uri)? })
+    pub fn open_again(uri: &Uri, retry_delay: Arc<RetryDelay>) -> Result<Self> {
+        Ok(Self { retry_delay, ..Self::open(uri)? })
     }
 
-    /// As [`Client::open`], with other limits of time.
+    /// As [`Client::open`], with other timeouts.
     ///
     /// # Errors
     ///
     /// As [`Client::open`].
-    pub fn open_with_timeouts(uri: &Uri, patience: Timeouts) -> Result<Self> {
-        let pool = ConnectionPool::open(uri.clone(), patience)?;
+    pub fn open_with_timeouts(uri: &Uri, timeouts: Timeouts) -> Result<Self> {
+        let pool = ConnectionPool::open(uri.clone(), timeouts)?;
         let no_status = OnceLock::new();
         if pool.first().context.is_none() {
             no_status.get_or_init(|| RequestError::NoContext.to_string());
         }
-        Ok(Self { pool, no_status, rest: Arc::default() })
+        Ok(Self { pool, no_status, retry_delay: Arc::default() })
     }
 
     /// The export's URI.
@@ -93,15 +97,16 @@ impl Client {
         self.pool.uri()
     }
 
-    /// The export's length. It stays the same: a server that comes back with another one is refused.
+    /// The length of the export. It stays the same: a reconnection to an export of another length is refused.
     pub fn size(&self) -> Bytes {
         self.pool.first().export.size
     }
 
-    /// Whether what was written over another connection is visible on ours, at the latest after [`Client::flush`].
+    /// Whether writes over other connections are visible on those of this client, at the latest after
+    /// [`Client::flush`].
     ///
-    /// A server with `NBD_FLAG_CAN_MULTI_CONN` promises that what a flush covers is visible on all connections when it
-    /// replies to the flush. An export that takes no writes needs no flush.
+    /// With `NBD_FLAG_CAN_MULTI_CONN`, the writes that a flush covers are visible on all connections when the server
+    /// has replied to the flush. A read-only export needs no flush.
     pub fn is_visible_elsewhere(&self) -> bool {
         let export = self.pool.first().export;
         export.multi_conn && (export.flush || export.read_only)
@@ -111,29 +116,30 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// EIO when the server cannot do it.
+    /// EIO when the server fails to flush.
     pub fn flush(&self) -> io::Result<()> {
         let eio = |failure: RequestError| {
             log::debug!("{}: cannot flush: {failure}", self.uri());
             io::Error::from_raw_os_error(libc::EIO)
         };
-        self.settle(self.deadline()).map_err(eio)
+        self.flush_until(self.deadline()).map_err(eio)
     }
 
-    fn settle(&self, until: Instant) -> std::result::Result<(), RequestError> {
+    /// Flushes before `until`, if the server has that command.
+    fn flush_until(&self, until: Instant) -> std::result::Result<(), RequestError> {
         if !self.pool.first().export.flush {
             return Ok(());
         }
-        match self.ask(&[NbdRequest::Flush], until).pop() {
+        match self.send_all(&[NbdRequest::Flush], until).pop() {
             Some(Ok(_)) => Ok(()),
             Some(Err(failure)) => Err(failure),
-            None => Err(RequestError::Broken("not asked".to_owned())),
+            None => Err(RequestError::Broken("the request was not sent in time".to_owned())),
         }
     }
 
-    /// When a call that begins now has to end.
+    /// The deadline of a call that begins now.
     fn deadline(&self) -> Instant {
-        deadline::no_later_than(Instant::now() + self.pool.patience().request)
+        deadline::no_later_than(Instant::now() + self.pool.timeouts().request)
     }
 
     /// Why the server's block status is not used, if it is not.
@@ -141,7 +147,7 @@ impl Client {
         self.no_status.get().map(String::as_str)
     }
 
-    /// Where holes come from, in a few words.
+    /// The source of holes, for a layer.
     pub fn holes_from(&self) -> String {
         match (self.no_status(), self.pool.first().dialect) {
             (Some(_), _) => "none".to_owned(),
@@ -150,12 +156,12 @@ impl Client {
         }
     }
 
-    /// The alignment of requests, and with it of block status.
+    /// The alignment of reads and block status queries.
     pub fn minimum_block(&self) -> Bytes {
         self.pool.first().blocks.minimum
     }
 
-    /// The longest range that is worth asking about at once.
+    /// The longest range of a block status query.
     pub fn longest_status(&self) -> Bytes {
         self.pool.first().dialect.longest_status()
     }
@@ -164,17 +170,17 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// EIO when the server fails to give the bytes, breaks the protocol, or stays away longer than [`Timeouts`] lasts.
+    /// EIO when the server fails to read, breaks the protocol, or cannot be reached within the [`Timeouts`].
     pub fn read_at(&self, buf: &mut [u8], offset: Bytes) -> io::Result<usize> {
         let left = usize::try_from(self.size().saturating_sub(offset).get()).unwrap_or(usize::MAX);
         let len = buf.len().min(left);
         let end = offset.saturating_add(Bytes::new(len as u64));
-        let asks = self.cut(offset..end);
-        let answers = self.ask(&asks, self.deadline());
-        for (ask, answer) in asks.iter().zip(answers) {
-            match (ask, answer) {
+        let requests = self.reads_of(offset..end);
+        let answers = self.send_all(&requests, self.deadline());
+        for (request, answer) in requests.iter().zip(answers) {
+            match (request, answer) {
                 (NbdRequest::Read(range), Ok(ReplyContent::Bytes(bytes))) => {
-                    place(&bytes, range.start, buf, offset..end);
+                    copy_part(&bytes, range.start, buf, offset..end);
                 }
                 (_, Err(failure)) => {
                     log::debug!("{}: cannot read at {offset}: {failure}", self.uri());
@@ -186,12 +192,12 @@ impl Client {
         Ok(len)
     }
 
-    /// The block status of several ranges, each answered on its own: the runs from its start on, which may end before or
-    /// after the range does, or the reason why there are none. With [`FlushBeforeStatus::Yes`], writes over other connections
-    /// are made visible first.
+    /// The block status of several ranges, each with an answer of its own: the extents from its start on, which may end
+    /// before or after the range does, or the reason why there are none. With [`FlushBeforeStatus::Yes`], writes over
+    /// other connections are made visible first.
     ///
-    /// Each answer was given after the call began. A range starts and ends on [`Client::minimum_block`] or at the end
-    /// of the export.
+    /// Each query is sent after the call began. A range starts and ends on [`Client::minimum_block`] or at the end of
+    /// the export.
     pub fn block_status(
         &self,
         ranges: &[Range<Bytes>],
@@ -201,30 +207,30 @@ impl Client {
         if self.no_status().is_some() {
             return fail(RequestError::NoContext);
         }
-        if !self.rest.is_over() {
-            return fail(RequestError::Broken("the server did not tell its holes in time before".to_owned()));
+        if !self.retry_delay.is_over() {
+            return fail(RequestError::Broken("the last block status query had no answer in time".to_owned()));
         }
         let (begin, until) = (Instant::now(), self.deadline());
         if flush == FlushBeforeStatus::Yes
-            && let Err(failure) = self.settle(until)
+            && let Err(failure) = self.flush_until(until)
         {
-            self.rest_after(begin, &failure);
+            self.delay_after(begin, &failure);
             return fail(failure);
         }
-        let asks: Vec<NbdRequest> = ranges.iter().cloned().map(NbdRequest::Status).collect();
-        let answers = self.ask(&asks, until).into_iter();
+        let requests: Vec<NbdRequest> = ranges.iter().cloned().map(NbdRequest::Status).collect();
+        let answers = self.send_all(&requests, until).into_iter();
         answers.map(|answer| self.status_answer(answer, begin)).collect()
     }
 
-    /// The runs of an answer that was asked for at `begin`. A server that broke the protocol, or has no answers, is not
-    /// asked again; one that was too slow is not for a while.
+    /// The extents in the answer to a query that was sent at `begin`. A server that broke the protocol, or has no block
+    /// status, gets no further query; a server that was too slow gets none for a while.
     fn status_answer(
         &self,
         answer: std::result::Result<ReplyContent, RequestError>,
         begin: Instant,
     ) -> std::result::Result<Vec<Extent>, RequestError> {
         let failure = match answer {
-            Ok(ReplyContent::Extents(runs)) => return Ok(runs),
+            Ok(ReplyContent::Extents(extents)) => return Ok(extents),
             Ok(ReplyContent::Bytes(_) | ReplyContent::Flushed) => RequestError::NoContext,
             Err(failure) => failure,
         };
@@ -234,46 +240,53 @@ impl Client {
                 failure.to_string()
             });
         }
-        self.rest_after(begin, &failure);
+        self.delay_after(begin, &failure);
         Err(failure)
     }
 
-    fn rest_after(&self, begin: Instant, failure: &RequestError) {
+    /// Begins the retry delay after a query, sent at `begin`, that the server did not answer in time.
+    fn delay_after(&self, begin: Instant, failure: &RequestError) {
         if matches!(failure, RequestError::Broken(_)) && begin.elapsed() >= SLOW {
-            self.rest.begin(self.pool.patience().request);
+            self.retry_delay.begin(self.pool.timeouts().request);
         }
     }
 
-    /// Cuts a range into reads that keep to the block sizes; the first and the last may be longer than asked.
-    fn cut(&self, range: Range<Bytes>) -> Vec<NbdRequest> {
+    /// The reads of a range, within the block sizes. The first may begin before the range, and the last may end after
+    /// it.
+    fn reads_of(&self, range: Range<Bytes>) -> Vec<NbdRequest> {
         let blocks = self.pool.first().blocks;
         let end = range.end.align_up(blocks.minimum).unwrap_or(range.end).min(self.size());
         let mut at = range.start.align_down(blocks.minimum);
-        let mut asks = Vec::new();
+        let mut requests = Vec::new();
         while range.start < range.end && at < end {
             let next = at.saturating_add(blocks.maximum).min(end);
-            asks.push(NbdRequest::Read(at..next));
+            requests.push(NbdRequest::Read(at..next));
             at = next;
         }
-        asks
+        requests
     }
 
-    /// Gets every ask an answer before `until`, over as many connections as it takes.
-    fn ask(&self, asks: &[NbdRequest], until: Instant) -> Vec<std::result::Result<ReplyContent, RequestError>> {
+    /// The answers to requests, each before `until`. Requests of a connection that breaks are sent again over another.
+    fn send_all(
+        &self,
+        requests: &[NbdRequest],
+        until: Instant,
+    ) -> Vec<std::result::Result<ReplyContent, RequestError>> {
         let begin = Instant::now();
-        let mut answers: Vec<_> = asks.iter().map(|_| Err(RequestError::Broken("not asked".to_owned()))).collect();
+        let mut answers: Vec<_> =
+            requests.iter().map(|_| Err(RequestError::Broken("the request was not sent in time".to_owned()))).collect();
         let mut tries = 0;
         while tries < TRIES {
             let open: Vec<usize> =
-                (0..asks.len()).filter(|&index| matches!(answers[index], Err(RequestError::Broken(_)))).collect();
+                (0..requests.len()).filter(|&index| matches!(answers[index], Err(RequestError::Broken(_)))).collect();
             if open.is_empty() || Instant::now() >= until {
                 break;
             }
             match self.pool.connection(until) {
                 Ok(connection) => {
-                    tries += usize::from(connection.born() >= begin);
+                    tries += usize::from(connection.opened() >= begin);
                     for batch in open.chunks(BATCH) {
-                        self.attempt(&connection, batch, asks, &mut answers, until);
+                        self.send_batch(&connection, batch, requests, &mut answers, until);
                     }
                 }
                 Err(reason) => {
@@ -287,18 +300,18 @@ impl Client {
         answers
     }
 
-    /// Sends a batch over one connection and waits for its answers.
-    fn attempt(
+    /// Sends the requests with the indices `batch` over one connection, and waits for their answers.
+    fn send_batch(
         &self,
         connection: &Connection,
         batch: &[usize],
-        asks: &[NbdRequest],
+        requests: &[NbdRequest],
         answers: &mut [std::result::Result<ReplyContent, RequestError>],
         until: Instant,
     ) {
-        let tickets: Vec<_> = batch.iter().map(|&index| (index, connection.submit(&asks[index], until))).collect();
-        for (index, ticket) in tickets {
-            let answer = ticket.and_then(|ticket| connection.wait(ticket, until));
+        let sent: Vec<_> = batch.iter().map(|&index| (index, connection.submit(&requests[index], until))).collect();
+        for (index, id) in sent {
+            let answer = id.and_then(|id| connection.wait(id, until));
             answers[index] = match answer {
                 Err(RequestError::Server(ESHUTDOWN)) => {
                     connection.end("the server is shutting down".to_owned());
@@ -310,8 +323,9 @@ impl Client {
     }
 }
 
-/// Copies the part of `bytes`, which begin at `at`, that belongs to `wanted`, which `buf` begins with.
-fn place(bytes: &[u8], at: Bytes, buf: &mut [u8], wanted: Range<Bytes>) {
+/// Copies the bytes of the range `wanted` from `bytes`, which begin at offset `at`, to `buf`, which begins where
+/// `wanted` does.
+fn copy_part(bytes: &[u8], at: Bytes, buf: &mut [u8], wanted: Range<Bytes>) {
     let index = |bytes: Bytes| usize::try_from(bytes.get()).expect("a piece of a buffer fits into memory");
     let from = index(wanted.start.saturating_sub(at));
     let to = index(at.saturating_sub(wanted.start));

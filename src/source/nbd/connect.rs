@@ -1,4 +1,4 @@
-//! From a URI to a connection that takes requests: socket, TLS, options, export.
+//! Connecting to the export of a URI: socket, TLS, negotiation of options.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -17,51 +17,52 @@ use nix::sys::time::TimeVal;
 
 use super::frame::Dialect;
 use super::proto::{
-    self, BlockSizes, ExportInfo, GREETING, Greeting, NbdInfo, NbdOption, OPTION_HEADER, OptionReply, Violation,
-    option_reply,
+    self, BlockSizes, ExportInfo, GREETING, Greeting, NbdInfo, NbdOption, OPTION_HEADER, OptionReply, option_reply,
+    violation,
 };
 use super::stream::{Socket, Stream, TICK};
 use super::tls::TlsSettings;
 use super::uri::{Transport, Uri};
 use crate::error::{Error, Result};
 
-/// The most replies to one option; a server sends one per piece of information and one to end them.
+/// The largest number of replies to one option. A server sends one for each piece of information, and a last one.
 const MAX_REPLIES: usize = 64;
 
-/// The most addresses of a host that are tried.
+/// The largest number of addresses of a host that are tried.
 const MAX_ADDRESSES: usize = 8;
 
-/// What a connection agreed on with its server.
+/// The parameters of a connection, as negotiated with the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Agreement {
-    /// Size and abilities of the export.
+    /// The size and the flags of the export.
     pub export: ExportInfo,
-    /// How requests must be cut.
+    /// The block sizes that requests must keep to.
     pub blocks: BlockSizes,
     /// How requests and replies are framed.
     pub dialect: Dialect,
-    /// The number that stands for `base:allocation`, if the server offers it.
+    /// The number of the metadata context `base:allocation`, if the server offers it.
     pub context: Option<u32>,
 }
 
 /// Connects to the server of `uri` and opens its export.
 ///
-/// All of it ends by `deadline`: looking the host name up, the connection, TLS and the negotiation.
+/// The host name lookup, the connection, TLS and the negotiation all end by `deadline`.
 ///
 /// # Errors
 ///
-/// No server, no TLS where it is demanded, no such export, no NBD.
-pub fn connect(uri: &Uri, identity: Option<&TlsSettings>, deadline: Instant) -> Result<(Stream, Agreement)> {
+/// The server cannot be reached, has no TLS where the URI demands it, has no such export, or does not follow the
+/// protocol.
+pub fn connect(uri: &Uri, tls: Option<&TlsSettings>, deadline: Instant) -> Result<(Stream, Agreement)> {
     let failed = |error: io::Error| Error::failed("cannot connect").on(uri.to_string()).because(error);
-    let socket = open_socket(uri.transport(), deadline).and_then(|socket| socket.tick().map(|()| socket));
+    let socket = open_socket(uri.transport(), deadline).and_then(|socket| socket.set_timeouts().map(|()| socket));
     let stream = Stream::new(socket.map_err(failed)?);
-    let mut talk = Negotiation { stream, deadline };
-    let greeting = talk.greet().map_err(|problem| problem.on(uri))?;
-    if let Some(identity) = identity {
-        talk = talk.encrypt(greeting, identity, uri)?;
+    let mut negotiation = Negotiation { stream, deadline };
+    let greeting = negotiation.greet().map_err(|error| error.on(uri.to_string()))?;
+    if let Some(tls) = tls {
+        negotiation = negotiation.encrypt(greeting, tls, uri)?;
     }
-    let agreement = talk.negotiate(greeting, uri.export()).map_err(|problem| problem.on(uri))?;
-    Ok((talk.stream, agreement))
+    let agreement = negotiation.negotiate(greeting, uri.export()).map_err(|error| error.on(uri.to_string()))?;
+    Ok((negotiation.stream, agreement))
 }
 
 fn open_socket(transport: &Transport, deadline: Instant) -> io::Result<Socket> {
@@ -75,7 +76,7 @@ fn open_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
     let addresses = look_up(host, port, deadline)?;
     for (index, address) in addresses.iter().enumerate() {
-        // One that does not answer leaves the others their share of the time.
+        // Each address gets an equal share of the time that is left.
         let to_try = u32::try_from(addresses.len() - index).expect("a few addresses");
         let left = deadline.saturating_duration_since(Instant::now()) / to_try;
         if left.is_zero() {
@@ -89,8 +90,8 @@ fn open_tcp(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
     Err(last)
 }
 
-/// The addresses of a host. The system's resolver knows no deadline, so it is asked in a thread, which is left alone when it
-/// takes too long.
+/// The addresses of a host. The resolver of the system has no deadline, so it runs in a thread, which is not joined
+/// when it takes too long.
 fn look_up(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAddr>> {
     let resolve = move |host: &str| (host, port).to_socket_addrs().map(|all| all.take(MAX_ADDRESSES).collect());
     if host.parse::<IpAddr>().is_ok() {
@@ -98,21 +99,21 @@ fn look_up(host: &str, port: u16, deadline: Instant) -> io::Result<Vec<SocketAdd
     }
     let (sender, answer) = mpsc::channel();
     let name = host.to_owned();
-    // Nobody waits any more for an answer that comes too late.
+    // The send fails when the answer comes after the deadline.
     let resolver = thread::Builder::new().name("resolver".to_owned());
     let resolver = resolver.spawn(move || drop(sender.send(resolve(&name))))?;
     match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
         Ok(addresses) => {
-            // It has nothing left to do. A daemon is forked only when no other thread runs.
+            // Joined because the daemon is forked only while no other thread runs.
             let _ = resolver.join();
             addresses
         }
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the host name is not resolved in time")),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the host name was not resolved in time")),
     }
 }
 
-/// Connects with the send timeout set first: a server that does not accept, with a full queue, would hold us for ever
-/// (unix(7), `SO_SNDTIMEO`).
+/// Connects, with the send timeout set first: otherwise connect(2) blocks for ever on a server that does not accept and
+/// has a full queue (unix(7), `SO_SNDTIMEO`).
 fn open_unix(path: &Path) -> io::Result<UnixStream> {
     let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let tick = i64::try_from(TICK.as_secs()).expect("a tick is short");
@@ -125,78 +126,71 @@ fn open_unix(path: &Path) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-/// Why a negotiation failed.
-#[derive(Debug)]
-enum Problem {
-    Io(io::Error),
-    Violation(Violation),
-    Refused { option: NbdOption, code: u32, message: String },
+/// The error of a handshake in which the server violates the protocol.
+fn bad_handshake(violation: Error) -> Error {
+    Error::failed(format!("cannot negotiate: {violation}"))
 }
 
-impl From<io::Error> for Problem {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
+/// The error of a handshake that failed because of the connection.
+fn cannot_exchange(error: io::Error) -> Error {
+    Error::failed("cannot negotiate with the NBD server").because(error)
 }
 
-impl From<Violation> for Problem {
-    fn from(violation: Violation) -> Self {
-        Self::Violation(violation)
-    }
+/// The error of an option that the server refused with the error `code` and a text for users.
+fn refused(option: NbdOption, code: u32, message: &str) -> Error {
+    let text = if message.is_empty() { String::new() } else { format!(" ({message})") };
+    let what = if option == NbdOption::StartTls { "start TLS" } else { "open the export" };
+    Error::failed(format!("cannot {what}: {}{text}", OptionReply::error_text(code)))
+        .hint(format!("the server's reply to the option {} was error {code}", option.name()))
 }
 
-impl Problem {
-    fn on(self, uri: &Uri) -> Error {
-        let error = match self {
-            Self::Io(error) => Error::failed("cannot negotiate with the NBD server").because(error),
-            Self::Violation(violation) => Error::failed(format!("cannot negotiate: {violation}")),
-            Self::Refused { option, code, message } => {
-                let said = if message.is_empty() { String::new() } else { format!(" ({message})") };
-                let what = if option == NbdOption::StartTls { "start TLS" } else { "open the export" };
-                Error::failed(format!("cannot {what}: {}{said}", OptionReply::error_text(code)))
-                    .hint(format!("the server's reply to the option {} was error {code}", option.name()))
-            }
-        };
-        error.on(uri.to_string())
-    }
-}
-
-/// The end of the replies to one option, and the data of those before it.
+/// The replies to one option.
 struct OptionReplies {
+    /// The last reply.
     end: OptionReply,
+    /// The replies before the last one, with their data.
     information: Vec<(OptionReply, Vec<u8>)>,
-    /// What an error reply says to people.
+    /// The text of an error reply, for users.
     message: String,
 }
 
-/// A negotiation.
+/// A connection in the handshake phase.
 struct Negotiation {
     stream: Stream,
     deadline: Instant,
 }
 
 impl Negotiation {
-    fn read<const N: usize>(&self) -> std::result::Result<[u8; N], Problem> {
+    fn read<const N: usize>(&self) -> Result<[u8; N]> {
         let mut bytes = [0; N];
-        self.stream.read_exact(&mut bytes, self.deadline)?;
+        self.read_exact(&mut bytes)?;
         Ok(bytes)
     }
 
-    fn greet(&self) -> std::result::Result<Greeting, Problem> {
-        let greeting = Greeting::decode(&self.read::<GREETING>()?)?;
-        self.stream.write_all(&greeting.answer(), self.deadline)?;
+    fn read_exact(&self, bytes: &mut [u8]) -> Result<()> {
+        self.stream.read_exact(bytes, self.deadline).map_err(cannot_exchange)
+    }
+
+    fn write_all(&self, bytes: &[u8]) -> Result<()> {
+        self.stream.write_all(bytes, self.deadline).map_err(cannot_exchange)
+    }
+
+    /// Receives the greeting of the server, and answers it.
+    fn greet(&self) -> Result<Greeting> {
+        let greeting = Greeting::decode(&self.read::<GREETING>()?).map_err(bad_handshake)?;
+        self.write_all(&greeting.answer())?;
         Ok(greeting)
     }
 
-    /// Sends an option and reads its replies up to the one that ends them.
-    fn ask(&self, option: NbdOption, data: &[u8]) -> std::result::Result<OptionReplies, Problem> {
-        self.stream.write_all(&option.encode(data), self.deadline)?;
+    /// Sends an option, and receives its replies.
+    fn send(&self, option: NbdOption, data: &[u8]) -> Result<OptionReplies> {
+        self.write_all(&option.encode(data))?;
         let mut information = Vec::new();
         for _ in 0..MAX_REPLIES {
-            let (reply, len) = option_reply(&self.read::<OPTION_HEADER>()?, option)?;
+            let (reply, len) = option_reply(&self.read::<OPTION_HEADER>()?, option).map_err(bad_handshake)?;
             let len = usize::try_from(len).expect("option_reply bounds the length");
             let mut payload = vec![0; len];
-            self.stream.read_exact(&mut payload, self.deadline)?;
+            self.read_exact(&mut payload)?;
             match reply {
                 OptionReply::Ack => return Ok(OptionReplies { end: reply, information, message: String::new() }),
                 OptionReply::Error(_) => {
@@ -205,30 +199,31 @@ impl Negotiation {
                 OptionReply::Info | OptionReply::MetaContext => information.push((reply, payload)),
             }
         }
-        Err(Violation::new(format!("does not end its reply to {}", option.name())).into())
+        Err(bad_handshake(violation(format!("does not end its reply to {}", option.name()))))
     }
 
-    /// Starts TLS. Never falls back: everything else than TLS is an error. Nothing that the server said before counts
-    /// afterwards, and nothing was read ahead that could be taken for a part of the encrypted stream.
-    fn encrypt(self, greeting: Greeting, identity: &TlsSettings, uri: &Uri) -> Result<Self> {
+    /// Starts TLS. Never falls back: every other outcome is an error. No reply from before TLS is used afterwards, and
+    /// no bytes were read ahead that could be taken as part of the encrypted stream.
+    fn encrypt(self, greeting: Greeting, tls: &TlsSettings, uri: &Uri) -> Result<Self> {
         if !greeting.fixed {
-            return Err(Problem::from(Violation::new("is too old for TLS")).on(uri));
+            return Err(bad_handshake(violation("is too old for TLS")).on(uri.to_string()));
         }
-        match self.ask(NbdOption::StartTls, &[]).map_err(|problem| problem.on(uri))? {
+        match self.send(NbdOption::StartTls, &[]).map_err(|error| error.on(uri.to_string()))? {
             OptionReplies { end: OptionReply::Error(code), message, .. } => {
-                Err(Problem::Refused { option: NbdOption::StartTls, code, message }.on(uri))
+                Err(refused(NbdOption::StartTls, code, &message).on(uri.to_string()))
             }
             _ => {
                 let stream = self
                     .stream
-                    .encrypt(identity.connection()?, self.deadline)
+                    .encrypt(tls.connection()?, self.deadline)
                     .map_err(|error| Error::failed("cannot start TLS").on(uri.to_string()).because(error))?;
                 Ok(Self { stream, deadline: self.deadline })
             }
         }
     }
 
-    fn negotiate(&self, greeting: Greeting, export: &str) -> std::result::Result<Agreement, Problem> {
+    /// Negotiates the options, and opens the export.
+    fn negotiate(&self, greeting: Greeting, export: &str) -> Result<Agreement> {
         let mut agreement = Agreement {
             export: ExportInfo { size: crate::units::Bytes::ZERO, read_only: true, multi_conn: false, flush: false },
             blocks: BlockSizes::default(),
@@ -243,17 +238,17 @@ impl Negotiation {
         if agreement.dialect != Dialect::Simple {
             agreement.context = self.context(export)?;
         }
-        let replies = self.ask(NbdOption::Go, &proto::go(export))?;
+        let replies = self.send(NbdOption::Go, &proto::go(export))?;
         match replies.end {
-            // NBD_REP_ERR_UNSUP: an option that is younger than the server.
+            // NBD_REP_ERR_UNSUP: the server is older than the option.
             OptionReply::Error(1) => agreement.export = self.export_name(greeting, export)?,
             OptionReply::Error(code) => {
-                return Err(Problem::Refused { option: NbdOption::Go, code, message: replies.message });
+                return Err(refused(NbdOption::Go, code, &replies.message));
             }
             _ => {
                 let mut size_known = false;
                 for (_, payload) in &replies.information {
-                    match NbdInfo::decode(payload)? {
+                    match NbdInfo::decode(payload).map_err(bad_handshake)? {
                         NbdInfo::Export(export) => {
                             agreement.export = export;
                             size_known = true;
@@ -263,23 +258,23 @@ impl Negotiation {
                     }
                 }
                 if !size_known {
-                    return Err(Violation::new("does not say how big the export is").into());
+                    return Err(bad_handshake(violation("does not report the size of the export")));
                 }
             }
         }
         Ok(agreement)
     }
 
-    /// The best dialect that the server speaks.
-    fn dialect(&self) -> std::result::Result<Dialect, Problem> {
+    /// The best dialect that the server supports.
+    fn dialect(&self) -> Result<Dialect> {
         for (option, dialect) in
             [(NbdOption::ExtendedHeaders, Dialect::Extended), (NbdOption::StructuredReply, Dialect::Structured)]
         {
-            match self.ask(option, &[])? {
+            match self.send(option, &[])? {
                 OptionReplies { end: OptionReply::Ack, .. } => return Ok(dialect),
-                // NBD_REP_ERR_TLS_REQD: it would come back for every other option.
+                // NBD_REP_ERR_TLS_REQD: every other option would get the same reply.
                 OptionReplies { end: OptionReply::Error(code @ 5), message, .. } => {
-                    return Err(Problem::Refused { option, code, message });
+                    return Err(refused(option, code, &message));
                 }
                 _ => {}
             }
@@ -287,20 +282,23 @@ impl Negotiation {
         Ok(Dialect::Simple)
     }
 
-    /// The number of `base:allocation`. A refusal is no error here: GO will say what is wrong with the export.
-    fn context(&self, export: &str) -> std::result::Result<Option<u32>, Problem> {
-        let replies = self.ask(NbdOption::SetMetaContext, &proto::set_meta_context(export))?;
+    /// The number of `base:allocation`. A refusal is no error here: the reply to GO has the reason if the export is
+    /// unusable.
+    fn context(&self, export: &str) -> Result<Option<u32>> {
+        let replies = self.send(NbdOption::SetMetaContext, &proto::set_meta_context(export))?;
         match (replies.end, replies.information.as_slice()) {
-            (OptionReply::Ack, [(OptionReply::MetaContext, payload)]) => Ok(Some(proto::meta_context(payload)?)),
+            (OptionReply::Ack, [(OptionReply::MetaContext, payload)]) => {
+                Ok(Some(proto::meta_context(payload).map_err(bad_handshake)?))
+            }
             (OptionReply::Ack, []) | (OptionReply::Error(_), _) => Ok(None),
-            _ => Err(Violation::new("chose more than one metadata context").into()),
+            _ => Err(bad_handshake(violation("chose more than one metadata context"))),
         }
     }
 
-    /// `NBD_OPT_EXPORT_NAME`: the answer has no header, and a server that does not like it hangs up.
-    fn export_name(&self, greeting: Greeting, export: &str) -> std::result::Result<ExportInfo, Problem> {
-        self.stream.write_all(&NbdOption::ExportName.encode(export.as_bytes()), self.deadline)?;
-        let info = ExportInfo::decode(&self.read::<10>()?)?;
+    /// `NBD_OPT_EXPORT_NAME`: the answer has no header, and a server that refuses it disconnects.
+    fn export_name(&self, greeting: Greeting, export: &str) -> Result<ExportInfo> {
+        self.write_all(&NbdOption::ExportName.encode(export.as_bytes()))?;
+        let info = ExportInfo::decode(&self.read::<10>()?).map_err(bad_handshake)?;
         if !greeting.no_zeroes {
             self.read::<124>()?;
         }
@@ -308,7 +306,7 @@ impl Negotiation {
     }
 }
 
-/// A server's words for a log line: short, and without control characters.
+/// A text of the server for a log line: at most 200 characters, none of them control characters.
 fn printable(text: &[u8]) -> String {
     String::from_utf8_lossy(text).chars().filter(|c| !c.is_control()).take(200).collect()
 }

@@ -1,8 +1,9 @@
-//! One connection that many threads share.
+//! One connection that threads share.
 //!
-//! There is no reader thread. Whoever waits for a reply while nobody reads becomes the reader: it takes in whatever
-//! comes, for all, until its own reply is there; then the next waiter takes over. A single request thus costs one send
-//! and one receive, without a change of threads, and an idle connection costs nothing.
+//! There is no reader thread. A thread that waits for a reply while no other thread reads becomes the reader: it
+//! receives the replies to all requests until its own is complete; then another waiting thread becomes the reader. A
+//! single request thus costs one send and one receive, without a change of threads, and an idle connection costs
+//! nothing.
 
 use std::collections::HashMap;
 use std::io;
@@ -12,188 +13,198 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::connect::Agreement;
-use super::frame::{Dialect, NbdCommand, REPLY_HEADER, ReplyHeader, request};
+use super::frame::{Dialect, NbdCommand, REPLY_HEADER, ReplyHeader, encode_request};
 use super::reply::{PartialReply, ReplyContent, RequestError};
 use super::stream::Stream;
 use crate::units::Bytes;
 
-/// Bytes that are read ahead. Larger payloads go straight into their place.
+/// The size of the receive buffer. Larger payloads are received directly where they belong.
 const READ_AHEAD: usize = 64 << 10;
 
-/// What can be asked.
+/// A request to a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NbdRequest {
     /// The bytes of a range, within the agreed block sizes.
     Read(Range<Bytes>),
     /// The block status of a range that starts and ends on a minimum block or at the end of the export.
     Status(Range<Bytes>),
-    /// That what was written before becomes visible on all connections. Only for a server that can flush.
+    /// A flush: all writes that were answered before become visible on all connections. Only for a server with flushes.
     Flush,
 }
 
-/// A request under way.
+/// The cookie of a request that was sent and has not been waited for.
 #[derive(Debug)]
 pub struct RequestId(u64);
 
-/// A connection in transmission.
+/// A connection in the transmission phase.
 #[derive(Debug)]
 pub struct Connection {
     stream: Stream,
     agreement: Agreement,
-    born: Instant,
+    opened: Instant,
+    /// Held while a request is sent.
     sending: Mutex<()>,
-    input: Mutex<ReadAhead>,
-    table: Mutex<PendingRequests>,
+    read_ahead: Mutex<ReadAhead>,
+    pending: Mutex<PendingRequests>,
+    /// Signals every change of `pending` that a waiting thread needs.
     changed: Condvar,
     in_flight: AtomicUsize,
 }
 
-/// Bytes of the stream that nobody has taken yet.
+/// Bytes that were received and not used yet.
 #[derive(Debug)]
 struct ReadAhead {
     buffer: Box<[u8]>,
     unread: Range<usize>,
 }
 
+/// The requests that have been sent, by their cookies.
 #[derive(Debug, Default)]
 struct PendingRequests {
     next: u64,
     requests: HashMap<u64, PendingRequest>,
+    /// Some thread is receiving replies.
     has_reader: bool,
+    /// Why the connection has ended, if it has.
     broken: Option<String>,
 }
 
+/// The state of a request.
 #[derive(Debug)]
 enum PendingRequest {
+    /// Its reply is not complete.
     Waiting(PartialReply),
-    /// The reader has its answer in hand.
-    Arriving,
+    /// The reader has its reply, to add what it receives.
+    Receiving,
+    /// Its reply is complete, or it failed.
     Done(Result<ReplyContent, RequestError>),
 }
 
 impl Connection {
-    /// Takes over a stream after its negotiation.
+    /// The connection of a stream after its negotiation.
     pub fn new(stream: Stream, agreement: Agreement) -> Self {
         Self {
             stream,
             agreement,
-            born: Instant::now(),
+            opened: Instant::now(),
             sending: Mutex::new(()),
-            input: Mutex::new(ReadAhead { buffer: vec![0; READ_AHEAD].into(), unread: 0..0 }),
-            table: Mutex::default(),
+            read_ahead: Mutex::new(ReadAhead { buffer: vec![0; READ_AHEAD].into(), unread: 0..0 }),
+            pending: Mutex::default(),
             changed: Condvar::new(),
             in_flight: AtomicUsize::new(0),
         }
     }
 
-    /// When it was made.
-    pub fn born(&self) -> Instant {
-        self.born
+    /// The time when the connection was made.
+    pub fn opened(&self) -> Instant {
+        self.opened
     }
 
-    /// Requests under way.
+    /// The number of requests without an answer.
     pub fn load(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
     }
 
     /// Whether the connection has ended.
     pub fn is_broken(&self) -> bool {
-        self.table().broken.is_some()
+        self.pending().broken.is_some()
     }
 
     /// Sends a request.
     ///
     /// # Errors
     ///
-    /// [`RequestError::NoContext`] for a status that the server cannot give, [`RequestError::Broken`] when it cannot be sent.
-    pub fn submit(&self, ask: &NbdRequest, deadline: Instant) -> Result<RequestId, RequestError> {
-        let (command, range, answer) = self.prepare(ask)?;
+    /// [`RequestError::NoContext`] for a status that the server cannot give, [`RequestError::Broken`] when it cannot be
+    /// sent.
+    pub fn submit(&self, request: &NbdRequest, deadline: Instant) -> Result<RequestId, RequestError> {
+        let (command, range, reply) = self.prepare(request)?;
         let cookie = {
-            let mut table = self.table();
-            if let Some(reason) = &table.broken {
+            let mut pending = self.pending();
+            if let Some(reason) = &pending.broken {
                 return Err(RequestError::Broken(reason.clone()));
             }
-            table.next += 1;
-            let cookie = table.next;
-            table.requests.insert(cookie, PendingRequest::Waiting(answer));
+            pending.next += 1;
+            let cookie = pending.next;
+            pending.requests.insert(cookie, PendingRequest::Waiting(reply));
             cookie
         };
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         let sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = self.stream.write_all(&request(self.agreement.dialect, command, cookie, &range), deadline);
+        let sent = self.stream.write_all(&encode_request(self.agreement.dialect, command, cookie, &range), deadline);
         drop(sending);
         if let Err(error) = sent {
             self.end(error.to_string());
         }
-        // A request that was not sent finds out in `wait`, as all others of a broken connection do.
+        // `wait` returns the error, as for all requests of a broken connection.
         Ok(RequestId(cookie))
     }
 
-    /// Waits for the answer to a request. Every ticket is to be waited for, once.
+    /// Waits for the answer to a request. Each request must be waited for, once.
     ///
     /// # Errors
     ///
-    /// The server's error, its violation of the protocol, or the end of the connection, which is also what becomes of a
-    /// request without an answer at `deadline`.
-    pub fn wait(&self, ticket: RequestId, deadline: Instant) -> Result<ReplyContent, RequestError> {
-        let result = self.wait_for(ticket.0, deadline);
+    /// The server's error, its violation of the protocol, or the end of the connection. A request without an answer at
+    /// `deadline` ends the connection.
+    pub fn wait(&self, id: RequestId, deadline: Instant) -> Result<ReplyContent, RequestError> {
+        let result = self.wait_for(id.0, deadline);
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
         result
     }
 
     fn wait_for(&self, cookie: u64, deadline: Instant) -> Result<ReplyContent, RequestError> {
-        let mut table = self.table();
+        let mut pending = self.pending();
         loop {
-            if let Some(PendingRequest::Done(_)) = table.requests.get(&cookie)
-                && let Some(PendingRequest::Done(result)) = table.requests.remove(&cookie)
+            if let Some(PendingRequest::Done(_)) = pending.requests.get(&cookie)
+                && let Some(PendingRequest::Done(result)) = pending.requests.remove(&cookie)
             {
                 return result;
             }
-            if let Some(reason) = table.broken.clone() {
-                table.requests.remove(&cookie);
+            if let Some(reason) = pending.broken.clone() {
+                pending.requests.remove(&cookie);
                 return Err(RequestError::Broken(reason));
             }
-            if table.has_reader {
+            if pending.has_reader {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
-                    drop(table);
+                    drop(pending);
                     self.end("the server does not answer in time".to_owned());
-                    table = self.table();
+                    pending = self.pending();
                 } else {
-                    table = self.changed.wait_timeout(table, left).unwrap_or_else(PoisonError::into_inner).0;
+                    pending = self.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
                 }
                 continue;
             }
-            table.has_reader = true;
-            drop(table);
+            pending.has_reader = true;
+            drop(pending);
             let read = self.read_until(cookie, deadline);
             if let Err(reason) = read {
                 self.end(reason);
             }
-            table = self.table();
-            table.has_reader = false;
+            pending = self.pending();
+            pending.has_reader = false;
             self.changed.notify_all();
         }
     }
 
-    /// Ends the connection for all; the first reason is the one that counts.
+    /// Ends the connection for all threads. The reason of the first call is kept.
     pub fn end(&self, reason: String) {
-        self.table().broken.get_or_insert(reason);
+        self.pending().broken.get_or_insert(reason);
         self.stream.shutdown();
         self.changed.notify_all();
     }
 
-    fn prepare(&self, ask: &NbdRequest) -> Result<(NbdCommand, Range<Bytes>, PartialReply), RequestError> {
-        match ask {
+    /// The command and range of a request, and the reply to complete.
+    fn prepare(&self, request: &NbdRequest) -> Result<(NbdCommand, Range<Bytes>, PartialReply), RequestError> {
+        match request {
             NbdRequest::Flush => Ok((NbdCommand::Flush, Bytes::ZERO..Bytes::ZERO, PartialReply::flush())),
             NbdRequest::Read(range) => {
-                let answer = PartialReply::read(range.clone()).expect("a read is a piece of a buffer in memory");
-                Ok((NbdCommand::Read, range.clone(), answer))
+                let reply = PartialReply::read(range.clone()).expect("a read is a piece of a buffer in memory");
+                Ok((NbdCommand::Read, range.clone(), reply))
             }
             NbdRequest::Status(range) => {
                 let Agreement { dialect, context, export, .. } = self.agreement;
                 let context = context.ok_or(RequestError::NoContext)?;
-                // Another connection may have spoken another dialect when the range was chosen.
+                // The range may have been chosen for a connection with another dialect.
                 let end = range.end.min(range.start.saturating_add(dialect.longest_status()));
                 let range = range.start..end;
                 Ok((NbdCommand::BlockStatus, range.clone(), PartialReply::status(range, context, dialect, export.size)))
@@ -201,32 +212,35 @@ impl Connection {
         }
     }
 
-    /// Takes replies in until the one to `cookie` is whole. An error ends the connection.
+    /// Receives replies until the one to `cookie` is complete. An error ends the connection.
     fn read_until(&self, cookie: u64, deadline: Instant) -> Result<(), String> {
-        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
-        while self.read_reply(&mut input, deadline)? != Some(cookie) {}
+        let mut read_ahead = self.read_ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.read_reply(&mut read_ahead, deadline)? != Some(cookie) {}
         Ok(())
     }
 
-    /// Takes one reply or chunk in; says whose request it finished.
-    fn read_reply(&self, input: &mut ReadAhead, deadline: Instant) -> Result<Option<u64>, String> {
+    /// Receives one simple reply or chunk. Returns the cookie of the request whose reply it completes, if it does.
+    fn read_reply(&self, read_ahead: &mut ReadAhead, deadline: Instant) -> Result<Option<u64>, String> {
         let dialect = self.agreement.dialect;
         let mut bytes = [0; REPLY_HEADER];
-        self.take(input, &mut bytes, deadline)?;
-        let head = ReplyHeader::decode(&bytes, dialect).map_err(|violation| violation.to_string())?;
-        let cookie = head.cookie();
-        let Some(PendingRequest::Waiting(mut answer)) =
-            self.table().requests.get_mut(&cookie).map(|request| std::mem::replace(request, PendingRequest::Arriving))
+        self.take(read_ahead, &mut bytes, deadline)?;
+        let header = ReplyHeader::decode(&bytes, dialect).map_err(|error| error.to_string())?;
+        let cookie = header.cookie();
+        let Some(PendingRequest::Waiting(mut reply)) = self
+            .pending()
+            .requests
+            .get_mut(&cookie)
+            .map(|request| std::mem::replace(request, PendingRequest::Receiving))
         else {
-            return Err(format!("the server replied to the request {cookie}, which does not exist"));
+            return Err(format!("the server replied to request {cookie}, which was not sent"));
         };
-        let arrived = self.read_body(input, head, dialect, &mut answer, deadline);
-        let (request, ended) = match arrived {
-            Ok(()) if !answer.is_done() => (PendingRequest::Waiting(answer), None),
+        let received = self.read_body(read_ahead, header, dialect, &mut reply, deadline);
+        let (request, ended) = match received {
+            Ok(()) if !reply.is_done() => (PendingRequest::Waiting(reply), None),
             Ok(()) => {
-                let result = answer.finish();
+                let result = reply.finish();
                 let ended = match &result {
-                    Err(RequestError::Violation(violation)) => Some(violation.to_string()),
+                    Err(RequestError::Violation(violation)) => Some(violation.clone()),
                     _ => None,
                 };
                 (PendingRequest::Done(result), ended)
@@ -237,7 +251,7 @@ impl Connection {
             }
         };
         let done = matches!(request, PendingRequest::Done(_));
-        self.table().requests.insert(cookie, request);
+        self.pending().requests.insert(cookie, request);
         match ended {
             Some(reason) => Err(reason),
             None if done => {
@@ -248,69 +262,70 @@ impl Connection {
         }
     }
 
-    /// Takes in what follows the first part of a header.
+    /// Receives the rest of a reply after the first part of its header.
     fn read_body(
         &self,
-        input: &mut ReadAhead,
-        head: ReplyHeader,
+        read_ahead: &mut ReadAhead,
+        header: ReplyHeader,
         dialect: Dialect,
-        answer: &mut PartialReply,
+        reply: &mut PartialReply,
         deadline: Instant,
     ) -> Result<(), RequestError> {
-        let place = match head {
-            ReplyHeader::Simple { error, .. } => answer.simple(error, dialect).map_err(RequestError::Violation)?,
+        let place = match header {
+            ReplyHeader::Simple { error, .. } => reply.simple(error, dialect).map_err(RequestError::violation)?,
             ReplyHeader::Chunk { flags, kind, .. } => {
                 let mut rest = [0; 16];
-                let rest = &mut rest[..head.rest(dialect)];
-                self.take(input, rest, deadline).map_err(RequestError::Broken)?;
-                let chunk = answer.chunk(flags, kind, rest).map_err(RequestError::Violation)?;
+                let rest = &mut rest[..header.rest(dialect)];
+                self.take(read_ahead, rest, deadline).map_err(RequestError::Broken)?;
+                let chunk = reply.chunk(flags, kind, rest).map_err(RequestError::violation)?;
                 let mut payload = vec![0; chunk.to_parse()];
-                self.take(input, &mut payload, deadline).map_err(RequestError::Broken)?;
-                answer.payload(chunk, &payload).map_err(RequestError::Violation)?
+                self.take(read_ahead, &mut payload, deadline).map_err(RequestError::Broken)?;
+                reply.payload(chunk, &payload).map_err(RequestError::violation)?
             }
         };
         match place {
-            Some(place) => self.take(input, place, deadline).map_err(RequestError::Broken),
+            Some(place) => self.take(read_ahead, place, deadline).map_err(RequestError::Broken),
             None => Ok(()),
         }
     }
 
     /// Reads exactly `out` from the stream.
-    fn take(&self, input: &mut ReadAhead, mut out: &mut [u8], deadline: Instant) -> Result<(), String> {
+    fn take(&self, read_ahead: &mut ReadAhead, mut out: &mut [u8], deadline: Instant) -> Result<(), String> {
         let reason = |error: io::Error| error.to_string();
         loop {
-            let count = out.len().min(input.unread.len());
-            let from = input.unread.start;
-            out[..count].copy_from_slice(&input.buffer[from..from + count]);
-            input.unread.start += count;
+            let count = out.len().min(read_ahead.unread.len());
+            let from = read_ahead.unread.start;
+            out[..count].copy_from_slice(&read_ahead.buffer[from..from + count]);
+            read_ahead.unread.start += count;
             out = &mut out[count..];
-            if out.len() >= input.buffer.len() {
+            if out.len() >= read_ahead.buffer.len() {
                 return self.stream.read_exact(out, deadline).map_err(reason);
             }
             if out.is_empty() {
                 return Ok(());
             }
-            let count = self.stream.read(&mut input.buffer, deadline).map_err(reason)?;
+            let count = self.stream.read(&mut read_ahead.buffer, deadline).map_err(reason)?;
             if count == 0 {
                 return Err("the server closed the connection".to_owned());
             }
-            input.unread = 0..count;
+            read_ahead.unread = 0..count;
         }
     }
 
-    fn table(&self) -> MutexGuard<'_, PendingRequests> {
+    fn pending(&self) -> MutexGuard<'_, PendingRequests> {
         // Nothing in this module panics while it holds a lock.
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Connection {
-    /// Sends the request to disconnect, so that the server does not log a lost client. It waits for nothing: a connection
-    /// may be dropped where others wait for a lock.
+    /// Sends the request to disconnect, so that the server does not log a lost client. It does not wait, because a
+    /// connection may be dropped by a thread that holds a lock.
     fn drop(&mut self) {
         if !self.is_broken() {
-            let goodbye = request(self.agreement.dialect, NbdCommand::Disconnect, 0, &(Bytes::ZERO..Bytes::ZERO));
-            self.stream.write_at_once(&goodbye);
+            let goodbye =
+                encode_request(self.agreement.dialect, NbdCommand::Disconnect, 0, &(Bytes::ZERO..Bytes::ZERO));
+            self.stream.write_without_waiting(&goodbye);
         }
         self.stream.shutdown();
     }

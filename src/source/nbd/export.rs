@@ -8,27 +8,28 @@ use super::{Client, Uri};
 use crate::deadline;
 use crate::error::{Error, Result};
 
-/// An export by its URI: connected to when it is looked at, by one client for all that have it open.
+/// An export by its URI. It is connected to when it is used, by one client for all its users.
 #[derive(Debug)]
 pub struct NbdExport {
     uri: Uri,
     state: Mutex<ExportState>,
     changed: Condvar,
-    /// It outlives the clients.
-    rest: Arc<RetryDelay>,
+    /// Shared by all clients of the export, one after the other.
+    retry_delay: Arc<RetryDelay>,
 }
 
 #[derive(Debug, Default)]
 struct ExportState {
     client: Weak<Client>,
-    /// Some thread connects.
+    /// Some thread is connecting.
     connecting: bool,
-    /// Attempts to connect that have ended, and why the last of them failed if it did.
+    /// The number of attempts to connect that have ended.
     ended: u64,
+    /// Why the last attempt failed, if it did.
     failed: Option<String>,
 }
 
-/// A thread that connects; however that ends, others may connect afterwards.
+/// An attempt to connect. When it ends, even by a panic, other threads may connect.
 struct ConnectAttempt<'a>(&'a NbdExport);
 
 impl Drop for ConnectAttempt<'_> {
@@ -43,7 +44,7 @@ impl Drop for ConnectAttempt<'_> {
 impl NbdExport {
     /// The export with that URI.
     pub fn new(uri: Uri) -> Self {
-        Self { uri, state: Mutex::default(), changed: Condvar::new(), rest: Arc::default() }
+        Self { uri, state: Mutex::default(), changed: Condvar::new(), retry_delay: Arc::default() }
     }
 
     /// The URI.
@@ -51,8 +52,8 @@ impl NbdExport {
         &self.uri
     }
 
-    /// A client that is connected. Those that ask while one connects share what becomes of it, and wait for it no longer
-    /// than their own request lasts.
+    /// A client that is connected. Threads that call this while another one connects share its result, and wait for it
+    /// no longer than their own request lasts.
     ///
     /// # Errors
     /// As [`Client::open`].
@@ -64,8 +65,8 @@ impl NbdExport {
             if let Some(client) = state.client.upgrade() {
                 return Ok(client);
             }
-            if let Some(why) = state.failed.as_ref().filter(|_| state.ended > before) {
-                return Err(Error::failed(why.clone()));
+            if let Some(reason) = state.failed.as_ref().filter(|_| state.ended > before) {
+                return Err(Error::failed(reason.clone()));
             }
             if !state.connecting {
                 break;
@@ -78,9 +79,9 @@ impl NbdExport {
         }
         state.connecting = true;
         drop(state);
-        // Without the lock: a connection takes as long as the network, and who has a client needs no other.
+        // The lock is not held while connecting, which may take long: a thread that has a client does not need to wait.
         let _attempt = ConnectAttempt(self);
-        let opened = Client::open_again(&self.uri, self.rest.clone()).map(Arc::new);
+        let opened = Client::open_again(&self.uri, self.retry_delay.clone()).map(Arc::new);
         let mut state = self.lock();
         state.failed = opened.as_ref().err().map(ToString::to_string);
         if let Ok(client) = &opened {

@@ -1,8 +1,10 @@
-//! Transmission: the frames of requests and replies in all three dialects. Pure and total.
+//! The transmission phase: the headers of requests and replies in all three dialects, without I/O. Every input gives a
+//! value or an error.
 
 use std::ops::Range;
 
-use super::proto::{Fields, Violation};
+use super::proto::{Fields, violation};
+use crate::error::Result;
 use crate::units::Bytes;
 
 const REQUEST: u32 = 0x2560_9513;
@@ -11,7 +13,7 @@ const SIMPLE_REPLY: u32 = 0x6744_6698;
 const CHUNK: u32 = 0x668e_33ef;
 const EXTENDED_CHUNK: u32 = 0x6e8a_278c;
 
-/// The longest block status request of 32 bits: below 4 GiB, and aligned to every minimum block size there is.
+/// The longest block status request of 32 bits: below 4 GiB, and a multiple of every minimum block size.
 const LONGEST_32: Bytes = Bytes::new((1 << 32) - (64 << 10));
 
 /// How requests and replies are framed.
@@ -41,7 +43,7 @@ impl Dialect {
 pub enum NbdCommand {
     /// `NBD_CMD_READ`.
     Read = 0,
-    /// `NBD_CMD_DISC`: the client leaves; there is no reply.
+    /// `NBD_CMD_DISC`: the client disconnects; there is no reply.
     Disconnect = 2,
     /// `NBD_CMD_FLUSH`: all writes that were answered before, on any connection, become visible and permanent.
     Flush = 3,
@@ -49,8 +51,8 @@ pub enum NbdCommand {
     BlockStatus = 7,
 }
 
-/// A request without payload. A length that the dialect cannot carry is cut to what it can.
-pub fn request(dialect: Dialect, command: NbdCommand, cookie: u64, range: &Range<Bytes>) -> Vec<u8> {
+/// The bytes of a request without payload. A length beyond the limit of the dialect is reduced to the limit.
+pub fn encode_request(dialect: Dialect, command: NbdCommand, cookie: u64, range: &Range<Bytes>) -> Vec<u8> {
     let len = range.end.saturating_sub(range.start).get();
     let mut bytes = Vec::with_capacity(32);
     let magic = if dialect == Dialect::Extended { EXTENDED_REQUEST } else { REQUEST };
@@ -66,17 +68,17 @@ pub fn request(dialect: Dialect, command: NbdCommand, cookie: u64, range: &Range
     bytes
 }
 
-/// Bytes that every reply header has at least.
+/// The length of the shortest reply header, in bytes.
 pub const REPLY_HEADER: usize = 16;
 
 /// The first [`REPLY_HEADER`] bytes of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplyHeader {
-    /// A simple reply, whole. A successful read is followed by all its bytes.
+    /// A complete simple reply. After that of a successful read, all its bytes follow.
     Simple {
         /// Zero, or the server's errno.
         error: u32,
-        /// Whose reply it is.
+        /// The cookie of the request.
         cookie: u64,
     },
     /// A chunk; [`ReplyHeader::rest`] bytes of its header follow.
@@ -85,18 +87,18 @@ pub enum ReplyHeader {
         flags: u16,
         /// `NBD_REPLY_TYPE_*`.
         kind: u16,
-        /// Whose chunk it is.
+        /// The cookie of the request.
         cookie: u64,
     },
 }
 
 impl ReplyHeader {
-    /// Reads the common part of a reply header.
+    /// Reads the first part of a reply header.
     ///
     /// # Errors
     ///
-    /// Bytes that are no reply of this dialect; the stream cannot be followed any further.
-    pub fn decode(bytes: &[u8; REPLY_HEADER], dialect: Dialect) -> Result<Self, Violation> {
+    /// Bytes that are no reply of this dialect. The connection cannot be used any more.
+    pub fn decode(bytes: &[u8; REPLY_HEADER], dialect: Dialect) -> Result<Self> {
         let mut fields = Fields::of(bytes);
         let magic = fields.u32().unwrap_or_default();
         match (magic, dialect) {
@@ -108,18 +110,18 @@ impl ReplyHeader {
                 let (flags, kind) = (fields.u16().unwrap_or_default(), fields.u16().unwrap_or_default());
                 Ok(Self::Chunk { flags, kind, cookie: fields.u64().unwrap_or_default() })
             }
-            _ => Err(Violation::new(format!("sent {magic:#010x} where a reply should begin"))),
+            _ => Err(violation(format!("sent {magic:#010x} where a reply should begin"))),
         }
     }
 
-    /// Whose reply it is.
+    /// The cookie of the request.
     pub fn cookie(self) -> u64 {
         match self {
             Self::Simple { cookie, .. } | Self::Chunk { cookie, .. } => cookie,
         }
     }
 
-    /// How many bytes of the header are still to come.
+    /// The number of bytes of the header that follow.
     pub fn rest(self, dialect: Dialect) -> usize {
         match (self, dialect) {
             (Self::Simple { .. }, _) => 0,
@@ -138,28 +140,28 @@ mod tests {
     }
 
     #[test]
-    fn requests_on_the_wire() {
-        let plain = request(Dialect::Structured, NbdCommand::BlockStatus, 7, &bytes(512, 1536));
+    fn encoded_requests() {
+        let plain = encode_request(Dialect::Structured, NbdCommand::BlockStatus, 7, &bytes(512, 1536));
         assert_eq!(plain, b"\x25\x60\x95\x13\0\0\0\x07\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\x02\0\0\0\x04\0");
-        let extended = request(Dialect::Extended, NbdCommand::Read, 1, &bytes(0, 1 << 32));
+        let extended = encode_request(Dialect::Extended, NbdCommand::Read, 1, &bytes(0, 1 << 32));
         assert_eq!(extended, b"\x21\xe4\x1c\x71\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0");
     }
 
     #[test]
-    fn heads() {
-        let head = |magic: u32, dialect| {
+    fn reply_headers() {
+        let rest = |magic: u32, dialect| {
             let mut bytes = [1; REPLY_HEADER];
             bytes[..4].copy_from_slice(&magic.to_be_bytes());
-            ReplyHeader::decode(&bytes, dialect).map(|head| head.rest(dialect))
+            ReplyHeader::decode(&bytes, dialect).map(|header| header.rest(dialect)).ok()
         };
-        assert_eq!(head(SIMPLE_REPLY, Dialect::Simple), Ok(0));
-        assert_eq!(head(SIMPLE_REPLY, Dialect::Structured), Ok(0));
-        assert_eq!(head(CHUNK, Dialect::Structured), Ok(4));
-        assert_eq!(head(EXTENDED_CHUNK, Dialect::Extended), Ok(16));
-        assert!(head(SIMPLE_REPLY, Dialect::Extended).is_err());
-        assert!(head(CHUNK, Dialect::Simple).is_err());
-        assert!(head(CHUNK, Dialect::Extended).is_err());
-        assert!(head(EXTENDED_CHUNK, Dialect::Structured).is_err());
-        assert!(head(0, Dialect::Structured).is_err());
+        assert_eq!(rest(SIMPLE_REPLY, Dialect::Simple), Some(0));
+        assert_eq!(rest(SIMPLE_REPLY, Dialect::Structured), Some(0));
+        assert_eq!(rest(CHUNK, Dialect::Structured), Some(4));
+        assert_eq!(rest(EXTENDED_CHUNK, Dialect::Extended), Some(16));
+        assert!(rest(SIMPLE_REPLY, Dialect::Extended).is_none());
+        assert!(rest(CHUNK, Dialect::Simple).is_none());
+        assert!(rest(CHUNK, Dialect::Extended).is_none());
+        assert!(rest(EXTENDED_CHUNK, Dialect::Structured).is_none());
+        assert!(rest(0, Dialect::Structured).is_none());
     }
 }

@@ -1,8 +1,9 @@
-//! The connection that a device of the kernel's NBD client had when it was mounted, and whether it may have another one.
+//! The connection that a device of the kernel's NBD client had at the mount, and whether the device may have another
+//! one.
 //!
-//! The user names the export that the device is connected to at that moment. Nothing else says which export a device
-//! has. So as soon as the device may be connected to another one, nothing is known of its holes any more, for the rest of
-//! the mount.
+//! The user names the export that the device is connected to at the mount. The kernel does not report the export of a
+//! device. So as soon as the device may be connected to another export, its holes are unknown for the rest of the
+//! mount.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -20,84 +21,85 @@ use crate::sys::sysfs::ConnectionFile;
 
 /// One connection of one device.
 ///
-/// Two kinds of evidence end it, and neither can return to an earlier state: its `pid` attribute was removed, or the
-/// kernel's log has a message about the device. The driver prints one when a socket fails, is shut down, or is replaced
-/// (`nbd_read_reply`, `sock_shutdown`, `nbd_disconnect` and `nbd_genl_reconfigure` of `drivers/block/nbd.c`), and none in the
-/// ordinary course of reads and writes.
+/// It has ended when the device's `pid` attribute was removed, or when the kernel's log has a message about the device.
+/// Both are permanent evidence: neither returns to an earlier state. The driver logs when a socket fails, is shut down
+/// or is replaced (`nbd_read_reply`, `sock_shutdown`, `nbd_disconnect` and `nbd_genl_reconfigure` of
+/// `drivers/block/nbd.c`), and logs nothing for ordinary reads and writes.
 #[derive(Debug)]
 pub(super) struct KernelConnection {
     name: String,
     device: DeviceId,
     attribute: ConnectionFile,
     log: KernelLog,
-    /// One reader of the log at a time: what one takes another does not see.
+    /// Held by the one thread that reads the log: a message is read only once.
     reading: Mutex<()>,
     lost: OnceLock<String>,
 }
 
 impl KernelConnection {
-    /// Takes note of the connection that an open device has now.
+    /// The connection that an open device has now.
     ///
     /// # Errors
-    /// Why its end could not be seen, or that there is none.
+    /// The reason why its end could not be noticed, or that the device is not connected.
     pub(super) fn new(device: &BlockDevice) -> Result<Self, String> {
-        // The log first: what happens from here on is in it.
+        // The log is opened first, so that it has every message from here on.
         let log = KernelLog::from_now().map_err(|error| {
-            format!("cannot follow the kernel's log, to see when it is connected anew: {}", plain(&error))
+            format!("cannot follow the kernel's log, to notice another connection of the device: {}", plain(&error))
         })?;
         let attribute = ConnectionFile::open(device.id).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => "it was not connected when it was mounted: mount it again".to_owned(),
-            _ => format!("cannot tell when it is connected anew: {}", plain(&error)),
+            io::ErrorKind::NotFound => "the device was not connected at the mount: mount it again".to_owned(),
+            _ => format!("cannot notice another connection of the device: {}", plain(&error)),
         })?;
         let (reading, lost) = (Mutex::default(), OnceLock::new());
         Ok(Self { name: device.name(), device: device.id, attribute, log, reading, lost })
     }
 
-    /// Why the device may have another connection by now; `None` while it has the same one for certain.
+    /// Why the device may have another connection now; `None` while it certainly has the same one.
     pub(super) fn lost(&self) -> Option<&str> {
         if self.lost.get().is_none() {
-            let _one_at_a_time = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(why) = self.look() {
+            let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(evidence) = self.evidence() {
                 self.lost.get_or_init(|| {
-                    let why = format!("{why}: it may have another export now; mount it again if it has not");
-                    log::warn!("{}: no holes from now on: {why}", self.name);
-                    why
+                    let reason = format!("{evidence}: it may have another export now; mount it again if it has not");
+                    log::warn!("{}: no holes from now on: {reason}", self.name);
+                    reason
                 });
             }
         }
         self.lost.get().map(String::as_str)
     }
 
-    fn look(&self) -> Option<String> {
+    /// Evidence that the connection may have ended.
+    fn evidence(&self) -> Option<String> {
         if !self.attribute.exists() {
             return Some("it was disconnected after it was mounted".to_owned());
         }
         match self.log.next_message_about(self.device) {
             Ok(None) => None,
-            Ok(Some(message)) => Some(format!("the kernel said \"{message}\"")),
+            Ok(Some(message)) => Some(format!("the kernel logged \"{message}\"")),
             Err(error) => Some(format!("cannot follow the kernel's log: {}", plain(&error))),
         }
     }
 
-    /// Follows the log as it is written, so that no message is overwritten before it was seen.
+    /// Starts a thread that reads the log as it is written, so that no message is overwritten before it is read.
     pub(super) fn watch(self: &Arc<Self>) {
-        let link = self.clone();
+        let connection = self.clone();
         let watcher = thread::Builder::new()
-            .name("nbd link".to_owned())
-            .spawn(move || while link.lost().is_none() && link.wait() {});
+            .name("nbd kernel log".to_owned())
+            .spawn(move || while connection.lost().is_none() && connection.wait() {});
         if let Err(error) = watcher {
             log::warn!("{}: cannot start a thread, the kernel's log is read at each question only: {error}", self.name);
         }
     }
 
-    /// Waits for the next message; false when that is impossible.
+    /// Waits for the next message. Returns false when waiting is impossible.
     fn wait(&self) -> bool {
         let mut log = [PollFd::new(self.log.as_fd(), PollFlags::POLLIN)];
         matches!(poll(&mut log, PollTimeout::NONE), Ok(_) | Err(Errno::EINTR))
     }
 }
 
-/// Holds a device to the connection that it had when it was mounted.
+/// A stack is unchanged while its NBD device has the connection that it had at the mount.
 pub(super) struct KernelConnectionGuard(pub(super) Arc<KernelConnection>);
 
 impl Guard for KernelConnectionGuard {

@@ -1,4 +1,4 @@
-//! The connections to one export: how many, which one next, and what happens when the server is away.
+//! The connections to one export: their number, the choice for the next request, and reconnection after an outage.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,29 +10,31 @@ use super::uri::Uri;
 use crate::deadline;
 use crate::error::{Error, Result};
 
-/// The most connections to one export that is read-only, where the server allows several (`NBD_FLAG_CAN_MULTI_CONN`).
+/// The largest number of connections to one export that is read-only, where the server allows several
+/// (`NBD_FLAG_CAN_MULTI_CONN`).
 ///
-/// An export that can be written has one connection: what another client has written may be visible on one connection
-/// before it is on the next one, unless it is flushed. A hole by the block status of one connection could be data on another.
+/// An export that can be written has one connection: without a flush, a write of another client may be visible on one
+/// connection and not yet on the next one. A hole in the block status of one connection could be data on another.
 const MAX_CONNECTIONS: usize = 4;
-/// How long an additional connection may take. A server at the limit of its clients may accept and then say nothing.
-const EXTRA: Duration = Duration::from_secs(1);
-/// The first and the longest pause between two attempts to reach a server that is away.
+/// The time that an additional connection may take. A server at its limit of clients may accept it and never answer.
+const ADDITIONAL_CONNECT: Duration = Duration::from_secs(1);
+/// The first pause between two attempts to connect in an outage. Each pause is twice as long as the last one.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long a server is waited for.
+/// The longest waits for a server.
 ///
-/// One call of [`super::Client`] takes at most `request`, whatever happens in it: lost connections, attempts to connect and
-/// their host names, answers in small pieces.
+/// One call of [`super::Client`] takes at most `request`. That includes lost connections, attempts to connect with
+/// their host name lookups, and answers in small pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
     /// For a new connection, from the socket to the end of the negotiation.
     pub connect: Duration,
-    /// For a call, from its begin to its answer.
+    /// For a call, from its start to its answer.
     pub request: Duration,
-    /// For a server that is away to come back. Counted from when it was missed first: after that, calls fail at once,
-    /// but for one attempt each second. Also the pause after an additional connection failed.
+    /// For the end of an outage, from the first failed attempt to connect. After that, calls fail at once, except that
+    /// one attempt is made each second. Also the pause after an additional connection failed.
     pub outage: Duration,
 }
 
@@ -46,30 +48,35 @@ impl Default for Timeouts {
 #[derive(Debug)]
 pub struct ConnectionPool {
     uri: Uri,
-    identity: Option<TlsSettings>,
+    tls: Option<TlsSettings>,
+    /// The parameters of the first connection.
     first: Agreement,
-    patience: Timeouts,
+    timeouts: Timeouts,
     state: Mutex<PoolState>,
+    /// Signals the end of an attempt to connect.
     changed: Condvar,
 }
 
 #[derive(Debug)]
 struct PoolState {
     live: Vec<Arc<Connection>>,
+    /// The largest number of connections.
     limit: usize,
-    /// When an additional connection may be tried, after one failed.
+    /// The time before which no additional connection is tried, after one failed.
     more_after: Option<Instant>,
-    /// A thread is connecting.
+    /// Some thread is connecting.
     opening: bool,
     outage: Option<Outage>,
 }
 
-/// The server cannot be reached.
+/// A time in which the server cannot be reached.
 #[derive(Debug)]
 struct Outage {
     since: Instant,
+    /// The pause after the next failed attempt to connect.
     pause: Duration,
     next_attempt: Instant,
+    /// Why the last attempt failed.
     reason: String,
 }
 
@@ -85,38 +92,37 @@ impl ConnectionPool {
     ///
     /// # Errors
     ///
-    /// Whatever keeps the export from being opened. Nothing is tried twice.
-    pub fn open(uri: Uri, patience: Timeouts) -> Result<Self> {
-        let identity = TlsSettings::of(&uri)?;
-        let (stream, first) =
-            connect(&uri, identity.as_ref(), deadline::no_later_than(Instant::now() + patience.connect))?;
+    /// The server cannot be reached, or the export cannot be opened. There is one attempt.
+    pub fn open(uri: Uri, timeouts: Timeouts) -> Result<Self> {
+        let tls = TlsSettings::of(&uri)?;
+        let (stream, first) = connect(&uri, tls.as_ref(), deadline::no_later_than(Instant::now() + timeouts.connect))?;
         let several = first.export.multi_conn && first.export.read_only;
         let limit = if several { MAX_CONNECTIONS } else { 1 };
         let live = vec![Arc::new(Connection::new(stream, first))];
         let state = Mutex::new(PoolState { live, limit, more_after: None, opening: false, outage: None });
-        Ok(Self { uri, identity, first, patience, state, changed: Condvar::new() })
+        Ok(Self { uri, tls, first, timeouts, state, changed: Condvar::new() })
     }
 
-    /// What the first connection agreed on. Later ones have the same size and block sizes.
+    /// The parameters of the first connection. Later connections have the same size, flags and block sizes.
     pub fn first(&self) -> &Agreement {
         &self.first
     }
 
-    /// The export.
+    /// The URI of the export.
     pub fn uri(&self) -> &Uri {
         &self.uri
     }
 
-    /// How long a server is waited for.
-    pub fn patience(&self) -> Timeouts {
-        self.patience
+    /// The longest waits for the server.
+    pub fn timeouts(&self) -> Timeouts {
+        self.timeouts
     }
 
     /// The connection to use next: an idle one, else a new one, else the one with the fewest requests.
     ///
     /// # Errors
     ///
-    /// Why there is none, at the latest at `until`.
+    /// The reason why there is none, at the latest at `until`.
     pub fn connection(&self, until: Instant) -> std::result::Result<Arc<Connection>, String> {
         let mut state = self.state();
         loop {
@@ -128,19 +134,9 @@ impl ConnectionPool {
                 return Ok(Arc::clone(best));
             }
             let now = Instant::now();
-            let wake = match &state.outage {
-                _ if state.opening => Some(until),
-                Some(outage) if best.is_none() && now < outage.next_attempt => {
-                    if now.duration_since(outage.since) >= self.patience.outage {
-                        return Err(outage.reason.clone());
-                    }
-                    Some(outage.next_attempt.min(until))
-                }
-                _ => None,
-            };
-            if let Some(wake) = wake {
+            if let Some(wake) = self.wait_until(&state, best.is_some(), now, until)? {
                 if now >= until {
-                    return Err("the server does not come back in time".to_owned());
+                    return Err("the server cannot be reached in time".to_owned());
                 }
                 let left = wake.saturating_duration_since(now);
                 state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -148,62 +144,95 @@ impl ConnectionPool {
             }
             state.opening = true;
             drop(state);
-            let patience = if best.is_some() { EXTRA } else { self.patience.connect };
-            let opened = self.open_another(until.min(now + patience));
+            let limit = if best.is_some() { ADDITIONAL_CONNECT } else { self.timeouts.connect };
+            let opened = self.open_another(until.min(now + limit));
             state = self.state();
             state.opening = false;
             self.changed.notify_all();
             match opened {
                 Ok(connection) => {
-                    self.back(&mut state);
+                    self.outage_over(&mut state);
                     state.live.push(Arc::clone(&connection));
                     return Ok(connection);
                 }
                 Err(error) if best.is_some() => {
-                    log::info!("{error}; going on with {} connections", state.live.len());
-                    state.more_after = Some(Instant::now() + self.patience.outage);
+                    log::info!("{error}; continuing with {} connections", state.live.len());
+                    state.more_after = Some(Instant::now() + self.timeouts.outage);
                 }
-                Err(error) => self.away(&mut state, &error)?,
+                Err(error) => self.connect_failed(&mut state, &error)?,
             }
         }
     }
 
+    /// The time to wait until before the next attempt to connect; `None` when it is due. `connected`: there is a
+    /// connection.
+    ///
+    /// # Errors
+    ///
+    /// The outage has lasted too long.
+    fn wait_until(
+        &self,
+        state: &PoolState,
+        connected: bool,
+        now: Instant,
+        until: Instant,
+    ) -> std::result::Result<Option<Instant>, String> {
+        match &state.outage {
+            _ if state.opening => Ok(Some(until)),
+            Some(outage) if !connected && now < outage.next_attempt => {
+                if now.duration_since(outage.since) >= self.timeouts.outage {
+                    return Err(outage.reason.clone());
+                }
+                Ok(Some(outage.next_attempt.min(until)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Makes one more connection, with the parameters of the first.
+    ///
+    /// # Errors
+    ///
+    /// No connection is made before `deadline`, or the export has changed.
     fn open_another(&self, deadline: Instant) -> Result<Arc<Connection>> {
-        let (stream, agreement) = connect(&self.uri, self.identity.as_ref(), deadline)?;
+        let (stream, agreement) = connect(&self.uri, self.tls.as_ref(), deadline)?;
         let (now, before) = (agreement.export.size, self.first.export.size);
         if now != before {
             return Err(Error::failed(format!("the export has {now} bytes now, not {before} as before"))
                 .on(self.uri.to_string()));
         }
         if agreement.export != self.first.export {
-            // What was concluded from its abilities no longer holds.
-            return Err(Error::failed("the server has other abilities than before (transmission flags)")
-                .on(self.uri.to_string()));
+            // The use of flushes and the number of connections depend on the flags of the first connection.
+            return Err(Error::failed("the export has other transmission flags than before").on(self.uri.to_string()));
         }
         if agreement.blocks != self.first.blocks {
-            return Err(Error::failed("the server wants other block sizes than before").on(self.uri.to_string()));
+            return Err(Error::failed("the export has other block sizes than before").on(self.uri.to_string()));
         }
         Ok(Arc::new(Connection::new(stream, agreement)))
     }
 
-    /// Notes that the server is there.
-    fn back(&self, state: &mut PoolState) {
+    /// Ends an outage after a connection was made.
+    fn outage_over(&self, state: &mut PoolState) {
         if state.outage.take().is_some() {
             log::info!("{}: connected again", self.uri);
         }
     }
 
-    /// Notes that the server is away; an error when that lasts too long.
-    fn away(&self, state: &mut PoolState, error: &Error) -> std::result::Result<(), String> {
+    /// Begins or continues an outage after an attempt to connect failed.
+    ///
+    /// # Errors
+    ///
+    /// The outage has lasted too long.
+    fn connect_failed(&self, state: &mut PoolState, error: &Error) -> std::result::Result<(), String> {
         let now = Instant::now();
         let outage = state.outage.get_or_insert_with(|| {
-            log::warn!("{error}; trying again");
+            log::warn!("{error}; retrying");
             Outage { since: now, pause: FIRST_PAUSE, next_attempt: now, reason: String::new() }
         });
         outage.reason = error.to_string();
         outage.next_attempt = now + outage.pause;
         outage.pause = (outage.pause * 2).min(LONGEST_PAUSE);
-        if now.duration_since(outage.since) < self.patience.outage {
+        if now.duration_since(outage.since) < self.timeouts.outage {
             return Ok(());
         }
         log::error!("{error}");

@@ -1,10 +1,12 @@
-//! The handshake: greeting, options and their replies, as bytes. Pure and total.
+//! The handshake: the bytes of the greeting, of options and of their replies, without I/O. Every input gives a value or
+//! an error.
 //!
 //! Everything here and in [`super::reply`] follows `doc/proto.md` of the NBD project ("fixed newstyle"). All numbers
 //! are big-endian.
 
-use std::fmt;
+use std::fmt::Display;
 
+use crate::error::{Error, Result};
 use crate::units::Bytes;
 
 /// First word of a server's greeting: `NBDMAGIC`.
@@ -19,7 +21,7 @@ const FIXED_NEWSTYLE: u16 = 1;
 /// `NBD_FLAG_NO_ZEROES`, both ways.
 const NO_ZEROES: u16 = 1 << 1;
 
-/// Transmission flags that this client heeds.
+/// Transmission flags that this client uses.
 const FLAG_HAS_FLAGS: u16 = 1;
 const FLAG_READ_ONLY: u16 = 1 << 1;
 const FLAG_SEND_FLUSH: u16 = 1 << 2;
@@ -30,34 +32,22 @@ const REPLY_ERROR: u32 = 1 << 31;
 /// The longest option reply that is read: a string of 4096 bytes and the fixed parts around it.
 pub const MAX_OPTION_REPLY: u32 = 4096 + 64;
 
-/// The metadata context whose extents say what reads as zeros.
+/// The metadata context whose extents have a bit for ranges that read as zeros.
 pub const BASE_ALLOCATION: &str = "base:allocation";
 
-/// The most that a server without block size constraints must take in one read ("Block size constraints").
+/// The longest read that a server without block size constraints must accept ("Block size constraints").
 pub const DEFAULT_MAX_PAYLOAD: Bytes = Bytes::new(32 << 20);
-/// The alignment that such a server is sure to accept.
+/// The alignment that such a server must accept.
 const DEFAULT_MIN_BLOCK: Bytes = Bytes::new(512);
 /// The largest minimum block size that the protocol allows.
 const LARGEST_MIN_BLOCK: u32 = 64 << 10;
 
-/// What a server said that the protocol forbids.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Violation(String);
-
-impl Violation {
-    /// A violation, in words that finish "the server ...".
-    pub fn new(what: impl Into<String>) -> Self {
-        Self(what.into())
-    }
+/// The error of a message that the protocol forbids. `what` completes a sentence that begins with "the server".
+pub(super) fn violation(what: impl Display) -> Error {
+    Error::failed(format!("the server {what}"))
 }
 
-impl fmt::Display for Violation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the server {}", self.0)
-    }
-}
-
-/// Reads numbers off the front of a slice.
+/// Reads numbers from the front of a slice.
 pub(super) struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -88,10 +78,10 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Bytes of a greeting.
+/// The length of a greeting, in bytes.
 pub const GREETING: usize = 18;
 
-/// A newstyle server's greeting.
+/// The greeting of a newstyle server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Greeting {
     /// Whether options other than [`NbdOption::ExportName`] may be sent.
@@ -105,20 +95,20 @@ impl Greeting {
     ///
     /// # Errors
     ///
-    /// Not an NBD server, or one of the old style, which has no export names.
-    pub fn decode(bytes: &[u8; GREETING]) -> Result<Self, Violation> {
+    /// Not an NBD server, or one of the oldstyle protocol, which has no export names.
+    pub fn decode(bytes: &[u8; GREETING]) -> Result<Self> {
         let mut fields = Fields::of(bytes);
         if fields.u64() != Some(NBDMAGIC) {
-            return Err(Violation::new("does not speak NBD"));
+            return Err(violation("is not an NBD server"));
         }
         if fields.u64() != Some(IHAVEOPT) {
-            return Err(Violation::new("speaks only the oldstyle protocol"));
+            return Err(violation("supports only the oldstyle protocol"));
         }
         let flags = fields.u16().unwrap_or_default();
         Ok(Self { fixed: flags & FIXED_NEWSTYLE != 0, no_zeroes: flags & NO_ZEROES != 0 })
     }
 
-    /// The client flags that answer it: the same abilities.
+    /// The client flags that answer it: the same flags.
     pub fn answer(self) -> [u8; 4] {
         let fixed = if self.fixed { FIXED_NEWSTYLE } else { 0 };
         let no_zeroes = if self.no_zeroes { NO_ZEROES } else { 0 };
@@ -130,9 +120,10 @@ impl Greeting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum NbdOption {
-    /// `NBD_OPT_EXPORT_NAME`: the old way to choose an export; no error reply, the server just hangs up.
+    /// `NBD_OPT_EXPORT_NAME`: chooses an export, for old servers. There is no error reply; the server disconnects
+    /// instead.
     ExportName = 1,
-    /// `NBD_OPT_ABORT`: the client leaves.
+    /// `NBD_OPT_ABORT`: the client disconnects.
     Abort = 2,
     /// `NBD_OPT_STARTTLS`.
     StartTls = 5,
@@ -171,12 +162,12 @@ impl NbdOption {
     }
 }
 
-/// A length field. All strings of this client come from a [`super::Uri`], which bounds them.
+/// A length field. All strings of this client are parts of a [`super::Uri`], which limits their length.
 fn length(data: &[u8]) -> [u8; 4] {
     u32::try_from(data.len()).expect("option data is a few KiB").to_be_bytes()
 }
 
-/// Data of [`NbdOption::Go`]: the export, and the wish to know its block sizes (`NBD_INFO_BLOCK_SIZE`, 3).
+/// Data of [`NbdOption::Go`]: the export, and a request for its block sizes (`NBD_INFO_BLOCK_SIZE`, 3).
 pub fn go(export: &str) -> Vec<u8> {
     let mut data = length(export.as_bytes()).to_vec();
     data.extend(export.as_bytes());
@@ -194,96 +185,96 @@ pub fn set_meta_context(export: &str) -> Vec<u8> {
     data
 }
 
-/// Bytes of an option reply's header.
+/// The length of the header of an option reply, in bytes.
 pub const OPTION_HEADER: usize = 20;
 
-/// What an option reply says.
+/// The type of an option reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OptionReply {
-    /// `NBD_REP_ACK`: done.
+    /// `NBD_REP_ACK`: the last reply to an option that the server accepted.
     Ack,
     /// `NBD_REP_INFO`.
     Info,
     /// `NBD_REP_META_CONTEXT`.
     MetaContext,
-    /// An error, by its number without bit 31.
+    /// An error: its number without bit 31.
     Error(u32),
 }
 
 impl OptionReply {
-    /// An error reply in words, and what the user can do about it.
+    /// The text of an error reply.
     pub fn error_text(code: u32) -> &'static str {
         match code {
             1 => "the server does not support it",
             2 => "the server's policy forbids it",
-            3 => "the server calls it invalid",
+            3 => "the server considers it invalid",
             4 => "the server's platform does not support it",
             5 => "the server demands TLS (nbds: or nbds+unix:)",
             6 => "there is no such export",
             7 => "the server is shutting down",
             8 => "the server demands block size constraints",
-            9 => "the server calls it too big",
+            9 => "the server considers it too big",
             10 => "the server demands extended headers",
             _ => "the server refuses it",
         }
     }
 }
 
-/// Reads the header of a reply to `option`: what it says and how many bytes of data follow.
+/// Reads the header of a reply to `option`: the type of the reply, and the number of bytes of data that follow.
 ///
 /// # Errors
 ///
 /// Anything that is not a reply to `option`, or is longer than [`MAX_OPTION_REPLY`].
-pub fn option_reply(bytes: &[u8; OPTION_HEADER], option: NbdOption) -> Result<(OptionReply, u32), Violation> {
+pub fn option_reply(bytes: &[u8; OPTION_HEADER], option: NbdOption) -> Result<(OptionReply, u32)> {
     let mut fields = Fields::of(bytes);
     let (magic, number) = (fields.u64(), fields.u32());
     let (kind, len) = (fields.u32().unwrap_or_default(), fields.u32().unwrap_or_default());
     if magic != Some(OPTION_REPLY) {
-        return Err(Violation::new("sent something that is not an option reply"));
+        return Err(violation("sent something that is not an option reply"));
     }
     if number != Some(option as u32) {
-        return Err(Violation::new(format!("replied to another option than {}", option.name())));
+        return Err(violation(format!("replied to another option than {}", option.name())));
     }
     if len > MAX_OPTION_REPLY {
-        return Err(Violation::new(format!("sent an option reply of {len} bytes")));
+        return Err(violation(format!("sent an option reply of {len} bytes")));
     }
     match kind {
         1 if len == 0 => Ok((OptionReply::Ack, 0)),
         3 => Ok((OptionReply::Info, len)),
         4 => Ok((OptionReply::MetaContext, len)),
         error if error & REPLY_ERROR != 0 => Ok((OptionReply::Error(error & !REPLY_ERROR), len)),
-        other => Err(Violation::new(format!("sent option reply {other} of {len} bytes"))),
+        other => Err(violation(format!("sent option reply {other} of {len} bytes"))),
     }
 }
 
-/// What transmission starts with.
+/// The size and the transmission flags of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExportInfo {
-    /// The export's length.
+    /// The length of the export.
     pub size: Bytes,
-    /// The export takes no writes (`NBD_FLAG_READ_ONLY`).
+    /// The export is read-only (`NBD_FLAG_READ_ONLY`).
     pub read_only: bool,
-    /// The server has no cache, or one for all connections, and what it flushed is visible on all of them
+    /// The server has no cache, or one for all connections, and flushed writes are visible on all of them
     /// (`NBD_FLAG_CAN_MULTI_CONN`).
     pub multi_conn: bool,
-    /// The server takes [`super::frame::NbdCommand::Flush`] (`NBD_FLAG_SEND_FLUSH`).
+    /// The server accepts [`super::frame::NbdCommand::Flush`] (`NBD_FLAG_SEND_FLUSH`).
     pub flush: bool,
 }
 
 impl ExportInfo {
-    /// Reads size and transmission flags, the whole answer to [`NbdOption::ExportName`] but for its zeroes.
+    /// Reads the size and the transmission flags: all of the answer to [`NbdOption::ExportName`] except its zeroes.
     ///
     /// # Errors
     ///
-    /// A size that no Linux file offset reaches, or missing flags.
-    pub fn decode(bytes: &[u8; 10]) -> Result<Self, Violation> {
+    /// A size beyond the largest file offset of Linux, or missing flags.
+    pub fn decode(bytes: &[u8; 10]) -> Result<Self> {
         let mut fields = Fields::of(bytes);
         let (size, flags) = (fields.u64().unwrap_or_default(), fields.u16().unwrap_or_default());
         if i64::try_from(size).is_err() {
-            return Err(Violation::new(format!("says that the export has {size} bytes")));
+            return Err(violation(format!("reports a size of the export of {size} bytes")));
         }
         if flags & FLAG_HAS_FLAGS == 0 {
-            return Err(Violation::new("sent no transmission flags"));
+            return Err(violation("sent no transmission flags"));
         }
         Ok(Self {
             size: Bytes::new(size),
@@ -294,10 +285,10 @@ impl ExportInfo {
     }
 }
 
-/// How requests must be cut.
+/// The block sizes that requests must keep to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockSizes {
-    /// Offsets and lengths are multiples of this power of two, the export's end apart.
+    /// Offsets and lengths are multiples of this power of two, except at the end of the export.
     pub minimum: Bytes,
     /// The longest read; a multiple of `minimum`, at most [`DEFAULT_MAX_PAYLOAD`].
     pub maximum: Bytes,
@@ -316,7 +307,7 @@ pub enum NbdInfo {
     Export(ExportInfo),
     /// `NBD_INFO_BLOCK_SIZE`.
     BlockSizes(BlockSizes),
-    /// Something that was not asked for.
+    /// Information that was not requested.
     Other,
 }
 
@@ -325,9 +316,9 @@ impl NbdInfo {
     ///
     /// # Errors
     ///
-    /// A wrong length for its type, or block sizes that the protocol forbids.
-    pub fn decode(payload: &[u8]) -> Result<Self, Violation> {
-        let wrong = || Violation::new(format!("sent an information reply of {} bytes", payload.len()));
+    /// A length that does not fit its type, or block sizes that the protocol forbids.
+    pub fn decode(payload: &[u8]) -> Result<Self> {
+        let wrong = || violation(format!("sent an information reply of {} bytes", payload.len()));
         let mut fields = Fields::of(payload);
         match fields.u16().ok_or_else(wrong)? {
             0 => {
@@ -347,10 +338,10 @@ impl NbdInfo {
     }
 }
 
-fn block_sizes(minimum: u32, maximum: u32) -> Result<BlockSizes, Violation> {
+fn block_sizes(minimum: u32, maximum: u32) -> Result<BlockSizes> {
     let sane = minimum.is_power_of_two() && minimum <= LARGEST_MIN_BLOCK && maximum >= minimum;
     if !sane {
-        return Err(Violation::new(format!("wants blocks of at least {minimum} and at most {maximum} bytes")));
+        return Err(violation(format!("demands blocks of at least {minimum} and at most {maximum} bytes")));
     }
     let minimum = Bytes::new(u64::from(minimum));
     let maximum = Bytes::new(u64::from(maximum)).min(DEFAULT_MAX_PAYLOAD).align_down(minimum);
@@ -361,12 +352,12 @@ fn block_sizes(minimum: u32, maximum: u32) -> Result<BlockSizes, Violation> {
 ///
 /// # Errors
 ///
-/// Another context than the one that was asked for.
-pub fn meta_context(payload: &[u8]) -> Result<u32, Violation> {
+/// A context that was not requested.
+pub fn meta_context(payload: &[u8]) -> Result<u32> {
     let mut fields = Fields::of(payload);
     match fields.u32() {
         Some(id) if fields.rest() == BASE_ALLOCATION.as_bytes() => Ok(id),
-        _ => Err(Violation::new("chose a metadata context that was not asked for")),
+        _ => Err(violation("chose a metadata context that was not requested")),
     }
 }
 

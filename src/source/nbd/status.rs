@@ -15,9 +15,10 @@ use crate::units::Bytes;
 /// Whether writes over other connections are flushed before each block status query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlushBeforeStatus {
-    /// They are not. The bytes are read over the connection of the block status, or no other connection can write.
+    /// No flush. For bytes that are read over the connection of the block status, and for exports without other
+    /// writers.
     No,
-    /// They are. The bytes are read over another connection, as those of a device of the kernel's NBD client are.
+    /// A flush each time. For bytes that are read over another connection, as those of the kernel's NBD devices are.
     Yes,
 }
 
@@ -48,7 +49,7 @@ impl LiveSource for ExportStatus {
         join(ranges, self.client.block_status(ranges, self.flush)).map_err(|failure| {
             let error = Error::failed(failure.to_string());
             match failure {
-                // A server that cannot read one place may know others.
+                // The server may be able to report the status of other ranges.
                 RequestError::Server(_) => QueryError::Ranges(error),
                 _ => QueryError::Device(error),
             }

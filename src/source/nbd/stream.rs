@@ -1,8 +1,8 @@
-//! One socket, with or without TLS, where every wait has an end.
+//! One socket, with or without TLS, with a deadline for every wait.
 //!
-//! Reading and writing are both `&self`: one thread may wait for the server while another sends. Waits are cut into
-//! ticks by the socket's own timeouts, so that a normal request costs no extra system call. When less than a [`TICK`] is
-//! left, the socket is waited for that long and no longer.
+//! Reading and writing both take `&self`: one thread may wait for the server while another sends. The socket has a
+//! timeout of one [`TICK`] for each system call, after which the deadline is checked; so a normal request costs no
+//! extra system call. When less than a tick is left, poll(2) waits for the rest of the time first.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -15,25 +15,25 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send as send_to_socket};
 use rustls::ClientConnection;
 
-/// The longest wait in one system call.
+/// The longest wait in one system call on a socket.
 pub const TICK: Duration = Duration::from_secs(1);
 
 /// A connected socket.
 #[derive(Debug)]
 pub enum Socket {
-    /// TCP, without delay of small requests.
+    /// TCP, with TCP_NODELAY.
     Tcp(TcpStream),
     /// A Unix socket.
     Unix(UnixStream),
 }
 
 impl Socket {
-    /// Makes waits on the socket come back every [`TICK`].
+    /// Sets the timeout of one [`TICK`] for reads and writes.
     ///
     /// # Errors
     ///
-    /// The system refuses a timeout.
-    pub fn tick(&self) -> io::Result<()> {
+    /// As setsockopt(2).
+    pub fn set_timeouts(&self) -> io::Result<()> {
         match self {
             Self::Tcp(socket) => {
                 socket.set_nodelay(true)?;
@@ -46,7 +46,7 @@ impl Socket {
     }
 
     fn shutdown(&self) {
-        // Whether it was still connected does not matter.
+        // An error means that the socket was not connected any more.
         let _ = match self {
             Self::Tcp(socket) => socket.shutdown(Shutdown::Both),
             Self::Unix(socket) => socket.shutdown(Shutdown::Both),
@@ -85,15 +85,15 @@ impl Write for &Socket {
     }
 }
 
-/// A socket until a deadline, as `Read` and `Write`.
+/// A socket as `Read` and `Write` with a deadline.
 struct UntilDeadline<'a> {
     socket: &'a Socket,
     deadline: Instant,
 }
 
 impl UntilDeadline<'_> {
-    /// Repeats what the tick or a signal interrupted, until the deadline. Progress does not extend it: a server that
-    /// moves one byte now and then must not hold anybody longer.
+    /// Repeats a system call that the timeout or a signal interrupted, until the deadline. Progress does not extend the
+    /// deadline: a server that sends a byte now and then must not delay a caller for longer.
     fn retry<T>(&self, ready: PollFlags, mut io: impl FnMut(&Socket) -> io::Result<T>) -> io::Result<T> {
         loop {
             let left = self.deadline.saturating_duration_since(Instant::now());
@@ -108,7 +108,7 @@ impl UntilDeadline<'_> {
     }
 }
 
-/// Waits until the socket is ready.
+/// Waits until the socket is ready or the deadline is over.
 fn wait(socket: &Socket, ready: PollFlags, deadline: Instant) -> io::Result<()> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -127,7 +127,7 @@ fn wait(socket: &Socket, ready: PollFlags, deadline: Instant) -> io::Result<()> 
     }
 }
 
-/// A socket that is written without waiting.
+/// A socket as `Write` without waiting.
 struct WithoutWaiting<'a>(&'a Socket);
 
 impl Write for WithoutWaiting<'_> {
@@ -141,6 +141,7 @@ impl Write for WithoutWaiting<'_> {
     }
 }
 
+/// The error of a wait that reached its deadline.
 fn late() -> io::Error {
     io::Error::new(ErrorKind::TimedOut, "the server does not answer in time")
 }
@@ -169,16 +170,16 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// A stream in the clear.
+    /// A stream without TLS.
     pub fn new(socket: Socket) -> Self {
         Self { socket, tls: None }
     }
 
-    /// Turns the rest of the stream into TLS and finishes the TLS handshake.
+    /// Starts TLS on the stream, and completes the TLS handshake.
     ///
     /// # Errors
     ///
-    /// The server is not who it should be, does not speak TLS, or does not answer before `deadline`.
+    /// The server's certificate is not accepted, the server has no TLS, or it does not answer before `deadline`.
     pub fn encrypt(self, mut tls: ClientConnection, deadline: Instant) -> io::Result<Self> {
         let mut until = UntilDeadline { socket: &self.socket, deadline };
         while tls.is_handshaking() {
@@ -190,11 +191,11 @@ impl Stream {
         Ok(Self { socket: self.socket, tls: Some(Mutex::new(tls)) })
     }
 
-    /// Reads something. Zero is the end of the stream. Only one thread may read at a time.
+    /// Reads up to `buf.len()` bytes. Zero is the end of the stream. Only one thread may read at a time.
     ///
     /// # Errors
     ///
-    /// The connection failed, or nothing came before `deadline`.
+    /// The connection failed, or no byte arrived before `deadline`.
     pub fn read(&self, buf: &mut [u8], deadline: Instant) -> io::Result<usize> {
         match &self.tls {
             None => UntilDeadline { socket: &self.socket, deadline }.read(buf),
@@ -206,7 +207,7 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// As [`Stream::read`], or the stream ended before.
+    /// As [`Stream::read`], or the stream ended first.
     pub fn read_exact(&self, mut buf: &mut [u8], deadline: Instant) -> io::Result<()> {
         while !buf.is_empty() {
             match self.read(buf, deadline)? {
@@ -217,11 +218,11 @@ impl Stream {
         Ok(())
     }
 
-    /// Writes all of `bytes`. The caller keeps two threads from mixing theirs.
+    /// Writes all of `bytes`. The caller makes sure that only one thread writes at a time.
     ///
     /// # Errors
     ///
-    /// The connection failed, or the server took nothing before `deadline`.
+    /// The connection failed, or not all bytes were sent before `deadline`.
     pub fn write_all(&self, bytes: &[u8], deadline: Instant) -> io::Result<()> {
         let mut until = UntilDeadline { socket: &self.socket, deadline };
         let Some(tls) = &self.tls else { return until.write_all(bytes) };
@@ -230,8 +231,9 @@ impl Stream {
         send(&mut tls, &mut until)
     }
 
-    /// Writes what the socket takes without waiting, and forgets the rest. For the last words of a connection.
-    pub fn write_at_once(&self, bytes: &[u8]) {
+    /// Writes the bytes that the socket accepts without waiting, and drops the rest. For the last message of a
+    /// connection.
+    pub fn write_without_waiting(&self, bytes: &[u8]) {
         let mut now = WithoutWaiting(&self.socket);
         let _ = match &self.tls {
             None => now.write_all(bytes),
@@ -248,12 +250,12 @@ impl Stream {
         };
     }
 
-    /// Ends the connection; a thread that waits for it wakes up.
+    /// Ends the connection, and with it every wait for it.
     pub fn shutdown(&self) {
         self.socket.shutdown();
     }
 
-    /// The socket is waited for without the lock, so that other threads can send meanwhile.
+    /// Reads through TLS. The wait for the socket is without the lock, so that other threads can send.
     fn read_tls(&self, tls: &Mutex<ClientConnection>, buf: &mut [u8], deadline: Instant) -> io::Result<usize> {
         let mut until = UntilDeadline { socket: &self.socket, deadline };
         loop {
@@ -266,7 +268,7 @@ impl Stream {
             }
             wait(&self.socket, PollFlags::POLLIN, deadline)?;
             let mut tls = lock(tls);
-            // The end of the stream is seen by the reader above.
+            // At the end of the stream, the reader above returns zero bytes in the next iteration.
             tls.read_tls(&mut until)?;
             tls.process_new_packets().map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
             send(&mut tls, &mut until)?;
@@ -274,7 +276,7 @@ impl Stream {
     }
 }
 
-/// Sends what TLS has made. Under the lock, since records must leave in the order in which they were made.
+/// Sends the records that TLS has ready. The caller holds the lock, since records must be sent in their order.
 fn send(tls: &mut ClientConnection, until: &mut UntilDeadline<'_>) -> io::Result<()> {
     while tls.wants_write() {
         tls.write_tls(until)?;

@@ -1,7 +1,7 @@
-//! What TLS needs: whom to trust, who we are.
+//! The TLS configuration: certificates of authorities, and the client's own certificate.
 //!
-//! The files are those of libnbd and qemu: `ca-cert.pem`, and `client-cert.pem` with `client-key.pem` when the server
-//! asks who we are.
+//! The file names are those of libnbd and qemu: `ca-cert.pem`, and `client-cert.pem` with `client-key.pem` for servers
+//! that demand a client certificate.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, RootCertStor
 use super::uri::{Tls, Transport, Uri};
 use crate::error::{Error, Result};
 
-/// Everything that a TLS connection to one URI's server needs.
+/// The configuration of TLS connections to the server of one URI.
 #[derive(Clone, Debug)]
 pub struct TlsSettings {
     config: Arc<ClientConfig>,
@@ -23,11 +23,11 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
-    /// Reads the certificates that `uri` names; `None` when it wants no TLS.
+    /// Reads the certificates that `uri` names; `None` when it is without TLS.
     ///
     /// # Errors
     ///
-    /// Files that are missing or are not certificates; a host name that no certificate can have.
+    /// Files that are missing or are not certificates, or a host name that no certificate can have.
     pub fn of(uri: &Uri) -> Result<Option<Self>> {
         let Some(tls) = uri.tls() else { return Ok(None) };
         let provider = Arc::new(ring::default_provider());
@@ -53,18 +53,19 @@ impl TlsSettings {
         Ok(Some(Self { config: Arc::new(config), name: name(uri, tls)? }))
     }
 
-    /// The client's side of a new connection.
+    /// The client side of a new TLS connection.
     ///
     /// # Errors
     ///
-    /// A configuration that TLS cannot work with.
+    /// TLS cannot use the configuration.
     pub fn connection(&self) -> Result<ClientConnection> {
         ClientConnection::new(Arc::clone(&self.config), self.name.clone())
             .map_err(|error| Error::failed(format!("cannot use TLS: {error}")))
     }
 }
 
-/// The name that the server's certificate must have. A Unix socket has no host: `localhost`, unless the URI says else.
+/// The name that the server's certificate must have: the one in the URI, or the host. A Unix socket has the host
+/// `localhost`.
 fn name(uri: &Uri, tls: &Tls) -> Result<ServerName<'static>> {
     let name = match (&tls.hostname, uri.transport()) {
         (Some(name), _) => name,
@@ -72,7 +73,7 @@ fn name(uri: &Uri, tls: &Tls) -> Result<ServerName<'static>> {
         (None, Transport::Unix { .. }) => "localhost",
     };
     ServerName::try_from(name.to_owned())
-        .map_err(|_| Error::usage(format!("no certificate can be for the host name {name}")).on(uri.to_string()))
+        .map_err(|_| Error::usage(format!("no certificate can have the host name {name}")).on(uri.to_string()))
 }
 
 fn roots(path: &Path) -> Result<RootCertStore> {
@@ -86,7 +87,7 @@ fn roots(path: &Path) -> Result<RootCertStore> {
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
     let all: std::result::Result<Vec<_>, _> = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
     match all {
-        Ok(none) if none.is_empty() => Err(Error::failed("no certificate in it").on(path)),
+        Ok(none) if none.is_empty() => Err(Error::failed("it has no certificate").on(path)),
         Ok(all) => Ok(all),
         Err(error) => Err(bad(path, &error)),
     }
@@ -100,7 +101,7 @@ fn bad(path: &Path, error: &impl std::fmt::Display) -> Error {
     Error::failed(format!("cannot use for TLS: {error}")).on(path)
 }
 
-/// `tls-verify-peer=0`: the user takes any server for the right one. It must still hold the key of its certificate.
+/// Accepts every certificate, for `tls-verify-peer=0`. The server must still have the private key of its certificate.
 #[derive(Debug)]
 struct AnyCertificate(Arc<CryptoProvider>);
 

@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::sys::sg::{self, Transfer};
 use crate::units::Bytes;
 
-/// The time that a command may take: that of the kernel's disk driver (`SD_TIMEOUT` of `drivers/scsi/sd.h`). With less, the
-/// kernel would abort the commands of a slow array and reset the device under its other users.
+/// The time that a command may take: that of the kernel's disk driver (`SD_TIMEOUT` of `drivers/scsi/sd.h`). With less,
+/// the kernel would abort the commands of a slow array and reset the device under its other users.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// How often a command is sent again because the device reports UNIT ATTENTION instead.
 const ATTEMPTS: u32 = 4;
@@ -85,8 +85,8 @@ impl ScsiDevice {
         Ok(())
     }
 
-    /// Checks that READ CAPACITY(16) reports zeros for blocks without storage, and the length and block size that the kernel
-    /// has.
+    /// Checks that READ CAPACITY(16) reports zeros for blocks without storage, and the length and block size that the
+    /// kernel has.
     ///
     /// # Errors
     ///

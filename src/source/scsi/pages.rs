@@ -132,8 +132,8 @@ pub struct LbaStatus {
 
 /// Reads the GET LBA STATUS data for the block at `start`, which is a multiple of the disk's `block` and below `len`.
 ///
-/// The list is used up to the first descriptor that is out of place. A block is a hole only if its status is deallocated
-/// or anchored and the descriptor has no additional status.
+/// The list is used up to the first descriptor that is out of place. A block is a hole only if its status is
+/// deallocated or anchored and the descriptor has no additional status.
 pub fn lba_status(data: &[u8], start: Bytes, block: Bytes, len: Bytes) -> LbaStatus {
     let mut status = LbaStatus::default();
     let descriptors = match descriptors(data) {
@@ -207,7 +207,8 @@ impl Sense {
         self.key == 0x06
     }
 
-    /// Whether the device does not support the command (ILLEGAL REQUEST, INVALID COMMAND OPERATION CODE or INVALID FIELD).
+    /// Whether the device does not support the command (ILLEGAL REQUEST, INVALID COMMAND OPERATION CODE or INVALID
+    /// FIELD).
     pub fn is_refusal(self) -> bool {
         self.key == 0x05 && matches!(self.code.0, 0x20 | 0x24)
     }

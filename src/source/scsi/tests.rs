@@ -23,10 +23,11 @@ struct Disk {
     vendor: [u8; 8],
     /// READ CAPACITY(16) flags.
     flags: AtomicU64,
-    /// Sense keys and codes that answer the next commands, the last one first. The key FFh makes the command unsendable.
+    /// Sense keys and codes that answer the next commands, the last one first. The key FFh makes the command
+    /// unsendable.
     sense: Mutex<Vec<(u8, u8)>>,
     /// The number of GET LBA STATUS commands that were received.
-    asked: AtomicUsize,
+    queries: AtomicUsize,
 }
 
 impl Default for Disk {
@@ -40,7 +41,7 @@ impl Default for Disk {
             vendor: *b"Linux   ",
             flags: AtomicU64::new(0xc0),
             sense: Mutex::default(),
-            asked: AtomicUsize::new(0),
+            queries: AtomicUsize::new(0),
         }
     }
 }
@@ -69,7 +70,7 @@ impl Disk {
     }
 
     fn status(&self, lba: u64) -> Vec<u8> {
-        self.asked.fetch_add(1, Ordering::Relaxed);
+        self.queries.fetch_add(1, Ordering::Relaxed);
         let statuses = self.statuses.lock().unwrap();
         let mut list = Vec::new();
         let mut at = lba as usize;
@@ -162,11 +163,11 @@ fn a_hole_is_queried_again_and_data_is_not() {
     // Another host writes; this one's counters do not move.
     disk.set(100..1000, 0);
     assert_eq!(map.extent_at(hole).kind, ExtentKind::Data);
-    let before = disk.asked.load(Ordering::Relaxed);
+    let before = disk.queries.load(Ordering::Relaxed);
     for block in [0, 50, 99, 500, 999] {
         assert_eq!(map.extent_at(Bytes::new(block * BLOCK)).kind, ExtentKind::Data);
     }
-    assert_eq!(disk.asked.load(Ordering::Relaxed), before, "all of it is remembered");
+    assert_eq!(disk.queries.load(Ordering::Relaxed), before, "all of it is remembered");
     assert!(map.memory() > Bytes::ZERO);
 }
 
@@ -206,9 +207,9 @@ fn no_command_is_sent_after_a_failed_one() {
         assert_eq!(map.dense_because(), None);
         disk.sense.lock().unwrap().push(sense);
         assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
-        let asked = disk.asked.load(Ordering::Relaxed);
+        let queries = disk.queries.load(Ordering::Relaxed);
         assert_eq!(walk(&map), [(1000, false)]);
-        assert_eq!(disk.asked.load(Ordering::Relaxed), asked);
+        assert_eq!(disk.queries.load(Ordering::Relaxed), queries);
         assert!(map.dense_because().unwrap().to_string().contains(what));
     }
 }

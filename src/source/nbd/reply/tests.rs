@@ -8,12 +8,12 @@ fn bytes(start: u64, end: u64) -> Range<Bytes> {
 type Sent<'a> = (u16, u16, Vec<u8>);
 
 /// Feeds chunks of the structured dialect to an answer, as a connection does.
-fn feed(mut answer: PartialReply, chunks: &[Sent<'_>]) -> Result<ReplyContent, RequestError> {
+fn feed(mut answer: PartialReply, chunks: &[Sent<'_>]) -> std::result::Result<ReplyContent, RequestError> {
     for (flags, kind, payload) in chunks {
         let len = u32::try_from(payload.len()).unwrap();
-        let chunk = answer.chunk(*flags, *kind, &len.to_be_bytes()).map_err(RequestError::Violation)?;
+        let chunk = answer.chunk(*flags, *kind, &len.to_be_bytes()).map_err(RequestError::violation)?;
         let (parsed, data) = payload.split_at(chunk.to_parse());
-        if let Some(place) = answer.payload(chunk, parsed).map_err(RequestError::Violation)? {
+        if let Some(place) = answer.payload(chunk, parsed).map_err(RequestError::violation)? {
             place.copy_from_slice(data);
         }
     }
@@ -37,14 +37,14 @@ fn status(flags: u16, context: u32, extents: &[(u32, u32)]) -> Sent<'static> {
     (flags, STATUS, payload)
 }
 
-fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> Result<Vec<u8>, RequestError> {
+fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> std::result::Result<Vec<u8>, RequestError> {
     feed(PartialReply::read(bytes(start, end)).unwrap(), chunks).map(|content| match content {
         ReplyContent::Bytes(bytes) => bytes,
         ReplyContent::Extents(_) | ReplyContent::Flushed => panic!("a read has bytes"),
     })
 }
 
-fn ask_status(chunks: &[Sent<'_>]) -> Result<Vec<(u64, ExtentKind)>, RequestError> {
+fn read_status(chunks: &[Sent<'_>]) -> std::result::Result<Vec<(u64, ExtentKind)>, RequestError> {
     let answer = PartialReply::status(bytes(4096, 16384), 9, Dialect::Structured, Bytes::new(20000));
     feed(answer, chunks).map(|content| match content {
         ReplyContent::Extents(runs) => runs.iter().map(|run| (run.end.get(), run.kind)).collect(),
@@ -104,7 +104,7 @@ fn simple_replies() {
     good.simple(0, Dialect::Simple).unwrap().unwrap().copy_from_slice(b"good");
     assert_eq!(good.finish(), Ok(ReplyContent::Bytes(b"good".to_vec())));
     let mut failed = answer();
-    assert_eq!(failed.simple(5, Dialect::Structured), Ok(None));
+    assert_eq!(failed.simple(5, Dialect::Structured).unwrap(), None);
     assert_eq!(failed.finish(), Err(RequestError::Server(5)));
     assert!(answer().simple(0, Dialect::Structured).is_err());
     let mut status = PartialReply::status(bytes(0, 4), 1, Dialect::Structured, Bytes::new(4));
@@ -113,16 +113,16 @@ fn simple_replies() {
 
 #[test]
 fn a_hole_is_the_zero_bit_alone() {
-    let done = |extents: &[(u32, u32)]| ask_status(&[status(FLAG_DONE, 9, extents)]);
+    let done = |extents: &[(u32, u32)]| read_status(&[status(FLAG_DONE, 9, extents)]);
     assert_eq!(
         done(&[(4096, 0), (1024, 1), (1024, 2), (2048, 3), (4096, 0)]),
         Ok(vec![(9216, ExtentKind::Data), (12288, ExtentKind::Hole), (16384, ExtentKind::Data)])
     );
-    assert_eq!(done(&[(512, 2)]), Ok(vec![(4608, ExtentKind::Hole)]), "shorter than asked");
+    assert_eq!(done(&[(512, 2)]), Ok(vec![(4608, ExtentKind::Hole)]), "shorter than requested");
     assert_eq!(
         done(&[(u32::MAX, 2)]),
         Ok(vec![(20000, ExtentKind::Hole)]),
-        "longer than asked, up to the end of the export"
+        "longer than requested, up to the end of the export"
     );
     assert_eq!(done(&[(12288, 0xffff_fffc)]), Ok(vec![(16384, ExtentKind::Data)]), "bits of the future");
 }
@@ -143,51 +143,51 @@ fn a_block_status_that_is_wrong_is_no_answer() {
         vec![(FLAG_DONE, STATUS_EXT, vec![0; 24])],
         vec![data(FLAG_DONE, 4096, b"a")],
     ] {
-        assert!(matches!(ask_status(&chunks), Err(RequestError::Violation(_))), "{chunks:?}");
+        assert!(matches!(read_status(&chunks), Err(RequestError::Violation(_))), "{chunks:?}");
     }
     let failed = [status(0, 9, &[(4096, 2)]), (FLAG_DONE, 0x8001, b"\0\0\0\x05\0\0".to_vec())];
-    assert_eq!(ask_status(&failed), Err(RequestError::Server(5)), "an error makes the extents before it void");
+    assert_eq!(read_status(&failed), Err(RequestError::Server(5)), "an error makes the extents before it void");
 }
 
 #[test]
 fn extended_headers() {
-    let ask = |count: u32, extents: &[(u64, u64)]| {
+    let status_of = |count: u32, extents: &[(u64, u64)]| {
         let mut answer = PartialReply::status(bytes(0, 1 << 40), 3, Dialect::Extended, Bytes::new(1 << 41));
         let mut payload = [3_u32.to_be_bytes(), count.to_be_bytes()].concat();
         for (len, state) in extents {
             payload.extend([len.to_be_bytes(), state.to_be_bytes()].concat());
         }
         let rest = [0_u64.to_be_bytes(), (payload.len() as u64).to_be_bytes()].concat();
-        let chunk = answer.chunk(FLAG_DONE, STATUS_EXT, &rest).map_err(RequestError::Violation)?;
+        let chunk = answer.chunk(FLAG_DONE, STATUS_EXT, &rest).map_err(RequestError::violation)?;
         assert_eq!(chunk.to_parse(), payload.len());
-        answer.payload(chunk, &payload).map_err(RequestError::Violation)?;
+        answer.payload(chunk, &payload).map_err(RequestError::violation)?;
         answer.finish()
     };
     let runs = |runs: &[(u64, ExtentKind)]| {
         Ok(ReplyContent::Extents(runs.iter().map(|&(end, kind)| Extent { end: Bytes::new(end), kind }).collect()))
     };
     assert_eq!(
-        ask(2, &[(1 << 39, 3), (1 << 39, 0)]),
+        status_of(2, &[(1 << 39, 3), (1 << 39, 0)]),
         runs(&[(1 << 39, ExtentKind::Hole), (1 << 40, ExtentKind::Data)])
     );
-    assert_eq!(ask(1, &[(1 << 50, 2)]), runs(&[(1 << 41, ExtentKind::Hole)]));
-    assert_eq!(ask(1, &[(1 << 39, (1 << 63) | 1)]), runs(&[(1 << 39, ExtentKind::Data)]));
-    assert!(ask(3, &[(1 << 39, 3), (1 << 39, 0)]).is_err(), "count and length disagree");
-    assert!(ask(2, &[(1, 0), (u64::MAX, 0)]).is_err(), "beyond 2^64");
-    assert!(ask(1, &[(0, 0)]).is_err());
+    assert_eq!(status_of(1, &[(1 << 50, 2)]), runs(&[(1 << 41, ExtentKind::Hole)]));
+    assert_eq!(status_of(1, &[(1 << 39, (1 << 63) | 1)]), runs(&[(1 << 39, ExtentKind::Data)]));
+    assert!(status_of(3, &[(1 << 39, 3), (1 << 39, 0)]).is_err(), "count and length disagree");
+    assert!(status_of(2, &[(1, 0), (u64::MAX, 0)]).is_err(), "beyond 2^64");
+    assert!(status_of(1, &[(0, 0)]).is_err());
 }
 
 #[test]
 fn gaps_are_bounded() {
     let mut covered = CoveredBytes::default();
-    for gap in 0..MAX_GAPS {
-        covered.claim(gap * 2..gap * 2 + 1).unwrap();
+    for gap in 0..MAX_PARTS {
+        covered.add(gap * 2..gap * 2 + 1).unwrap();
     }
-    assert!(covered.claim(MAX_GAPS * 2..MAX_GAPS * 2 + 1).is_err());
-    for gap in (0..MAX_GAPS).rev() {
-        covered.claim(gap * 2 + 1..gap * 2 + 2).unwrap();
+    assert!(covered.add(MAX_PARTS * 2..MAX_PARTS * 2 + 1).is_err());
+    for gap in (0..MAX_PARTS).rev() {
+        covered.add(gap * 2 + 1..gap * 2 + 2).unwrap();
     }
-    assert!(covered.all(MAX_GAPS * 2));
+    assert!(covered.all(MAX_PARTS * 2));
 }
 
 proptest::proptest! {
@@ -218,7 +218,7 @@ proptest::proptest! {
         proptest::prop_assert!(read(0, 256, &chunks).is_err());
     }
 
-    /// Random chunks never panic, and bytes that nobody sent never look like an answer.
+    /// Random chunks cause no panic, and bytes that were not sent are no part of a reply.
     #[test]
     fn noise_is_no_answer(kinds in proptest::collection::vec((0..2_u16, 0..8_u16, proptest::collection::vec(0..=255_u8, 0..40)), 0..6)) {
         let chunks: Vec<Sent<'_>> = kinds;
@@ -230,7 +230,7 @@ proptest::proptest! {
                 let hole = chunks.iter().any(|(_, kind, _)| *kind == OFFSET_HOLE);
                 proptest::prop_assert!(hole || carried > bytes.len());
             }
-            if let Ok(runs) = ask_status(&chunks) {
+            if let Ok(runs) = read_status(&chunks) {
                 proptest::prop_assert!(!runs.is_empty());
                 proptest::prop_assert!(runs.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 != pair[1].1));
             }
@@ -255,9 +255,9 @@ fn a_flush_is_answered_without_data() {
         assert_eq!(answer.chunk(1, kind, &rest).is_ok(), answered, "{dialect:?} {kind}");
     }
     let mut simple = PartialReply::flush();
-    assert_eq!(simple.simple(0, Dialect::Structured), Ok(None));
+    assert_eq!(simple.simple(0, Dialect::Structured).unwrap(), None);
     assert_eq!(simple.finish(), Ok(ReplyContent::Flushed));
     let mut failed = PartialReply::flush();
-    assert_eq!(failed.simple(5, Dialect::Structured), Ok(None));
+    assert_eq!(failed.simple(5, Dialect::Structured).unwrap(), None);
     assert_eq!(failed.finish(), Err(RequestError::Server(5)));
 }

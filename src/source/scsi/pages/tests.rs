@@ -79,15 +79,15 @@ fn a_truncated_list_is_used_as_far_as_it_goes() {
 #[test]
 fn a_length_that_is_no_multiple_of_a_descriptor_is_a_fault() {
     let good = answer(&[(0, 5, 1), (5, 5, 0)]);
-    for told in [0, 4, 19, 21, 32, 35, u32::MAX] {
+    for listed in [0, 4, 19, 21, 32, 35, u32::MAX] {
         let mut data = good.clone();
-        data[..4].copy_from_slice(&told.to_be_bytes());
-        assert_eq!(read(&data, 0), (vec![], true), "length {told}");
+        data[..4].copy_from_slice(&listed.to_be_bytes());
+        assert_eq!(read(&data, 0), (vec![], true), "length {listed}");
     }
-    for told in [20, 36, 52, u32::MAX - 11] {
+    for listed in [20, 36, 52, u32::MAX - 11] {
         let mut data = good.clone();
-        data[..4].copy_from_slice(&told.to_be_bytes());
-        assert!(!read(&data, 0).1, "length {told}");
+        data[..4].copy_from_slice(&listed.to_be_bytes());
+        assert!(!read(&data, 0).1, "length {listed}");
     }
 }
 
@@ -108,9 +108,9 @@ fn blocks_of_4096_bytes_and_beyond_32_bits() {
 #[test]
 fn a_run_beyond_64_bits_is_at_fault() {
     let block = Bytes::new(1 << 31);
-    let asked = Bytes::new(u64::MAX - (u64::MAX % (1 << 31)));
-    let data = answer(&[(asked.get() >> 31, 1, 1)]);
-    assert_eq!(lba_status(&data, asked, block, Bytes::MAX).extents, []);
+    let start = Bytes::new(u64::MAX - (u64::MAX % (1 << 31)));
+    let data = answer(&[(start.get() >> 31, 1, 1)]);
+    assert_eq!(lba_status(&data, start, block, Bytes::MAX).extents, []);
 }
 
 fn capacity_data(last: u64, block: u32, flags: u8) -> [u8; 32] {
@@ -177,10 +177,10 @@ fn sense_formats() {
     }
 }
 
-/// What holds for every input: runs advance, end with the disk, and alternate; a hole is said by a descriptor.
-fn check_invariants(data: &[u8], asked: Bytes, block: Bytes, len: Bytes) {
-    let status = lba_status(data, asked, block, len);
-    let mut last = asked;
+/// Checks for every input: extents advance, end with the disk and alternate, and each hole is in a descriptor.
+fn check_invariants(data: &[u8], start: Bytes, block: Bytes, len: Bytes) {
+    let status = lba_status(data, start, block, len);
+    let mut last = start;
     for pair in status.extents.windows(2) {
         assert_ne!(pair[0].kind, pair[1].kind);
     }

@@ -1,0 +1,99 @@
+use std::collections::VecDeque;
+
+use super::*;
+
+const LEN: Bytes = Bytes::new(1 << 40);
+const BLOCK: Bytes = Bytes::new(4096);
+/// The length of the first range of a query.
+const FIRST: Bytes = Bytes::new(64 << 20);
+
+/// A source whose next answers are listed. It panics at a query without one.
+#[derive(Default)]
+struct ListedAnswers {
+    answers: Mutex<VecDeque<Result<Vec<Extent>, QueryError>>>,
+    unusable: AtomicBool,
+}
+
+impl LiveSource for ListedAnswers {
+    fn name(&self) -> String {
+        "listed".to_owned()
+    }
+
+    fn len(&self) -> Bytes {
+        LEN
+    }
+
+    fn block(&self) -> Bytes {
+        BLOCK
+    }
+
+    fn longest_query(&self) -> Option<Bytes> {
+        Some(LEN)
+    }
+
+    fn extents(&self, _ranges: &[Range<Bytes>]) -> Result<Vec<Extent>, QueryError> {
+        self.answers.lock().unwrap().pop_front().expect("a query that is not expected")
+    }
+
+    fn unusable(&self) -> Option<DenseReason> {
+        self.unusable.load(Ordering::Relaxed).then(|| "unusable".into())
+    }
+
+    fn counters(&self) -> Option<IoCounters> {
+        Some(IoCounters::default())
+    }
+}
+
+fn map(answers: impl IntoIterator<Item = Result<Vec<Extent>, QueryError>>) -> LiveMap<ListedAnswers> {
+    let answers = Mutex::new(answers.into_iter().collect());
+    LiveMap::new(ListedAnswers { answers, ..ListedAnswers::default() })
+}
+
+fn extent(end: Bytes, kind: ExtentKind) -> Extent {
+    Extent { end, kind }
+}
+
+fn error() -> Error {
+    Error::failed("on purpose")
+}
+
+#[test]
+fn where_a_query_fails_its_range_is_data() {
+    let hole = extent(LEN, ExtentKind::Hole);
+    let map = map([Err(QueryError::Ranges(error())), Ok(vec![hole])]);
+    assert_eq!(map.extent_at(Bytes::ZERO), extent(FIRST, ExtentKind::Data));
+    assert_eq!(map.extent_at(BLOCK), extent(FIRST, ExtentKind::Data), "remembered");
+    assert_eq!(map.extent_at(FIRST), hole);
+}
+
+#[test]
+fn where_the_device_fails_the_rest_of_it_is_data() {
+    let map = map([Err(QueryError::Device(error()))]);
+    assert_eq!(map.extent_at(BLOCK), extent(LEN, ExtentKind::Data));
+    assert_eq!(map.extent_at(FIRST), extent(LEN, ExtentKind::Data), "remembered");
+    assert_eq!(map.dense_because(), None);
+}
+
+#[test]
+fn an_unusable_source_is_not_queried() {
+    let map = map([]);
+    map.source.unusable.store(true, Ordering::Relaxed);
+    assert_eq!(map.extent_at(BLOCK), extent(LEN, ExtentKind::Data));
+    assert_eq!(map.dense_because(), Some("unusable".into()));
+}
+
+#[test]
+fn an_answer_without_the_offset_makes_its_block_data() {
+    let map = map([Ok(vec![extent(Bytes::new(10), ExtentKind::Hole)]), Ok(Vec::new())]);
+    assert_eq!(map.extent_at(Bytes::new(10)), extent(BLOCK, ExtentKind::Data));
+    assert_eq!(map.extent_at(BLOCK), extent(LEN, ExtentKind::Data), "an answer without any extent");
+}
+
+#[test]
+fn a_hole_is_queried_each_time_and_data_is_not() {
+    let answer = || vec![extent(BLOCK, ExtentKind::Hole), extent(FIRST, ExtentKind::Data)];
+    let map = map([Ok(answer()), Ok(vec![extent(FIRST, ExtentKind::Data)])]);
+    assert_eq!(map.extent_at(Bytes::ZERO), extent(BLOCK, ExtentKind::Hole));
+    assert_eq!(map.extent_at(BLOCK), extent(FIRST, ExtentKind::Data));
+    assert_eq!(map.extent_at(Bytes::ZERO), extent(FIRST, ExtentKind::Data));
+}
