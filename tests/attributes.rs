@@ -25,7 +25,7 @@ fn times(metadata: &Metadata) -> [i64; 4] {
 }
 
 #[test]
-fn a_regular_file_of_the_size_of_the_device() {
+fn a_device_is_a_regular_file_of_its_size() {
     needs!(root);
     let source = LoopMount::new(3 * MIB + 512, &[0..4096]);
     let shown = stat(source.file());
@@ -42,7 +42,7 @@ fn a_regular_file_of_the_size_of_the_device() {
 
 /// Nobody gains a right: owner and group are the node's, and no mode bit is set that the node has not.
 #[test]
-fn permissions_are_never_wider_than_those_of_the_node() {
+fn owner_and_mode_grant_no_more_than_the_node() {
     needs!(root);
     let source = LoopMount::new(MIB, &[]);
     for mode in [0o600, 0o640, 0o660, 0o400, 0o000] {
@@ -61,7 +61,7 @@ fn permissions_are_never_wider_than_those_of_the_node() {
 /// `st_blocks` is never 0 (GNU tar would store nothing), below the size exactly when there is a hole (cp looks for holes
 /// only then), and follows the device.
 #[test]
-fn blocks() {
+fn st_blocks_is_below_the_size_exactly_when_there_is_a_hole() {
     needs!(root);
     let layouts: [(u64, &[Range<u64>]); 6] = [
         (MIB, &[]),
@@ -83,7 +83,7 @@ fn blocks() {
 /// `st_blocks` of a file of one block cannot say that there is a hole and that there is something to read: it has no hole.
 /// The shortest file that can say both has one.
 #[test]
-fn a_file_of_less_than_1024_bytes_has_no_hole() {
+fn a_file_below_1024_bytes_has_no_hole() {
     needs!(root);
     for (size, has_hole) in
         [(1, false), (511, false), (512, false), (1023, false), (1024, true), (1025, true), (1536, true)]
@@ -107,7 +107,7 @@ fn a_file_of_less_than_1024_bytes_has_no_hole() {
 
 /// A part of an image counts its own blocks, not the image's.
 #[test]
-fn blocks_of_a_part_of_an_image() {
+fn st_blocks_counts_only_the_shown_part_of_an_image() {
     needs!(root);
     let dense_part = ["--offset=1048576", "--sizelimit=1048576"];
     let source = LoopMount::with_options(64 * MIB, &[MIB..2 * MIB], &dense_part);
@@ -119,7 +119,7 @@ fn blocks_of_a_part_of_an_image() {
 
 /// Without a look at the map first: `stat` alone must be right too, before and after the device changes.
 #[test]
-fn blocks_follow_the_device() {
+fn st_blocks_follows_changes_of_the_device() {
     needs!(root);
     let source = LoopMount::new(MIB, &[]);
     let sparse = || stat(source.file()).blocks() < MIB / 512;
@@ -171,7 +171,7 @@ fn times_change_when_the_device_changes_and_only_then() {
 
 /// Without counters nothing tells that a device did not change.
 #[test]
-fn times_of_a_device_without_counters_always_change() {
+fn times_of_a_device_without_io_counters_change_at_each_stat() {
     needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let name = source.device.path().file_name().expect("a device has a name").to_owned();
@@ -220,7 +220,7 @@ fn inode_numbers_are_stable() {
 }
 
 #[test]
-fn file_system_attributes() {
+fn statfs_reports_blocks_of_4_kib_and_read_only() {
     needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let statfs = nix::sys::statvfs::statvfs(source.mount.directory()).expect("statvfs works");

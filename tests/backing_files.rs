@@ -12,7 +12,7 @@ use common::mount::Mount;
 use common::{MIB, needs};
 
 #[test]
-fn dirty_pages_of_an_image() {
+fn dirty_pages_of_an_image_are_data() {
     needs!(root);
     let image = FuseImage::new(4 * MIB);
     let writer = open_for_writing(image.path());
@@ -27,7 +27,7 @@ fn dirty_pages_of_an_image() {
 }
 
 #[test]
-fn dirty_pages_of_an_image_under_a_loop_device() {
+fn dirty_pages_of_a_loop_device_over_such_an_image_are_data() {
     needs!(root);
     let image = FuseImage::new(4 * MIB);
     let device = Loop::with_options(image.path(), &["--direct-io=on"]);
@@ -45,7 +45,7 @@ fn dirty_pages_of_an_image_under_a_loop_device() {
 /// A server says what it has now, and the page cache here keeps what was read before. What is read and what is asked for
 /// holes must be the same.
 #[test]
-fn holes_of_a_server_are_used_only_with_direct_reads() {
+fn holes_of_a_server_are_used_only_if_reads_bypass_the_page_cache() {
     needs!(root);
     let image = FuseImage::new(4 * MIB);
     let (buffered, direct) = (Loop::new(image.path()), Loop::with_options(image.path(), &["--direct-io=on"]));

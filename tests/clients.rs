@@ -83,7 +83,7 @@ fn text(path: &Path) -> &str {
 }
 
 #[test]
-fn cp() {
+fn cp_makes_a_sparse_identical_copy() {
     needs!(root);
     for sparse in ["--sparse=always", "--sparse=auto"] {
         let source = Source::new();
@@ -94,7 +94,7 @@ fn cp() {
 }
 
 #[test]
-fn gnu_tar() {
+fn gnu_tar_makes_a_sparse_identical_copy() {
     needs!(root);
     let source = Source::new();
     let (archive, copies) = (source.scratch("archive.tar"), source.scratch("copies"));
@@ -108,7 +108,7 @@ fn gnu_tar() {
 }
 
 #[test]
-fn bsdtar() {
+fn bsdtar_makes_a_sparse_identical_copy() {
     needs!(root, programs["bsdtar"]);
     let source = Source::new();
     let (archive, copies) = (source.scratch("archive.tar"), source.scratch("copies"));
@@ -122,7 +122,7 @@ fn bsdtar() {
 }
 
 #[test]
-fn qemu_img_convert() {
+fn qemu_img_convert_makes_a_sparse_identical_copy() {
     needs!(root, programs["qemu-img"]);
     // Buffered, and with O_DIRECT, which aborts on holes that are not aligned.
     for cache in ["writeback", "none"] {
@@ -149,7 +149,7 @@ fn json_extents(list: &str, length: &str, is_data: impl Fn(&serde_json::Value) -
 }
 
 #[test]
-fn qemu_img_map() {
+fn qemu_img_map_reports_the_holes_of_the_image() {
     needs!(root, programs["qemu-img"]);
     let source = Source::new();
     let list = run("qemu-img", ["map", "-f", "raw", "--output=json", source.file()]);
@@ -158,7 +158,7 @@ fn qemu_img_map() {
 }
 
 #[test]
-fn nbdkit_and_nbdinfo() {
+fn nbdkit_serves_the_holes_of_the_image() {
     needs!(root, programs["nbdkit", "nbdinfo"]);
     let source = Source::new();
     let list = run("nbdkit", ["-r", "-U", "-", "file", source.file(), "--run", "nbdinfo --map --json \"$uri\""]);
@@ -167,7 +167,7 @@ fn nbdkit_and_nbdinfo() {
 }
 
 #[test]
-fn nbdcopy() {
+fn nbdcopy_makes_a_sparse_identical_copy() {
     needs!(root, programs["nbdcopy"]);
     let source = Source::new();
     let copy = source.scratch("copy");
@@ -199,7 +199,7 @@ print(digest.hexdigest())
 
 /// Python takes `st_blksize` for the size of its buffer: one that is larger than an extent hides where the descriptor is.
 #[test]
-fn python_that_seeks_on_the_descriptor() {
+fn python_can_mix_buffered_reads_and_seeks_on_the_descriptor() {
     needs!(root, programs["python3"]);
     let data: Vec<_> = (0..64).map(|n| n * 128 * KIB..n * 128 * KIB + (n % 7 + 1) * 4 * KIB).collect();
     let source = LoopMount::new(64 * 128 * KIB, &data);
@@ -209,7 +209,7 @@ fn python_that_seeks_on_the_descriptor() {
 
 /// There are no extended attributes, which is no reason for a complaint.
 #[test]
-fn programs_that_ask_for_extended_attributes() {
+fn tar_cp_and_python_find_no_extended_attributes() {
     needs!(root, programs["python3"]);
     let source = Source::new();
     let archive = source.scratch("archive.tar");
@@ -228,7 +228,7 @@ fn programs_that_ask_for_extended_attributes() {
 
 /// However many reads wait for one device, they hold little memory, and those of another device do not wait with them.
 #[test]
-fn reads_that_wait_hold_bounded_memory() {
+fn waiting_reads_use_bounded_memory() {
     const READERS: u64 = 192;
     needs!(root);
     let image = FuseImage::new(READERS * MIB);
@@ -261,7 +261,7 @@ fn reads_that_wait_hold_bounded_memory() {
 }
 
 #[test]
-fn du() {
+fn du_reports_the_data_and_reads_nothing() {
     needs!(root);
     let source = Source::new();
     let data: u64 = DATA.iter().map(|range| range.end - range.start).sum();
@@ -275,7 +275,7 @@ fn du() {
 }
 
 #[test]
-fn borg() {
+fn borg_makes_a_sparse_identical_copy() {
     needs!(root, programs["borg"]);
     let source = Source::new();
     let repository = source.scratch("repository");

@@ -7,19 +7,19 @@ use common::needs;
 use common::random::seeds;
 
 #[test]
-fn image_files() {
+fn random_changes_of_image_files() {
     needs!(root);
     seeds(100, 6).for_each(|seed| run_seed(seed, Base::File, &[Level::Loop], 0, 20));
 }
 
 #[test]
-fn loop_devices() {
+fn random_stacks_of_loop_devices() {
     needs!(root);
     seeds(200, 6).for_each(|seed| run_seed(seed, Base::Loop, &[Level::Loop], 2, 20));
 }
 
 #[test]
-fn loop_devices_and_partitions() {
+fn random_stacks_of_loop_devices_and_partitions() {
     needs!(root);
     seeds(300, 6).for_each(|seed| run_seed(seed, Base::Loop, &[Level::Loop, Level::Partition], 3, 20));
 }

@@ -20,7 +20,7 @@ fn errno<T>(result: io::Result<T>) -> Option<i32> {
 }
 
 #[test]
-fn reads_stop_at_the_end() {
+fn reads_end_at_the_end_of_the_device() {
     needs!(root);
     let source = LoopMount::new(MIB + 512, &[MIB..MIB + 512]);
     let file = open(source.file());
@@ -34,7 +34,7 @@ fn reads_stop_at_the_end() {
 }
 
 #[test]
-fn nothing_can_be_changed() {
+fn every_change_is_erofs() {
     needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let (file, directory) = (source.file(), source.mount.directory());
@@ -57,7 +57,7 @@ fn nothing_can_be_changed() {
 
 /// What the device cannot read is an error for the range, and the rest is still there.
 #[test]
-fn unreadable_ranges_are_errors() {
+fn a_range_that_cannot_be_read_is_eio() {
     needs!(root);
     let source = LoopMount::new(4 * MIB, &[0..MIB]);
     source.image.resize(2 * MIB);
@@ -69,14 +69,14 @@ fn unreadable_ranges_are_errors() {
 }
 
 #[test]
-fn a_last_sector_that_is_not_whole_is_data() {
+fn a_partial_last_sector_is_data() {
     needs!(root);
-    common::tail::a_last_sector_that_is_not_whole_is_data();
+    common::tail::a_partial_last_sector_is_data();
 }
 
 /// One device of a directory goes away: its file fails, and the others do not notice.
 #[test]
-fn vanished_device() {
+fn a_detached_device_fails_and_the_other_devices_of_its_directory_do_not() {
     needs!(root);
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let images = [Image::with_data(MIB, &[0..4096]), Image::with_data(MIB, &[4096..8192])];
@@ -110,7 +110,7 @@ fn vanished_device() {
 
 /// A daemon that dies leaves errors behind, and a mountpoint that can be unmounted.
 #[test]
-fn killed_daemon() {
+fn after_a_kill_reads_fail_and_the_mountpoint_can_be_unmounted() {
     needs!(root);
     let LoopMount { mut mount, device, image: _image } = LoopMount::new(MIB, &[0..4096]);
     let file = open(mount.file());
@@ -124,7 +124,7 @@ fn killed_daemon() {
 
 /// A directory as SPEC is read live: block devices and folders, nothing else.
 #[test]
-fn directory_of_devices_is_live() {
+fn a_directory_shows_the_block_devices_that_exist_now() {
     needs!(root);
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let image = Image::with_data(MIB, &[0..4096]);

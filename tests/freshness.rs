@@ -11,7 +11,7 @@ use common::{MIB, needs};
 const SIZE: u64 = 48 * MIB;
 
 #[test]
-fn loop_device() {
+fn a_write_to_a_loop_device_is_seen_at_once() {
     needs!(root);
     let image = Image::new(SIZE);
     let device = Loop::new(image.path());
@@ -20,7 +20,7 @@ fn loop_device() {
 }
 
 #[test]
-fn loop_over_loop() {
+fn a_write_below_two_loop_devices_is_seen_at_once() {
     needs!(root);
     let image = Image::new(SIZE);
     let lower = Loop::new(image.path());

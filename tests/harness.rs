@@ -16,7 +16,7 @@ fn compile(source: &str, options: &[&str], output: &Path) {
 /// user-mode-linux does on a processor with AMX, and is made whole with it. Other writes are as without it.
 #[test]
 #[cfg(target_arch = "x86_64")]
-fn short_writes_of_the_extended_processor_state_are_made_whole() {
+fn short_writes_of_the_extended_processor_state_are_completed() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let (library, program) = (directory.path().join("xstate.so"), directory.path().join("xstate_check"));
     compile("xstate.c", &["-shared", "-fPIC"], &library);

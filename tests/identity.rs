@@ -37,7 +37,7 @@ impl Links {
 
 /// The page cache of the mount is by inode: two open devices must not share one.
 #[test]
-fn an_open_file_stays_with_its_device_and_gives_its_bytes_to_no_other() {
+fn an_open_file_keeps_its_device_when_the_name_leads_to_another() {
     needs!(root);
     let images = [Image::with_data(MIB, &[0..MIB]), Image::new(2 * MIB)];
     open_for_writing(images[1].path()).write_all_at(&[7; 65536], 0).expect("a write");
@@ -71,7 +71,7 @@ fn an_open_file_stays_with_its_device_and_gives_its_bytes_to_no_other() {
 
 /// A number that a user was allowed to open never comes to stand for what he could not open.
 #[test]
-fn another_device_with_other_rights_is_another_file() {
+fn a_device_with_other_rights_has_another_inode_number() {
     needs!(root);
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let images = [Image::new(MIB), Image::new(MIB), Image::new(MIB)];
@@ -99,7 +99,7 @@ fn another_device_with_other_rights_is_another_file() {
 
 /// With an access control list the group's bits are not the group's rights.
 #[test]
-fn an_access_control_list_leaves_the_rights_of_the_owner() {
+fn with_an_access_control_list_only_the_owner_may_read() {
     needs!(root);
     const NOBODY: u32 = u32::MAX;
     // user::rw- user:1000:r-- group::--- mask::rw- other::r-- (`include/uapi/linux/posix_acl_xattr.h`)

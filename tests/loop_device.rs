@@ -39,7 +39,7 @@ fn is_dense(map: &[Extent]) -> bool {
 }
 
 #[test]
-fn offset_and_size_limit() {
+fn the_map_follows_the_offset_and_the_size_limit() {
     needs!(root);
     let data =
         [0..4 * KIB, 64 * KIB..68 * KIB, MIB..MIB + 8 * KIB, 3 * MIB - 4 * KIB..3 * MIB, 4 * MIB - 4 * KIB..4 * MIB];
@@ -70,7 +70,7 @@ fn offset_and_size_limit() {
 }
 
 #[test]
-fn deleted_backing_file_is_dense() {
+fn a_loop_device_over_a_deleted_file_is_dense() {
     needs!(root);
     let LoopMount { mount, device, image } = LoopMount::new(MIB, &[0..4096]);
     assert!(!is_dense(&map_holes(mount.file())));
@@ -90,7 +90,7 @@ fn deleted_backing_file_is_dense() {
 }
 
 #[test]
-fn a_renamed_backing_file_keeps_its_holes() {
+fn a_renamed_backing_file_gives_its_holes() {
     needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let moved = source.image.path().with_extension("moved");
@@ -102,7 +102,7 @@ fn a_renamed_backing_file_keeps_its_holes() {
 
 /// A path is bytes: not all are text, and a line end may be one of them.
 #[test]
-fn holes_of_a_backing_file_do_not_depend_on_its_name() {
+fn a_backing_file_with_any_bytes_in_its_name_gives_its_holes() {
     needs!(root);
     let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     for name in [&b"\xff\xfe.img"[..], b"two\nlines\n", b"end\n\n", b"x (deleted)"] {
@@ -161,7 +161,7 @@ fn writes_discards_and_punches_are_seen_by_an_open_file() {
 }
 
 #[test]
-fn another_image_while_open() {
+fn an_open_file_follows_a_change_of_the_backing_file() {
     needs!(root);
     let source = LoopMount::with_options(MIB, &[0..4096], &["--read-only"]);
     let file = open(source.file());
@@ -174,7 +174,7 @@ fn another_image_while_open() {
 }
 
 #[test]
-fn another_offset_while_open() {
+fn an_open_file_follows_a_change_of_the_offset() {
     needs!(root);
     let source = LoopMount::new(4 * MIB, &[0..4096, 2 * MIB..3 * MIB]);
     let file = open(source.file());
@@ -188,7 +188,7 @@ fn another_offset_while_open() {
 
 /// An idle mount does not hold the device: it can be detached and bound again.
 #[test]
-fn bound_again_while_mounted() {
+fn an_idle_mount_lets_the_device_be_detached_and_bound_again() {
     needs!(root);
     let image = Image::with_data(MIB, &[0..4096]);
     let other = Image::with_data(2 * MIB, &[MIB..2 * MIB]);
@@ -203,7 +203,7 @@ fn bound_again_while_mounted() {
 }
 
 #[test]
-fn growth_while_open() {
+fn an_open_file_follows_the_growth_of_its_device() {
     needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let file = open(source.file());
@@ -221,7 +221,7 @@ fn growth_while_open() {
 
 /// Behind the end of an image that was cut short the device gives errors, not zeros: no hole.
 #[test]
-fn image_cut_short() {
+fn the_range_behind_the_end_of_a_truncated_image_is_data() {
     needs!(root);
     let source = LoopMount::new(4 * MIB, &[0..4096]);
     let file = open(source.file());
@@ -233,7 +233,7 @@ fn image_cut_short() {
 }
 
 #[test]
-fn loop_over_loop() {
+fn a_loop_device_over_a_loop_device_has_the_holes_of_the_image() {
     needs!(root);
     let image = Image::with_data(8 * MIB, &[MIB..2 * MIB, 4 * MIB..4 * MIB + 4096]);
     let lower = Loop::with_options(image.path(), &["--offset=4096"]);
@@ -272,7 +272,7 @@ impl Drop for Ext4 {
 /// A discard by a mounted file system leaves the pages of its device in the page cache. A loop device that reads through
 /// them still has the old bytes: a hole below is a hole above only if the reads above go below.
 #[test]
-fn holes_of_a_lower_device_are_used_only_with_direct_io() {
+fn a_loop_device_over_a_block_device_has_holes_only_with_direct_io() {
     needs!(root, programs["mkfs.ext4", "fstrim"]);
     let image = Image::new(64 * MIB);
     let lower = Loop::new(image.path());
@@ -299,7 +299,7 @@ fn holes_of_a_lower_device_are_used_only_with_direct_io() {
 }
 
 #[test]
-fn partitions() {
+fn a_partition_has_its_part_of_the_map_of_the_disk() {
     needs!(root);
     let data = [2 * MIB..3 * MIB, 11 * MIB - 4096..11 * MIB + 4096, 20 * MIB..20 * MIB + 4096, 63 * MIB..64 * MIB];
     let image = Image::with_data(64 * MIB, &data);
@@ -322,7 +322,7 @@ fn partitions() {
 }
 
 #[test]
-fn sectors_of_4_kib_and_direct_io() {
+fn the_map_is_exact_with_sectors_of_4_kib_with_direct_io_and_read_only() {
     needs!(root);
     for options in [&["--sector-size=4096"][..], &["--direct-io=on"], &["--read-only"]] {
         let source = LoopMount::with_options(4 * MIB, &[MIB..MIB + 4096, 2 * MIB..3 * MIB], options);

@@ -37,7 +37,7 @@ fn check_at(file: &File, map: &[Extent], offset: u64) {
 
 /// The layouts of the kernel series' `test.py`: the device's map is the image's.
 #[test]
-fn layouts_of_the_kernel_series() {
+fn the_layouts_of_the_kernel_series_have_exact_maps() {
     needs!(root);
     let layouts: [(u64, &[Range<u64>]); 4] = [
         (GIB, &[0..4 * KIB, 256 * MIB..256 * MIB + 64 * KIB, GIB - KIB..GIB]),
@@ -56,7 +56,7 @@ fn layouts_of_the_kernel_series() {
 }
 
 #[test]
-fn boundaries_and_their_neighbours() {
+fn seeks_at_and_beside_each_boundary_are_exact() {
     needs!(root);
     let mut data: Vec<_> = (1..40).map(|n| n * 64 * KIB..n * 64 * KIB + n % 5 * 4 * KIB + 4 * KIB).collect();
     data.push(4 * MIB - 8 * KIB..4 * MIB);
@@ -76,7 +76,7 @@ fn boundaries_and_their_neighbours() {
 
 /// The last byte and what lies behind it, with data and with a hole at the end: the table of the kernel series' review.
 #[test]
-fn end_of_the_device() {
+fn seeks_at_and_behind_the_end_are_exact() {
     needs!(root);
     for (data, last_data, last_hole) in [(MIB - 4 * KIB..MIB, Some(MIB - 1), MIB), (0..4 * KIB, None, MIB - 1)] {
         let source = LoopMount::new(MIB, &[data]);
@@ -96,7 +96,7 @@ fn end_of_the_device() {
 
 /// Sizes that are no multiple of the 4 KiB that holes are aligned to, and the smallest ones.
 #[test]
-fn odd_sizes() {
+fn holes_are_aligned_to_4_kib_for_any_size() {
     needs!(root);
     for size in [512, 1024, 4096, 4096 + 512, 12 * KIB - 512, MIB + 512] {
         for data in [vec![], vec![0..512], vec![size - 512..size], vec![0..size]] {
@@ -111,7 +111,7 @@ fn odd_sizes() {
 }
 
 #[test]
-fn offsets_beyond_2_gib_4_gib_and_8_tib() {
+fn seeks_are_exact_beyond_2_gib_4_gib_and_8_tib() {
     needs!(root);
     let size = 15 * 1024 * GIB;
     let at = |offset: u64| offset..offset + 64 * KIB;
@@ -130,7 +130,7 @@ fn offsets_beyond_2_gib_4_gib_and_8_tib() {
 
 /// The descriptor's position moves as lseek(2) says, and other whences work as on any file.
 #[test]
-fn positions() {
+fn a_seek_moves_the_position_of_the_descriptor() {
     needs!(root);
     let source = LoopMount::new(MIB, &[64 * KIB..128 * KIB]);
     let mut file = open(source.file());
@@ -151,7 +151,7 @@ fn positions() {
 
 /// The kernel asks for one file at a time, and the daemon answers for many: nobody gets the answer of another.
 #[test]
-fn many_files_at_once() {
+fn seeks_on_many_files_at_once_are_exact() {
     needs!(root);
     let sources: Vec<_> =
         (1..5).map(|n| LoopMount::new(4 * MIB, &[n * 512 * KIB..n * 512 * KIB + n * 4 * KIB])).collect();
@@ -182,7 +182,7 @@ fn many_files_at_once() {
 
 /// An image file needs no loop device.
 #[test]
-fn image_file_as_spec() {
+fn an_image_file_can_be_mounted_without_a_loop_device() {
     needs!(root);
     let data = [0..64 * KIB, MIB..MIB + 4096, 3 * MIB..4 * MIB];
     let image = Image::with_data(4 * MIB, &data);

@@ -73,7 +73,7 @@ fn bytes_come_from_the_data_device_past_its_page_cache() {
 }
 
 #[test]
-fn rights_are_those_of_the_data() {
+fn a_volume_has_the_rights_of_the_data_device() {
     needs!(root, programs["thin_restore", "thin_dump"]);
     let (data, metadata) = (Image::new(MIB), metadata());
     for (of_data, of_metadata) in [(0o600, 0o644), (0o640, 0o600)] {
@@ -87,7 +87,7 @@ fn rights_are_those_of_the_data() {
 
 /// Nobody may write the metadata while its volumes are open. If somebody does, nothing is claimed any more.
 #[test]
-fn metadata_that_changes_makes_an_open_volume_dense() {
+fn an_open_volume_is_dense_once_its_metadata_changes() {
     needs!(root, programs["thin_restore", "thin_dump"]);
     let (data, metadata) = (Image::with_data(MIB, &[0..MIB]), metadata());
     let mount = mount(&metadata, data.path());
@@ -145,13 +145,13 @@ fn totals_are_the_sums_of_the_runs() {
 }
 
 #[test]
-fn an_image_that_is_rewritten_right_after_a_look_is_seen() {
+fn offline_metadata_rewritten_within_a_clock_tick_is_seen() {
     needs!(root);
     rewritten::metadata_right_after_a_look();
 }
 
 #[test]
-fn a_backing_file_that_is_written_right_after_a_stat_is_seen() {
+fn a_backing_file_written_within_a_clock_tick_of_a_stat_is_seen() {
     needs!(root);
     rewritten::backing_file_right_after_a_stat();
 }
@@ -191,7 +191,7 @@ fn damages() -> [Damage; 4] {
 
 /// A volume whose metadata is damaged is listed and gives EIO, so that a copy of the pool fails.
 #[test]
-fn a_damaged_volume_is_not_absent() {
+fn a_volume_with_damaged_metadata_is_listed_and_is_eio() {
     needs!(root);
     let devices = [Device::new(7, [1..4], 4), Device::new(8, [0..2], 8)];
     for (what, damage) in damages() {
@@ -256,7 +256,7 @@ fn a_pool_of_damaged_volumes_only_is_not_mounted() {
 
 /// What was proven to be unused, and what is watched, is what is read: also where a path leads elsewhere a moment later.
 #[test]
-fn metadata_is_read_from_the_open_file_and_not_by_path() {
+fn the_opened_metadata_is_read_wherever_its_path_leads_later() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let data = Image::new(MIB);
     let name = |name: &str| directory.path().join(name);

@@ -211,7 +211,7 @@ fn remount(directory: &Path, flags: MsFlags) {
 }
 
 #[test]
-fn answers_are_those_of_a_read_only_ext4() {
+fn every_operation_answers_as_on_a_read_only_ext4() {
     needs!(root, programs["mkfs.ext4"]);
     let image = Image::new(16 * MIB);
     run("mkfs.ext4", ["-q".as_ref(), image.path().as_os_str()]);
@@ -253,7 +253,7 @@ fn answers_are_those_of_a_read_only_ext4() {
 
 /// What is mapped is no older than the open, and `direct_io` does not take the mapping away where the kernel has both.
 #[test]
-fn a_mapping_is_no_older_than_the_open() {
+fn mmap_shows_no_bytes_older_than_the_open() {
     needs!(root);
     let release = nix::sys::utsname::uname().expect("a kernel").release().to_owned();
     let mut numbers = release.to_str().expect("text").split('.').map_while(|part| part.parse::<u32>().ok());
@@ -276,7 +276,7 @@ fn a_mapping_is_no_older_than_the_open() {
 
 /// `df` says how much is shown, once for each device, and that nothing is free; no device is opened for that.
 #[test]
-fn df_shows_the_sum_of_all_files() {
+fn df_counts_each_device_once_and_opens_none() {
     needs!(root);
     let df = |directory: &Path| {
         let words = ["--block-size=1", "--output=size,used,avail,itotal", directory.to_str().expect("text")];
@@ -303,7 +303,7 @@ fn df_shows_the_sum_of_all_files() {
 
 /// Names that are gone, or that nobody uses, are forgotten with the kernel's inodes; numbers stay.
 #[test]
-fn names_are_forgotten_when_the_kernel_forgets_them() {
+fn names_are_dropped_with_the_inodes_of_the_kernel() {
     use std::os::unix::fs::MetadataExt as _;
     needs!(root);
     const NAMES: usize = 2000;

@@ -50,7 +50,7 @@ fn without_descriptors_an_open_fails_and_no_read_is_stale() {
 }
 
 #[test]
-fn the_daemon_raises_its_descriptor_limit() {
+fn the_daemon_raises_its_limit_of_descriptors_to_the_hard_limit() {
     needs!(root);
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("every process has one");
     // Enough for the other tests of this process.
@@ -63,7 +63,7 @@ fn the_daemon_raises_its_descriptor_limit() {
 }
 
 #[test]
-fn a_read_does_not_fill_the_cache_of_the_device() {
+fn a_read_does_not_fill_the_page_cache_of_the_device() {
     needs!(root, programs["fincore"]);
     let source = LoopMount::new(32 * MIB, &[0..32 * MIB]);
     run("blockdev", ["--flushbufs".as_ref(), source.device.path().as_os_str()]);

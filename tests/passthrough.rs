@@ -63,7 +63,7 @@ fn writes_and_changes_of_size_are_seen_by_an_open_file() {
 }
 
 #[test]
-fn many_opens_at_a_time() {
+fn concurrent_opens_read_the_same_bytes_and_map() {
     needs!(root);
     let image = Image::with_data(MIB, &[0..64 * KIB, 512 * KIB..MIB]);
     let mount = Mount::new(image.path());
@@ -82,7 +82,7 @@ fn many_opens_at_a_time() {
 
 /// The kernel does not let go of an open file's image; who opens the name gets the new one.
 #[test]
-fn another_image_in_its_place() {
+fn an_open_file_keeps_its_image_when_another_takes_its_name() {
     needs!(root);
     let image = Image::with_data(MIB, &[0..4096]);
     let other = Image::with_data(MIB, &[512 * KIB..MIB]);

@@ -24,7 +24,7 @@ fn all_at_once(work: Vec<Box<dyn FnOnce() + Send>>) {
 
 /// A file of the mount is bound to a loop device, as `mount -o loop` does it, and the mount shows that device too.
 #[test]
-fn loop_device_over_a_file_of_its_own_mount() {
+fn a_loop_device_over_a_file_of_its_own_mount_does_not_deadlock() {
     needs!(root);
     let nodes = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let image = Image::with_data(16 * MIB, &[MIB..2 * MIB]);
@@ -56,7 +56,7 @@ fn loop_device_over_a_file_of_its_own_mount() {
 
 /// The mount lies in the directory that it shows.
 #[test]
-fn mount_inside_its_spec() {
+fn a_mount_inside_its_spec_does_not_deadlock() {
     needs!(root);
     let image = Image::with_data(MIB, &[0..4096]);
     let device = Loop::new(image.path());
@@ -79,7 +79,7 @@ fn mount_inside_its_spec() {
 /// Two mounts, each in the directory that the other one shows. Their paths would have no end, and each step would double the
 /// questions that they ask each other.
 #[test]
-fn mounts_inside_the_specs_of_each_other() {
+fn two_mounts_inside_the_specs_of_each_other_do_not_deadlock() {
     needs!(root);
     let image = Image::with_data(MIB, &[0..4096]);
     let device = Loop::new(image.path());
@@ -116,7 +116,7 @@ fn mounts_inside_the_specs_of_each_other() {
 
 /// A mount over what it shows could only ask itself for it.
 #[test]
-fn mount_over_its_spec() {
+fn a_mount_over_its_spec_is_refused() {
     needs!(root);
     let directory = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     let image = directory.path().join("image");

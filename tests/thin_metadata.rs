@@ -81,7 +81,7 @@ fn random(state: &mut u64) -> u64 {
 }
 
 #[test]
-fn restored_metadata_gives_what_thin_dump_gives() {
+fn maps_of_restored_metadata_equal_thin_dump() {
     needs!(programs["thin_restore", "thin_dump"]);
     compare("contiguous", &[Device::new(1, [0..200_000], 5)]);
     compare("alternating", &[Device::new(1, (0..100_000).map(|block| 2 * block..2 * block + 1), 0)]);
@@ -120,7 +120,7 @@ fn map_of(bytes: &[u8], device: u32) -> ThinResult<FillMap> {
 }
 
 #[test]
-fn images_made_by_hand_are_read_and_sizes_clip_them() {
+fn trees_made_by_hand_are_read_and_clipped_to_the_size() {
     for fill in [3, 4, 100] {
         let devices = some_devices();
         let image = thin_image::build(&devices, fill);
@@ -241,7 +241,7 @@ fn leaves_of_unequal_depth_are_an_error() {
 }
 
 #[test]
-fn a_tree_without_an_end_is_an_error() {
+fn a_chain_of_nodes_deeper_than_any_tree_is_an_error() {
     // A chain of internal nodes with one child each, longer than any tree is deep.
     let mut image = thin_image::build(&[Device::new(1, [0..1], 0)], 4);
     let leaf = of_bytes(&image).unwrap().mapping_tree(id(1)).unwrap().root.get();
@@ -351,7 +351,7 @@ fn tree_of(image: &[u8], device: u32) -> Vec<usize> {
 }
 
 #[test]
-fn snapshots_share_their_leaves() {
+fn volumes_that_share_leaves_have_their_own_maps() {
     let devices = [Device::new(1, [0..20], 0), Device::new(2, [0..20, 30..35], 0), Device::new(3, [0..20], 0)];
     let mut image = thin_image::build(&devices, 5);
     let roots = [1, 2, 3].map(|device| tree_of(&image, device)[0]);

@@ -7,7 +7,7 @@ use super::check::{Extent, Kind, map_holes, open};
 use super::mount::LoopMount;
 
 /// The last sector of this device is not whole. Some kernels can read it, through the page cache only, and others cannot.
-pub fn a_last_sector_that_is_not_whole_is_data() {
+pub fn a_partial_last_sector_is_data() {
     const WHOLE: u64 = MIB - 4096;
     let source = LoopMount::with_options(WHOLE + 1536, &[], &["--sector-size=4096"]);
     let map = [Extent(Kind::Hole, 0..WHOLE), Extent(Kind::Data, WHOLE..WHOLE + 1536)];

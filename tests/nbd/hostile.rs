@@ -84,7 +84,7 @@ fn assert_no_false_hole(runs: &[(u64, ExtentKind)], about: &str) {
 }
 
 #[test]
-fn without_faults_all_is_well() {
+fn a_correct_server_gives_its_bytes_and_holes() {
     for dialect in DIALECTS {
         let outcome = session(dialect, hasty(), Arc::new(|_: &mut Message| Then::Go));
         assert_eq!(outcome.bytes, Some(disk()), "{dialect:?}");
@@ -126,7 +126,7 @@ fn cut(at: usize, connections: usize, then: Then) -> Arc<Spoil> {
 }
 
 #[test]
-fn a_stream_that_ends_at_any_byte() {
+fn a_stream_that_ends_at_any_byte_gives_no_wrong_bytes_or_holes() {
     for dialect in DIALECTS {
         for at in positions(dialect) {
             let outcome = session(dialect, hasty(), cut(at, usize::MAX, Then::Close));
@@ -143,7 +143,7 @@ fn a_stream_that_ends_at_any_byte() {
 }
 
 #[test]
-fn a_stream_that_stalls_at_any_step() {
+fn a_stream_that_stalls_at_any_step_gives_no_wrong_bytes_or_holes() {
     let wait = Duration::from_millis(200);
     let short = Timeouts { connect: wait, request: wait, outage: wait };
     for dialect in DIALECTS {
@@ -161,7 +161,7 @@ fn a_stream_that_stalls_at_any_step() {
 }
 
 #[test]
-fn any_byte_may_be_wrong() {
+fn a_wrong_byte_of_the_server_changes_at_most_one_byte_read() {
     for dialect in DIALECTS {
         let positions: Vec<usize> = positions(dialect).collect();
         // Most of the time goes by waiting: a wrong length asks for bytes that never come.
@@ -214,7 +214,7 @@ fn options(replies: &[Vec<u8>]) -> Vec<u8> {
 }
 
 #[test]
-fn a_negotiation_that_breaks_the_rules() {
+fn a_negotiation_that_breaks_the_rules_is_refused() {
     let export = |size: u64| [[0, 0].as_slice(), &size.to_be_bytes(), &[0, 1]].concat();
     let blocks = |min: u32, max: u32| {
         [[0, 3].as_slice(), &min.to_be_bytes(), &4096_u32.to_be_bytes(), &max.to_be_bytes()].concat()
@@ -373,7 +373,7 @@ fn block_status_that_breaks_the_rules_is_data() {
 }
 
 #[test]
-fn a_broken_rule_is_not_tried_again() {
+fn block_status_is_not_asked_for_again_after_a_broken_rule() {
     let fake = Fake::new(
         Dialect::Structured,
         &disk(),
@@ -394,7 +394,7 @@ fn a_broken_rule_is_not_tried_again() {
 }
 
 #[test]
-fn block_status_in_tiny_extents_takes_bounded_time() {
+fn a_map_in_extents_of_one_byte_takes_bounded_time() {
     // One byte of zeros at a time, of an export that seems to have 2^62 bytes.
     let spoil = |message: &mut Message| {
         match message.step {

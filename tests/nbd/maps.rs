@@ -34,7 +34,7 @@ fn check(uri: &str) -> Arc<Client> {
 }
 
 #[test]
-fn nbdkit() {
+fn maps_of_nbdkit_equal_nbdinfo() {
     needs!(programs["nbdkit", "nbdinfo"]);
     let directory = directory();
     let (socket, disk) = (directory.path().join("s"), directory.path().join("disk"));
@@ -66,7 +66,7 @@ fn nbdkit() {
 }
 
 #[test]
-fn qemu_nbd() {
+fn maps_of_qemu_nbd_equal_nbdinfo() {
     needs!(programs["qemu-nbd", "qemu-img", "qemu-io", "nbdinfo"]);
     let directory = directory();
     let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();

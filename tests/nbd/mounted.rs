@@ -45,7 +45,7 @@ fn an_export_is_a_sparse_file() {
 
 /// A program that opens a file makes several requests of the kernel, and each of them several of the server.
 #[test]
-fn a_slow_server_delays_a_request_by_its_deadline_at_most() {
+fn an_open_and_a_seek_on_a_slow_server_end_at_the_request_deadline() {
     needs!(root);
     let slow = Arc::new(AtomicBool::new(false));
     let is_slow = Arc::clone(&slow);
@@ -66,7 +66,7 @@ fn a_slow_server_delays_a_request_by_its_deadline_at_most() {
 }
 
 #[test]
-fn the_socket_of_another_user() {
+fn root_can_mount_over_the_socket_of_another_user() {
     needs!(root, programs["nbdkit"]);
     let directory = directory();
     let socket = directory.path().join("s");
@@ -79,7 +79,7 @@ fn the_socket_of_another_user() {
 }
 
 #[test]
-fn a_server_that_is_restarted_in_the_middle_of_a_copy() {
+fn a_copy_continues_when_the_server_is_restarted() {
     needs!(root, programs["nbdkit"]);
     let directory = directory();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));

@@ -22,7 +22,7 @@ fn uri(socket: &Path) -> String {
 }
 
 #[test]
-fn a_server_that_comes_back() {
+fn reads_continue_when_the_server_comes_back() {
     needs!(programs["nbdkit"]);
     let directory = directory();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
@@ -58,7 +58,7 @@ fn a_server_that_comes_back() {
 }
 
 #[test]
-fn a_server_that_stays_away() {
+fn a_server_that_stays_away_is_eio_and_data_after_the_outage_limit() {
     needs!(programs["nbdkit"]);
     let directory = directory();
     let socket = directory.path().join("s");
@@ -81,7 +81,7 @@ fn a_server_that_stays_away() {
 }
 
 #[test]
-fn a_server_that_comes_back_with_another_size() {
+fn a_server_that_comes_back_with_another_size_is_refused() {
     needs!(programs["nbdkit"]);
     let directory = directory();
     let socket = directory.path().join("s");
@@ -97,7 +97,7 @@ fn a_server_that_comes_back_with_another_size() {
 }
 
 #[test]
-fn a_server_that_hangs() {
+fn a_server_that_hangs_is_eio_and_data_after_the_request_limit() {
     needs!(programs["nbdkit"]);
     let directory = directory();
     let socket = directory.path().join("s");
@@ -114,7 +114,7 @@ fn a_server_that_hangs() {
 }
 
 #[test]
-fn requests_during_a_failing_connect_share_its_failure() {
+fn concurrent_callers_share_one_failed_connect() {
     let directory = directory();
     let socket = directory.path().join("s");
     // Takes connections and never says a word: each attempt lasts as long as a client waits.

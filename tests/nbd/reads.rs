@@ -36,7 +36,7 @@ fn check(uri: &str, wanted: &[u8]) {
 }
 
 #[test]
-fn from_nbdkit() {
+fn reads_from_nbdkit_equal_the_image() {
     needs!(programs["nbdkit"]);
     let directory = directory();
     let disk = directory.path().join("disk");
@@ -71,7 +71,7 @@ fn from_nbdkit() {
 }
 
 #[test]
-fn from_qemu_nbd() {
+fn reads_from_qemu_nbd_equal_the_image() {
     needs!(programs["qemu-nbd"]);
     let directory = directory();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
@@ -102,7 +102,7 @@ fn an_error_of_the_server_is_eio() {
 }
 
 #[test]
-fn an_export_that_does_not_exist() {
+fn a_missing_export_is_an_error_with_exit_code_32() {
     needs!(programs["qemu-nbd"]);
     let directory = directory();
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));

@@ -41,7 +41,7 @@ fn dribbling(step: Step, slow: &Arc<AtomicBool>) -> Fake {
 
 /// All waits of a call share one deadline, whatever happens in it.
 #[test]
-fn a_call_ends_in_its_time_however_slowly_the_server_sends() {
+fn a_call_ends_at_its_deadline_when_the_server_sends_slowly() {
     let wait = 3 * SECOND;
     for step in [Step::Read, Step::Status, Step::Greeting] {
         let slow = Arc::new(AtomicBool::new(false));
@@ -76,7 +76,7 @@ fn the_calls_of_a_request_share_its_deadline() {
 
 /// An open, a look at the attributes and an lseek ask one after the other. Only the first of them waits for nothing.
 #[test]
-fn a_server_with_slow_block_status_is_not_queried_again_at_once() {
+fn a_block_status_that_was_too_slow_is_not_asked_for_again_at_once() {
     let slow = Arc::new(AtomicBool::new(true));
     let fake = dribbling(Step::Status, &slow);
     let client = client(&fake.uri, patience(2 * SECOND));
@@ -90,7 +90,7 @@ fn a_server_with_slow_block_status_is_not_queried_again_at_once() {
 }
 
 #[test]
-fn waiting_for_a_connection_of_another_thread_ends_with_the_request() {
+fn waiting_for_the_connect_of_another_thread_ends_at_the_deadline() {
     let directory = directory();
     let socket = directory.path().join("s");
     let _silent = UnixListener::bind(&socket).unwrap();
@@ -166,7 +166,7 @@ fn the_window_does_not_grow_when_block_status_fails() {
 
 /// A map is dropped where others wait for a lock.
 #[test]
-fn closing_a_client_waits_for_nothing() {
+fn dropping_a_client_does_not_wait_for_the_server() {
     let ahead = |message: &mut Message| match message.step {
         Step::Option(7) => Then::AnswerAhead,
         _ => Then::Go,

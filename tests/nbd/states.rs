@@ -52,7 +52,7 @@ fn writes_over_another_connection_are_flushed_before_holes_are_asked_for() {
 }
 
 #[test]
-fn the_flags_of_an_export_say_whether_other_connections_see_the_same() {
+fn the_flags_of_an_export_decide_whether_other_connections_see_its_writes() {
     for (flags, visible) in [
         (HAS_FLAGS, false),
         (HAS_FLAGS | READ_ONLY, false),

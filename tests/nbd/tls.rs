@@ -31,7 +31,7 @@ fn authority(directory: &Path) {
 }
 
 #[test]
-fn tls() {
+fn tls_needs_a_trusted_certificate_with_the_name_of_the_host() {
     needs!(programs["nbdkit", "certtool"]);
     let (pki, other, bare) = (directory(), directory(), directory());
     authority(pki.path());

@@ -12,7 +12,7 @@ use crate::common::{MIB, assert_becomes, run, wait_until};
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn table_reload_while_open() {
+fn an_open_file_follows_a_reloaded_table() {
     let image = Image::with_data(8 * MIB, &[0..MIB, 4 * MIB..5 * MIB]);
     let disk = Loop::new(image.path());
     let other_image = Image::with_data(8 * MIB, &[2 * MIB..3 * MIB]);
@@ -44,7 +44,7 @@ fn table_reload_while_open() {
 /// Another table shows other bytes, although nobody wrote any.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn reloaded_table_is_a_change() {
+fn a_reloaded_table_changes_the_times() {
     let image = Image::with_data(8 * MIB, &[0..MIB]);
     let disk = Loop::new(image.path());
     let part = |start: u64| format!("0 8192 linear {} {start}", disk.path().display());
@@ -68,7 +68,7 @@ fn reloaded_table_is_a_change() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn size_changes_while_open() {
+fn an_open_file_follows_changes_of_the_size() {
     let image = Image::with_data(8 * MIB, &[0..4096, 5 * MIB..6 * MIB]);
     let disk = Loop::new(image.path());
     let device = Dm::new(&format!("0 4096 linear {} 0", disk.path().display()));
@@ -87,7 +87,7 @@ fn size_changes_while_open() {
 /// A table that is loaded but not live changes nothing.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn inactive_table() {
+fn an_inactive_table_changes_nothing() {
     let image = Image::with_data(4 * MIB, &[0..MIB]);
     let disk = Loop::new(image.path());
     let device = Dm::linear(disk.path());
@@ -101,7 +101,7 @@ fn inactive_table() {
 /// `dmsetup remove --force` leaves an error target in place of an open device.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn device_torn_away() {
+fn an_open_device_with_an_error_table_is_data_and_eio() {
     let image = Image::new(4 * MIB);
     let disk = Loop::new(image.path());
     let device = Dm::linear(disk.path());
@@ -117,7 +117,7 @@ fn device_torn_away() {
 /// What happens two layers down is seen at the top.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn loop_device_below_changes() {
+fn a_change_of_a_loop_device_two_layers_down_is_seen() {
     let image = Image::with_data(8 * MIB, &[0..4096, 4 * MIB..5 * MIB]);
     let disk = Loop::new(image.path());
     let inner = Dm::new(&format!("0 4096 linear {} 0", disk.path().display()));
@@ -144,7 +144,7 @@ fn loop_device_below_changes() {
 /// A device is in the stack twice, once below another one: what that one writes back to it must be written back too.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn dirty_pages_on_two_ways_down() {
+fn dirty_pages_of_a_device_that_is_twice_in_a_stack_are_data() {
     let image = Image::new(4 * MIB);
     let lower = Loop::new(image.path());
     let upper = Loop::with_options(lower.path(), &["--direct-io=on"]);
@@ -166,7 +166,7 @@ fn dirty_pages_on_two_ways_down() {
 /// An idle mount of /dev/mapper holds nothing, and shows what is there now.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn devices_come_and_go() {
+fn a_mount_of_dev_mapper_shows_the_devices_that_exist_now() {
     let mapper = std::path::Path::new("/dev/mapper");
     let mount = Mount::new(mapper);
     let image = Image::with_data(2 * MIB, &[0..MIB]);
@@ -188,7 +188,7 @@ fn devices_come_and_go() {
 /// The map of a device whose number is used again is the new device's.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn another_device_of_the_same_name() {
+fn a_name_of_another_device_has_the_map_of_that_device() {
     let image = Image::with_data(2 * MIB, &[0..MIB]);
     let disk = Loop::new(image.path());
     let names = tempfile::tempdir().expect("a temporary directory");

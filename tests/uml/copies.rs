@@ -94,7 +94,7 @@ impl SnapshotSet {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn snapshot_is_its_origin_but_for_exceptions() {
+fn snapshot_has_the_holes_of_its_origin_except_for_exceptions() {
     for kind in ["P", "PO"] {
         let set = SnapshotSet::new(&[MIB..2 * MIB], 8 * MIB, kind, 16 * KIB);
         assert_map(&set.snapshot, &[MIB..2 * MIB]);
@@ -115,7 +115,7 @@ fn snapshot_is_its_origin_but_for_exceptions() {
 /// What was data when the snapshot was made stays data, whatever becomes of the origin.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn snapshot_keeps_what_its_origin_loses() {
+fn data_of_a_snapshot_stays_data_when_its_origin_changes() {
     let set = SnapshotSet::new(&[MIB..2 * MIB], 8 * MIB, "P", 4 * KIB);
     let mount = Mount::new(set.snapshot.path());
     assert_eq!(map_holes(mount.file()), map_of(SIZE, &[MIB..2 * MIB]));
@@ -130,7 +130,7 @@ fn snapshot_keeps_what_its_origin_loses() {
 /// Lists that fill areas exactly, and go over several.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn snapshot_with_many_exceptions() {
+fn exceptions_of_a_snapshot_are_read_from_all_areas() {
     // 32 entries in an area of one 512-byte chunk.
     let set = SnapshotSet::new(&[], 8 * MIB, "P", 512);
     let mount = Mount::new(set.snapshot.path());
@@ -159,7 +159,7 @@ fn snapshot_with_many_exceptions() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn snapshots_that_are_not_certain_are_dense() {
+fn transient_and_invalid_snapshots_are_dense() {
     assert_dense(&SnapshotSet::new(&[], 8 * MIB, "N", 4 * KIB).snapshot);
     let overflown = SnapshotSet::new(&[], 64 * KIB, "P", 4 * KIB);
     assert_map(&overflown.snapshot, &[]);
@@ -173,7 +173,7 @@ fn snapshots_that_are_not_certain_are_dense() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn clone_is_its_source_and_then_its_destination() {
+fn clone_has_the_holes_of_its_source_until_it_is_copied() {
     needs!(modules["dm-clone"]);
     let [metadata, destination, source] =
         [Disk::new(4 * MIB, &[]), Disk::new(SIZE, &[]), Disk::new(SIZE, &[MIB..2 * MIB])];

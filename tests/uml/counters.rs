@@ -27,7 +27,7 @@ fn switch(device: &Path, to: &str) {
 /// A write between two looks that no counter counted: the switch was off meanwhile.
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
-fn times_do_not_use_counters_that_were_switched_off() {
+fn io_counters_that_were_switched_off_change_the_times() {
     let disk = ScsiDisk::new(16, &["lbprz=1"]);
     let mount = Mount::new(disk.path());
     let before = time(mount.file());
@@ -41,7 +41,7 @@ fn times_do_not_use_counters_that_were_switched_off() {
 /// The same, where a map stands on the counters. Kernels before 6.5 count a device-mapper device whatever the switch says.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn holes_do_not_use_counters_that_were_switched_off() {
+fn io_counters_that_were_switched_off_hide_no_write() {
     let pool = Pool::new(64 * MIB, 64 << 10);
     let thin = pool.thin(0, 64 * MIB);
     let mount = Mount::new(thin.path());
@@ -58,7 +58,7 @@ fn holes_do_not_use_counters_that_were_switched_off() {
 /// A write that was under way at one look has ended at the next. Kernels before 6.4 count it when it begins.
 #[test]
 #[ignore = "needs a kernel with device-mapper and scsi_debug: run tests/run"]
-fn a_write_that_ends_between_two_looks_is_a_change() {
+fn a_write_that_ends_between_two_stats_changes_the_times() {
     // No file below, whose times would move.
     let disk = ScsiDisk::new(16, &["lbprz=1"]);
     let (path, length) = (disk.path().display(), sectors(disk.path()));
@@ -83,7 +83,7 @@ fn a_write_that_ends_between_two_looks_is_a_change() {
 /// What stat(2) says of a device waits for no read of it.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn no_look_reads_a_slow_device() {
+fn stat_and_lseek_do_not_read_the_device() {
     let image = Image::with_data(4 * MIB, &[MIB..2 * MIB]);
     let disk = Loop::new(image.path());
     let (path, length) = (disk.path().display(), sectors(disk.path()));

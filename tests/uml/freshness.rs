@@ -11,7 +11,7 @@ const SIZE: u64 = 48 * MIB;
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn thin() {
+fn a_write_to_a_thin_volume_is_seen_at_once() {
     let pool = Pool::new(64 * MIB, 65536);
     let thin = pool.thin(0, SIZE);
     let mount = Mount::new(thin.path());
@@ -20,7 +20,7 @@ fn thin() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn linear_over_thin() {
+fn a_write_below_a_linear_device_is_seen_at_once() {
     let pool = Pool::new(64 * MIB, 65536);
     let thin = pool.thin(0, SIZE);
     let linear = Dm::linear(thin.path());
@@ -31,7 +31,7 @@ fn linear_over_thin() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn striped_over_loop_devices() {
+fn a_write_to_a_striped_device_is_seen_at_once() {
     let images = [Image::new(SIZE / 2), Image::new(SIZE / 2)];
     let disks = [Loop::new(images[0].path()), Loop::new(images[1].path())];
     let [first, second] = [&disks[0], &disks[1]].map(|disk| disk.path().display());
@@ -43,12 +43,12 @@ fn striped_over_loop_devices() {
 /// This kernel's clock counts ticks of 10 ms, so files that are written twice have one time.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn an_image_that_is_rewritten_right_after_a_look_is_seen() {
+fn offline_metadata_rewritten_within_a_clock_tick_is_seen() {
     crate::rewritten::metadata_right_after_a_look();
 }
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn a_backing_file_that_is_written_right_after_a_stat_is_seen() {
+fn a_backing_file_written_within_a_clock_tick_of_a_stat_is_seen() {
     crate::rewritten::backing_file_right_after_a_stat();
 }

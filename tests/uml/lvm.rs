@@ -56,7 +56,7 @@ impl Drop for Group {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn thin_volumes() {
+fn thin_logical_volumes_have_their_unmapped_blocks_as_holes() {
     let group = Group::new("testthin");
     let name = group.name.as_str();
     group.lvm(&["lvcreate", "--quiet", "-T", "-L", "256M", "-c", "64k", &format!("{name}/pool")]);
@@ -85,7 +85,7 @@ fn thin_volumes() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn ordinary_volumes_in_a_directory() {
+fn linear_logical_volumes_have_the_holes_of_their_segments() {
     let group = Group::new("testplain");
     let name = group.name.as_str();
     group.lvm(&["lvcreate", "--quiet", "-Zn", "-L", "32M", "-n", "first", name]);

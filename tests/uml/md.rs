@@ -72,7 +72,7 @@ const LEG: u64 = 8 * MIB;
 
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
-fn raid1() {
+fn raid1_has_a_hole_where_all_legs_have_one() {
     needs!(modules["md-mod", "raid1"]);
     let array = Array::new(&["--level=1", "--assume-clean"], &[LEG, LEG]);
     array.assert_map(&[]);
@@ -119,7 +119,7 @@ fn raid1_that_resyncs_is_dense() {
 
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
-fn raid0() {
+fn raid0_has_the_holes_of_its_legs() {
     needs!(modules["md-mod", "raid0"]);
     let array = Array::new(&["--level=0", "--chunk=64"], &[LEG, LEG, LEG]);
     array.assert_map(&[]);
@@ -139,7 +139,7 @@ fn raid0_with_legs_of_two_lengths_is_dense() {
 
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
-fn linear() {
+fn linear_has_the_holes_of_its_legs() {
     needs!(modules["md-mod", "linear"]);
     let array = Array::new(&["--level=linear"], &[LEG, 2 * LEG]);
     let first = LEG / 2;
@@ -150,7 +150,7 @@ fn linear() {
 
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
-fn raid10() {
+fn raid10_has_a_hole_where_all_copies_have_one() {
     needs!(modules["md-mod", "raid10"]);
     for (layout, legs) in [("n2", 4), ("n2", 2), ("n3", 3)] {
         let words = ["--level=10", "--chunk=64", &format!("--layout={layout}"), "--assume-clean"];
@@ -168,7 +168,7 @@ fn raid10() {
 
 #[test]
 #[ignore = "needs a kernel with md: run tests/run"]
-fn parity_is_dense() {
+fn raid_with_parity_is_dense() {
     needs!(modules["md-mod", "raid456"]);
     Array::new(&["--level=5", "--assume-clean"], &[LEG; 3]).assert_dense("raid5");
 }

@@ -149,7 +149,7 @@ fn reconfigure(stream: &UnixStream) {
 
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
-fn a_device_with_and_without_its_export() {
+fn an_nbd_device_has_holes_only_with_its_export() {
     let kernel = Kernel::new(&DATA);
     {
         let mount = Mount::new(Kernel::path());
@@ -183,7 +183,7 @@ fn a_device_with_and_without_its_export() {
 /// A URI is of one export: another device has other bytes, even if it is as long.
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
-fn the_export_of_one_device_is_not_that_of_another() {
+fn an_export_gives_holes_only_to_its_own_device() {
     let kernel = Kernel::new(&[]);
     let image = Image::with_data(SIZE, &[0..SIZE]);
     let socket = kernel.directory.path().join("second");
@@ -218,7 +218,7 @@ fn the_export_of_one_device_is_not_that_of_another() {
 /// The user named the export of the connection that the device had then. The next connection may be to any other one.
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
-fn a_device_that_is_connected_anew_is_all_data() {
+fn a_device_that_is_connected_again_is_all_data() {
     let kernel = Kernel::new(&[]);
     let (_full, _image, socket) = kernel.full("full");
     let mount = kernel.mount(Kernel::path());

@@ -11,7 +11,7 @@ const SECTORS: u64 = SIZE / 512;
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn delay_reads_from_its_first_device() {
+fn delay_has_the_holes_of_the_device_that_it_reads() {
     needs!(modules["dm-delay"]);
     let read = Disk::new(SIZE + MIB, &[MIB..2 * MIB]);
     let write = Disk::new(SIZE, &[0..SIZE]);
@@ -33,7 +33,7 @@ fn flakey_has_holes_only_without_faults() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn unstriped_shows_one_leg() {
+fn unstriped_has_the_holes_of_one_leg() {
     needs!(modules["dm-unstripe"]);
     for chunk in [4 * KIB, 64 * KIB] {
         let data = [[0..4 * KIB, MIB..2 * MIB], [512 * KIB..640 * KIB, SIZE - 4 * KIB..SIZE]];
@@ -49,7 +49,7 @@ fn unstriped_shows_one_leg() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn origins_of_snapshots_are_their_devices() {
+fn snapshot_origin_has_the_holes_of_its_device() {
     let disk = Disk::new(SIZE, &[MIB..2 * MIB]);
     assert_map(&Dm::new(&format!("0 {SECTORS} snapshot-origin {}", disk.path())), &[MIB..2 * MIB]);
     // In the middle of a table it would show other bytes than its beginning.
@@ -59,7 +59,7 @@ fn origins_of_snapshots_are_their_devices() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn era_shows_its_origin() {
+fn era_has_the_holes_of_its_origin() {
     needs!(modules["dm-era"]);
     let (metadata, disk) = (Disk::new(4 * MIB, &[]), Disk::new(SIZE, &[MIB..2 * MIB]));
     let device = Dm::new(&format!("0 {SECTORS} era {} {} 128", metadata.path(), disk.path()));
@@ -68,7 +68,7 @@ fn era_shows_its_origin() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn multipath_is_read_through_a_path_that_works() {
+fn multipath_has_holes_while_a_path_works() {
     needs!(modules["dm-multipath", "dm-round-robin"]);
     let image = Image::with_data(SIZE, &[MIB..2 * MIB]);
     let paths = [Loop::new(image.path()), Loop::new(image.path())];

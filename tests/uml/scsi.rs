@@ -34,7 +34,7 @@ fn resolve(path: &Path) -> Stack {
 
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
-fn maps_are_the_disks_whatever_its_blocks_and_granularity() {
+fn the_map_is_that_of_the_disk_for_any_block_size_and_granularity() {
     for (sector, granularity) in [(512, 1), (512, 8), (4096, 1), (4096, 4)] {
         let parameters = [format!("sector_size={sector}"), format!("unmap_granularity={granularity}")];
         let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=1", &parameters[0], &parameters[1]]);
@@ -59,7 +59,7 @@ fn maps_are_the_disks_whatever_its_blocks_and_granularity() {
 
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
-fn without_a_promise_of_zeros_all_is_data() {
+fn a_disk_that_does_not_promise_zeros_is_dense() {
     for (parameters, reason) in [
         (&["lbprz=0"][..], "LBPRZ is 0 in READ CAPACITY(16)"),
         (&["lbprz=2"], "does not promise zeros"),
@@ -97,7 +97,7 @@ fn writes_and_unmaps_of_an_open_disk_are_seen() {
 /// A disk that is pulled out has no bytes any more; that is an error, and not the end of the file.
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
-fn disk_torn_away() {
+fn a_removed_disk_is_an_error_and_no_end_of_file() {
     let disk = ScsiDisk::new(8, &["lbprz=1"]);
     write(disk.path(), 0..8 * MIB);
     let mount = Mount::new(disk.path());
@@ -135,7 +135,7 @@ fn a_medium_error_is_eio() {
 
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
-fn partitions_and_linear_devices_have_their_disks_holes() {
+fn partitions_and_linear_devices_have_the_holes_of_their_disk() {
     let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=1", "unmap_granularity=1"]);
     let path = disk.path().to_str().expect("text");
     run_with_input("sfdisk", ["--quiet", "--no-reread", path], "label: dos\nstart=2048, size=16384\nstart=18432\n");
@@ -156,7 +156,7 @@ fn partitions_and_linear_devices_have_their_disks_holes() {
 
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
-fn a_mounted_disk_has_the_disks_holes() {
+fn a_mounted_disk_has_its_holes() {
     for sector in ["sector_size=512", "sector_size=4096"] {
         let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=1", "unmap_granularity=1", sector]);
         let mount = Mount::new(disk.path());

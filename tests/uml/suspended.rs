@@ -30,7 +30,7 @@ fn looks(suspended: &Dm, writer: &File, directory: &Path, file: &Path) -> (bool,
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn suspended_device_is_dense_and_blocks_nothing() {
+fn a_suspended_device_blocks_only_reads() {
     let image = Image::new(4 * MIB);
     let disk = Loop::new(image.path());
     let below = Dm::linear(disk.path());
@@ -50,7 +50,7 @@ fn suspended_device_is_dense_and_blocks_nothing() {
 /// The first look at a device finds it suspended. It waits for nothing, and the daemon can be ended meanwhile.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn device_that_is_suspended_at_the_first_look() {
+fn a_device_that_is_suspended_at_the_first_open_blocks_only_reads() {
     let image = Image::with_data(4 * MIB, &[MIB..2 * MIB]);
     let disk = Loop::new(image.path());
     let below = Dm::linear(disk.path());
@@ -78,7 +78,7 @@ fn device_that_is_suspended_at_the_first_look() {
 /// A file that was first seen while its device was suspended is looked at again after the resume.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn device_that_was_suspended_has_its_holes_again() {
+fn a_resumed_device_has_its_holes_again() {
     let image = Image::with_data(4 * MIB, &[MIB..2 * MIB]);
     let disk = Loop::new(image.path());
     let device = Dm::linear(disk.path());
@@ -94,7 +94,7 @@ fn device_that_was_suspended_has_its_holes_again() {
 /// What a layer stands on that is dense is waited for by nobody: a crypt device, or the metadata of a pool.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn a_suspended_device_below_a_dense_layer_blocks_nothing() {
+fn a_suspended_device_below_a_dense_layer_blocks_only_reads() {
     run("modprobe", ["dm-crypt"]);
     let image = Image::new(4 * MIB);
     let disk = Loop::new(image.path());
@@ -111,7 +111,7 @@ fn a_suspended_device_below_a_dense_layer_blocks_nothing() {
 /// The metadata of a pool, or the store of a snapshot, is not read while its device is suspended.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn metadata_that_is_suspended_is_not_read() {
+fn suspended_metadata_is_not_read() {
     let pool = Pool::with_slow_metadata(64 * MIB, 64 << 10);
     let thin = pool.thin(0, 64 * MIB);
     let mount = Mount::new(thin.path());

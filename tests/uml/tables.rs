@@ -34,7 +34,7 @@ fn while_replaced(device: &Dm, own: &str, work: impl FnOnce()) {
 /// The store of a snapshot gets other exceptions, as many as before, while the snapshot's table is away.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn snapshot_with_another_store() {
+fn a_snapshot_store_that_was_replaced_is_read_again() {
     run("modprobe", ["dm-snapshot"]);
     let [origin, store, other] = [Disk::new(SIZE, &[]), Disk::new(8 * MIB, &[]), Disk::new(8 * MIB, &[])];
     let table = |store: &Disk| format!("0 {SECTORS} snapshot {} {} P 32", origin.path(), store.path());
@@ -56,7 +56,7 @@ fn snapshot_with_another_store() {
 /// The times of a snapshot move when its store may be another one.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn snapshot_with_another_store_has_changed() {
+fn a_snapshot_table_that_was_replaced_changes_the_times() {
     run("modprobe", ["dm-snapshot"]);
     let [origin, store] = [Disk::new(SIZE, &[]), Disk::new(8 * MIB, &[])];
     let table = format!("0 {SECTORS} snapshot {} {} P 32", origin.path(), store.path());
@@ -75,7 +75,7 @@ fn snapshot_with_another_store_has_changed() {
 /// All of a clone was copied. It gets new metadata, which says that nothing was, while its table is away.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn clone_with_other_metadata() {
+fn clone_metadata_that_was_replaced_is_read_again() {
     needs!(modules["dm-clone"]);
     let [metadata, destination, source] =
         [Disk::new(4 * MIB, &[]), Disk::new(SIZE, &[]), Disk::new(SIZE, &[MIB..2 * MIB])];
@@ -99,7 +99,7 @@ fn clone_with_other_metadata() {
 /// A volume is deleted and made again with other blocks, as many as before, while the table of its device is away.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn thin_volume_that_is_made_again() {
+fn a_thin_volume_that_was_recreated_is_read_again() {
     const BLOCK: u64 = 64 * KIB;
     let pool = Pool::new(64 * MIB, BLOCK);
     let device = pool.thin(0, SIZE);
@@ -140,7 +140,7 @@ fn tables_of_other_devices_change_nothing() {
 /// Where /dev/mapper/control cannot be opened at the first look, the next look tries again.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn the_control_device_may_come_later() {
+fn a_control_device_that_appears_later_is_used() {
     let disk = Disk::new(SIZE, &[MIB..2 * MIB]);
     let device = Dm::linear(disk.device.path());
     let node = std::fs::canonicalize(sysfs(device.path())).expect("sysfs");

@@ -2,6 +2,6 @@
 
 #[test]
 #[ignore = "needs another kernel: run tests/run"]
-fn a_last_sector_that_is_not_whole_is_data() {
-    crate::common::tail::a_last_sector_that_is_not_whole_is_data();
+fn a_partial_last_sector_is_data() {
+    crate::common::tail::a_partial_last_sector_is_data();
 }

@@ -45,7 +45,7 @@ pub fn assert_dense(device: &Dm) {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn linear() {
+fn linear_has_the_holes_of_its_range() {
     let disk = Disk::new(8 * MIB, &[0..4 * KIB, 2 * MIB..3 * MIB, 8 * MIB - 4 * KIB..8 * MIB]);
     let whole = Dm::linear(disk.device.path());
     assert_map(&whole, &[0..4 * KIB, 2 * MIB..3 * MIB, 8 * MIB - 4 * KIB..8 * MIB]);
@@ -61,7 +61,7 @@ fn linear() {
 /// More than the kernel tells at once: the segments of a volume that was extended again and again.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn a_long_table() {
+fn a_table_longer_than_one_reply_is_read_completely() {
     const SEGMENTS: u64 = 500;
     let disk = Disk::new(4 * MIB, &[0..4 * MIB]);
     let table: Vec<String> = (0..SEGMENTS)
@@ -77,7 +77,7 @@ fn a_long_table() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn striped() {
+fn striped_has_the_holes_of_its_legs() {
     let data = [0..4 * KIB, 256 * KIB..384 * KIB, MIB - 4 * KIB..MIB];
     for (count, chunk) in [(2, 4 * KIB), (2, 64 * KIB), (3, 8 * KIB), (3, 12 * KIB), (1, 4 * KIB)] {
         // The legs differ, and a row that is not complete is left out.
@@ -104,7 +104,7 @@ fn striped() {
 /// Chunks that are no multiple of the 4 KiB that holes are aligned to.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn striped_by_odd_chunks() {
+fn striped_by_odd_chunks_has_only_true_holes() {
     let disks = [Disk::new(MIB, &[0..4 * KIB]), Disk::new(MIB, &[512 * KIB..516 * KIB])];
     let device = Dm::new(&format!("0 4080 striped 2 12 {} 1 {} 3", disks[0].path(), disks[1].path()));
     let mount = Mount::new(device.path());
@@ -116,14 +116,14 @@ fn striped_by_odd_chunks() {
 /// dm-zero reads as zeros, so it is a hole. (The kernel series reports data, to test the default.)
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn zero() {
+fn zero_is_a_hole() {
     assert_map(&Dm::new("0 2097152 zero"), &[]);
 }
 
 /// The largest size that a device can have.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn largest_device() {
+fn seeks_on_the_largest_device_are_exact() {
     let disk = Disk::new(MIB, &[0..MIB]);
     let most = i64::MAX as u64 / 512;
     let table = format!("0 {} zero\n{} 2048 linear {} 0", most - 2048, most - 2048, disk.path());
@@ -155,7 +155,7 @@ fn error_is_data_that_cannot_be_read() {
 /// Runs of one kind are one run, wherever the table cuts them.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn adjacent_targets() {
+fn adjacent_extents_of_one_kind_are_merged() {
     let disk = Disk::new(8 * MIB, &[0..2 * MIB, 4 * MIB..5 * MIB]);
     let path = disk.path();
     let table = [
@@ -188,7 +188,7 @@ fn encryption_is_dense() {
 /// A stack far deeper than anyone builds: any answer is right that is true.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn deep_stack() {
+fn a_deep_stack_has_only_true_holes() {
     let disk = Disk::new(2 * MIB, &[MIB..MIB + 4096]);
     let mut stack = vec![Dm::linear(disk.device.path())];
     for _ in 0..20 {

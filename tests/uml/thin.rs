@@ -15,7 +15,7 @@ const BLOCK: u64 = 64 * KIB;
 /// The steps and results of the kernel series' `dm_thin.sh`.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn layouts_of_the_kernel_series() {
+fn the_steps_of_the_kernel_series_give_its_maps() {
     let pool = Pool::new(GIB, BLOCK);
     let thin = pool.thin(0, GIB);
     let mount = Mount::new(thin.path());
@@ -35,7 +35,7 @@ fn layouts_of_the_kernel_series() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn blocks_are_the_mapped_sectors() {
+fn st_blocks_is_the_number_of_mapped_sectors() {
     let pool = Pool::new(64 * MIB, BLOCK);
     let thin = pool.thin(0, 16 * GIB);
     let mount = Mount::new(thin.path());
@@ -47,7 +47,7 @@ fn blocks_are_the_mapped_sectors() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn provisioned_and_discarded_while_open() {
+fn an_open_file_follows_provisioning_and_discards() {
     let pool = Pool::new(64 * MIB, BLOCK);
     let thin = pool.thin(0, GIB);
     let mount = Mount::new(thin.path());
@@ -77,7 +77,7 @@ fn provisioned_and_discarded_while_open() {
 /// A size that is no multiple of the pool's block: the mapped tail is data.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn partial_last_block() {
+fn a_partial_last_block_is_data_once_it_is_mapped() {
     for block in [64 * KIB, 192 * KIB, MIB] {
         let pool = Pool::new(96 * MIB, block);
         let size = 100 * block + 5 * 4096 + 512;
@@ -94,7 +94,7 @@ fn partial_last_block() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn snapshots() {
+fn a_snapshot_and_its_origin_have_their_own_maps() {
     let pool = Pool::new(96 * MIB, BLOCK);
     let thin = pool.thin(0, 256 * MIB);
     write(thin.path(), 0..MIB);
@@ -120,7 +120,7 @@ fn snapshots() {
 /// long when the volume was resumed, which the kernel does not show: that is data.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn external_origin() {
+fn unprovisioned_blocks_have_the_map_of_the_external_origin() {
     let image = Image::with_data(32 * MIB + 512, &[MIB..2 * MIB, 32 * MIB..32 * MIB + 512]);
     let origin = Loop::new(image.path());
     let pool = Pool::new(64 * MIB, BLOCK);
@@ -139,7 +139,7 @@ fn external_origin() {
 /// Mappings behind the end of the table (a volume that was made smaller) are not shown.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn mappings_behind_the_end() {
+fn mappings_behind_the_end_of_the_table_are_not_shown() {
     let pool = Pool::new(64 * MIB, BLOCK);
     let thin = pool.thin(0, 128 * MIB);
     write(thin.path(), MIB..2 * MIB);
@@ -161,7 +161,7 @@ fn mappings_behind_the_end() {
 /// A device id that is deleted and created again is another volume.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn recreated_volume() {
+fn a_recreated_volume_has_its_own_map() {
     let pool = Pool::new(64 * MIB, BLOCK);
     let nodes = tempfile::tempdir().expect("a temporary directory");
     let name = nodes.path().join("volume");
@@ -186,7 +186,7 @@ fn recreated_volume() {
 /// Reading leaves the pool as it was: no metadata snapshot is held, and its metadata is sound.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn nothing_is_left_in_the_pool() {
+fn reading_leaves_no_metadata_snapshot_in_the_pool() {
     let pool = Pool::new(64 * MIB, BLOCK);
     let thin = pool.thin(0, GIB);
     let mut mount = Mount::new(thin.path());
@@ -215,7 +215,7 @@ fn nothing_is_left_in_the_pool() {
 /// A volume may be active twice. What is written through one device is on the other.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn a_volume_that_is_active_twice() {
+fn a_write_through_a_second_device_of_a_volume_is_seen() {
     let pool = Pool::new(64 * MIB, BLOCK);
     let device = pool.thin(0, 16 * MIB);
     let mount = Mount::new(device.path());

@@ -86,7 +86,7 @@ fn wait_for_record(pool: &Pool, mount: &Mount, is_it: impl Fn(&str) -> bool) {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn killed_at_any_moment_nothing_stays_held() {
+fn a_kill_at_any_moment_leaves_no_metadata_snapshot() {
     const KILLS: u32 = 48;
     let pool = Pool::with_slow_commits(64 * MIB, BLOCK, 20, 10);
     while_it_commits(&pool, |thin| {
@@ -109,7 +109,7 @@ fn killed_at_any_moment_nothing_stays_held() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn killed_inside_the_reserve_message_nothing_stays_held() {
+fn a_kill_during_the_reserve_message_leaves_no_metadata_snapshot() {
     let pool = Pool::with_slow_commits(64 * MIB, BLOCK, 1, 50);
     while_it_commits(&pool, |thin| {
         for _ in 0..6 {
@@ -129,7 +129,7 @@ fn killed_inside_the_reserve_message_nothing_stays_held() {
 /// A reading that takes long blocks no end: the snapshot is released without the daemon.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn a_slow_metadata_read_does_not_block_the_unmount() {
+fn slow_metadata_does_not_delay_the_end_of_the_daemon() {
     let pool = Pool::with_slow_commits(192 * MIB, BLOCK, 20, 20);
     let wide = pool.thin(2, 512 * MIB);
     // Every other block, so that nodes hold few and there are many of them.

@@ -17,7 +17,7 @@ use crate::common::{MIB, assert_becomes, wait_until};
 /// Our own snapshot is released by the next start, and nobody else's.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn the_next_start_releases_snapshots_of_killed_daemons() {
+fn the_next_start_releases_only_our_metadata_snapshot() {
     let pool = Pool::new(64 * MIB, 64 << 10);
     let thin = pool.thin(0, 64 * MIB);
     write(thin.path(), MIB..2 * MIB);
@@ -50,7 +50,7 @@ fn the_next_start_releases_snapshots_of_killed_daemons() {
 /// no discards, and on Linux 5.10 and 6.1 the volume's `discard_max_hw_bytes` is 0 then.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn an_equal_count_of_mapped_blocks_proves_nothing() {
+fn an_equal_count_of_mapped_blocks_is_no_proof_of_an_equal_map() {
     const BLOCK: u64 = 64 << 10;
     let disk = ScsiDisk::new(64, &["lbpu=0", "lbpws=0"]);
     let limit = fs::read_to_string(sysfs(disk.path()).join("queue/discard_max_bytes")).expect("a limit");
@@ -107,7 +107,7 @@ fn a_write_during_a_discard_is_seen() {
 /// Volumes of one pool that are asked at the same time are read together.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn concurrent_requests_share_one_metadata_read() {
+fn seeks_at_the_same_time_share_one_read_of_the_metadata() {
     const VOLUMES: u32 = 8;
     let pool = Pool::with_slow_metadata(64 * MIB, 64 << 10);
     let thins: Vec<_> = (0..VOLUMES).map(|id| pool.thin(id, 16 * MIB)).collect();
@@ -138,7 +138,7 @@ fn concurrent_requests_share_one_metadata_read() {
 /// A device that is written all the time has a map for clients that walk it: they wait until it may be read again.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn a_device_that_is_written_all_the_time_has_holes() {
+fn a_volume_that_is_written_all_the_time_has_holes() {
     const BLOCK: u64 = 64 << 10;
     const WALKS: u32 = 20;
     let pool = Pool::new(256 * MIB, BLOCK);

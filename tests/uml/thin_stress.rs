@@ -31,7 +31,7 @@ impl Drop for Ends<'_> {
 /// releases the one metadata snapshot that a pool has.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn everything_at_once() {
+fn busy_volumes_and_snapshots_have_no_wrong_hole() {
     let pool = Pool::new(160 * MIB, BLOCK);
     let volumes: Vec<Dm> = (0..3).map(|id| pool.thin(id, SIZE)).collect();
     let mounts: Vec<Mount> = volumes.iter().map(|volume| Mount::new(volume.path())).collect();
@@ -100,7 +100,7 @@ fn metadata_snapshots(pool: &Pool, done: &AtomicBool) -> u32 {
 /// Daemons that die at any moment leave nothing in the pool that the next one does not clear away.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn killed_daemons() {
+fn killed_daemons_leave_nothing_in_the_pool() {
     let pool = Pool::new(64 * MIB, BLOCK);
     let thin = pool.thin(0, SIZE);
     let done = AtomicBool::new(false);
@@ -135,7 +135,7 @@ fn killed_daemons() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn no_space_for_data() {
+fn a_pool_without_space_for_data_has_holes() {
     let pool = Pool::new(4 * MIB, BLOCK);
     let thin = pool.thin(0, 64 * MIB);
     let mount = Mount::new(thin.path());
@@ -156,7 +156,7 @@ fn no_space_for_data() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn no_space_for_metadata() {
+fn a_pool_without_space_for_metadata_has_holes() {
     let pool = Pool::with_metadata(512 * MIB, BLOCK, 128 * 4096);
     let size = 256 * MIB;
     let thin = pool.thin(0, size);
@@ -188,7 +188,7 @@ fn no_space_for_metadata() {
 /// and the others are looked at.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn pool_that_commits_all_the_time() {
+fn volumes_of_a_pool_that_commits_all_the_time_have_no_wrong_hole() {
     let pool = Pool::with_slow_metadata(192 * MIB, BLOCK);
     let (thin, quiet, noise) = (pool.thin(0, SIZE), pool.thin(1, 512 * MIB), pool.thin(2, SIZE));
     // Every other block, so that nodes hold few and there are many of them.
