@@ -42,19 +42,24 @@
 //! changed since the extents were loaded: size, disk sequence, loop binding, device-mapper table, I/O counters. If
 //! something has, the stack is resolved and loaded again. That takes a tenth of the time at most; in between, all is data.
 #![deny(unsafe_code)]
+#![allow(rustdoc::private_intra_doc_links, reason = "the documentation is for developers, and has the private items")]
 
-pub mod cli;
-pub mod deadline;
-pub mod error;
-pub mod export;
-pub mod fs;
-pub mod fuse;
-pub mod handle;
-pub mod map;
-pub mod mount;
-pub mod reason;
-pub mod report;
-pub mod source;
-pub mod spec;
-pub mod sys;
-pub mod units;
+mod cli;
+mod deadline;
+mod error;
+mod export;
+mod fs;
+mod fuse;
+mod handle;
+mod map;
+mod mount;
+mod program;
+mod reason;
+mod report;
+mod source;
+mod spec;
+mod sys;
+pub mod testing;
+mod units;
+
+pub use program::run;

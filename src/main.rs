@@ -1,47 +1,8 @@
-//! blkholefs: block devices as regular files with real holes.
+//! The program blkholefs. All of it is in the library, where tests reach it.
 
-use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::ffi::OsString;
 use std::process::ExitCode;
 
-use blkholefs::cli;
-use blkholefs::mount::{helper, logging, umount};
-use blkholefs::source::thin::keeper;
-use blkholefs::sys::process;
-
-/// The exit code for an internal error (mount(8)).
-const INTERNAL: u8 = 4;
-
 fn main() -> ExitCode {
-    let args: Vec<OsString> = std::env::args_os().collect();
-    let name = args.first().and_then(|path| Path::new(path).file_name()).and_then(OsStr::to_str).unwrap_or("blkholefs");
-    let words = args.get(1..).unwrap_or_default();
-    std::panic::catch_unwind(|| dispatch(name, words)).unwrap_or(ExitCode::from(INTERNAL))
-}
-
-/// Runs the command that the name of the program, or else the first word, stands for.
-fn dispatch(name: &str, words: &[OsString]) -> ExitCode {
-    match (name, words.first().and_then(|word| word.to_str())) {
-        ("mount.blkholefs" | "mount.fuse.blkholefs", _) => helper::main(name, words),
-        ("umount.blkholefs" | "umount.fuse.blkholefs", _) => umount::main(name, words),
-        (_, Some("mount")) => helper::command(&words[1..]),
-        (_, Some("umount")) => umount::main("blkholefs", &words[1..]),
-        // This program starts itself with this command.
-        (_, Some(keeper::COMMAND)) => {
-            process::close_inherited_descriptors();
-            logging::start_helper("blkholefs");
-            keep(&words[1..])
-        }
-        _ => cli::main(words),
-    }
-}
-
-fn keep(words: &[OsString]) -> ExitCode {
-    match keeper::main(words) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            log::error!("{error}");
-            ExitCode::from(error.exit_code())
-        }
-    }
+    blkholefs::run(&std::env::args_os().collect::<Vec<OsString>>())
 }

@@ -13,7 +13,7 @@ mod tests;
 pub mod view;
 
 pub use compose::{Clip, Concat, Overlay, Uniform};
-pub use fill::{Block, FillBuilder, FillMap, Filler};
+pub use fill::{Block, FillBuilder, FillMap};
 pub use stripe::{Stripe, Unstripe};
 
 use std::fmt::Debug;

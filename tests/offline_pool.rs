@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use blkholefs::export::{Export, VolumeExport};
-use blkholefs::source::thin::offline::OfflinePool;
+use blkholefs::testing::export::{Export, VolumeExport};
+use blkholefs::testing::source::thin::offline::OfflinePool;
 
 use common::check::{assert_map, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing};

@@ -7,13 +7,13 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use blkholefs::map::{ExtentKind, FillMap, HoleMap};
-use blkholefs::source::thin::error::{Damage, ThinError, ThinResult};
-use blkholefs::source::thin::lookup::NodeCache;
-use blkholefs::source::thin::metadata::Metadata;
-use blkholefs::source::thin::reader::MetadataReader;
-use blkholefs::source::thin::{MetaBlock, ThinId};
-use blkholefs::units::Bytes;
+use blkholefs::testing::map::{ExtentKind, FillMap, HoleMap};
+use blkholefs::testing::source::thin::error::{Damage, ThinError, ThinResult};
+use blkholefs::testing::source::thin::lookup::NodeCache;
+use blkholefs::testing::source::thin::metadata::Metadata;
+use blkholefs::testing::source::thin::reader::MetadataReader;
+use blkholefs::testing::source::thin::{MetaBlock, ThinId};
+use blkholefs::testing::units::Bytes;
 
 mod common;
 #[path = "support/thin_image.rs"]

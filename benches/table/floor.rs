@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, UNIX_EPOCH};
 
-use blkholefs::fuse::SESSION_THREADS;
-use blkholefs::mount::session::CLONE_DESCRIPTOR;
+use blkholefs::testing::fuse::SESSION_THREADS;
+use blkholefs::testing::mount::session::CLONE_DESCRIPTOR;
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, KernelConfig,
     LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, Request,

@@ -5,7 +5,7 @@ use std::io::Read as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
-use blkholefs::sys::buffer::AlignedBuffer;
+use blkholefs::testing::sys::buffer::AlignedBuffer;
 
 use crate::Bench;
 use crate::common::loop_device::Loop;

@@ -4,12 +4,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use blkholefs::map::HoleMap as _;
-use blkholefs::source::thin::metadata::Metadata as Trees;
-use blkholefs::source::thin::reader::MetadataReader;
-use blkholefs::source::thin::{MetaBlock, RawBlock, ThinId};
-use blkholefs::sys::buffer::AlignedBuffer;
-use blkholefs::units::Bytes;
+use blkholefs::testing::map::HoleMap as _;
+use blkholefs::testing::source::thin::metadata::Metadata as Trees;
+use blkholefs::testing::source::thin::reader::MetadataReader;
+use blkholefs::testing::source::thin::{MetaBlock, RawBlock, ThinId};
+use blkholefs::testing::sys::buffer::AlignedBuffer;
+use blkholefs::testing::units::Bytes;
 
 use crate::Bench;
 use crate::common::mount::Mount;
@@ -71,7 +71,7 @@ fn nodes(image: &Path) -> u64 {
     let tree = trees.mapping_tree(volume()).expect("a whole tree");
     let (leaves, entries) = (AtomicU64::new(0), AtomicU64::new(0));
     let count = || {
-        |node: &blkholefs::source::thin::node::TreeNode<'_>| {
+        |node: &blkholefs::testing::source::thin::node::TreeNode<'_>| {
             leaves.fetch_add(1, Relaxed);
             entries.fetch_add(node.len() as u64, Relaxed);
         }

@@ -20,7 +20,7 @@ mod side_export;
 mod status;
 mod stream;
 mod tls;
-mod uri;
+pub mod uri;
 
 use std::io;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ pub use export::NbdExport;
 pub use pool::Timeouts;
 pub use side_export::SideExport;
 pub use status::FlushBeforeStatus;
-pub use uri::{Tls, Transport, Uri};
+pub use uri::Uri;
 
 use self::kernel_connection::KernelConnectionGuard;
 use self::status::ExportStatus;

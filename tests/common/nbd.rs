@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use blkholefs::map::ExtentKind as Kind;
+use blkholefs::testing::map::ExtentKind as Kind;
 
 use super::{run, wait_until};
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::{Client, Timeouts, Uri};
+use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::nbd::{Client, Timeouts, Uri};
 
 use crate::fake::{BLOCK, CONTEXT, Dialect, Fake, Message, Spoil, Step, Then, chunk, option_reply, status_reply};
 use crate::{patience, read, runs_of};
@@ -411,11 +411,11 @@ fn a_map_in_extents_of_one_byte_takes_bounded_time() {
     };
     let fake = Fake::new(Dialect::Structured, &disk(), Arc::new(spoil));
     let client = Arc::new(Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
-    let map = blkholefs::source::nbd::layer(Arc::clone(&client)).map;
+    let map = blkholefs::testing::source::nbd::layer(Arc::clone(&client)).map;
     let start = Instant::now();
-    let align = blkholefs::units::Bytes::new(4096);
-    let zero = blkholefs::units::Bytes::ZERO;
-    let data = blkholefs::map::view::seek(&*map, align, zero, blkholefs::map::view::Whence::Data);
+    let align = blkholefs::testing::units::Bytes::new(4096);
+    let zero = blkholefs::testing::units::Bytes::ZERO;
+    let data = blkholefs::testing::map::view::seek(&*map, align, zero, blkholefs::testing::map::view::Whence::Data);
     assert!(data.is_some());
     assert!(start.elapsed() < LONGEST, "{:?}", start.elapsed());
 }

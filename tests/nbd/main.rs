@@ -20,10 +20,10 @@ mod tls;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blkholefs::map::view;
-use blkholefs::map::{ExtentKind, HoleMap};
-use blkholefs::source::nbd::{self, Client, Timeouts, Uri};
-use blkholefs::units::Bytes;
+use blkholefs::testing::map::view;
+use blkholefs::testing::map::{ExtentKind, HoleMap};
+use blkholefs::testing::source::nbd::{self, Client, Timeouts, Uri};
+use blkholefs::testing::units::Bytes;
 
 /// A client that gives up soon.
 fn client(uri: &str, patience: Timeouts) -> Arc<Client> {

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
-use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::{Client, layer};
-use blkholefs::units::Bytes;
+use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::nbd::{Client, layer};
+use blkholefs::testing::units::Bytes;
 
 use crate::common::nbd::{Server, directory, image, nbdinfo_map};
 use crate::common::{GIB, KIB, MIB, needs, run};

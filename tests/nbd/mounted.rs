@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use blkholefs::deadline;
-use blkholefs::map::ExtentKind;
+use blkholefs::testing::deadline;
+use blkholefs::testing::map::ExtentKind;
 
 use crate::common::check::{self, check_same_bytes, map_holes};
 use crate::common::mount::Mount;

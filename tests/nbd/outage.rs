@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::{NbdExport, Timeouts, Uri};
+use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::nbd::{NbdExport, Timeouts, Uri};
 
 use crate::common::nbd::{Server, directory, image};
 use crate::common::{MIB, needs, wait_until};

@@ -108,8 +108,9 @@ fn a_missing_export_is_an_error_with_exit_code_32() {
     let (disk, socket) = (directory.path().join("disk"), directory.path().join("s"));
     image(&disk, MIB, &[]);
     let _server = Server::qemu(&socket, &["--format=raw", "--export-name=this", disk.to_str().unwrap()]);
-    let uri = blkholefs::source::nbd::Uri::parse(&format!("nbd+unix:///that?socket={}", socket.display())).unwrap();
-    let error = blkholefs::source::nbd::Client::open(&uri).unwrap_err();
+    let uri =
+        blkholefs::testing::source::nbd::Uri::parse(&format!("nbd+unix:///that?socket={}", socket.display())).unwrap();
+    let error = blkholefs::testing::source::nbd::Client::open(&uri).unwrap_err();
     assert!(error.to_string().contains("no such export"), "{error}");
     assert_eq!(error.exit_code(), 32);
 }

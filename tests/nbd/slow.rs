@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use blkholefs::deadline;
-use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::{NbdExport, Timeouts, Uri, layer};
-use blkholefs::units::Bytes;
+use blkholefs::testing::deadline;
+use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::nbd::{NbdExport, Timeouts, Uri, layer};
+use blkholefs::testing::units::Bytes;
 
 use crate::common::nbd::directory;
 use crate::common::wait_until;

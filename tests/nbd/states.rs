@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::{self, FlushBeforeStatus};
+use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::nbd::{self, FlushBeforeStatus};
 
 use crate::fake::{BLOCK, Dialect, Fake, Message, Step, Then, refusal, set_export};
 use crate::{client, patience, read, runs};

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::{Client, Uri};
+use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::nbd::{Client, Uri};
 
 use crate::common::nbd::{Server, directory};
 use crate::common::{MIB, needs, run};

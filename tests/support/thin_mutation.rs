@@ -8,12 +8,12 @@ use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 
-use blkholefs::map::{FillMap, HoleMap};
-use blkholefs::source::thin::lookup::NodeCache;
-use blkholefs::source::thin::metadata::Metadata;
-use blkholefs::source::thin::reader::MetadataReader;
-use blkholefs::source::thin::{MetaBlock, ThinId};
-use blkholefs::units::Bytes;
+use blkholefs::testing::map::{FillMap, HoleMap};
+use blkholefs::testing::source::thin::lookup::NodeCache;
+use blkholefs::testing::source::thin::metadata::Metadata;
+use blkholefs::testing::source::thin::reader::MetadataReader;
+use blkholefs::testing::source::thin::{MetaBlock, ThinId};
+use blkholefs::testing::units::Bytes;
 
 use super::thin_image::{BLOCK, NODE, SUPERBLOCK, get, put, stamp};
 

@@ -4,9 +4,9 @@
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use blkholefs::map::view;
-use blkholefs::source::{BlockDevice, Context, Stack};
-use blkholefs::units::Bytes;
+use blkholefs::testing::map::view;
+use blkholefs::testing::source::{BlockDevice, Context, Stack};
+use blkholefs::testing::units::Bytes;
 use nix::unistd::{Whence, lseek};
 
 use crate::common::check::{Extent, Kind, check, check_holes, map_holes, map_of, open};
@@ -21,7 +21,7 @@ const SIZE: u64 = 32 * MIB;
 
 /// The map of a resolved device, to the byte.
 fn map(stack: &Stack) -> Vec<Extent> {
-    let kind = |kind| if kind == blkholefs::map::ExtentKind::Hole { Kind::Hole } else { Kind::Data };
+    let kind = |kind| if kind == blkholefs::testing::map::ExtentKind::Hole { Kind::Hole } else { Kind::Data };
     let loaded = stack.load();
     let all = Bytes::ZERO..stack.len();
     let runs = view::runs(loaded.map(), Bytes::new(1), all);

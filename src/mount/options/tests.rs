@@ -1,5 +1,5 @@
 use super::*;
-use crate::source::nbd::Transport;
+use crate::source::nbd::uri::Transport;
 
 fn parsed(list: &str) -> ParsedOptions {
     parse(OsStr::new(list), UnknownOptions::Refuse).unwrap_or_else(|error| panic!("{list}: {error}"))

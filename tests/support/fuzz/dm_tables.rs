@@ -4,9 +4,9 @@
 //! many targets as target headers fit into the reply. A target has at most as many legs or paths as words. An area of a store
 //! has at most as many exceptions as entries.
 
-use blkholefs::source::dm::{exceptions, params};
-use blkholefs::sys::dm::Table;
-use blkholefs::units::Sectors;
+use blkholefs::testing::source::dm::{exceptions, params};
+use blkholefs::testing::sys::dm::Table;
+use blkholefs::testing::units::Sectors;
 
 pub fn run(input: &[u8]) {
     if let Some(table) = Table::parse(input) {

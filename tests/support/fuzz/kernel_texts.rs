@@ -6,11 +6,11 @@
 
 use std::collections::HashMap;
 
-use blkholefs::mount::record;
-use blkholefs::source::md::array::Array;
-use blkholefs::sys::device::DeviceId;
-use blkholefs::sys::sysfs;
-use blkholefs::units::Sectors;
+use blkholefs::testing::mount::record;
+use blkholefs::testing::source::md::array::Array;
+use blkholefs::testing::sys::device::DeviceId;
+use blkholefs::testing::sys::sysfs;
+use blkholefs::testing::units::Sectors;
 
 pub fn run(input: &[u8]) {
     let text = String::from_utf8_lossy(input);

@@ -7,8 +7,8 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use blkholefs::mount::options::{self, UnknownOptions};
-use blkholefs::mount::{argv, mountinfo};
+use blkholefs::testing::mount::options::{self, UnknownOptions};
+use blkholefs::testing::mount::{argv, mountinfo};
 
 pub fn run(input: &[u8]) {
     let list = OsStr::from_bytes(input);

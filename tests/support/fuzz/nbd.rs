@@ -7,13 +7,15 @@
 
 use std::ops::Range;
 
-use blkholefs::map::ExtentKind;
-use blkholefs::source::nbd::Uri;
-use blkholefs::source::nbd::frame::{Dialect, REPLY_HEADER, ReplyHeader};
-use blkholefs::source::nbd::proto::{Greeting, MAX_OPTION_REPLY, NbdInfo, NbdOption, meta_context, option_reply};
-use blkholefs::source::nbd::reply::{PartialReply, ReplyContent};
-use blkholefs::spec::Spec;
-use blkholefs::units::Bytes;
+use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::nbd::Uri;
+use blkholefs::testing::source::nbd::frame::{Dialect, REPLY_HEADER, ReplyHeader};
+use blkholefs::testing::source::nbd::proto::{
+    Greeting, MAX_OPTION_REPLY, NbdInfo, NbdOption, meta_context, option_reply,
+};
+use blkholefs::testing::source::nbd::reply::{PartialReply, ReplyContent};
+use blkholefs::testing::spec::Spec;
+use blkholefs::testing::units::Bytes;
 
 const EXPORT: u64 = 100_000;
 const START: u64 = 4096;

@@ -13,8 +13,8 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use blkholefs::source::nbd::{Client, Timeouts, Uri, layer};
-use blkholefs::units::Bytes;
+use blkholefs::testing::source::nbd::{Client, Timeouts, Uri, layer};
+use blkholefs::testing::units::Bytes;
 
 /// The longest time for a session: far more than one takes that does not wait.
 const LONGEST: Duration = Duration::from_secs(10);

@@ -8,9 +8,9 @@
 
 use std::ops::Range;
 
-use blkholefs::map::ExtentKind;
-use blkholefs::source::scsi::pages;
-use blkholefs::units::Bytes;
+use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::scsi::pages;
+use blkholefs::testing::units::Bytes;
 
 pub fn run(input: &[u8]) {
     let Some(([shift, lba @ ..], data)) = input.split_first_chunk::<5>() else { return };

@@ -5,8 +5,8 @@
 //!
 //! An input is the length of a device (eight bytes), a block size in sectors (four bytes), and a text.
 
-use blkholefs::source::thin::{DataBlockSize, params, record};
-use blkholefs::units::{Bytes, Sectors};
+use blkholefs::testing::source::thin::{DataBlockSize, params, record};
+use blkholefs::testing::units::{Bytes, Sectors};
 
 pub fn run(input: &[u8]) {
     let Some((len, rest)) = input.split_first_chunk() else { return };

@@ -1,0 +1,53 @@
+//! The parts that the tests, the benchmarks and the fuzz targets of this repository use. They are no interface for other
+//! programs. All else is private, so that the compiler finds code that nothing uses.
+
+#![allow(missing_docs, reason = "each item is documented where it is defined")]
+
+pub mod deadline {
+    pub use crate::deadline::REQUEST;
+    pub use crate::deadline::within;
+}
+pub mod export {
+    pub use crate::export::{Export, VolumeExport};
+}
+pub mod fuse {
+    pub use crate::fuse::SESSION_THREADS;
+}
+pub mod map {
+    pub use crate::map::{Extent, ExtentKind, FillMap, HoleMap, view};
+}
+pub mod mount {
+    pub use crate::mount::{argv, mountinfo, options, record};
+    pub mod session {
+        pub use crate::mount::session::CLONE_DESCRIPTOR;
+    }
+}
+pub mod source {
+    pub use crate::source::{BlockDevice, Context, Stack};
+    pub mod dm {
+        pub use crate::source::dm::{exceptions, params};
+    }
+    pub mod md {
+        pub use crate::source::md::array;
+    }
+    pub mod nbd {
+        pub use crate::source::nbd::{Client, FlushBeforeStatus, NbdExport, Timeouts, Uri, layer};
+        pub use crate::source::nbd::{frame, map, proto, reply};
+    }
+    pub mod scsi {
+        pub use crate::source::scsi::pages;
+    }
+    pub mod thin {
+        pub use crate::source::thin::{DataBlockSize, MetaBlock, RawBlock, ThinId};
+        pub use crate::source::thin::{error, lookup, metadata, node, offline, params, reader, record};
+    }
+}
+pub mod spec {
+    pub use crate::spec::Spec;
+}
+pub mod sys {
+    pub use crate::sys::{buffer, device, dm, sysfs};
+}
+pub mod units {
+    pub use crate::units::{Bytes, Sectors};
+}
