@@ -53,7 +53,7 @@ const SHORTEST_WITH_HOLES: Bytes = Bytes::new(1024);
 
 /// What one file of a mount is: a length, bytes, extents, their freshness, and an identity.
 ///
-/// Callers use the checked functions of `dyn Export` below: [`read`](trait.Export.html#method.read) and the others.
+/// An implementor gives the operations of its kind. Callers use the functions of `dyn Export`, which check the results.
 pub trait Export: Send + Sync {
     /// The name in messages: usually the path that was opened.
     fn name(&self) -> &Path;
