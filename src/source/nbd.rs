@@ -35,6 +35,7 @@ pub use uri::Uri;
 use self::kernel_connection::KernelConnectionGuard;
 use self::status::ExportStatus;
 use crate::map::HoleMap;
+use crate::reason::DenseReason;
 use crate::source::live::LiveMap;
 use crate::source::{BlockDevice, Layer, Resolver, dense};
 use crate::sys::device::DeviceId;
@@ -96,29 +97,31 @@ pub fn device_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer 
 }
 
 /// The layer of the export of a device of the kernel, or why its holes cannot be used for the device.
-fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc<Layer>, String> {
+fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc<Layer>, DenseReason> {
     let Some(side) = &resolver.context.nbd else {
-        return Err("the kernel does not query its server for holes: name the export with -o nbd=URI".to_owned());
+        let why = "the kernel does not query its server for holes: name the export with -o nbd=URI";
+        return Err(DenseReason::Unproven(why.into()));
     };
     let Some((export, connection)) = side.of(device.id) else {
-        return Err("it is not the NBD device of the export in option 'nbd'".to_owned());
+        return Err(DenseReason::Unproven("it is not the NBD device of the export in option 'nbd'".into()));
     };
-    let connection = connection.map_err(ToOwned::to_owned)?.clone();
+    let connection = connection.map_err(Clone::clone)?.clone();
     // No guard for a lost connection: it stays lost, so the stack would never be unchanged, and be resolved again and
     // again.
     if let Some(reason) = connection.lost() {
-        return Err(reason.to_owned());
+        return Err(DenseReason::Unproven(reason.to_owned().into()));
     }
     resolver.guard(KernelConnectionGuard(connection));
-    let client = export.client().map_err(|error| error.to_string())?;
+    let client = export.client().map_err(|error| DenseReason::Unproven(error.to_string().into()))?;
     let size = client.size();
     if size != device.len {
-        return Err(format!("the export has {size} bytes and the device {}: they are not the same", device.len));
+        let why = format!("the export has {size} bytes and the device {}: they are not the same", device.len);
+        return Err(DenseReason::Unproven(why.into()));
     }
     if !client.is_visible_elsewhere() {
-        return Err("the server does not promise that writes over one connection are visible on another \
-                    (CAN_MULTI_CONN, with FLUSH or read-only)"
-            .to_owned());
+        let why = "the server does not promise that writes over one connection are visible on another (CAN_MULTI_CONN, with \
+                   FLUSH or read-only)";
+        return Err(DenseReason::Unproven(why.into()));
     }
     Ok(Arc::new(layer_with(client, FlushBeforeStatus::Yes)))
 }

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::error::plain;
+use crate::reason::DenseReason;
 use crate::source::{BlockDevice, Guard};
 use crate::sys::device::DeviceId;
 use crate::sys::kmsg::KernelLog;
@@ -41,14 +42,16 @@ impl KernelConnection {
     ///
     /// # Errors
     /// The reason why its end could not be noticed, or that the device is not connected.
-    pub(super) fn new(device: &BlockDevice) -> Result<Self, String> {
+    pub(super) fn new(device: &BlockDevice) -> Result<Self, DenseReason> {
         // The log is opened first, so that it has every message from here on.
         let log = KernelLog::from_now().map_err(|error| {
-            format!("cannot follow the kernel's log, to notice another connection of the device: {}", plain(&error))
+            DenseReason::cannot("follow the kernel's log, to notice another connection of the device", &error)
         })?;
         let attribute = ConnectionFile::open(device.id).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => "the device was not connected at the mount: mount it again".to_owned(),
-            _ => format!("cannot notice another connection of the device: {}", plain(&error)),
+            io::ErrorKind::NotFound => {
+                DenseReason::State("the device was not connected at the mount: mount it again".into())
+            }
+            _ => DenseReason::cannot("notice another connection of the device", &error),
         })?;
         let (reading, lost) = (Mutex::default(), OnceLock::new());
         Ok(Self { name: device.name(), device: device.id, attribute, log, reading, lost })

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::kernel_connection::KernelConnection;
 use super::{Client, MAJOR, NbdExport, Uri};
 use crate::error::{Error, Result};
+use crate::reason::DenseReason;
 use crate::source::{BlockDevice, Layer, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device::{self, DeviceId};
@@ -32,7 +33,7 @@ pub struct SideExport {
     device: DeviceId,
     export: NbdExport,
     /// The device's connection, or why its end could not be noticed.
-    connection: std::result::Result<Arc<KernelConnection>, String>,
+    connection: std::result::Result<Arc<KernelConnection>, DenseReason>,
 }
 
 impl SideExport {
@@ -73,8 +74,8 @@ impl SideExport {
     pub(super) fn of(
         &self,
         device: DeviceId,
-    ) -> Option<(&NbdExport, std::result::Result<&Arc<KernelConnection>, &str>)> {
-        let connection = self.connection.as_ref().map_err(String::as_str);
+    ) -> Option<(&NbdExport, std::result::Result<&Arc<KernelConnection>, &DenseReason>)> {
+        let connection = self.connection.as_ref();
         (self.device == device).then_some((&self.export, connection))
     }
 
