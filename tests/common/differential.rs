@@ -199,7 +199,9 @@ impl Rig {
         let offset = self.random.within(0..below.size / 4 / 512) * 512;
         let mut options = vec![format!("--offset={offset}")];
         if self.random.one_in(2) {
-            let limit = self.random.within(MIB / 512..below.size / 512) * 512;
+            // A device below can be shorter than a MiB.
+            let least = MIB.min(below.size / 2);
+            let limit = self.random.within(least / 512..below.size / 512) * 512;
             options.push(format!("--sizelimit={limit}"));
         }
         self.direct_io(below, &mut options);
