@@ -248,8 +248,8 @@ pub fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
     [words, data.to_vec()].concat()
 }
 
-/// Sets the size and the transmission flags in the reply to NBD_OPT_GO. `NBD_FLAG_HAS_FLAGS` is 1, `READ_ONLY` 2, `SEND_FLUSH` 4
-/// and `CAN_MULTI_CONN` 256.
+/// Sets the size and the transmission flags in the reply to NBD_OPT_GO. `NBD_FLAG_HAS_FLAGS` is 1, `READ_ONLY` 2,
+/// `SEND_FLUSH` 4 and `CAN_MULTI_CONN` 256.
 pub fn set_export(message: &mut Message, size: u64, flags: u16) {
     if message.step == Step::Option(7) {
         message.bytes[22..30].copy_from_slice(&size.to_be_bytes());
@@ -327,7 +327,8 @@ pub fn status_reply(dialect: Dialect, request: Request, context: u32, extents: &
     chunk(dialect, 1, kind, request.cookie, &payload)
 }
 
-/// Returns the runs in the requested range as their length in bytes and whether they are zeros, in the granularity of [`BLOCK`].
+/// Returns the runs in the requested range as their length in bytes and whether they are zeros, in the granularity of
+/// [`BLOCK`].
 pub fn extents(disk: &[u8], request: Request) -> Vec<(u64, bool)> {
     let mut extents: Vec<(u64, bool)> = Vec::new();
     let mut at = request.offset;

@@ -1,5 +1,5 @@
-//! A server that violates the protocol can only make the export dense or unreadable. The client does not hang or panic, and
-//! returns no zeros that the server did not send.
+//! A server that violates the protocol can only make the export dense or unreadable. The client does not hang or
+//! panic, and returns no zeros that the server did not send.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,8 +15,9 @@ use crate::{equal_timeouts, read, runs_of};
 
 const DIALECTS: [Dialect; 3] = [Dialect::Simple, Dialect::Structured, Dialect::Extended];
 const WAIT: Duration = Duration::from_secs(1);
-/// The upper bound of a session. Reading a map takes up to two seconds for each sixteenth of it if the server reports tiny extents. A
-/// call takes up to twice its timeout and two steps of the clock. The rest is tolerance for a slow machine.
+/// The upper bound of a session. Reading a map takes up to two seconds for each sixteenth of it if the server reports
+/// tiny extents. A call takes up to twice its timeout and two steps of the clock. The rest is tolerance for a slow
+/// machine.
 const MAX_DURATION: Duration = Duration::from_secs(60);
 
 /// The disk: data, zeros, data, zeros, and a last partial block of data.

@@ -41,8 +41,8 @@ fn equal_timeouts(wait: Duration) -> Timeouts {
     Timeouts { connect: wait, request: wait, outage: wait }
 }
 
-/// Returns the end in bytes and the kind of each merged run, without rounding. Stops at 32 TiB, so that a wrong size does not make
-/// a test run for a long time.
+/// Returns the end in bytes and the kind of each merged run, without rounding. Stops at 32 TiB, so that a wrong size
+/// does not make a test run for a long time.
 fn runs(map: &dyn HoleMap) -> Vec<(u64, ExtentKind)> {
     let all = view::runs(map, Bytes::new(1), Bytes::ZERO..map.len().min(Bytes::new(32 << 40)));
     all.map(|(_, run)| (run.end.get(), run.kind)).collect()

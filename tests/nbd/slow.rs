@@ -24,8 +24,8 @@ fn disk() -> Vec<u8> {
     vec![0; 4 * BLOCK]
 }
 
-/// Starts a server that sends the replies to `step` at one byte per second while `slow` is set. If `step` is the greeting, the server
-/// closes the first connection at the first read, so that the client connects again.
+/// Starts a server that sends the replies to `step` at one byte per second while `slow` is set. If `step` is the
+/// greeting, the server closes the first connection at the first read, so that the client connects again.
 fn slow_server(step: Step, slow: &Arc<AtomicBool>) -> FakeServer {
     let slow = Arc::clone(slow);
     let hook = move |message: &mut Message| match message.step {

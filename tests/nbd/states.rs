@@ -20,8 +20,8 @@ fn disk() -> Vec<u8> {
     vec![0; 4 * BLOCK]
 }
 
-/// `NBD_FLAG_CAN_MULTI_CONN` makes the writes of another connection visible only after a flush, so block status is valid only after
-/// a flush.
+/// `NBD_FLAG_CAN_MULTI_CONN` makes the writes of another connection visible only after a flush, so block status is
+/// valid only after a flush.
 #[test]
 fn writes_over_another_connection_are_flushed_before_holes_are_asked_for() {
     for dialect in [Dialect::Structured, Dialect::Extended] {
@@ -35,7 +35,7 @@ fn writes_over_another_connection_are_flushed_before_holes_are_asked_for() {
                 }
                 Step::Flush => seen.store(true, Ordering::Relaxed),
                 Step::Status => {
-                    assert!(seen.swap(false, Ordering::Relaxed), "block status is requested before a flush")
+                    assert!(seen.swap(false, Ordering::Relaxed), "block status is requested before a flush");
                 }
                 _ => {}
             }
