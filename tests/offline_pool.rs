@@ -97,7 +97,7 @@ fn an_open_volume_is_dense_once_its_metadata_changes() {
     let image = open_for_writing(&metadata);
     image.write_all_at(&fs::read(&metadata).expect("it can be read")[..4096], 0).expect("a write");
     assert_eq!((seek_data(&volume, 0), seek_hole(&volume, 0)), (Some(0), Some(4 * BLOCK)), "all is data");
-    volume.read_exact_at(&mut [0; 512], 0).expect_err("it may lie elsewhere now");
+    volume.read_exact_at(&mut [0; 512], 0).expect_err("the block may be mapped elsewhere");
     // A new map is not rebuilt at once, and the reason is logged only at the rebuild.
     let logged = || {
         assert_eq!(seek_data(&volume, 0), Some(0), "all is data");

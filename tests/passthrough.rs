@@ -96,7 +96,7 @@ fn an_open_file_keeps_its_image_when_another_takes_its_name() {
     fs::write(other.path(), "").expect("the fixture removes it");
 }
 
-/// An idle mount holds no reference to an image, so its loop device can be detached and its file system unmounted.
+/// An idle mount holds no reference to an image, so the file system of the image can be unmounted.
 #[test]
 fn an_idle_mount_holds_no_image() {
     needs!(root);
@@ -110,6 +110,6 @@ fn an_idle_mount_holds_no_image() {
     let mount = Mount::new(&path);
     assert_eq!(fs::read(mount.file()).expect("the file can be read"), vec![1; 4096]);
     // close(2) does not wait for the release request.
-    let let_go = wait_until(|| common::try_run("umount", [directory.path()], "").is_ok());
-    assert!(let_go, "the file system of the image is held");
+    let released = wait_until(|| common::try_run("umount", [directory.path()], "").is_ok());
+    assert!(released, "the file system of the image is held");
 }
