@@ -1,4 +1,4 @@
-//! What stat(2) and statfs(2) say about the files of a mount, since tools decide by it.
+//! What stat(2) and statfs(2) report for the files of a mount. Tools choose their behaviour by these values.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 
@@ -40,7 +40,8 @@ fn a_device_is_a_regular_file_of_its_size() {
     assert_eq!(names, [source.device.name()]);
 }
 
-/// Nobody gains a right: owner and group are the node's, and no mode bit is set that the node has not.
+/// A file grants no more rights than its device node: owner and group are those of the node, and each mode bit that
+/// is set is also set on the node.
 #[test]
 fn owner_and_mode_grant_no_more_than_the_node() {
     needs!(root);
@@ -52,14 +53,14 @@ fn owner_and_mode_grant_no_more_than_the_node() {
         let seen = wait_until(|| stat(source.file()).mode() & 0o7777 & !mode == 0);
         let shown = stat(source.file());
         assert!(seen, "mode {:o} for a node of {mode:o}", shown.mode());
-        assert_eq!(shown.mode() & 0o333, 0, "nothing here can be written or executed: {:o}", shown.mode());
+        assert_eq!(shown.mode() & 0o333, 0, "a write or execute bit is set: {:o}", shown.mode());
         assert_eq!((shown.uid(), shown.gid()), (node.uid(), node.gid()));
     }
     fs::set_permissions(source.device.path(), fs::Permissions::from_mode(0o660)).expect("the node is ours");
 }
 
-/// `st_blocks` is never 0 (GNU tar would store nothing), below the size exactly when there is a hole (cp looks for holes
-/// only then), and follows the device.
+/// `st_blocks` is never 0 (GNU tar would store nothing), below the size exactly when there is a hole (cp looks for
+/// holes only then), and follows the device.
 #[test]
 fn st_blocks_is_below_the_size_exactly_when_there_is_a_hole() {
     needs!(root);
@@ -80,8 +81,8 @@ fn st_blocks_is_below_the_size_exactly_when_there_is_a_hole() {
     }
 }
 
-/// `st_blocks` of a file of one block cannot say that there is a hole and that there is something to read: it has no hole.
-/// The shortest file that can say both has one.
+/// A file of one 512-byte block has no hole, because its `st_blocks` cannot be both nonzero and below the size. A
+/// file of two blocks can have a hole.
 #[test]
 fn a_file_below_1024_bytes_has_no_hole() {
     needs!(root);
@@ -105,7 +106,7 @@ fn a_file_below_1024_bytes_has_no_hole() {
     assert_eq!(map_holes(source.file()), [Extent(Kind::Data, 0..512)]);
 }
 
-/// A part of an image counts its own blocks, not the image's.
+/// `st_blocks` of a part of an image counts only the blocks of that part.
 #[test]
 fn st_blocks_counts_only_the_shown_part_of_an_image() {
     needs!(root);
@@ -117,7 +118,7 @@ fn st_blocks_counts_only_the_shown_part_of_an_image() {
     check_blocks(source.file());
 }
 
-/// Without a look at the map first: `stat` alone must be right too, before and after the device changes.
+/// `stat` is correct without a previous query of the map, before and after the device changes.
 #[test]
 fn st_blocks_follows_changes_of_the_device() {
     needs!(root);
@@ -132,25 +133,25 @@ fn st_blocks_follows_changes_of_the_device() {
     assert!(map.iter().any(|extent| extent.0 == Kind::Hole), "{map:?}");
 }
 
-/// The times of the file when they stay: a change of the image below that is younger than two ticks of the clock gives
-/// new ones at each look.
-fn settled(file: &Path) -> [i64; 4] {
-    assert!(wait_until(|| times(&stat(file)) == times(&stat(file))), "the times never stay");
+/// Waits until the times of the file are stable, and returns them. While the last change of the image is less than
+/// two clock ticks ago, each stat returns new times.
+fn stable_times(file: &Path) -> [i64; 4] {
+    assert!(wait_until(|| times(&stat(file)) == times(&stat(file))), "the times do not become stable");
     times(&stat(file))
 }
 
-/// Backup tools skip a file that did not change, and complain about one that changed as they read it.
+/// Backup tools skip a file whose times did not change, and report a file whose times change during the read.
 #[test]
 fn times_change_when_the_device_changes_and_only_then() {
     needs!(root);
     let source = LoopMount::new(4 * MIB, &[0..64 * KIB]);
-    let before = settled(source.file());
+    let before = stable_times(source.file());
     let mut bytes = Vec::new();
     open(source.file()).read_to_end(&mut bytes).expect("the file can be read");
     map_holes(source.file());
     run("sync", ["--file-system".as_ref(), source.file().as_os_str()]);
     fs::write("/proc/sys/vm/drop_caches", "2").expect("root may drop caches");
-    assert_eq!(times(&stat(source.file())), before, "nothing happened but reading");
+    assert_eq!(times(&stat(source.file())), before, "reads change no times");
 
     let changes: [(&str, &dyn Fn()); 3] = [
         ("a write", &|| write(source.device.path(), MIB..MIB + 4096)),
@@ -160,32 +161,32 @@ fn times_change_when_the_device_changes_and_only_then() {
         }),
     ];
     for (what, change) in changes {
-        let before = settled(source.file());
+        let before = stable_times(source.file());
         change();
         assert!(wait_until(|| times(&stat(source.file())) != before), "{what} changes no time");
-        let after = settled(source.file());
+        let after = stable_times(source.file());
         map_holes(source.file());
-        assert_eq!(times(&stat(source.file())), after, "after {what}, no more");
+        assert_eq!(times(&stat(source.file())), after, "the times are stable after {what}");
     }
 }
 
-/// Without counters nothing tells that a device did not change.
+/// Without I/O counters, the daemon cannot detect that a device did not change.
 #[test]
 fn times_of_a_device_without_io_counters_change_at_each_stat() {
     needs!(root);
     let source = LoopMount::new(MIB, &[0..4096]);
     let name = source.device.path().file_name().expect("a device has a name").to_owned();
     let switch = Path::new("/sys/block").join(name).join("queue/iostats");
-    let before = settled(source.file());
-    assert_eq!(times(&stat(source.file())), before, "nothing happened");
+    let before = stable_times(source.file());
+    assert_eq!(times(&stat(source.file())), before, "the times are stable without a change");
     fs::write(&switch, "0").expect("the counters can be switched off");
     let off = times(&stat(source.file()));
     assert_ne!(off, before);
-    assert_ne!(times(&stat(source.file())), off, "it may have changed again");
+    assert_ne!(times(&stat(source.file())), off, "each stat returns new times without counters");
     fs::write(&switch, "1").expect("the counters can be switched on");
 }
 
-/// What is below a device may be written past it.
+/// A lower device can be written without a write through the device above it.
 #[test]
 fn times_change_when_the_image_below_a_partition_changes() {
     needs!(root);
@@ -193,13 +194,16 @@ fn times_change_when_the_image_below_a_partition_changes() {
     let mut device = Loop::with_options(image.path(), &["--partscan"]);
     let partition = device.add_partition(1, 2048, 2048);
     let mount = Mount::new(&partition);
-    let before = settled(mount.file());
+    let before = stable_times(mount.file());
     assert_eq!(times(&stat(mount.file())), before);
     image.write(MIB..MIB + 4096);
-    assert!(wait_until(|| times(&stat(mount.file())) != before), "nobody would back it up");
-    let after = settled(mount.file());
+    assert!(
+        wait_until(|| times(&stat(mount.file())) != before),
+        "the times do not change, so a backup would skip the file"
+    );
+    let after = stable_times(mount.file());
     map_holes(mount.file());
-    assert_eq!(times(&stat(mount.file())), after, "no more");
+    assert_eq!(times(&stat(mount.file())), after, "the times are stable after the change");
     drop(mount);
 }
 

@@ -1,4 +1,4 @@
-//! Images on file systems that do not know of what is still in the page cache when they tell their holes.
+//! Images on file systems that do not include dirty pages of the page cache when they report holes.
 
 mod common;
 
@@ -17,7 +17,7 @@ fn dirty_pages_of_an_image_are_data() {
     let image = FuseImage::new(4 * MIB);
     let writer = open_for_writing(image.path());
     write_at(&writer, 3 * MIB..3 * MIB + 4096);
-    assert_eq!(seek_data(&open(image.path()), 0), None, "its file system has not seen the write");
+    assert_eq!(seek_data(&open(image.path()), 0), None, "the file system does not report the dirty page");
     let mount = Mount::new(image.path());
     let file = open(mount.file());
     assert_eq!(seek_data(&file, 0), Some(3 * MIB));
@@ -42,8 +42,8 @@ fn dirty_pages_of_a_loop_device_over_such_an_image_are_data() {
     check(mount.file(), device.path());
 }
 
-/// A server says what it has now, and the page cache here keeps what was read before. What is read and what is asked for
-/// holes must be the same.
+/// A network file system reports holes of the server's current state, and the local page cache keeps bytes that were
+/// read before. Holes can be used only if reads and hole queries see the same state.
 #[test]
 fn holes_of_a_server_are_used_only_if_reads_bypass_the_page_cache() {
     needs!(root);
@@ -51,10 +51,13 @@ fn holes_of_a_server_are_used_only_if_reads_bypass_the_page_cache() {
     let (buffered, direct) = (Loop::new(image.path()), Loop::with_options(image.path(), &["--direct-io=on"]));
     let writer = open_for_writing(image.path());
     write_at(&writer, MIB..2 * MIB);
-    writer.sync_all().expect("the server takes it");
+    writer.sync_all().expect("the server accepts the write");
     let cached = fs::read(image.path()).expect("the image can be read");
     image.punch_elsewhere();
-    assert!(fs::read(image.path()).expect("the image can be read") == cached, "the page cache is to be the older one");
+    assert!(
+        fs::read(image.path()).expect("the image can be read") == cached,
+        "the page cache must be older than the server's state"
+    );
     for device in [&buffered, &direct] {
         let mount = Mount::new(device.path());
         let map = map_holes(mount.file());

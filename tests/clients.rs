@@ -25,8 +25,9 @@ const DATA: [Range<u64>; 5] = [
     SIZE - 8 * KIB..SIZE,
 ];
 
-/// What a client may read or write beyond the data: readahead around each extent, and its own headers.
-const SLACK: u64 = 8 * MIB;
+/// The bytes that a client may read or write in addition to the data: readahead around each extent, and its own
+/// headers.
+const TOLERANCE: u64 = 8 * MIB;
 
 struct Source {
     source: LoopMount,
@@ -37,7 +38,7 @@ struct Source {
 impl Source {
     fn new() -> Self {
         let source = LoopMount::new(SIZE, &DATA);
-        // What the fixture wrote is in the page cache of the image only: reads of the device are counted from here.
+        // The writes of the fixture are only in the page cache of the image. Reads of the device are counted from here.
         run("blockdev", ["--flushbufs".as_ref(), source.device.path().as_os_str()]);
         let scratch = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
         let read_before = source.device.bytes_read();
@@ -48,7 +49,7 @@ impl Source {
         self.source.file().to_str().expect("temporary paths are text")
     }
 
-    /// A path for what the client writes.
+    /// A path for output of the client.
     fn scratch(&self, name: &str) -> PathBuf {
         self.scratch.path().join(name)
     }
@@ -56,11 +57,11 @@ impl Source {
     fn check_skipped_holes(&self) {
         let data: u64 = DATA.iter().map(|range| range.end - range.start).sum();
         let read = self.source.device.bytes_read() - self.read_before;
-        assert!(read >= data / 2, "{read} bytes read of {data}: the bytes came from somewhere else");
-        assert!(read <= data + SLACK, "{read} bytes read for {data} of data");
+        assert!(read >= data / 2, "{read} bytes read of {data}: fewer bytes than expected were read from the device");
+        assert!(read <= data + TOLERANCE, "{read} bytes read for {data} of data");
     }
 
-    /// The copy was made without reading holes, has the device's bytes, and takes no more room than the data needs.
+    /// Asserts that no hole was read, and that the copy equals the device and is sparse.
     fn check_copy(&self, copy: &Path) {
         self.check_skipped_holes();
         self.check_copied(copy);
@@ -75,7 +76,7 @@ impl Source {
 fn check_small(path: &Path) {
     let data: u64 = DATA.iter().map(|range| range.end - range.start).sum();
     let stored = fs::metadata(path).expect("the client made it").blocks() * 512;
-    assert!(stored <= data + SLACK, "{} takes {stored} bytes for {data} of data", path.display());
+    assert!(stored <= data + TOLERANCE, "{} takes {stored} bytes for {data} of data", path.display());
 }
 
 fn text(path: &Path) -> &str {
@@ -124,7 +125,7 @@ fn bsdtar_makes_a_sparse_identical_copy() {
 #[test]
 fn qemu_img_convert_makes_a_sparse_identical_copy() {
     needs!(root, programs["qemu-img"]);
-    // Buffered, and with O_DIRECT, which aborts on holes that are not aligned.
+    // Buffered and with O_DIRECT. With O_DIRECT, qemu-img aborts if a hole is not aligned.
     for cache in ["writeback", "none"] {
         let source = Source::new();
         let copy = source.scratch("copy");
@@ -135,7 +136,7 @@ fn qemu_img_convert_makes_a_sparse_identical_copy() {
     }
 }
 
-/// The start and the length of each range that `list` calls data.
+/// The start and the length of each range that is data in `list`.
 fn json_extents(list: &str, length: &str, is_data: impl Fn(&serde_json::Value) -> bool) -> Vec<Extent> {
     let list: serde_json::Value = serde_json::from_str(list).expect("JSON");
     let number = |entry: &serde_json::Value, key: &str| entry[key].as_u64().expect("a number");
@@ -175,8 +176,8 @@ fn nbdcopy_makes_a_sparse_identical_copy() {
     source.check_copy(&copy);
 }
 
-/// Reads each extent of a file as bmaptool does, which mixes reads through Python's buffer with seeks on the descriptor, and
-/// prints what it read.
+/// Reads each extent of a file as bmaptool does, which mixes reads through Python's buffer with seeks on the
+/// descriptor, and prints what it read.
 const PYTHON_READER: &str = r#"
 import hashlib, os, sys
 digest, file = hashlib.sha256(), open(sys.argv[1], "rb")
@@ -197,7 +198,8 @@ while hole < end:
 print(digest.hexdigest())
 "#;
 
-/// Python takes `st_blksize` for the size of its buffer: one that is larger than an extent hides where the descriptor is.
+/// Python uses `st_blksize` as the size of its buffer. If the buffer is larger than an extent, the position of the
+/// descriptor differs from that of the reader.
 #[test]
 fn python_can_mix_buffered_reads_and_seeks_on_the_descriptor() {
     needs!(root, programs["python3"]);
@@ -207,7 +209,7 @@ fn python_can_mix_buffered_reads_and_seeks_on_the_descriptor() {
     assert_eq!(read(source.file()), read(source.image.path()));
 }
 
-/// There are no extended attributes, which is no reason for a complaint.
+/// The files have no extended attributes, and programs that list them report no error.
 #[test]
 fn tar_cp_and_python_find_no_extended_attributes() {
     needs!(root, programs["python3"]);
@@ -216,8 +218,8 @@ fn tar_cp_and_python_find_no_extended_attributes() {
     let (directory, name) = (source.source.mount.directory(), source.source.device.name());
     let words = ["--xattrs", "--acls", "--selinux", "-cSf", text(&archive), "-C", text(directory), name];
     let output = Command::new("tar").args(words).output().expect("tar starts");
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && complaint.is_empty(), "{complaint}");
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && messages.is_empty(), "{messages}");
     source.check_skipped_holes();
     let copy = source.scratch("copy");
     run("cp", ["--archive", "--preserve=xattr", source.file(), text(&copy)]);
@@ -226,14 +228,14 @@ fn tar_cp_and_python_find_no_extended_attributes() {
     assert_eq!(listed, "[]\n");
 }
 
-/// However many reads wait for one device, they hold little memory, and those of another device do not wait with them.
+/// Any number of reads that wait for one device hold bounded memory, and reads of another device do not wait for them.
 #[test]
 fn waiting_reads_use_bounded_memory() {
     const READERS: u64 = 192;
     needs!(root);
     let image = FuseImage::new(READERS * MIB);
     let device = Loop::new(image.path());
-    // Each read of a client is one request then, and no more than sixteen would wait else.
+    // With this option, each read of a client is one request. Without it, at most sixteen requests wait.
     let mount = Mount::with_options(device.path(), &["-o", "direct_io"]);
     let file = open(mount.file());
     let other = LoopMount::new(4 * MIB, &[0..4 * MIB]);
@@ -253,10 +255,10 @@ fn waiting_reads_use_bounded_memory() {
         let all_wait = wait_until(|| status("Threads:") >= READERS);
         let others = fs::read(other.file());
         drop(blocked);
-        assert!(all_wait && others.expect("it can be read").len() as u64 == 4 * MIB);
-        readers.into_iter().for_each(|reader| reader.join().expect("it read"));
+        assert!(all_wait && others.expect("the other device can be read").len() as u64 == 4 * MIB);
+        readers.into_iter().for_each(|reader| reader.join().expect("the reader succeeds"));
     });
-    // In KiB, at its peak. The reads of one device have 16 MiB.
+    // The peak in KiB. The reads of one device may use 16 MiB.
     assert!(status("VmHWM:") < 64 << 10, "{} KiB for {READERS} reads of 1 MiB", status("VmHWM:"));
 }
 

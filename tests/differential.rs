@@ -1,4 +1,4 @@
-//! Random stacks that every Linux has: files, loop devices, partitions.
+//! Random stacks of files, loop devices and partitions, which every Linux kernel supports.
 
 mod common;
 

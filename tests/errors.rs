@@ -1,4 +1,4 @@
-//! What cannot be done fails with the errno that tools expect, and never with wrong bytes.
+//! An operation that cannot succeed fails with the errno that tools expect, and never returns wrong bytes.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 
@@ -51,11 +51,11 @@ fn every_change_is_erofs() {
     assert_eq!(errno(fs::rename(file, &other)), Some(libc::EROFS), "rename");
     assert_eq!(errno(fs::hard_link(file, &other)), Some(libc::EROFS), "link");
     assert_eq!(errno(fs::set_permissions(file, fs::metadata(file).expect("stat").permissions())), Some(libc::EROFS));
-    assert_eq!(errno(fs::metadata(&other)), Some(libc::ENOENT), "a name that is not there");
+    assert_eq!(errno(fs::metadata(&other)), Some(libc::ENOENT), "a name that does not exist");
     source.check();
 }
 
-/// What the device cannot read is an error for the range, and the rest is still there.
+/// A range that the device cannot read gives an error, and the rest of the file can be read.
 #[test]
 fn a_range_that_cannot_be_read_is_eio() {
     needs!(root);
@@ -74,7 +74,7 @@ fn a_partial_last_sector_is_data() {
     common::tail::a_partial_last_sector_is_data();
 }
 
-/// One device of a directory goes away: its file fails, and the others do not notice.
+/// After one device of a directory is detached, its file gives errors and the other files work.
 #[test]
 fn a_detached_device_fails_and_the_other_devices_of_its_directory_do_not() {
     needs!(root);
@@ -94,9 +94,9 @@ fn a_detached_device_fails_and_the_other_devices_of_its_directory_do_not() {
     drop(lost);
     let nothing = File::open(&gone).and_then(|file| {
         let mut buffer = [0; 512];
-        // Somebody else on this machine may have bound the device again by now.
+        // Another process may have bound the loop device again.
         let is_bound = Path::new("/sys/block").join(&name).join("loop/backing_file").exists();
-        file.read_at(&mut buffer, 0).map(|count| assert!(count == 0 || is_bound, "bytes of a device that is gone"))
+        file.read_at(&mut buffer, 0).map(|count| assert!(count == 0 || is_bound, "a detached device returns bytes"))
     });
     let expected = [libc::ENODEV, libc::ENXIO, libc::EIO];
     assert!(
@@ -108,7 +108,7 @@ fn a_detached_device_fails_and_the_other_devices_of_its_directory_do_not() {
     check(&in_mount(&kept), kept.path());
 }
 
-/// A daemon that dies leaves errors behind, and a mountpoint that can be unmounted.
+/// After the daemon is killed, reads fail and the mountpoint can be unmounted.
 #[test]
 fn after_a_kill_reads_fail_and_the_mountpoint_can_be_unmounted() {
     needs!(root);
@@ -122,7 +122,7 @@ fn after_a_kill_reads_fail_and_the_mountpoint_can_be_unmounted() {
     check(again.file(), device.path());
 }
 
-/// A directory as SPEC is read live: block devices and folders, nothing else.
+/// A directory as SPEC is read at each request. It shows only block devices and directories.
 #[test]
 fn a_directory_shows_the_block_devices_that_exist_now() {
     needs!(root);

@@ -27,6 +27,6 @@ fn a_write_below_two_loop_devices_is_seen_at_once() {
     let upper = Loop::with_options(lower.path(), &["--direct-io=on"]);
     let mount = Mount::new(upper.path());
     race(mount.file(), upper.path(), SIZE, 200);
-    // Written below what is shown.
+    // The write goes to a lower device of the shown one.
     race(mount.file(), lower.path(), SIZE, 100);
 }

@@ -1,9 +1,9 @@
-//! The fuzz targets without libFuzzer: each runs all inputs of its corpus, and then for a second inputs that are made of
-//! these by random changes.
+//! The fuzz targets without libFuzzer: each runs all inputs of its corpus, and then for a second inputs that are made
+//! of these by random changes.
 //!
-//! Each input has a number. A number stands for the same bytes as long as the corpus does not change. `BLKHOLEFS_SECONDS` is
-//! another time for the changed inputs of each target. `BLKHOLEFS_SEED` is the number of the only input to run. An input that
-//! fails is written to a file below `target/tmp/fuzz`.
+//! Each input has a number. A number stands for the same bytes as long as the corpus does not change.
+//! `BLKHOLEFS_SECONDS` is another time for the changed inputs of each target. `BLKHOLEFS_SEED` is the number of the
+//! only input to run. An input that fails is written to a file below `target/tmp/fuzz`.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,4 @@
-//! The parts of the harness that this machine may not need, and others do.
+//! Tests of parts of the harness that only some machines need.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,11 +9,11 @@ fn compile(source: &str, options: &[&str], output: &Path) {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/uml").join(source);
     let mut cc = Command::new("cc");
     cc.args(["-O2", "-Wall", "-Werror"]).args(options).arg("-o").arg(output).arg(source);
-    assert!(cc.status().expect("Rust links with cc, so it is there").success(), "{cc:?}");
+    assert!(cc.status().expect("cc exists because Rust links with it").success(), "{cc:?}");
 }
 
-/// On every processor whose extended state has more than its first part: a short write fails without the library, as that of
-/// user-mode-linux does on a processor with AMX, and is made whole with it. Other writes are as without it.
+/// On every processor whose extended state has more than its first part: a short write fails without the library, as
+/// that of user-mode-linux does on a processor with AMX, and is made whole with it. Other writes are as without it.
 #[test]
 #[cfg(target_arch = "x86_64")]
 fn short_writes_of_the_extended_processor_state_are_completed() {

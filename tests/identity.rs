@@ -1,4 +1,4 @@
-//! A name may lead to one device now and to another one later. Nobody gets the bytes of the one for the other.
+//! A name can refer to different devices over time. A reader never gets the bytes of another device.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 
@@ -14,7 +14,7 @@ use common::loop_device::Loop;
 use common::mount::Mount;
 use common::{MIB, ioctl, needs, run, wait_until};
 
-/// A directory with a link `disk` to one device after the other.
+/// A directory with a symbolic link `disk`, whose target can be changed.
 struct Links(tempfile::TempDir);
 
 impl Links {
@@ -28,14 +28,14 @@ impl Links {
         self.0.path().join("disk")
     }
 
-    fn lead_to(&self, device: &Path) {
+    fn point_to(&self, device: &Path) {
         let new = self.0.path().join("new");
         symlink(device, &new).expect("the directory is ours");
         fs::rename(new, self.name()).expect("the directory is ours");
     }
 }
 
-/// The page cache of the mount is by inode: two open devices must not share one.
+/// The page cache of the mount belongs to the inode, so two open devices must not share an inode.
 #[test]
 fn an_open_file_keeps_its_device_when_the_name_leads_to_another() {
     needs!(root);
@@ -49,8 +49,8 @@ fn an_open_file_keeps_its_device_when_the_name_leads_to_another() {
         let file = mount.directory().join("disk");
         let early = open(&file);
         assert_eq!(map_holes(&file).len(), 1);
-        // At once, while the kernel still keeps the name.
-        links.lead_to(second.path());
+        // Opens at once, while the kernel still caches the name.
+        links.point_to(second.path());
         let late = open(&file);
         let mut bytes = [[0; 4096]; 2];
         early.read_exact_at(&mut bytes[0], 32768).expect("the old device can be read");
@@ -69,7 +69,7 @@ fn an_open_file_keeps_its_device_when_the_name_leads_to_another() {
     }
 }
 
-/// A number that a user was allowed to open never comes to stand for what he could not open.
+/// An inode number with rights for a user is never reused for a device without rights for that user.
 #[test]
 fn a_device_with_other_rights_has_another_inode_number() {
     needs!(root);
@@ -88,16 +88,16 @@ fn a_device_with_other_rights_has_another_inode_number() {
     let number = || fs::metadata(&file).expect("stat").ino();
     let mode = || fs::metadata(&file).expect("stat").mode() & 0o777;
     let first = number();
-    // Keeps the kernel from forgetting the inode: a number that is forgotten may be given again.
+    // The descriptor keeps the inode in the kernel, because the number of a dropped inode may be used again.
     let _held = File::options().read(true).custom_flags(libc::O_PATH).open(&file).expect("the file is there");
-    links.lead_to(&paths[1]);
-    assert_eq!((number(), mode()), (first, 0o444), "who could read the one can read the other");
-    links.lead_to(&paths[2]);
+    links.point_to(&paths[1]);
+    assert_eq!((number(), mode()), (first, 0o444), "the number stays if the rights stay");
+    links.point_to(&paths[2]);
     assert!(wait_until(|| mode() == 0o400));
     assert_ne!(number(), first);
 }
 
-/// With an access control list the group's bits are not the group's rights.
+/// With an access control list, the group bits of the mode are the mask and not the rights of the group.
 #[test]
 fn with_an_access_control_list_only_the_owner_may_read() {
     needs!(root);

@@ -18,8 +18,8 @@ use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
 use common::{KIB, MIB, assert_becomes, needs, run, try_run};
 
-/// The data ranges of an image as a device sees it that begins at `start` and is `size` long: data grows outwards to
-/// 4 KiB, and ranges that meet become one.
+/// Returns the data ranges of the part of an image that begins at `start` and is `size` bytes long. Ranges are
+/// extended to multiples of 4 KiB, and adjacent ranges are merged.
 fn seen_from(data: &[Range<u64>], start: u64, size: u64) -> Vec<Range<u64>> {
     let mut seen: Vec<Range<u64>> = Vec::new();
     for range in data {
@@ -76,10 +76,11 @@ fn a_loop_device_over_a_deleted_file_is_dense() {
     assert!(!is_dense(&map_holes(mount.file())));
     let path = image.path().to_owned();
     drop(image);
-    assert!(is_dense(&map_holes(mount.file())), "the file that is gone tells nothing");
+    assert!(is_dense(&map_holes(mount.file())), "the holes of a deleted file are not used");
     check(mount.file(), device.path());
 
-    // Neither does another file at the same path, nor one whose name ends as the kernel marks deleted files.
+    // The holes of another file at the same path, or at a path with the kernel's mark of deleted files, are not used
+    // either.
     for name in [path.clone(), format!("{} (deleted)", path.display()).into()] {
         File::create(&name).and_then(|file| file.set_len(MIB)).expect("a file in its place");
         let map = map_holes(mount.file());
@@ -100,7 +101,7 @@ fn a_renamed_backing_file_gives_its_holes() {
     assert_eq!(map, map_of(MIB, &[0..4096]));
 }
 
-/// A path is bytes: not all are text, and a line end may be one of them.
+/// A path may contain bytes that are not UTF-8, and line ends.
 #[test]
 fn a_backing_file_with_any_bytes_in_its_name_gives_its_holes() {
     needs!(root);
@@ -114,7 +115,7 @@ fn a_backing_file_with_any_bytes_in_its_name_gives_its_holes() {
         fs::remove_file(&link).expect("the link is ours");
         let mount = Mount::new(device.path());
         assert_eq!(map_holes(mount.file()), map_of(MIB, &[0..4096]), "{name:?}: {}", mount.log());
-        // A message about it is one line.
+        // A message with such a path is one line.
         fs::remove_file(&path).expect("the image is ours");
         assert_becomes(&true, || is_dense(&map_holes(mount.file())));
         let log = mount.log();
@@ -122,8 +123,8 @@ fn a_backing_file_with_any_bytes_in_its_name_gives_its_holes() {
     }
 }
 
-/// A buffered write sits in the device's page cache for as long as somebody holds the device open; the image does not
-/// have it yet.
+/// A buffered write can stay in the device's page cache while a process holds the device open. Until writeback, the
+/// image does not contain it.
 #[test]
 fn dirty_pages_are_data() {
     needs!(root);
@@ -155,7 +156,7 @@ fn writes_discards_and_punches_are_seen_by_an_open_file() {
     assert_map(source.file(), &map_of(16 * MIB, &[512 * KIB..MIB, 4 * MIB..5 * MIB]));
     run("blkdiscard", ["--zeroout", "--offset", "4194304", "--length", "524288", device]);
     source.check();
-    // Behind the device's back, as a virtual machine or fstrim does it.
+    // The image is changed without a write to the device, as a virtual machine or fstrim does.
     source.image.write(10 * MIB..10 * MIB + 4096);
     assert_becomes(&Some(10 * MIB), || seek_data(&file, 6 * MIB));
 }
@@ -210,7 +211,7 @@ fn an_open_file_follows_the_growth_of_its_device() {
     assert_eq!(seek_data(&file, 4096), None);
     source.image.resize(8 * MIB);
     source.image.write(6 * MIB..7 * MIB);
-    // The device has its old size until it is told.
+    // The device keeps its old size until `losetup --set-capacity`.
     assert_map(source.file(), &map_of(MIB, &[0..4096]));
     source.device.losetup(&["--set-capacity"]);
     assert_eq!(fs::metadata(source.file()).expect("attributes").len(), 8 * MIB);
@@ -219,7 +220,7 @@ fn an_open_file_follows_the_growth_of_its_device() {
     source.check();
 }
 
-/// Behind the end of an image that was cut short the device gives errors, not zeros: no hole.
+/// Beyond the end of a truncated image, the device returns errors and not zeros, so this range is not a hole.
 #[test]
 fn the_range_behind_the_end_of_a_truncated_image_is_data() {
     needs!(root);
@@ -242,7 +243,7 @@ fn a_loop_device_over_a_loop_device_has_the_holes_of_the_image() {
     let data = seen_from(&[MIB..2 * MIB, 4 * MIB..4 * MIB + 4096], 4096 + 1024, 6 * MIB);
     assert_eq!(map_holes(mount.file()), map_of(6 * MIB, &data));
     check(mount.file(), upper.path());
-    // Dirty pages of the lower device are not in the image either.
+    // Dirty pages of the lower device are not in the image.
     let writer = open_for_writing(lower.path());
     write_at(&writer, 3 * MIB..3 * MIB + 512);
     let page = (3 * MIB - 1024) / 4096 * 4096;
@@ -250,7 +251,7 @@ fn a_loop_device_over_a_loop_device_has_the_holes_of_the_image() {
     check(mount.file(), upper.path());
 }
 
-/// A mounted ext4 file system, unmounted with this value.
+/// A mounted ext4 file system. Dropping it unmounts the file system.
 struct Ext4(tempfile::TempDir);
 
 impl Ext4 {
@@ -269,8 +270,8 @@ impl Drop for Ext4 {
     }
 }
 
-/// A discard by a mounted file system leaves the pages of its device in the page cache. A loop device that reads through
-/// them still has the old bytes: a hole below is a hole above only if the reads above go below.
+/// A discard by a mounted file system leaves pages of its device in the page cache. A loop device with buffered reads
+/// still returns the old bytes. A hole of the lower device is a hole of the loop device only with direct I/O.
 #[test]
 fn a_loop_device_over_a_block_device_has_holes_only_with_direct_io() {
     needs!(root, programs["mkfs.ext4", "fstrim"]);
@@ -280,7 +281,7 @@ fn a_loop_device_over_a_block_device_has_holes_only_with_direct_io() {
     let mount = Mount::new(upper.path());
     let (held, ext4) = (open(mount.file()), Ext4::new(lower.path()));
     let file = ext4.0.path().join("file");
-    fs::write(&file, vec![1; 8 << 20]).expect("there is room");
+    fs::write(&file, vec![1; 8 << 20]).expect("the file system has enough space");
     run("sync", ["--file-system".as_ref(), file.as_os_str()]);
     fs::read(upper.path()).expect("the device can be read");
     fs::remove_file(&file).expect("the file is ours");
@@ -290,7 +291,7 @@ fn a_loop_device_over_a_block_device_has_holes_only_with_direct_io() {
     assert!(is_dense(&map_holes(mount.file())));
     assert!(mount.log().contains("losetup --direct-io=on"), "{}", mount.log());
 
-    // The switch is seen by a file that is open, both ways.
+    // An open file follows a switch of direct I/O in both directions.
     upper.losetup(&["--direct-io=on"]);
     assert_becomes(&false, || seek_hole(&held, 0) == Some(64 * MIB));
     check_holes(&map_holes(mount.file()), upper.path());
@@ -311,7 +312,7 @@ fn a_partition_has_its_part_of_the_map_of_the_disk() {
         let mount = Mount::new(&partition);
         assert_eq!(map_holes(mount.file()), map_of(size, &seen_from(&data, start, size)), "partition {number}");
         check(mount.file(), &partition);
-        // The whole disk's page cache is another one than the partition's.
+        // The page cache of the whole disk differs from that of the partition.
         let writer = open_for_writing(device.path());
         let inside = (start + size / 2) / 4096 * 4096 + 512;
         write_at(&writer, inside..inside + 512);

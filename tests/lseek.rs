@@ -17,7 +17,7 @@ use common::{GIB, KIB, MIB, needs};
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
-/// What lseek must answer on a file with this map.
+/// The result that lseek must return on a file with this map.
 fn expected(map: &[Extent], offset: u64, kind: Kind) -> Option<u64> {
     let size = map.last().map_or(0, |extent| extent.1.end);
     if offset >= size {
@@ -47,7 +47,7 @@ fn the_layouts_of_the_kernel_series_have_exact_maps() {
     ];
     for (size, data) in layouts {
         let source = LoopMount::new(size, data);
-        // The file system below keeps blocks of 4 KiB.
+        // The file system of the image allocates blocks of 4 KiB.
         let data: Vec<_> = data.iter().map(|range| range.start / 4096 * 4096..range.end).collect();
         assert_eq!(map_holes(source.file()), map_of(size, &data));
         assert_eq!(map_holes(source.file()), map_holes(source.image.path()));
@@ -74,7 +74,8 @@ fn seeks_at_and_beside_each_boundary_are_exact() {
     }
 }
 
-/// The last byte and what lies behind it, with data and with a hole at the end: the table of the kernel series' review.
+/// Seeks at the last byte and beyond the end, for files that end with data or with a hole. The cases are from the
+/// review of the kernel series.
 #[test]
 fn seeks_at_and_behind_the_end_are_exact() {
     needs!(root);
@@ -128,7 +129,7 @@ fn seeks_are_exact_beyond_2_gib_4_gib_and_8_tib() {
     }
 }
 
-/// The descriptor's position moves as lseek(2) says, and other whences work as on any file.
+/// The descriptor's position moves as lseek(2) specifies, and the other values of whence work as on any file.
 #[test]
 fn a_seek_moves_the_position_of_the_descriptor() {
     needs!(root);
@@ -142,14 +143,14 @@ fn a_seek_moves_the_position_of_the_descriptor() {
     assert_eq!(seek_hole(&file, 64 * KIB + 1), Some(128 * KIB));
     file.read_exact(&mut byte).expect("a hole can be read");
     assert_eq!(byte, [0]);
-    // A seek that fails leaves the position alone.
+    // A seek that fails does not change the position.
     assert_eq!(seek_data(&file, 128 * KIB), None);
     assert_eq!(file.stream_position().expect("a position"), 128 * KIB + 1);
     assert_eq!(file.seek(SeekFrom::End(-1)).expect("SEEK_END works"), MIB - 1);
     assert_eq!(file.seek(SeekFrom::Current(-1)).expect("SEEK_CUR works"), MIB - 2);
 }
 
-/// The kernel asks for one file at a time, and the daemon answers for many: nobody gets the answer of another.
+/// Concurrent seeks on several files return the result of their own file.
 #[test]
 fn seeks_on_many_files_at_once_are_exact() {
     needs!(root);

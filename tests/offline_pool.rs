@@ -1,4 +1,4 @@
-//! Volumes of a pool that is not active: their bytes are the data device's, and so are their rights.
+//! Volumes of a pool that is not active. Their bytes and their rights are those of the data device.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 
@@ -31,7 +31,7 @@ use thin_image::Device;
 
 const BLOCK: u64 = 64 * KIB;
 
-/// Metadata of a volume 7 that has its blocks 1 to 3 in the data blocks 4 to 6.
+/// Metadata of a volume 7 whose blocks 1 to 3 are mapped to the data blocks 4 to 6.
 fn metadata() -> tempfile::TempPath {
     let image = tempfile::Builder::new().prefix("blkholefs-").tempfile().expect("a temporary file").into_temp_path();
     thin_image::restore(&thin_image::xml(&[Device::new(7, [1..4], 4)]), 1024, &image);
@@ -47,7 +47,7 @@ fn bytes_come_from_the_data_device_past_its_page_cache() {
     needs!(root, programs["thin_restore", "thin_dump"]);
     let image = Image::with_data(MIB, &[0..MIB]);
     let data = Loop::new(image.path());
-    // Somebody has the device open, so its pages stay; then the pool was active, and wrote past them.
+    // An open descriptor keeps the pages of the device. The write to the image bypasses them, as an active pool does.
     let mut pages = Vec::new();
     open(data.path()).read_to_end(&mut pages).expect("the device can be read");
     let cached = open(data.path());
@@ -63,8 +63,8 @@ fn bytes_come_from_the_data_device_past_its_page_cache() {
     let block = |index: u64| (index * BLOCK) as usize..((index + 1) * BLOCK) as usize;
     assert!(bytes[block(0)].iter().all(|byte| *byte == 0), "a block that is not mapped");
     assert!(bytes[block(1)] == pages[block(4)], "the first mapped block");
-    assert!(bytes[block(2)].iter().all(|byte| *byte == 7), "what was written last");
-    // Small reads at odd places.
+    assert!(bytes[block(2)].iter().all(|byte| *byte == 7), "the last write");
+    // Small reads at unaligned offsets.
     let mut some = [0; 100];
     let file = open(&volume);
     file.read_exact_at(&mut some, 2 * BLOCK - 50).expect("the volume can be read");
@@ -85,7 +85,7 @@ fn a_volume_has_the_rights_of_the_data_device() {
     }
 }
 
-/// Nobody may write the metadata while its volumes are open. If somebody does, nothing is claimed any more.
+/// The metadata must not be written while its volumes are open. After such a write, a volume has no holes.
 #[test]
 fn an_open_volume_is_dense_once_its_metadata_changes() {
     needs!(root, programs["thin_restore", "thin_dump"]);
@@ -93,19 +93,19 @@ fn an_open_volume_is_dense_once_its_metadata_changes() {
     let mount = mount(&metadata, data.path());
     let volume = open(&mount.directory().join("7"));
     assert_eq!((seek_data(&volume, 0), seek_hole(&volume, BLOCK)), (Some(BLOCK), Some(4 * BLOCK)));
-    // The same bytes: that they are the same is not known without reading all of them.
+    // The write does not change the bytes, but the daemon cannot know this without reading all of them.
     let image = open_for_writing(&metadata);
     image.write_all_at(&fs::read(&metadata).expect("it can be read")[..4096], 0).expect("a write");
     assert_eq!((seek_data(&volume, 0), seek_hole(&volume, 0)), (Some(0), Some(4 * BLOCK)), "all is data");
-    volume.read_exact_at(&mut [0; 512], 0).expect_err("it may lie elsewhere now");
-    // A map that was just made is not made again at once, and the reason is known only then.
-    let told = || {
+    volume.read_exact_at(&mut [0; 512], 0).expect_err("the block may be mapped elsewhere");
+    // A new map is not rebuilt at once, and the reason is logged only at the rebuild.
+    let logged = || {
         assert_eq!(seek_data(&volume, 0), Some(0), "all is data");
         mount.log().contains("all data: the metadata changed while it was open")
     };
-    assert!(wait_until(told), "{}", mount.log());
+    assert!(wait_until(logged), "{}", mount.log());
     drop(volume);
-    // As long as the image is open for writing, a write may be under way.
+    // While the image is open for writing, a write may be in progress.
     let volume = open(&mount.directory().join("7"));
     assert_eq!((seek_data(&volume, 0), seek_hole(&volume, 0)), (Some(0), Some(4 * BLOCK)), "all is data");
     drop((volume, image));
@@ -156,7 +156,7 @@ fn a_backing_file_written_within_a_clock_tick_of_a_stat_is_seen() {
     rewritten::backing_file_right_after_a_stat();
 }
 
-/// What is damaged, and how.
+/// A description of the damage, and the function that makes it.
 type Damage = (&'static str, fn(&mut [u8]));
 
 /// Ways to damage the volume 8 of a pool with the volumes 7 and 8.
@@ -215,13 +215,13 @@ fn a_volume_with_damaged_metadata_is_listed_and_is_eio() {
     }
 }
 
-/// `cp` calls fstat first. That is answered without the mapping tree, and must not count as a question that read it.
+/// `cp` calls fstat first. The daemon replies without reading the mapping tree, and must not record the tree as read.
 #[test]
 fn damage_that_is_found_after_a_stat_is_logged() {
     needs!(root);
     let mut image = thin_image::build(&[Device::new(7, [1..4], 4)], 64);
     let details = usize::try_from(thin_image::get(&image, 328, 8)).expect("a block");
-    // The details state one mapping less than the tree has.
+    // The device details contain a count of mappings that is one below that of the tree.
     let value = details * thin_image::BLOCK + 32 + 8 * 126;
     assert_eq!(thin_image::get(&image, value, 8), 3);
     thin_image::put(&mut image, value, 2, 8);
@@ -249,12 +249,16 @@ fn a_pool_of_damaged_volumes_only_is_not_mounted() {
         .args([data.path(), directory.path()])
         .output()
         .expect("the program starts");
-    let said = String::from_utf8_lossy(&mounted.stderr);
-    assert_eq!(mounted.status.code(), Some(32), "{said}");
-    assert!(said.contains("cannot read volume 7") && said.contains("no volume of the pool can be read"), "{said}");
+    let stderr = String::from_utf8_lossy(&mounted.stderr);
+    assert_eq!(mounted.status.code(), Some(32), "{stderr}");
+    assert!(
+        stderr.contains("cannot read volume 7") && stderr.contains("no volume of the pool can be read"),
+        "{stderr}"
+    );
 }
 
-/// What was proven to be unused, and what is watched, is what is read: also where a path leads elsewhere a moment later.
+/// The metadata that is read is the file that was checked to be unused and that is watched for changes, even if the
+/// path refers to another file later.
 #[test]
 fn the_opened_metadata_is_read_wherever_its_path_leads_later() {
     let directory = tempfile::tempdir().expect("a temporary directory");
@@ -284,12 +288,13 @@ fn the_opened_metadata_is_read_wherever_its_path_leads_later() {
         });
         let mut other = 0;
         for _ in 0..2000 {
-            let pool = Arc::new(OfflinePool::open(&name("metadata"), data.path()).expect("it opens"));
+            let pool = Arc::new(OfflinePool::open(&name("metadata"), data.path()).expect("the pool opens"));
             let found = pool.volumes().expect("its volumes").pop().expect("one volume");
-            let watched = VolumeExport::new(found.volume.expect("it is whole")).host_node().expect("stat").mtime;
+            let watched =
+                VolumeExport::new(found.volume.expect("the volume is undamaged")).host_node().expect("stat").mtime;
             other += u32::from(watched != time(found.id.get().into()));
         }
         done.store(true, Ordering::SeqCst);
-        assert_eq!(other, 0, "of 2000 pools were read from another image than the one that is watched");
+        assert_eq!(other, 0, "of 2000 pools were read from an image that is not watched");
     });
 }

@@ -1,4 +1,4 @@
-//! Every operation of a file system: the files of a mount answer as those of a read-only ext4.
+//! Every operation on a file of a mount has the same result as on a read-only ext4.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 #![allow(
@@ -23,7 +23,7 @@ use common::{MIB, needs, run, try_run, wait_until};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 
-/// What a system call answered.
+/// The result of a system call.
 type Answer = Result<i64, Errno>;
 
 /// A file in a directory, on either file system.
@@ -78,7 +78,7 @@ fn attribute(place: &Place, name: &str) -> Answer {
     answer(unsafe { libc::lgetxattr(place.file().as_ptr(), name.as_ptr(), null_mut(), 0) } as i64)
 }
 
-/// Asks with a command that reads one number.
+/// Issues an ioctl that returns one number.
 fn ioctl(place: &Place, command: libc::Ioctl) -> Answer {
     let (file, mut number) = (place.open(), 0_u64);
     // SAFETY: the number has room for what the commands of this test write.
@@ -108,7 +108,8 @@ fn mapped(place: &Place, flags: i32) -> Answer {
 
 type Call = fn(&Place) -> Answer;
 
-/// Operations that change something, which are EROFS, with whether the kernel asks the daemon once the mount is writable.
+/// Operations that change something and fail with EROFS, and whether the kernel sends them to the daemon if the mount
+/// is writable.
 const CHANGES: [(&str, bool, Call); 17] = [
     ("open for writing", true, |place| opened(&place.file(), libc::O_WRONLY)),
     ("open for both", true, |place| opened(&place.file(), libc::O_RDWR)),
@@ -131,8 +132,8 @@ const CHANGES: [(&str, bool, Call); 17] = [
     ("removexattr", true, |place| answer(unsafe { libc::lremovexattr(place.file().as_ptr(), c"user.x".as_ptr()) })),
 ];
 
-/// Operations that only ask.
-const QUESTIONS: [(&str, Call); 40] = [
+/// Operations that change nothing.
+const QUERIES: [(&str, Call); 40] = [
     ("access to read", |place| answer(unsafe { libc::access(place.file().as_ptr(), libc::R_OK) })),
     ("access to write", |place| answer(unsafe { libc::access(place.file().as_ptr(), libc::W_OK) })),
     ("access to execute", |place| answer(unsafe { libc::access(place.file().as_ptr(), libc::X_OK) })),
@@ -152,7 +153,7 @@ const QUESTIONS: [(&str, Call); 40] = [
     ("O_NOATIME", |place| opened(&place.file(), libc::O_RDONLY | libc::O_NOATIME)),
     ("readlink", |place| answer(unsafe { libc::readlink(place.file().as_ptr(), [0; 8].as_mut_ptr(), 8) } as i64)),
     ("rmdir of the file", |place| match answer(unsafe { libc::rmdir(place.file().as_ptr()) }) {
-        // Which of the two is looked at first depends on the kernel.
+        // The order of the two checks depends on the kernel.
         Err(Errno::EROFS | Errno::ENOTDIR) => Ok(0),
         other => other,
     }),
@@ -229,7 +230,7 @@ fn every_operation_answers_as_on_a_read_only_ext4() {
     let place = Place::new(mount.directory(), mount.file());
     let mut wrong = Vec::new();
     let changes = CHANGES.iter().map(|(name, _, operation)| (name, operation));
-    for (name, operation) in changes.chain(QUESTIONS.iter().map(|(name, operation)| (name, operation))) {
+    for (name, operation) in changes.chain(QUERIES.iter().map(|(name, operation)| (name, operation))) {
         let (ours, theirs) = (operation(&place), operation(&model));
         if ours != theirs {
             wrong.push(format!("{name}: {ours:?} for {theirs:?}"));
@@ -237,7 +238,7 @@ fn every_operation_answers_as_on_a_read_only_ext4() {
     }
     run("umount", [directory.path()]);
 
-    // The daemon itself is asked where the kernel does not know better.
+    // On a writable mount, the kernel sends these operations to the daemon.
     remount(mount.directory(), MsFlags::empty());
     for (name, _, operation) in CHANGES.iter().filter(|(_, asks_daemon, _)| *asks_daemon) {
         let ours = operation(&place);
@@ -251,7 +252,7 @@ fn every_operation_answers_as_on_a_read_only_ext4() {
     assert!(!log.contains("Not Implemented") && !log.contains("WARN"), "{log}");
 }
 
-/// What is mapped is no older than the open, and `direct_io` does not take the mapping away where the kernel has both.
+/// The pages of a mapping are no older than the open. Mappings work with `direct_io` if the kernel supports both.
 #[test]
 fn mmap_shows_no_bytes_older_than_the_open() {
     needs!(root);
@@ -265,7 +266,7 @@ fn mmap_shows_no_bytes_older_than_the_open() {
         let place = Place::new(mount.directory(), mount.file());
         if options.is_empty() || has_both {
             assert_eq!(mapped(&place, libc::MAP_SHARED), Ok(0));
-            // The pages of the mapping are in the page cache still, and somebody holds the file open.
+            // The pages of the mapping are still in the page cache, and the file is still open elsewhere.
             let _held = place.open();
             common::image::write(device.path(), 0..4096);
             assert_eq!(mapped(&place, libc::MAP_SHARED), Ok(1), "{options:?}");
@@ -274,7 +275,8 @@ fn mmap_shows_no_bytes_older_than_the_open() {
     }
 }
 
-/// `df` says how much is shown, once for each device, and that nothing is free; no device is opened for that.
+/// `df` reports the total size of the shown devices, counts each device once, and reports no free space. No device is
+/// opened for it.
 #[test]
 fn df_counts_each_device_once_and_opens_none() {
     needs!(root);
@@ -301,7 +303,7 @@ fn df_counts_each_device_once_and_opens_none() {
     assert_eq!(df(mount.directory()), [&*expected, &expected, "0", "5"]);
 }
 
-/// Names that are gone, or that nobody uses, are forgotten with the kernel's inodes; numbers stay.
+/// The daemon drops names that are removed or unused when the kernel drops the inodes. Inode numbers stay the same.
 #[test]
 fn names_are_dropped_with_the_inodes_of_the_kernel() {
     use std::os::unix::fs::MetadataExt as _;
@@ -313,7 +315,7 @@ fn names_are_dropped_with_the_inodes_of_the_kernel() {
     let mount = Mount::new(nodes.path());
     let link = |n: usize| nodes.path().join(format!("name-{n}-{}", "x".repeat(200)));
     let shown = |n: usize| mount.directory().join(link(n).file_name().expect("a name"));
-    let number = |n: usize| fs::metadata(shown(n)).expect("it is shown").ino();
+    let number = |n: usize| fs::metadata(shown(n)).expect("the name is shown").ino();
     for n in 0..NAMES {
         std::os::unix::fs::symlink(device.path(), link(n)).expect("the directory is ours");
     }
@@ -330,13 +332,13 @@ fn names_are_dropped_with_the_inodes_of_the_kernel() {
         names(&mount) <= 2
     });
     assert!(few, "{} names", names(&mount));
-    assert_eq!(held.metadata().expect("it is open").ino(), before[0], "what is open stays");
+    assert_eq!(held.metadata().expect("it is open").ino(), before[0], "the inode of an open file stays");
     drop(held);
     std::os::unix::fs::symlink(device.path(), link(1)).expect("the directory is ours");
     assert_eq!([number(0), number(1)], before);
 }
 
-/// Names that the daemon keeps, from its log.
+/// The number of names that the daemon keeps, from its log.
 fn names(mount: &Mount) -> usize {
     let lines = || mount.log().lines().filter(|line| line.ends_with(" names")).map(str::to_owned).collect::<Vec<_>>();
     let before = lines().len();
@@ -346,7 +348,7 @@ fn names(mount: &Mount) -> usize {
     last.rsplit(' ').nth(1).and_then(|word| word.parse().ok()).expect("a number")
 }
 
-/// bsdtar sizes its buffers by statfs(2), which it asks for each file.
+/// bsdtar sizes its buffers by statfs(2), which it calls for each file.
 #[test]
 fn bsdtar_copies_many_devices() {
     needs!(root, programs["bsdtar"]);

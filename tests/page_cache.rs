@@ -1,4 +1,4 @@
-//! What is left of a read in the memory of the machine.
+//! The use of the page cache and of descriptors by reads.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 
@@ -14,13 +14,14 @@ use common::check::open;
 use common::mount::LoopMount;
 use common::{MIB, needs, run};
 
-/// Bytes of a device that are in its page cache.
+/// The number of bytes of a device that are in its page cache.
 fn cached(device: &Path) -> u64 {
     let words = ["--bytes", "--raw", "--noheadings", "--output", "RES", device.to_str().expect("text")];
     run("fincore", words).trim().parse().expect("a number")
 }
 
-/// The page cache of a device is older than what is below it. A daemon that is short of descriptors must not read there.
+/// The page cache of a device may be older than its lower device. A daemon without free descriptors must not read
+/// from this cache.
 #[test]
 fn without_descriptors_an_open_fails_and_no_read_is_stale() {
     needs!(root, programs["prlimit"]);
@@ -54,7 +55,7 @@ fn the_daemon_raises_its_limit_of_descriptors_to_the_hard_limit() {
     needs!(root);
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("every process has one");
     // Enough for the other tests of this process.
-    setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard - 1).min(1000), hard).expect("it becomes lower");
+    setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard - 1).min(1000), hard).expect("the limit can be lowered");
     let source = LoopMount::new(MIB, &[]);
     let limits = fs::read_to_string(format!("/proc/{}/limits", source.mount.pid())).expect("the daemon runs");
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).expect("proc(5) has it");

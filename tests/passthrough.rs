@@ -1,4 +1,4 @@
-//! Images that the kernel reads by itself: the bytes are the image's, and everything else is still the program's.
+//! FUSE passthrough: the kernel reads the bytes of an image itself, and the daemon serves all other requests.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 
@@ -14,14 +14,14 @@ use common::loop_device::Loop;
 use common::mount::{LoopMount, Mount};
 use common::{KIB, MIB, assert_becomes, needs, wait_until};
 
-/// Bytes that a process read by system calls so far.
+/// The number of bytes that a process has read by system calls.
 fn bytes_read_by(process: u32) -> u64 {
     let counters = fs::read_to_string(format!("/proc/{process}/io")).expect("the daemon runs");
     let line = counters.lines().find_map(|line| line.strip_prefix("rchar: ")).expect("proc(5) has it");
     line.parse().expect("a number")
 }
 
-/// Bytes that the daemon reads while all of `file` is read.
+/// The number of bytes that the daemon reads while all of `file` is read.
 fn bytes_read_for(file: &Path, daemon: u32) -> u64 {
     let before = bytes_read_by(daemon);
     fs::read(file).expect("the file can be read");
@@ -32,7 +32,7 @@ fn bytes_read_for(file: &Path, daemon: u32) -> u64 {
 fn an_image_is_read_by_the_kernel_and_a_loop_device_by_the_daemon() {
     needs!(root);
     let source = LoopMount::new(8 * MIB, &[0..8 * MIB]);
-    assert!(bytes_read_for(source.file(), source.mount.pid()) >= 8 * MIB, "who else read it?");
+    assert!(bytes_read_for(source.file(), source.mount.pid()) >= 8 * MIB, "the daemon does not read the loop device");
     let release = nix::sys::utsname::uname().expect("a kernel").release().to_owned();
     let mut numbers = release.to_str().expect("text").split('.').map_while(|part| part.parse::<u32>().ok());
     if (numbers.next(), numbers.next()) < (Some(6), Some(9)) {
@@ -80,7 +80,7 @@ fn concurrent_opens_read_the_same_bytes_and_map() {
     });
 }
 
-/// The kernel does not let go of an open file's image; who opens the name gets the new one.
+/// An open file keeps its image. A later open of the name opens the new image.
 #[test]
 fn an_open_file_keeps_its_image_when_another_takes_its_name() {
     needs!(root);
@@ -96,7 +96,7 @@ fn an_open_file_keeps_its_image_when_another_takes_its_name() {
     fs::write(other.path(), "").expect("the fixture removes it");
 }
 
-/// Nothing of an image is held by an idle mount: a loop device over it, and the image itself, can go.
+/// An idle mount holds no reference to an image, so the file system of the image can be unmounted.
 #[test]
 fn an_idle_mount_holds_no_image() {
     needs!(root);
@@ -109,7 +109,7 @@ fn an_idle_mount_holds_no_image() {
     fs::write(&path, vec![1; 4096]).expect("room for it");
     let mount = Mount::new(&path);
     assert_eq!(fs::read(mount.file()).expect("the file can be read"), vec![1; 4096]);
-    // The release of a closed file is not waited for.
-    let let_go = wait_until(|| common::try_run("umount", [directory.path()], "").is_ok());
-    assert!(let_go, "the file system of the image is held");
+    // close(2) does not wait for the release request.
+    let released = wait_until(|| common::try_run("umount", [directory.path()], "").is_ok());
+    assert!(released, "the file system of the image is held");
 }

@@ -1,4 +1,4 @@
-//! Devices that stand on a file of the mount that shows them: nobody waits for himself.
+//! Devices whose lower device is a file of the mount that shows them. No request may wait for itself.
 
 #![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 
@@ -18,7 +18,7 @@ use common::{MIB, needs, run, wait_until};
 /// Runs all of `work` at the same time; panics when it does not end.
 fn all_at_once(work: Vec<Box<dyn FnOnce() + Send>>) {
     let threads: Vec<_> = work.into_iter().map(thread::spawn).collect();
-    assert!(wait_until(|| threads.iter().all(thread::JoinHandle::is_finished)), "somebody waits for ever");
+    assert!(wait_until(|| threads.iter().all(thread::JoinHandle::is_finished)), "a thread does not end");
     threads.into_iter().for_each(|thread| thread.join().expect("the work succeeds"));
 }
 
@@ -38,18 +38,18 @@ fn a_loop_device_over_a_file_of_its_own_mount_does_not_deadlock() {
     let upper = Loop::with_options(&disk, &["--read-only"]);
     show(&upper, "upper");
     let shown = mount.directory().join("upper");
-    // More readers than the daemon has threads, each of a device whose bytes it has to ask the daemon for.
+    // There are more readers than threads of the daemon, and each reads a device whose bytes come from the daemon.
     let reader = |_| {
         let (shown, device) = (shown.clone(), device.path().to_owned());
         Box::new(move || {
             fs::metadata(&shown).expect("stat");
             check_same_bytes(&shown, &device);
-            // Its holes could only be had from the daemon itself.
+            // Only the daemon itself could report the holes of this device.
             assert_eq!(map_holes(&shown), [common::check::Extent(common::check::Kind::Data, 0..16 * MIB)]);
         }) as Box<dyn FnOnce() + Send>
     };
     all_at_once((0..12).map(reader).collect());
-    assert_eq!(map_holes(&disk), map_of(16 * MIB, &[MIB..2 * MIB]), "the others do not suffer");
+    assert_eq!(map_holes(&disk), map_of(16 * MIB, &[MIB..2 * MIB]), "other files keep their maps");
     fs::remove_file(nodes.path().join("upper")).expect("the node is ours");
     drop(upper);
 }
@@ -76,8 +76,8 @@ fn a_mount_inside_its_spec_does_not_deadlock() {
     drop(mount);
 }
 
-/// Two mounts, each in the directory that the other one shows. Their paths would have no end, and each step would double the
-/// questions that they ask each other.
+/// Two mounts, each in the directory that the other one shows. The paths would be endless, and each step would double
+/// the number of requests between the mounts.
 #[test]
 fn two_mounts_inside_the_specs_of_each_other_do_not_deadlock() {
     needs!(root);
@@ -92,7 +92,8 @@ fn two_mounts_inside_the_specs_of_each_other_do_not_deadlock() {
     let first = Mount::of_inside(nodes[0].path(), nodes[1].path());
     let second = Mount::of_inside(nodes[1].path(), &nodes[0].path().join("below"));
     let name = |mount: &Mount| mount.directory().file_name().expect("a name").to_owned();
-    // Through the second one, to the first, and so on: what was looked up before the second one was there does not help.
+    // Through the second one, to the first, and so on: what was looked up before the second one was there does not
+    // help.
     let mut path = first.directory().join("below").join(name(&second));
     for _ in 0..8 {
         path = path.join(name(&first)).join("below").join(name(&second));
@@ -114,7 +115,7 @@ fn two_mounts_inside_the_specs_of_each_other_do_not_deadlock() {
     drop(first);
 }
 
-/// A mount over what it shows could only ask itself for it.
+/// A mount that covers its own SPEC could reach it only through itself.
 #[test]
 fn a_mount_over_its_spec_is_refused() {
     needs!(root);
@@ -127,7 +128,7 @@ fn a_mount_over_its_spec_is_refused() {
     }
 }
 
-/// What `blkholefs mount` says when it fails.
+/// Runs `blkholefs mount`, which must fail, and returns its standard error.
 fn mount(spec: &Path, place: &Path) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_blkholefs")).arg("mount").args([spec, place]).output();
     let output = output.expect("the program starts");

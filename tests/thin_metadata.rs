@@ -1,5 +1,5 @@
-//! Thin metadata as real tools make it, and as no tool would.
-// A device is a list of ranges, and a list of one is one too.
+//! Thin metadata from real tools, and damaged metadata.
+// Some devices are lists of one range.
 #![allow(clippy::single_range_in_vec_init)]
 
 use std::num::NonZeroUsize;
@@ -48,7 +48,7 @@ fn mapped(map: &FillMap) -> Vec<Range<u64>> {
     ranges
 }
 
-/// Compares every device's map, by one thread and by two, with what `thin_dump` says and with what was put in.
+/// Compares every device's map, by one thread and by two, with the output of `thin_dump` and with the input.
 fn compare(name: &str, devices: &[Device]) {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("meta");
@@ -72,7 +72,7 @@ fn compare(name: &str, devices: &[Device]) {
     }
 }
 
-/// The same numbers in every run.
+/// A pseudo-random number. The sequence is the same in every run.
 fn random(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
@@ -183,7 +183,7 @@ fn each_kind_of_damage_is_an_error_though_the_checksum_is_right() {
     let (child, key) = (32 + 8 * 252 + 8, 40);
     let in_first = |change: Change| damaged(first, move |_| change).map(|(_, damage)| damage);
     let in_last = |change: Change| damaged(last, move |_| change).map(|(_, damage)| damage);
-    assert_eq!(damaged(first, |_| (28, 0, 4)), None, "no damage is none");
+    assert_eq!(damaged(first, |_| (28, 0, 4)), None, "a change without effect is no damage");
     assert_eq!(in_last((16, 253, 4)), Some(Damage::Entries));
     assert_eq!(in_last((16, u64::MAX, 4)), Some(Damage::Entries));
     assert_eq!(in_last((16, 0, 4)), Some(Damage::Entries));
@@ -199,7 +199,7 @@ fn each_kind_of_damage_is_an_error_though_the_checksum_is_right() {
     assert_eq!(in_first((key, 0, 8)), Some(Damage::KeyOrder));
     assert_eq!(in_first((key, u64::MAX, 8)), Some(Damage::KeyOrder));
     assert_eq!(in_last((32, 0, 8)), Some(Damage::KeyRange));
-    // A separator that was moved makes the child before it, or after it, stick out.
+    // A moved separator makes keys of an adjacent child lie outside of its key range.
     assert_eq!(in_first((key, 1, 8)), Some(Damage::KeyRange));
     assert_eq!(in_first((32, 1, 8)), Some(Damage::KeyRange));
     for pointer in [0, u64::from(u32::MAX), u64::MAX, 1 << 40] {
@@ -281,9 +281,9 @@ fn a_wrong_count_or_root_is_an_error() {
         stamp(&mut lost, top, NODE);
         assert!(matches!(map_of(&lost, 1), Err(ThinError::Damaged(_, Damage::Pointer))));
         assert!(map_of(&lost, 2).is_ok());
-        assert_eq!(of_bytes(&lost).unwrap().devices().unwrap().len(), 4, "the others are not lost");
+        assert_eq!(of_bytes(&lost).unwrap().devices().unwrap().len(), 4, "the other devices are listed");
     }
-    // One byte of rot anywhere in the tree.
+    // One wrong byte anywhere in the tree.
     for block in [top, details, nodes(&image, thin_image::get(&image, top * BLOCK + 32 + 8 * 252, 8))[0]] {
         let mut rotten = image.clone();
         rotten[block * BLOCK + 4000] ^= 4;
@@ -313,13 +313,14 @@ fn mutated_metadata_is_an_error_or_a_map() {
         image.read_edited(&[], Some(len / 2));
         assert_eq!(image.read_edited(&[], None), of_whole, "all changes were taken back");
     }
-    // Most changes hurt one tree and not the others.
+    // Most changes damage only one tree.
     assert!(total / 10 < maps && maps < total, "{maps} of {total}");
 }
 
 #[test]
 fn a_walk_reads_in_few_requests_and_a_lookup_in_one_for_each_level() {
-    // Two devices whose nodes lie between each other's: a foreign block is read rather than split a request.
+    // The nodes of two devices are interleaved. A request also reads blocks of the other device, so that it is not
+    // split.
     let blocks = |device: u64| (0..3000).map(move |at| 2 * at + device..2 * at + device + 1);
     let mut image = thin_image::build(&[Device::new(1, blocks(0), 0), Device::new(2, blocks(1), 3000)], 9);
     let (one, two) = (tree_of(&image, 1), tree_of(&image, 2));

@@ -1,5 +1,6 @@
-//! A mount that autofs asked for, as with `x-systemd.automount` in fstab. The kernel knows the automount daemon and the
-//! mount command by their process group (`fs/autofs/autofs_i.h: autofs_oz_mode`); everybody else waits for the mount.
+//! A mount that autofs requests, as with `x-systemd.automount` in fstab. The kernel identifies the automount daemon
+//! and the mount command by their process group (`fs/autofs/autofs_i.h: autofs_oz_mode`). Other processes wait for
+//! the mount.
 
 use std::fs::{self, File};
 use std::io::{PipeReader, Read as _};
@@ -23,10 +24,10 @@ const MISSING_DIRECT: u32 = 5;
 nix::ioctl_write_int_bad!(ioc_ready, 0x9360);
 nix::ioctl_write_int_bad!(ioc_fail, 0x9361);
 
-/// A direct autofs mount on `mnt`, whose automount daemon is this process's group.
+/// A direct autofs mount on `mnt`. The process group of this process is the automount daemon.
 struct Autofs<'a> {
     bench: &'a Bench,
-    /// The directory of autofs itself, whatever is mounted over it.
+    /// The directory of autofs itself, even if another mount covers it.
     root: File,
     packets: PipeReader,
 }
@@ -45,7 +46,7 @@ impl<'a> Autofs<'a> {
         Some(Self { bench, root: File::open(bench.mnt()).unwrap(), packets })
     }
 
-    /// Waits for the kernel's request to mount, and gives its token.
+    /// Waits for the kernel's mount request and returns its token.
     fn request(&mut self) -> u32 {
         let mut packet = [0; PACKET_SIZE];
         // A packet is one write of less than PIPE_BUF.
@@ -58,7 +59,7 @@ impl<'a> Autofs<'a> {
     fn answer(&self, token: u32, mounted: bool) {
         let answer = if mounted { ioc_ready } else { ioc_fail };
         // SAFETY: both calls take a number, and the descriptor is open.
-        unsafe { answer(self.root.as_raw_fd(), token.cast_signed()) }.expect("the token of a request that waits");
+        unsafe { answer(self.root.as_raw_fd(), token.cast_signed()) }.expect("the token of a pending request");
     }
 }
 
@@ -68,20 +69,20 @@ impl Drop for Autofs<'_> {
     }
 }
 
-/// Somebody who is not of the automount daemon's group.
-fn stranger(program: &str) -> Command {
+/// A command outside of the process group of the automount daemon.
+fn command_in_other_group(program: &str) -> Command {
     let mut command = Command::new(program);
     command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
 
-/// Waits for the end of a process, for as long as [`wait_until`] does.
-fn ends(child: &mut Child) -> bool {
+/// Waits until a process ends. Returns false after the time limit of [`wait_until`].
+fn wait_for_exit(child: &mut Child) -> bool {
     wait_until(|| child.try_wait().unwrap().is_some())
 }
 
 fn output(mut child: Child, what: &str) -> Output {
-    assert!(ends(&mut child), "{what} hangs");
+    assert!(wait_for_exit(&mut child), "{what} hangs");
     child.wait_with_output().unwrap()
 }
 
@@ -90,12 +91,12 @@ fn automount_is_served_while_the_others_wait() {
     needs!(root);
     let bench = Bench::new();
     let Some(mut autofs) = Autofs::new(&bench) else { return };
-    let mut reader = stranger("cmp").args([&bench.file(), bench.device.path()]).spawn().unwrap();
+    let mut reader = command_in_other_group("cmp").args([&bench.file(), bench.device.path()]).spawn().unwrap();
     let token = autofs.request();
     let mut helper = Command::new(bench.bin("mount.blkholefs"));
     helper.arg(bench.device.path()).arg(bench.mnt()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut helper = helper.spawn().unwrap();
-    let mounts = ends(&mut helper);
+    let mounts = wait_for_exit(&mut helper);
     assert_eq!(reader.try_wait().unwrap(), None, "the reader waits for the automount daemon's answer");
     autofs.answer(token, mounts);
     assert!(mounts, "the mount waits for itself");
@@ -107,19 +108,19 @@ fn automount_is_served_while_the_others_wait() {
     drop(autofs);
 }
 
-/// A mount that fails is taken away before the kernel has its answer.
+/// A failed mount is removed before the reply to the kernel.
 #[test]
 fn failed_automount_fails_the_access() {
     needs!(root);
     let bench = Bench::new();
     let Some(mut autofs) = Autofs::new(&bench) else { return };
-    let reader = stranger("cat").arg(bench.file()).spawn().unwrap();
+    let reader = command_in_other_group("cat").arg(bench.file()).spawn().unwrap();
     let token = autofs.request();
     let mut helper = Command::new("sh");
     helper.args(["-c", "ulimit -n 10; exec \"$@\"", "sh"]).arg(bench.bin("mount.blkholefs"));
     helper.arg(bench.device.path()).arg(bench.mnt()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut helper = helper.spawn().unwrap();
-    let ended = ends(&mut helper);
+    let ended = wait_for_exit(&mut helper);
     autofs.answer(token, false);
     assert!(ended, "the failed mount waits for itself");
     assert_eq!(helper.wait().unwrap().code(), Some(2));
@@ -127,21 +128,22 @@ fn failed_automount_fails_the_access() {
     drop(autofs);
 }
 
-/// Who unmounts by hand what is not mounted must not cause it to be mounted.
+/// The unmount command for an automount that is not mounted must not trigger the mount.
 #[test]
 fn umount_does_not_trigger_the_automount() {
     needs!(root);
     let bench = Bench::new();
     let Some(mut autofs) = Autofs::new(&bench) else { return };
-    let mut child = stranger(bench.bin("umount.blkholefs").to_str().unwrap()).arg(bench.mnt()).spawn().unwrap();
-    let ended = ends(&mut child);
+    let mut child =
+        command_in_other_group(bench.bin("umount.blkholefs").to_str().unwrap()).arg(bench.mnt()).spawn().unwrap();
+    let ended = wait_for_exit(&mut child);
     if !ended {
         let token = autofs.request();
         autofs.answer(token, false);
     }
-    let said = child.wait_with_output().unwrap();
-    assert!(ended, "it waits for a mount");
-    assert_eq!(said.status.code(), Some(32), "{said:?}");
-    assert!(String::from_utf8_lossy(&said.stderr).contains("its type is autofs"), "{said:?}");
+    let output = child.wait_with_output().unwrap();
+    assert!(ended, "umount waits for a mount");
+    assert_eq!(output.status.code(), Some(32), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("its type is autofs"), "{output:?}");
     drop(autofs);
 }

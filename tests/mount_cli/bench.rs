@@ -13,22 +13,22 @@ use crate::common::{MIB, wait_until};
 /// The names of the program.
 pub const NAMES: [&str; 4] = ["mount.blkholefs", "mount.fuse.blkholefs", "umount.blkholefs", "umount.fuse.blkholefs"];
 
-/// One test's place. With this value goes all of it; panics when a mount or a daemon is left.
+/// The directory and device of one test. Dropping it removes both, and panics if a mount or a daemon is left.
 pub struct Bench {
     /// The loop device.
     pub device: Loop,
-    /// Its image.
+    /// The image of the device.
     pub image: Image,
     directory: tempfile::TempDir,
 }
 
 impl Bench {
-    /// A device of a MiB with a hole in it, and a directory `mnt` to mount it on.
+    /// Creates a device of 1 MiB with a hole, and a directory `mnt` to mount it on.
     pub fn new() -> Self {
         let image = Image::with_data(MIB, &[0..MIB / 4, MIB / 2..MIB]);
         let device = Loop::new(image.path());
         let directory = tempfile::Builder::new().prefix("blkholefs-cli-").tempdir().expect("a temporary directory");
-        // Ordinary users come here too.
+        // Ordinary users access the directory too.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
         let bench = Self { device, image, directory };
         fs::create_dir(bench.path("bin")).expect("it is empty");
@@ -64,7 +64,7 @@ impl Bench {
         Ran::of(Command::new(self.bin(name)).args(words).current_dir(self.directory.path()))
     }
 
-    /// Mounts the device on `mnt` with more words for the helper, and gives the daemon's process id.
+    /// Mounts the device on `mnt` with further arguments for the helper, and returns the daemon's process ID.
     pub fn mount(&self, words: &[&str]) -> u32 {
         let operands =
             [self.device.path().as_os_str(), self.directory.path().join("mnt").as_os_str()].map(OsStr::to_owned);
@@ -78,7 +78,7 @@ impl Bench {
         self.umount_by(&[self.mnt()]);
     }
 
-    /// Unmounts with these words for the helper.
+    /// Unmounts with these arguments for the helper.
     pub fn umount_by(&self, words: &[PathBuf]) {
         let mut ran = self.run("umount.blkholefs", words);
         // A program that another test is about to start holds the files of this process until its exec(2).
@@ -93,7 +93,7 @@ impl Bench {
         ran.succeeds();
     }
 
-    /// The process that the record of the mount on a place names. Root's records only.
+    /// The process in the record of the mount on `place`. Reads only root's records.
     pub fn server(&self, place: &Path) -> u32 {
         let device = &mount_at("/proc/self/mountinfo", place).expect("it is mounted")[2];
         let record = fs::read_to_string(format!("/run/blkholefs/{}", device.replace(':', "-"))).expect("a record");
@@ -148,17 +148,17 @@ pub fn mount_at(table: &str, place: &Path) -> Option<Vec<String>> {
     lines.rfind(|fields| fields.get(4).is_some_and(|field| field == place))
 }
 
-/// Checks that a daemon ended before `umount -v` returned and said this, unless a namespace that another test made
-/// meanwhile has a copy of the mount.
-pub fn assert_ended(daemon: u32, said: &Ran) {
-    let elsewhere = said.err.contains("serves a mount in another namespace, and has no device open");
-    assert_eq!(said.code, 0, "{said:?}");
-    // One that ended and was not waited for yet has no words.
+/// Asserts that a daemon ended before `umount -v` returned with this output, unless the namespace of another test has a
+/// copy of the mount.
+pub fn assert_ended(daemon: u32, ran: &Ran) {
+    let elsewhere = ran.err.contains("serves a mount in another namespace, and has no device open");
+    assert_eq!(ran.code, 0, "{ran:?}");
+    // A zombie process has an empty command line.
     let words = fs::read(format!("/proc/{daemon}/cmdline")).unwrap_or_default();
-    assert!(elsewhere || words.is_empty(), "it ends before umount returns: {said:?}");
+    assert!(elsewhere || words.is_empty(), "the daemon is running after umount: {ran:?}");
 }
 
-/// What a program printed, and how it ended.
+/// The output and the exit code of a program.
 #[derive(Debug)]
 pub struct Ran {
     /// The exit code; -1 for a signal.
@@ -170,14 +170,15 @@ pub struct Ran {
 }
 
 impl Ran {
-    /// Runs a command to its end. It also waits until both pipes are closed, so a daemon that kept one would hang here.
+    /// Runs a command to its end. It also waits until both pipes are closed, so it hangs if a daemon keeps one of
+    /// them open.
     pub fn of(command: &mut Command) -> Self {
         let Output { status, stdout, stderr } = command.stdin(Stdio::null()).output().expect("the program starts");
         let text = |bytes| String::from_utf8(bytes).expect("messages are text");
         Self { code: status.code().unwrap_or(-1), out: text(stdout), err: text(stderr) }
     }
 
-    /// Panics unless it ended with 0 and said nothing on standard error.
+    /// Panics unless it ended with 0 and wrote nothing to standard error.
     pub fn succeeds(&self) {
         assert_eq!((self.code, self.err.as_str()), (0, ""), "{self:?}");
     }

@@ -1,4 +1,4 @@
-//! The daemon: what it keeps, what it gives up, and how signals end it.
+//! The daemon: its descriptors, its privileges, and its reaction to signals.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -19,7 +19,7 @@ fn signal(pid: u32, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).expect("the daemon runs");
 }
 
-/// A daemon in the foreground, which has told its service manager that it is up.
+/// A daemon in the foreground that has reported READY=1 to its service manager.
 struct Foreground {
     child: Child,
     log: std::path::PathBuf,
@@ -41,9 +41,9 @@ impl Foreground {
         command.env_remove("RUST_LOG").envs(levels.map(|levels| ("RUST_LOG", levels)));
         let child = command.spawn().unwrap();
         let mut word = [0; 64];
-        let length = manager.recv(&mut word).expect("the service says that it is up");
+        let length = manager.recv(&mut word).expect("the service reports that it is ready");
         assert_eq!(&word[..length], b"READY=1");
-        assert!(bench.mounted().is_some(), "it is mounted when it says so");
+        assert!(bench.mounted().is_some(), "the mount exists when the service is ready");
         Self { child, log }
     }
 
@@ -89,7 +89,7 @@ fn term_unmounts() {
     bench.assert_nothing_left();
 }
 
-/// In use: out of sight at once, and whoever still reads gets an error, never zeros.
+/// A mount with open files is detached at once. Later reads of these files fail and never return zeros.
 #[test]
 fn term_unmounts_although_files_are_open() {
     needs!(root);
@@ -110,7 +110,7 @@ impl Bench {
     }
 }
 
-/// Killed: the place stays as the kernel leaves it, and both helpers cope with it.
+/// After the daemon is killed, its mount remains, and both helpers handle this state.
 #[test]
 fn killed_daemon_can_be_unmounted() {
     needs!(root);
@@ -130,8 +130,8 @@ fn killed_daemon_can_be_unmounted() {
     bench.umount();
 }
 
-/// The command is ended while the kernel still mounts: nobody knows of the mount, so the daemon takes it away. Ctrl-C
-/// reaches both processes.
+/// If the command is interrupted during mount(2), the daemon removes the mount. Ctrl-C sends the signal to both
+/// processes.
 #[test]
 fn interrupted_command_leaves_nothing() {
     needs!(root, programs["strace"]);
@@ -159,7 +159,7 @@ fn interrupted_command_leaves_nothing() {
     }
 }
 
-/// Nothing that ends a process by default leaves a mount without its daemon.
+/// A signal whose default action ends a process never leaves a mount without its daemon.
 #[test]
 fn every_signal_unmounts_or_does_nothing() {
     needs!(root);
@@ -171,15 +171,15 @@ fn every_signal_unmounts_or_does_nothing() {
     }
     check(&bench.file(), bench.device.path());
     bench.umount();
-    for ends in [libc::SIGQUIT, libc::SIGALRM, libc::SIGXCPU, libc::SIGPROF, libc::SIGPWR, libc::SIGIO, 40] {
-        send(bench.mount(&[]), ends);
-        assert!(wait_until(|| bench.mounted().is_none()), "signal {ends}");
+    for number in [libc::SIGQUIT, libc::SIGALRM, libc::SIGXCPU, libc::SIGPROF, libc::SIGPWR, libc::SIGIO, 40] {
+        send(bench.mount(&[]), number);
+        assert!(wait_until(|| bench.mounted().is_none()), "signal {number}");
         bench.assert_nothing_left();
     }
 }
 
-/// The kernel unmounts only what a path leads to; what somebody mounted over ours is not ours to unmount. The daemon
-/// serves until ours can be unmounted, and no dead mount is left below.
+/// umount(2) removes only the topmost mount of a path. The daemon must not unmount another mount that covers its own.
+/// It serves requests until its own mount can be unmounted, so that no mount without a daemon is left.
 #[test]
 fn term_below_another_mount_ends_when_that_is_gone() {
     needs!(root);
@@ -198,7 +198,7 @@ fn term_below_another_mount_ends_when_that_is_gone() {
     bench.assert_nothing_left();
 }
 
-/// `RUST_LOG` adds lines, and the FUSE library's lines are not for the user.
+/// `RUST_LOG` adds lines, and the lines of the FUSE library are not shown.
 #[test]
 fn the_log_has_the_lines_that_the_user_chose() {
     needs!(root, programs["blockdev"]);
@@ -207,8 +207,8 @@ fn the_log_has_the_lines_that_the_user_chose() {
         let mut service = Foreground::with_levels(&bench, levels);
         drop(File::open(bench.file()).unwrap());
         // An ioctl(2) that no regular file has.
-        let said = Ran::of(Command::new("blockdev").arg("--getra").arg(bench.file()));
-        assert_ne!(said.code, 0, "{said:?}");
+        let ran = Ran::of(Command::new("blockdev").arg("--getra").arg(bench.file()));
+        assert_ne!(ran.code, 0, "{ran:?}");
         bench.umount();
         assert_eq!(service.child.wait().unwrap().code(), Some(0));
         let log = fs::read_to_string(&service.log).unwrap();
@@ -235,7 +235,7 @@ fn privileges_are_dropped_but_for_what_is_needed() {
     bench.umount();
 }
 
-/// An image of another user that nobody else may read: root's daemon opens it long after it gave up most privileges.
+/// Root's daemon can open an image that only its owner may read, after it has dropped most privileges.
 #[test]
 fn root_reads_private_images_of_others() {
     needs!(root);
@@ -253,7 +253,7 @@ fn root_reads_private_images_of_others() {
     bench.umount();
 }
 
-/// The daemon holds nothing of its caller: no directory, no terminal, no lock of a script.
+/// The daemon keeps no directory, terminal or locked file of its caller open.
 #[test]
 fn the_daemon_keeps_nothing_of_its_caller_open() {
     needs!(root);
@@ -275,7 +275,7 @@ fn the_daemon_keeps_nothing_of_its_caller_open() {
     bench.umount();
 }
 
-/// Under systemd, standard error is the journal: it stays, and lines have priorities.
+/// Under systemd, standard error is the journal. The daemon keeps it open, and each line has a priority.
 #[test]
 fn journal_is_kept() {
     needs!(root);
@@ -293,7 +293,8 @@ fn journal_is_kept() {
     assert!(lines().lines().all(|line| line.starts_with("<6>")), "{}", lines());
 }
 
-/// `-N`: the mount is in the other namespace only, and the daemon finds it there again.
+/// With `-N`, the mount exists only in the other namespace. Both the helper with `-N` and a signal to the daemon
+/// remove it.
 #[test]
 fn other_namespace() {
     needs!(root);
@@ -322,14 +323,14 @@ fn other_namespace() {
 pub struct Other(pub Child);
 
 impl Other {
-    /// A copy of this process's namespace, as it is now.
+    /// A copy of this process's namespace, at the time of the call.
     pub fn new() -> Self {
         let mut command = Command::new("unshare");
         let child =
             command.args(["--mount", "sleep", "1000"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let name = format!("/proc/{}/comm", child.id());
         let other = Self(child);
-        // The namespace is complete when unshare(1) gives way to its command.
+        // The namespace is complete when unshare(1) executes its command.
         assert!(wait_until(|| fs::read_to_string(&name).unwrap() == "sleep\n"));
         other
     }

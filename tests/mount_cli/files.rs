@@ -11,7 +11,7 @@ fn helpers(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("mount-helpers").join(name)
 }
 
-/// Every file and link below a directory, by its path from there.
+/// The relative paths of all files and links below a directory.
 fn tree(root: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mut directories = vec![root.to_owned()];
@@ -76,7 +76,7 @@ fn man_pages_render_without_warnings() {
     }
 }
 
-/// systemd's generator makes mount units of the example lines.
+/// systemd's generator creates mount units from the example lines.
 #[test]
 fn systemd_reads_the_fstab_example() {
     let generator = "/usr/lib/systemd/system-generators/systemd-fstab-generator";

@@ -1,4 +1,4 @@
-//! Command lines: what each word does, and what a wrong one says.
+//! Command lines: the effect of each argument, and the messages for invalid ones.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
@@ -38,7 +38,7 @@ fn options_reach_the_mount() {
     bench.umount();
 }
 
-/// With `direct_io` the mount keeps no bytes: an open file shows what was written since.
+/// With `direct_io`, the page cache keeps no bytes, so an open file shows later writes.
 #[test]
 fn direct_io_keeps_no_bytes() {
     needs!(root);
@@ -79,9 +79,9 @@ fn fake_does_everything_but_mount() {
     let device = bench.device.path().to_str().unwrap();
     bench.run("mount.blkholefs", [device, "mnt", "-f", "-o", "rw"]).succeeds();
     bench.assert_nothing_left();
-    let told = bench.run("mount.blkholefs", [device, "mnt", "-fv", "-o", "rw"]);
-    assert_eq!(told.code, 0);
-    assert!(told.err.contains(&format!("would mount {device} on ")), "{told:?}");
+    let ran = bench.run("mount.blkholefs", [device, "mnt", "-fv", "-o", "rw"]);
+    assert_eq!(ran.code, 0);
+    assert!(ran.err.contains(&format!("would mount {device} on ")), "{ran:?}");
     bench.run("mount.blkholefs", ["/nonexistent", "mnt", "-f"]).fails(32, "/nonexistent: cannot open: No such file");
     bench.run("mount.blkholefs", [device, "mnt", "-f", "-o", "frob"]).fails(1, "unknown option 'frob'");
 }
@@ -113,7 +113,7 @@ fn help_and_version() {
     assert_eq!(bench.run("mount.blkholefs", ["-V"]).out, version);
 }
 
-/// Each wrong input: one clear line, the right exit code, nothing mounted, nothing left.
+/// Each invalid input gives a message of one line and the right exit code, and leaves no mount.
 #[test]
 fn wrong_input() {
     needs!(root);
@@ -199,7 +199,7 @@ fn file_as_mountpoint() {
         .fails(32, "a directory cannot be mounted on a file");
 }
 
-/// What looks like several words to the kernel or to a parser is one name.
+/// A name with characters that the kernel or a parser treats as separators is one name.
 #[test]
 fn odd_names() {
     needs!(root);
@@ -211,7 +211,7 @@ fn odd_names() {
         ran.succeeds();
         check(&bench.mnt().join(name), &image);
         let listed = Ran::of(std::process::Command::new("findmnt").args(["-no", "SOURCE"]).arg(bench.mnt()));
-        // findmnt writes what is no printable character as \x and two digits.
+        // findmnt writes a character that is not printable as \x and two digits.
         assert_eq!(listed.out.trim_end().replace("\\x0a", "\n"), image.to_str().unwrap(), "{listed:?}");
         bench.umount_by(&["--".into(), image]);
         bench.assert_nothing_left();

@@ -1,4 +1,4 @@
-//! `mount.blkholefs`, `umount.blkholefs` and their subcommands as mount(8), fstab, systemd and people call them.
+//! `mount.blkholefs`, `umount.blkholefs` and their subcommands as mount(8), fstab, systemd and users call them.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,5 @@
-//! The unit of `mount-helpers/systemd/`, without systemd: its lines are run one after the other as systemd would.
+//! The unit of `mount-helpers/systemd/`, without systemd. The test runs its commands in the order in which systemd
+//! would.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixDatagram;
@@ -56,7 +57,7 @@ fn unit_starts_reloads_and_stops() {
         let mut start = command(&bench, &values(&bench, "ExecStart")[0]);
         start.env("NOTIFY_SOCKET", bench.path("manager")).stderr(File::create(bench.path("log")).unwrap());
         let mut main = start.spawn().unwrap();
-        manager.recv(&mut [0; 64]).expect("the service says that it is up");
+        manager.recv(&mut [0; 64]).expect("the service reports that it is ready");
         let place = PathBuf::from(start.get_args().last().unwrap());
         let there = || mount_at("/proc/self/mountinfo", &place).is_some();
         check(&place.join(bench.device.name()), bench.device.path());

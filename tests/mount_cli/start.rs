@@ -1,4 +1,4 @@
-//! The start of a daemon: it ends with a mount that serves, or with an error and nothing left.
+//! The start of a daemon: it gives a working mount, or an error that leaves nothing.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use crate::bench::{Bench, Ran};
 use crate::common::check::check;
 use crate::common::{needs, wait_until};
 
-/// Mounts under a limit of ulimit(1), with records of its own, and prints what is wrong afterwards.
+/// Mounts under a limit of ulimit(1), with a separate directory for records, and prints the faults that it finds.
 const SWEEP: &str = r#"
 set -u
 mount --make-rprivate /
@@ -61,7 +61,7 @@ fn little_address_space_is_enough_or_an_error() {
     sweep("-v", (1..=40).map(|step| step * 30_000));
 }
 
-/// A record cannot be written, which a process that does not expect that is killed for.
+/// A record cannot be written because of a file size limit. The signal of this limit kills a process by default.
 #[test]
 fn no_room_for_a_record_is_a_warning() {
     needs!(root);
@@ -76,7 +76,7 @@ fn no_room_for_a_record_is_a_warning() {
     assert!(wait_until(|| bench.daemon().is_none()));
 }
 
-/// Each thread of the daemon in turn cannot be started.
+/// The start of each thread of the daemon fails in turn.
 #[test]
 fn thread_that_does_not_start_is_an_error() {
     needs!(root, programs["strace"]);
@@ -92,7 +92,7 @@ fn thread_that_does_not_start_is_an_error() {
     }
 }
 
-/// A daemon that is killed after mount(2) cannot take its mount away; the command that waits for it does.
+/// A daemon that is killed after mount(2) cannot remove its mount, so the command that waits for the daemon removes it.
 #[test]
 fn killed_start_leaves_nothing() {
     needs!(root, programs["strace"]);
@@ -104,7 +104,8 @@ fn killed_start_leaves_nothing() {
     bench.assert_nothing_left();
 }
 
-/// Two at once on one place: one mounts, the other one finds the mount, and the record names the one that serves.
+/// Of two concurrent helpers for one mountpoint, one mounts and the other one reports the mount. The record names the
+/// serving daemon.
 #[test]
 fn two_helpers_make_one_mount() {
     needs!(root);
@@ -118,9 +119,9 @@ fn two_helpers_make_one_mount() {
         let pair = [start(), start()].map(|child| child.wait_with_output().unwrap());
         let mut codes = pair.each_ref().map(|output| output.status.code());
         codes.sort_unstable();
-        let said: String = pair.iter().map(|output| String::from_utf8_lossy(&output.stderr)).collect();
-        assert_eq!(codes, [Some(0), Some(32)], "round {round}: {said}");
-        assert!(said.contains("is already mounted here"), "round {round}: {said}");
+        let messages: String = pair.iter().map(|output| String::from_utf8_lossy(&output.stderr)).collect();
+        assert_eq!(codes, [Some(0), Some(32)], "round {round}: {messages}");
+        assert!(messages.contains("is already mounted here"), "round {round}: {messages}");
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let place = format!(" {} ", bench.mnt().display());
         assert_eq!(table.lines().filter(|line| line.contains(&place)).count(), 1, "round {round}");

@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::bench::{Bench, NAMES, Ran};
 use crate::common::needs;
 
-/// Makes /usr/sbin a directory of links to what is there, so that helpers can be added without a trace on the host.
+/// Makes /usr/sbin a directory of links to its files, so that helpers can be added without a change of the host.
 const INSTALL: &str = r#"
 set -eu
 mount --make-rprivate /
@@ -61,7 +61,7 @@ fn fstab_line_works_twice_in_a_row() {
     assert_eq!((ran.out, ran.err), (expected, String::new()));
 }
 
-/// As for every file system: a device that is not plugged in is no failure, one that cannot be mounted is.
+/// As for every file system, `nofail` ignores a missing device, but not a device that cannot be mounted.
 #[test]
 fn nofail_is_for_missing_devices() {
     needs!(root, programs["unshare", "findmnt", "mount", "umount"]);
@@ -94,7 +94,7 @@ fn mount_by_type_and_by_subtype() {
     assert_eq!((ran.out.as_str(), ran.err.as_str()), ("400\n400\nmounting /dev\n", ""));
 }
 
-/// mount(8) adds nothing to what the helper says, and passes its exit code on.
+/// mount(8) adds no text to the messages of the helper and returns its exit code.
 #[test]
 fn failures_reach_the_user_of_mount() {
     needs!(root, programs["unshare", "findmnt", "mount", "umount"]);

@@ -1,4 +1,4 @@
-//! Unmounting: what `umount.blkholefs` waits for, and what it refuses.
+//! Unmounting: the conditions that `umount.blkholefs` waits for, and the requests that it refuses.
 
 use std::fs::File;
 use std::process::{Command, Stdio};
@@ -15,7 +15,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// The point of it: what comes after `umount.blkholefs` finds the device free, each time.
+/// The device is always free when `umount.blkholefs` returns.
 #[test]
 fn device_is_free_at_once() {
     needs!(root);
@@ -27,7 +27,8 @@ fn device_is_free_at_once() {
         let daemon = bench.server(&bench.mnt());
         assert_ended(daemon, &bench.run("umount.blkholefs", ["-v", "mnt"]));
         run("losetup", ["--detach".as_ref(), device.path().as_os_str()]);
-        // Somebody who looks for a free loop device may hold it open for a moment, or have bound it to something else.
+        // Another process may hold the loop device open while it searches for a free one, or may have bound it to
+        // another file.
         let backing = format!("/sys/block/{}/loop/backing_file", device.name());
         let image = bench.image.path().to_str().unwrap();
         assert!(wait_until(|| std::fs::read_to_string(&backing).unwrap_or_default().trim_end() != image));
@@ -35,7 +36,7 @@ fn device_is_free_at_once() {
     }
 }
 
-/// A daemon that takes long is waited for; one that another mount still needs is not.
+/// umount waits for a slow daemon, but not for a daemon that serves another mount.
 #[test]
 fn umount_waits_for_the_daemon() {
     needs!(root);
@@ -49,11 +50,11 @@ fn umount_waits_for_the_daemon() {
     let early = umount.try_wait().unwrap();
     signal(Signal::SIGCONT);
     let output = umount.wait_with_output().unwrap();
-    let said = Ran { code: output.status.code().unwrap(), out: String::new(), err: text(&output.stderr) };
+    let ran = Ran { code: output.status.code().unwrap(), out: String::new(), err: text(&output.stderr) };
     match early {
-        // It cannot have ended yet.
-        Some(_) => assert!(said.err.contains("serves a mount in another namespace"), "{said:?}"),
-        None => assert_ended(daemon, &said),
+        // The daemon cannot have ended yet.
+        Some(_) => assert!(ran.err.contains("serves a mount in another namespace"), "{ran:?}"),
+        None => assert_ended(daemon, &ran),
     }
 }
 
@@ -69,23 +70,24 @@ fn the_daemon_runs_until_its_last_mountpoint_is_unmounted() {
     bench.run("umount.blkholefs", [bench.path("second")]).succeeds();
 }
 
-/// Another namespace has a copy of the mount: the daemon serves on, and the device is free.
+/// If another namespace has a copy of the mount, the daemon continues to serve it, and the device is free.
 #[test]
 fn umount_does_not_wait_for_an_idle_daemon() {
     needs!(root);
     let bench = Bench::new();
     let daemon = bench.mount(&[]);
     let other = Other::new();
-    let said = bench.run("umount.blkholefs", ["-v", "mnt"]);
-    assert_eq!(said.code, 0, "{said:?}");
+    let ran = bench.run("umount.blkholefs", ["-v", "mnt"]);
+    assert_eq!(ran.code, 0, "{ran:?}");
     let expected = format!("the daemon (process {daemon}) serves a mount in another namespace, and has no device open");
-    assert!(said.err.contains(&expected), "{said:?}");
+    assert!(ran.err.contains(&expected), "{ran:?}");
     assert_eq!(bench.daemon(), Some(daemon));
     drop(other);
     bench.assert_nothing_left();
 }
 
-/// A file that is open at a second place holds the device, and umount says so; it waits for one that is closed soon.
+/// A file that is open through a second mount holds the device, which umount reports. If the file is closed soon,
+/// umount waits for that.
 #[test]
 fn umount_waits_for_the_device() {
     needs!(root);
@@ -101,16 +103,16 @@ fn umount_waits_for_the_device() {
         assert!(wait_until(|| bench.mounted().is_none()));
         let open = (!closes).then_some(open);
         let output = umount.wait_with_output().unwrap();
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(0), "{said}");
+        let messages = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{messages}");
         let holds = format!(
             "unmounted, but the daemon (process {daemon}) serves the mount on {} and holds {}\n",
             second.display(),
             bench.device.path().display()
         );
         match closes {
-            true => assert_eq!(said, ""),
-            false => assert!(said.ends_with(&holds), "{said}"),
+            true => assert_eq!(messages, ""),
+            false => assert!(messages.ends_with(&holds), "{messages}"),
         }
         drop(open);
         bench.run("umount.blkholefs", [&second]).succeeds();
@@ -118,17 +120,17 @@ fn umount_waits_for_the_device() {
     }
 }
 
-/// The name of what was mounted leads to a mount that another one covers: that other one is not ours to unmount.
+/// The source refers to a mount that another mount covers. umount.blkholefs must not unmount the covering mount.
 #[test]
 fn what_covers_a_mount_stays() {
     needs!(root);
     let bench = Bench::new();
     bench.mount(&[]);
     run("mount", ["-t".as_ref(), "tmpfs".as_ref(), "over".as_ref(), bench.mnt().as_os_str()]);
-    let said = bench.run("umount.blkholefs", [bench.device.path()]);
+    let ran = bench.run("umount.blkholefs", [bench.device.path()]);
     let top = bench.mounted().unwrap();
     assert!(top.contains(&"tmpfs".to_owned()), "{top:?}");
-    said.fails(32, "something else is mounted over it");
+    ran.fails(32, "something else is mounted over it");
     Ran::of(Command::new("umount").arg(bench.mnt())).succeeds();
     bench.umount();
 }
@@ -143,7 +145,7 @@ fn busy_mount_stays_unless_detached() {
     assert!(bench.mounted().is_some());
     bench.run("umount.blkholefs", ["mnt", "-l"]).succeeds();
     assert_eq!(bench.mounted(), None);
-    assert!(bench.daemon().is_some(), "it serves the open file");
+    assert!(bench.daemon().is_some(), "the daemon serves the open file");
     drop(open);
     bench.assert_nothing_left();
 }

@@ -1,4 +1,4 @@
-//! Ordinary users, who mount images of their own through fusermount3.
+//! Ordinary users who mount their own images through fusermount3.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::bench::{Bench, Ran, assert_ended};
 use crate::common::{needs, run, wait_until};
 
-/// A place that belongs to the user nobody, with an image and a mountpoint in it.
+/// A directory of the user `nobody` with an image and a mountpoint.
 struct Home(Bench);
 
 impl Home {
@@ -15,7 +15,7 @@ impl Home {
         let bench = Bench::new();
         let home = bench.path("home");
         fs::create_dir(&home).unwrap();
-        // What the links lead to may be in a directory that is closed to others.
+        // The targets of the links may be in a directory that other users cannot access.
         // A program that this process had open for writing could not be run while another test starts a child.
         run("cp", [env!("CARGO_BIN_EXE_blkholefs").as_ref(), home.join("blkholefs").as_os_str()]);
         fs::copy(bench.image.path(), home.join("my,image")).unwrap();
@@ -30,7 +30,7 @@ impl Home {
         let home = self.0.path("home");
         let mut command = Command::new("setpriv");
         command.args(["--reuid=nobody", "--regid=65534", "--clear-groups"]).arg(home.join("blkholefs")).args(words);
-        // The session's directory, where the record of the daemon goes.
+        // The runtime directory of the session, which contains the record of the daemon.
         Ran::of(command.current_dir(&home).env("XDG_RUNTIME_DIR", home.join("run")))
     }
 }
@@ -45,7 +45,7 @@ fn user_mounts_what_the_user_can_read() {
     let line = crate::bench::mount_at("/proc/self/mountinfo", &place).expect("it is mounted");
     assert_eq!(line[line.len() - 3..line.len() - 1], ["fuse.blkholefs", "my,image"]);
     assert!(line[5].starts_with("ro,nosuid,nodev"), "{line:?}");
-    assert!(fs::metadata(&place).is_err(), "root is kept out as well");
+    assert!(fs::metadata(&place).is_err(), "root has no access either");
     let seen = "cmp mnt/my,image my,image && stat -c %A mnt/my,image";
     let ran = Ran::of(
         Command::new("setpriv")
@@ -87,7 +87,8 @@ fn users_limits_are_one_line_each() {
     home.0.assert_nothing_left();
 }
 
-/// A user who mounts with fusermount3 chooses the name: it must not make root unmount something.
+/// A user who mounts with fusermount3 chooses the source name. With such a name, root's umount must not unmount the
+/// user's mount.
 #[test]
 fn root_does_not_take_a_users_mount_for_its_own() {
     needs!(root, programs["fusermount3", "setpriv"]);
@@ -97,18 +98,18 @@ fn root_does_not_take_a_users_mount_for_its_own() {
     fs::copy(bench.image.path(), bench.path("my,image")).unwrap();
     home.run(["mount", "my,image", "mnt"]).succeeds();
     let there = || crate::bench::mount_at("/proc/self/mountinfo", &place).is_some();
-    let said = bench.run("umount.blkholefs", ["my,image"]);
-    assert!(there(), "{said:?}");
-    said.fails(32, "my,image: not mounted");
+    let ran = bench.run("umount.blkholefs", ["my,image"]);
+    assert!(there(), "{ran:?}");
+    ran.fails(32, "my,image: not mounted");
     bench.run("mount.blkholefs", ["my,image", "mnt"]).succeeds();
     bench.run("umount.blkholefs", ["my,image"]).succeeds();
-    assert!(there() && bench.mounted().is_none(), "root's own mount, though the other one is older");
+    assert!(there() && bench.mounted().is_none(), "root's own mount is unmounted, although the other one is older");
     bench.run("umount.blkholefs", [&place]).succeeds();
-    assert!(!there(), "by its place");
+    assert!(!there(), "the user's mount is unmounted by its mountpoint");
     assert!(wait_until(|| bench.daemon().is_none()));
 }
 
-/// A set-user-id copy would lend root's rights to everybody.
+/// A set-user-ID copy would give root's rights to every user.
 #[test]
 fn setuid_copy_refuses_to_run() {
     needs!(root, programs["fusermount3", "setpriv"]);

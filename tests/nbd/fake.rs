@@ -1,6 +1,6 @@
-//! A correct little server whose every message a test may spoil before it is sent.
+//! A minimal NBD server. A test can change each message before the server sends it.
 //!
-//! Written from `doc/proto.md` on its own: it shares nothing with the client.
+//! It implements `doc/proto.md` of the NBD project independently and shares no code with the client.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,86 +20,86 @@ pub enum Dialect {
     Extended,
 }
 
-/// What a message is an answer to.
+/// The event that the server replies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// The connection.
+    /// The client connects.
     Greeting,
-    /// An option, by its number.
+    /// An option, with its number.
     Option(u32),
-    /// A read.
+    /// A read request.
     Read,
     /// A block status request.
     Status,
-    /// A flush.
+    /// A flush request.
     Flush,
-    /// Either, beyond the end of the export.
+    /// A read or block status request beyond the end of the disk.
     Outside,
 }
 
 /// A request of the client.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Request {
-    /// Its name.
+    /// The cookie that identifies the request.
     pub cookie: u64,
-    /// First byte.
+    /// The offset of the first byte.
     pub offset: u64,
-    /// Bytes.
+    /// The length in bytes.
     pub len: u64,
 }
 
 /// A message that is about to be sent.
 #[derive(Debug)]
 pub struct Message {
-    /// Which connection, counted from zero.
+    /// The number of the connection, counted from zero.
     pub connection: usize,
-    /// Bytes that were sent on it before.
+    /// The number of bytes that were sent before on this connection.
     pub sent: usize,
-    /// What is answered.
+    /// The event that this message replies to.
     pub step: Step,
-    /// The request, in transmission.
+    /// The request in the transmission phase, and the default value before it.
     pub request: Request,
-    /// The answer.
+    /// The bytes of the message.
     pub bytes: Vec<u8>,
 }
 
 /// What the server does after a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Then {
-    /// The next one.
-    Go,
-    /// Hangs up.
+pub enum Action {
+    /// Handles the next request.
+    Continue,
+    /// Closes the connection.
     Close,
-    /// Says nothing more, and waits for the client to leave.
+    /// Sends nothing more and reads until the client closes the connection.
     Stall,
-    /// Sends this message byte by byte, with that pause before each.
-    Dribble(Duration),
-    /// Answers all reads of the first block that may come, in their order, and reads nothing more.
+    /// Sends this message byte by byte, with the given pause before each byte.
+    SendSlowly(Duration),
+    /// Sends replies to reads of the first block for the cookies 1, 2, 3 and so on, and reads no more requests.
     AnswerAhead,
 }
 
-/// Changes a message.
-pub type Spoil = dyn Fn(&mut Message) -> Then + Send + Sync;
+/// A function that can change a message before it is sent, and selects what the server does then.
+pub type MessageHook = dyn Fn(&mut Message) -> Action + Send + Sync;
 
-/// The number that stands for `base:allocation`.
+/// The metadata context ID of `base:allocation`.
 pub const CONTEXT: u32 = 77;
-/// Zeros are told in blocks of this many bytes.
+/// The granularity of block status, in bytes.
 pub const BLOCK: usize = 4096;
 
-/// A running server. Ends with this value.
-pub struct Fake {
-    /// What it serves.
+/// A running server. Dropping it stops the server.
+pub struct FakeServer {
+    /// The URI of its export.
     pub uri: String,
-    /// Connections so far.
+    /// The number of connections accepted so far.
     pub connections: Arc<AtomicUsize>,
     socket: PathBuf,
     stop: Arc<AtomicBool>,
     _directory: tempfile::TempDir,
 }
 
-impl Fake {
-    /// Serves `disk` and lets `spoil` see each message.
-    pub fn new(dialect: Dialect, disk: &[u8], spoil: Arc<Spoil>) -> Self {
+impl FakeServer {
+    /// Serves `disk` and calls `hook` for each message.
+    pub fn new(dialect: Dialect, disk: &[u8], hook: Arc<MessageHook>) -> Self {
         let directory = crate::common::nbd::directory();
         let socket = directory.path().join("s");
         let listener = UnixListener::bind(&socket).expect("a socket");
@@ -111,11 +111,12 @@ impl Fake {
                     return;
                 }
                 let connection = counted.fetch_add(1, Ordering::Relaxed);
-                let (spoil, disk) = (Arc::clone(&spoil), Arc::clone(&disk));
+                let (hook, disk) = (Arc::clone(&hook), Arc::clone(&disk));
                 let stream = stream.expect("a connection");
                 std::thread::spawn(move || {
-                    // However a connection ends, it is the client that is tested.
-                    let _ = Talk { stream, dialect, agreed: Dialect::Simple, disk, spoil, connection, sent: 0 }.serve();
+                    // Errors of a connection are ignored, because only the client is tested.
+                    let _ = Connection { stream, dialect, agreed: Dialect::Simple, disk, hook, connection, sent: 0 }
+                        .serve();
                 });
             }
         });
@@ -124,24 +125,25 @@ impl Fake {
     }
 }
 
-impl Drop for Fake {
+impl Drop for FakeServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         let _ = UnixStream::connect(&self.socket);
     }
 }
 
-struct Talk {
+/// One connection to a client.
+struct Connection {
     stream: UnixStream,
     dialect: Dialect,
     agreed: Dialect,
     disk: Arc<[u8]>,
-    spoil: Arc<Spoil>,
+    hook: Arc<MessageHook>,
     connection: usize,
     sent: usize,
 }
 
-impl Talk {
+impl Connection {
     fn serve(mut self) -> io::Result<()> {
         self.send(Step::Greeting, Request::default(), [b"NBDMAGICIHAVEOPT".as_slice(), &[0, 3]].concat())?;
         self.stream.read_exact(&mut [0; 4])?;
@@ -152,9 +154,9 @@ impl Talk {
 
     fn send(&mut self, step: Step, request: Request, bytes: Vec<u8>) -> io::Result<()> {
         let mut message = Message { connection: self.connection, sent: self.sent, step, request, bytes };
-        let then = (self.spoil)(&mut message);
+        let then = (self.hook)(&mut message);
         self.sent += message.bytes.len();
-        if let Then::Dribble(pause) = then {
+        if let Action::SendSlowly(pause) = then {
             for byte in message.bytes {
                 std::thread::sleep(pause);
                 self.stream.write_all(&[byte])?;
@@ -163,8 +165,8 @@ impl Talk {
         }
         self.stream.write_all(&message.bytes)?;
         match then {
-            Then::Go | Then::Dribble(_) => Ok(()),
-            Then::AnswerAhead => {
+            Action::Continue | Action::SendSlowly(_) => Ok(()),
+            Action::AnswerAhead => {
                 let len = u32::try_from(BLOCK).expect("small");
                 let zeros = [[0; 8].as_slice(), &len.to_be_bytes()].concat();
                 for cookie in 1.. {
@@ -172,21 +174,22 @@ impl Talk {
                 }
                 Ok(())
             }
-            Then::Close => Err(io::ErrorKind::ConnectionAborted.into()),
-            Then::Stall => {
+            Action::Close => Err(io::ErrorKind::ConnectionAborted.into()),
+            Action::Stall => {
                 io::copy(&mut self.stream, &mut io::sink())?;
                 Err(io::ErrorKind::ConnectionAborted.into())
             }
         }
     }
 
+    /// Reads a big-endian number of `N` bytes.
     fn number<const N: usize>(&mut self) -> io::Result<u64> {
         let mut bytes = [0; N];
         self.stream.read_exact(&mut bytes)?;
         Ok(bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
     }
 
-    /// Answers one option; false when transmission begins.
+    /// Answers one option; returns false when the transmission phase begins.
     fn option(&mut self) -> io::Result<bool> {
         self.number::<8>()?;
         let option = u32::try_from(self.number::<4>()?).expect("four bytes");
@@ -217,14 +220,14 @@ impl Talk {
         Ok(option != 7)
     }
 
-    /// Answers one request; false when the client leaves.
+    /// Answers one request; returns false when the client disconnects.
     fn request(&mut self) -> io::Result<bool> {
         self.number::<6>()?;
         let command = self.number::<2>()?;
         let (cookie, offset) = (self.number::<8>()?, self.number::<8>()?);
         let len = if self.agreed == Dialect::Extended { self.number::<8>()? } else { self.number::<4>()? };
         let request = Request { cookie, offset, len };
-        // A test may have made the export seem larger than it is.
+        // A test may announce a size that is larger than the disk.
         let known = offset.checked_add(len).is_some_and(|end| end <= self.disk.len() as u64);
         let (step, bytes) = match command {
             3 => (Step::Flush, success(self.agreed, cookie)),
@@ -238,15 +241,15 @@ impl Talk {
     }
 }
 
-/// One reply to an option.
+/// Encodes one reply to an option.
 pub fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
     let len = u32::try_from(data.len()).expect("small");
     let words = [0x0003_e889_u32, 0x0455_65a9, option, kind, len].map(u32::to_be_bytes).concat();
     [words, data.to_vec()].concat()
 }
 
-/// Puts size and transmission flags into the answer to NBD_OPT_GO. `NBD_FLAG_HAS_FLAGS` is 1, `READ_ONLY` 2, `SEND_FLUSH` 4
-/// and `CAN_MULTI_CONN` 256.
+/// Sets the size and the transmission flags in the reply to NBD_OPT_GO. `NBD_FLAG_HAS_FLAGS` is 1, `READ_ONLY` 2,
+/// `SEND_FLUSH` 4 and `CAN_MULTI_CONN` 256.
 pub fn set_export(message: &mut Message, size: u64, flags: u16) {
     if message.step == Step::Option(7) {
         message.bytes[22..30].copy_from_slice(&size.to_be_bytes());
@@ -254,7 +257,7 @@ pub fn set_export(message: &mut Message, size: u64, flags: u16) {
     }
 }
 
-/// One chunk.
+/// Encodes one chunk of a structured reply.
 pub fn chunk(dialect: Dialect, flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
     let kind = [flags.to_be_bytes(), kind.to_be_bytes()].concat();
     let len = payload.len();
@@ -266,7 +269,7 @@ pub fn chunk(dialect: Dialect, flags: u16, kind: u16, cookie: u64, payload: &[u8
     [magic.to_be_bytes().as_slice(), &kind, &cookie.to_be_bytes(), &len, payload].concat()
 }
 
-/// Success without data.
+/// Encodes a successful reply without data.
 fn success(dialect: Dialect, cookie: u64) -> Vec<u8> {
     match dialect {
         Dialect::Simple => [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], cookie.to_be_bytes()].concat(),
@@ -274,7 +277,7 @@ fn success(dialect: Dialect, cookie: u64) -> Vec<u8> {
     }
 }
 
-/// NBD_EINVAL.
+/// Encodes a reply with the error NBD_EINVAL.
 pub fn refusal(dialect: Dialect, cookie: u64) -> Vec<u8> {
     match dialect {
         Dialect::Simple => [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 22], cookie.to_be_bytes()].concat(),
@@ -282,7 +285,7 @@ pub fn refusal(dialect: Dialect, cookie: u64) -> Vec<u8> {
     }
 }
 
-/// A whole reply to a read: a chunk for each run of zeros or data, or a simple reply.
+/// Encodes a whole reply to a read: one chunk for each run of zeros or data, or a simple reply.
 fn read_reply(dialect: Dialect, request: Request, disk: &[u8]) -> Vec<u8> {
     if dialect == Dialect::Simple {
         let start = usize::try_from(request.offset).expect("in range");
@@ -306,7 +309,7 @@ fn read_reply(dialect: Dialect, request: Request, disk: &[u8]) -> Vec<u8> {
     reply
 }
 
-/// A reply to a block status request.
+/// Encodes a reply to a block status request. An extent is its length in bytes and whether it reads as zeros.
 pub fn status_reply(dialect: Dialect, request: Request, context: u32, extents: &[(u64, bool)]) -> Vec<u8> {
     let mut payload = context.to_be_bytes().to_vec();
     if dialect == Dialect::Extended {
@@ -324,7 +327,8 @@ pub fn status_reply(dialect: Dialect, request: Request, context: u32, extents: &
     chunk(dialect, 1, kind, request.cookie, &payload)
 }
 
-/// The lengths of runs of zeros and of data in what was asked, by whole blocks of the disk.
+/// Returns the runs in the requested range as their length in bytes and whether they are zeros, in the granularity of
+/// [`BLOCK`].
 pub fn extents(disk: &[u8], request: Request) -> Vec<(u64, bool)> {
     let mut extents: Vec<(u64, bool)> = Vec::new();
     let mut at = request.offset;

@@ -1,5 +1,5 @@
-//! A server that breaks every rule makes the export dense or unreadable, and nothing else: no hang, no panic, no zeros
-//! that it did not send.
+//! A server that violates the protocol can only make the export dense or unreadable. The client does not hang or
+//! panic, and returns no zeros that the server did not send.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,16 +8,19 @@ use std::time::{Duration, Instant};
 use blkholefs::testing::map::ExtentKind;
 use blkholefs::testing::source::nbd::{Client, Timeouts, Uri};
 
-use crate::fake::{BLOCK, CONTEXT, Dialect, Fake, Message, Spoil, Step, Then, chunk, option_reply, status_reply};
-use crate::{patience, read, runs_of};
+use crate::fake::{
+    Action, BLOCK, CONTEXT, Dialect, FakeServer, Message, MessageHook, Step, chunk, option_reply, status_reply,
+};
+use crate::{equal_timeouts, read, runs_of};
 
 const DIALECTS: [Dialect; 3] = [Dialect::Simple, Dialect::Structured, Dialect::Extended];
 const WAIT: Duration = Duration::from_secs(1);
-/// A walk over a map lasts two seconds for each sixteenth of it, where a server tells it in tiny pieces; a call lasts
-/// twice the patience and two steps of time; the rest is for a slow machine.
-const LONGEST: Duration = Duration::from_secs(60);
+/// The upper bound of a session. Reading a map takes up to two seconds for each sixteenth of it if the server reports
+/// tiny extents. A call takes up to twice its timeout and two steps of the clock. The rest is tolerance for a slow
+/// machine.
+const MAX_DURATION: Duration = Duration::from_secs(60);
 
-/// Data, zeros, data, zeros, and a tail.
+/// The disk: data, zeros, data, zeros, and a last partial block of data.
 fn disk() -> Vec<u8> {
     let mut disk = vec![0; 6 * BLOCK + 100];
     for block in [0, 3, 6] {
@@ -29,12 +32,12 @@ fn disk() -> Vec<u8> {
     disk
 }
 
-/// Fails at once: a server that hangs up is not waited for.
-fn hasty() -> Timeouts {
+/// Timeouts with which a call fails at once when the server closes the connection.
+fn no_outage_timeouts() -> Timeouts {
     Timeouts { connect: WAIT, request: WAIT, outage: Duration::ZERO }
 }
 
-/// What became of a session.
+/// The result of a session.
 #[derive(Debug)]
 struct Outcome {
     opened: bool,
@@ -42,11 +45,11 @@ struct Outcome {
     runs: Vec<(u64, ExtentKind)>,
 }
 
-/// Opens, reads all, asks for the map; in bounded time.
-fn session(dialect: Dialect, patience: Timeouts, spoil: Arc<Spoil>) -> Outcome {
-    let fake = Fake::new(dialect, &disk(), spoil);
+/// Opens the export, reads all bytes and requests the map. Panics if this takes longer than [`MAX_DURATION`].
+fn session(dialect: Dialect, timeouts: Timeouts, hook: Arc<MessageHook>) -> Outcome {
+    let fake = FakeServer::new(dialect, &disk(), hook);
     let start = Instant::now();
-    let outcome = match Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), patience) {
+    let outcome = match Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), timeouts) {
         Err(_) => Outcome { opened: false, bytes: None, runs: Vec::new() },
         Ok(client) => {
             let client = Arc::new(client);
@@ -55,12 +58,12 @@ fn session(dialect: Dialect, patience: Timeouts, spoil: Arc<Spoil>) -> Outcome {
             Outcome { opened: true, bytes: bytes.ok(), runs: runs_of(&client) }
         }
     };
-    assert!(start.elapsed() < LONGEST, "{:?}", start.elapsed());
+    assert!(start.elapsed() < MAX_DURATION, "{:?}", start.elapsed());
     outcome
 }
 
-/// The runs of the disk as they are.
-fn true_runs(dialect: Dialect) -> Vec<(u64, ExtentKind)> {
+/// The runs that a correct server reports for the disk.
+fn expected_runs(dialect: Dialect) -> Vec<(u64, ExtentKind)> {
     let size = disk().len() as u64;
     let runs = [(1, ExtentKind::Data), (3, ExtentKind::Hole), (4, ExtentKind::Data), (6, ExtentKind::Hole)];
     let block = BLOCK as u64;
@@ -70,13 +73,13 @@ fn true_runs(dialect: Dialect) -> Vec<(u64, ExtentKind)> {
     }
 }
 
-/// Every hole lies in a true one.
+/// Asserts that each hole contains only zeros and that the map ends at the end of the disk.
 fn assert_no_false_hole(runs: &[(u64, ExtentKind)], about: &str) {
     let mut start = 0;
     for (end, kind) in runs {
         let (from, to) = (usize::try_from(start).unwrap(), usize::try_from(*end).unwrap());
         if *kind == ExtentKind::Hole {
-            assert!(disk()[from..to].iter().all(|byte| *byte == 0), "{about}: {start}..{end} is no hole");
+            assert!(disk()[from..to].iter().all(|byte| *byte == 0), "{about}: the hole {start}..{end} contains data");
         }
         start = *end;
     }
@@ -86,39 +89,39 @@ fn assert_no_false_hole(runs: &[(u64, ExtentKind)], about: &str) {
 #[test]
 fn a_correct_server_gives_its_bytes_and_holes() {
     for dialect in DIALECTS {
-        let outcome = session(dialect, hasty(), Arc::new(|_: &mut Message| Then::Go));
+        let outcome = session(dialect, no_outage_timeouts(), Arc::new(|_: &mut Message| Action::Continue));
         assert_eq!(outcome.bytes, Some(disk()), "{dialect:?}");
-        assert_eq!(outcome.runs, true_runs(dialect), "{dialect:?}");
+        assert_eq!(outcome.runs, expected_runs(dialect), "{dialect:?}");
     }
 }
 
-/// Bytes that a session makes the server send.
-fn length(dialect: Dialect) -> usize {
+/// Returns the number of bytes that a correct server sends in a session.
+fn reply_stream_len(dialect: Dialect) -> usize {
     let total = Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let counter = Arc::clone(&total);
     session(
         dialect,
-        hasty(),
+        no_outage_timeouts(),
         Arc::new(move |message: &mut Message| {
             counter.fetch_max(message.sent + message.bytes.len(), Ordering::Relaxed);
-            Then::Go
+            Action::Continue
         }),
     );
     total.load(Ordering::Relaxed)
 }
 
-/// The positions to spoil: each one, but of the long data only some.
+/// The byte positions to change: all in the negotiation and at the end, and a sample of those between.
 fn positions(dialect: Dialect) -> impl Iterator<Item = usize> {
-    let length = length(dialect);
+    let length = reply_stream_len(dialect);
     (0..length).filter(move |at| *at < 700 || *at % 509 == 0 || *at + 200 > length)
 }
 
-/// Cuts the stream at a byte, on the first connections or on all.
-fn cut(at: usize, connections: usize, then: Then) -> Arc<Spoil> {
+/// Cuts the stream at the byte `at` on the first `connections` connections.
+fn cut_stream(at: usize, connections: usize, then: Action) -> Arc<MessageHook> {
     Arc::new(move |message: &mut Message| {
         let end = message.sent + message.bytes.len();
         if message.connection >= connections || end <= at {
-            return Then::Go;
+            return Action::Continue;
         }
         message.bytes.truncate(at.saturating_sub(message.sent));
         then
@@ -129,14 +132,14 @@ fn cut(at: usize, connections: usize, then: Then) -> Arc<Spoil> {
 fn a_stream_that_ends_at_any_byte_gives_no_wrong_bytes_or_holes() {
     for dialect in DIALECTS {
         for at in positions(dialect) {
-            let outcome = session(dialect, hasty(), cut(at, usize::MAX, Then::Close));
-            assert!(outcome.bytes.is_none_or(|bytes| bytes == disk()), "{dialect:?} {at}: other bytes");
+            let outcome = session(dialect, no_outage_timeouts(), cut_stream(at, usize::MAX, Action::Close));
+            assert!(outcome.bytes.is_none_or(|bytes| bytes == disk()), "{dialect:?} {at}: wrong bytes");
             assert_no_false_hole(&outcome.runs, &format!("{dialect:?} {at}"));
-            // Once is forgiven: what was lost is asked again.
-            let outcome = session(dialect, patience(WAIT), cut(at, 1, Then::Close));
+            // After one lost connection, the client repeats the requests that have no reply.
+            let outcome = session(dialect, equal_timeouts(WAIT), cut_stream(at, 1, Action::Close));
             if outcome.opened {
                 assert_eq!(outcome.bytes, Some(disk()), "{dialect:?} {at}");
-                assert_eq!(outcome.runs, true_runs(dialect), "{dialect:?} {at}");
+                assert_eq!(outcome.runs, expected_runs(dialect), "{dialect:?} {at}");
             }
         }
     }
@@ -147,12 +150,12 @@ fn a_stream_that_stalls_at_any_step_gives_no_wrong_bytes_or_holes() {
     let wait = Duration::from_millis(200);
     let short = Timeouts { connect: wait, request: wait, outage: wait };
     for dialect in DIALECTS {
-        let length = length(dialect);
+        let length = reply_stream_len(dialect);
         std::thread::scope(|scope| {
             for at in (0..length).step_by(length / 24 + 1) {
                 scope.spawn(move || {
-                    let outcome = session(dialect, short, cut(at, usize::MAX, Then::Stall));
-                    assert!(outcome.bytes.is_none_or(|bytes| bytes == disk()), "{dialect:?} {at}: other bytes");
+                    let outcome = session(dialect, short, cut_stream(at, usize::MAX, Action::Stall));
+                    assert!(outcome.bytes.is_none_or(|bytes| bytes == disk()), "{dialect:?} {at}: wrong bytes");
                     assert_no_false_hole(&outcome.runs, &format!("{dialect:?} {at}"));
                 });
             }
@@ -164,13 +167,13 @@ fn a_stream_that_stalls_at_any_step_gives_no_wrong_bytes_or_holes() {
 fn a_wrong_byte_of_the_server_changes_at_most_one_byte_read() {
     for dialect in DIALECTS {
         let positions: Vec<usize> = positions(dialect).collect();
-        // Most of the time goes by waiting: a wrong length asks for bytes that never come.
+        // The threads mostly wait, because the client waits for bytes that a wrong length announces.
         std::thread::scope(|scope| {
             for part in positions.chunks(positions.len() / 32 + 1) {
                 scope.spawn(move || {
                     for at in part {
                         let masks = [0x01, 0x80, 0xff];
-                        masks[..2 + usize::from(at % 16 == 0)].iter().for_each(|mask| flip(dialect, *at, *mask));
+                        masks[..2 + usize::from(at % 16 == 0)].iter().for_each(|mask| flip_byte(dialect, *at, *mask));
                     }
                 });
             }
@@ -178,33 +181,37 @@ fn a_wrong_byte_of_the_server_changes_at_most_one_byte_read() {
     }
 }
 
-/// A session in which one byte of the server is wrong.
-fn flip(dialect: Dialect, at: usize, mask: u8) {
-    let spoil = move |message: &mut Message| {
+/// Runs a session in which one byte from the server is wrong.
+fn flip_byte(dialect: Dialect, at: usize, mask: u8) {
+    let hook = move |message: &mut Message| {
         if let Some(byte) = at.checked_sub(message.sent).and_then(|at| message.bytes.get_mut(at)) {
             *byte ^= mask;
         }
-        Then::Go
+        Action::Continue
     };
     let wait = Duration::from_millis(500);
-    let outcome = session(dialect, Timeouts { connect: wait, request: wait, outage: Duration::ZERO }, Arc::new(spoil));
-    // A byte of data is the server's word; anything else that is wrong must not become data.
+    let outcome = session(dialect, Timeouts { connect: wait, request: wait, outage: Duration::ZERO }, Arc::new(hook));
+    // The client cannot detect a wrong byte of data. A wrong byte elsewhere must not change the data.
     if let Some(bytes) = outcome.bytes {
         let wrong = bytes.iter().zip(disk()).filter(|(got, wanted)| **got != *wanted).count();
         assert!(wrong <= 1, "{dialect:?} {at} {mask:#x}: {wrong} bytes are wrong");
     }
 }
 
-/// A session in which one step is answered otherwise.
-fn answering(dialect: Dialect, step: Step, answer: impl Fn(&Message) -> Vec<u8> + Send + Sync + 'static) -> Outcome {
+/// Runs a session in which the server sends another reply to one step.
+fn session_with_answer(
+    dialect: Dialect,
+    step: Step,
+    answer: impl Fn(&Message) -> Vec<u8> + Send + Sync + 'static,
+) -> Outcome {
     session(
         dialect,
-        hasty(),
+        no_outage_timeouts(),
         Arc::new(move |message: &mut Message| {
             if message.step == step {
                 message.bytes = answer(message);
             }
-            Then::Go
+            Action::Continue
         }),
     )
 }
@@ -252,12 +259,12 @@ fn a_negotiation_that_breaks_the_rules_is_refused() {
         ),
     ] {
         let about = format!("{step:?} {answer:02x?}");
-        let outcome = answering(Dialect::Structured, step, move |_| answer.clone());
+        let outcome = session_with_answer(Dialect::Structured, step, move |_| answer.clone());
         assert!(!outcome.opened, "{about}");
     }
-    // To refuse the context is allowed.
+    // A server may refuse the metadata context.
     for answer in [option_reply(10, 1, &[]), option_reply(10, 0x8000_0001, &[])] {
-        let outcome = answering(Dialect::Extended, Step::Option(10), move |_| answer.clone());
+        let outcome = session_with_answer(Dialect::Extended, Step::Option(10), move |_| answer.clone());
         assert_eq!(outcome.bytes, Some(disk()));
         assert_eq!(outcome.runs, [(disk().len() as u64, ExtentKind::Data)]);
     }
@@ -304,28 +311,28 @@ fn replies_that_break_the_rules_are_eio() {
             vec![(0, 2, hole(0, 1)); 3],
             vec![(0, 0x8001, vec![0, 0, 0, 5, 0, 0]); 10_000],
         ] {
-            let outcome = answering(dialect, Step::Read, move |message| {
+            let outcome = session_with_answer(dialect, Step::Read, move |message| {
                 let cookie = message.request.cookie;
                 let chunks = chunks.iter();
                 chunks.flat_map(|(flags, kind, payload)| chunk(dialect, *flags, *kind, cookie, payload)).collect()
             });
             assert!(outcome.opened);
             assert_eq!(outcome.bytes, None, "{dialect:?}");
-            assert_eq!(outcome.runs, true_runs(dialect));
+            assert_eq!(outcome.runs, expected_runs(dialect));
         }
-        // Replies to requests that do not exist, that were answered, or in another dialect.
+        // Replies with the cookie of no pending request, or in another dialect.
         for wrong in [u64::MAX, 1] {
-            let outcome = answering(dialect, Step::Read, move |message| {
+            let outcome = session_with_answer(dialect, Step::Read, move |message| {
                 chunk(dialect, 1, 0, message.request.cookie ^ wrong, &[])
             });
             assert_eq!(outcome.bytes, None);
         }
-        let outcome = answering(dialect, Step::Read, |message| {
+        let outcome = session_with_answer(dialect, Step::Read, |message| {
             [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0].as_slice(), &message.request.cookie.to_be_bytes(), &disk()].concat()
         });
         assert_eq!(outcome.bytes, None);
     }
-    let outcome = answering(Dialect::Simple, Step::Read, |message| {
+    let outcome = session_with_answer(Dialect::Simple, Step::Read, |message| {
         chunk(Dialect::Structured, 1, 2, message.request.cookie, &[0; 12])
     });
     assert_eq!(outcome.bytes, None);
@@ -345,7 +352,7 @@ fn block_status_that_breaks_the_rules_is_data() {
             (CONTEXT, vec![(size, true), (1, true)]),
             (CONTEXT, vec![(4096, true), (0, false), (size - 4096, true)]),
         ] {
-            let outcome = answering(dialect, Step::Status, reply(context, extents.clone()));
+            let outcome = session_with_answer(dialect, Step::Status, reply(context, extents.clone()));
             assert_eq!(outcome.runs, [(size, ExtentKind::Data)], "{dialect:?} {extents:?}");
             assert_eq!(outcome.bytes, Some(disk()));
         }
@@ -358,45 +365,45 @@ fn block_status_that_breaks_the_rules_is_data() {
             |message: &Message| [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0], message.request.cookie.to_be_bytes()].concat(),
             |message: &Message| chunk(Dialect::Structured, 1, 0x8001, message.request.cookie, &[0, 0, 0, 95, 0, 0]),
         ] {
-            let outcome = answering(dialect, Step::Status, answer);
+            let outcome = session_with_answer(dialect, Step::Status, answer);
             assert_eq!(outcome.runs, [(size, ExtentKind::Data)], "{dialect:?}");
         }
-        // Shorter than asked is allowed, and longer in the last extent.
-        let outcome = answering(dialect, Step::Status, move |message| {
+        // The extents may cover less than the requested range, and the last one may exceed it.
+        let outcome = session_with_answer(dialect, Step::Status, move |message| {
             let first = crate::fake::extents(&disk(), message.request)[0];
             status_reply(dialect, message.request, CONTEXT, &[(first.0.min(1000), first.1)])
         });
-        assert_eq!(outcome.runs, true_runs(dialect));
-        let outcome = answering(dialect, Step::Status, reply(CONTEXT, vec![(1 << 31, true)]));
-        assert_eq!(outcome.runs, [(size, ExtentKind::Hole)], "the server's word");
+        assert_eq!(outcome.runs, expected_runs(dialect));
+        let outcome = session_with_answer(dialect, Step::Status, reply(CONTEXT, vec![(1 << 31, true)]));
+        assert_eq!(outcome.runs, [(size, ExtentKind::Hole)], "a hole that the server reports is used");
     }
 }
 
 #[test]
 fn block_status_is_not_asked_for_again_after_a_broken_rule() {
-    let fake = Fake::new(
+    let fake = FakeServer::new(
         Dialect::Structured,
         &disk(),
         Arc::new(|message: &mut Message| {
             if message.step == Step::Status {
                 message.bytes = status_reply(Dialect::Structured, message.request, 1, &[(4096, true)]);
             }
-            Then::Go
+            Action::Continue
         }),
     );
-    let client = Arc::new(Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
+    let client = Arc::new(Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), equal_timeouts(WAIT)).unwrap());
     for _ in 0..50 {
         assert_eq!(runs_of(&client), [(disk().len() as u64, ExtentKind::Data)]);
         assert_eq!(read(&client, 0, disk().len()), Ok(disk()));
     }
     assert!(client.no_status().unwrap().contains("metadata context"));
-    assert_eq!(fake.connections.load(Ordering::Relaxed), 2, "one that broke, one for all the reads");
+    assert_eq!(fake.connections.load(Ordering::Relaxed), 2, "one that failed, and one for all reads");
 }
 
 #[test]
 fn a_map_in_extents_of_one_byte_takes_bounded_time() {
-    // One byte of zeros at a time, of an export that seems to have 2^62 bytes.
-    let spoil = |message: &mut Message| {
+    // The server announces 2^62 bytes and reports extents of one byte of zeros.
+    let hook = |message: &mut Message| {
         match message.step {
             Step::Option(7) => {
                 let export = [[0, 0].as_slice(), &(1_u64 << 62).to_be_bytes(), &[0, 1]].concat();
@@ -407,15 +414,15 @@ fn a_map_in_extents_of_one_byte_takes_bounded_time() {
             }
             _ => {}
         }
-        Then::Go
+        Action::Continue
     };
-    let fake = Fake::new(Dialect::Structured, &disk(), Arc::new(spoil));
-    let client = Arc::new(Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), patience(WAIT)).unwrap());
+    let fake = FakeServer::new(Dialect::Structured, &disk(), Arc::new(hook));
+    let client = Arc::new(Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), equal_timeouts(WAIT)).unwrap());
     let map = blkholefs::testing::source::nbd::layer(Arc::clone(&client)).map;
     let start = Instant::now();
     let align = blkholefs::testing::units::Bytes::new(4096);
     let zero = blkholefs::testing::units::Bytes::ZERO;
     let data = blkholefs::testing::map::view::seek(&*map, align, zero, blkholefs::testing::map::view::Whence::Data);
     assert!(data.is_some());
-    assert!(start.elapsed() < LONGEST, "{:?}", start.elapsed());
+    assert!(start.elapsed() < MAX_DURATION, "{:?}", start.elapsed());
 }

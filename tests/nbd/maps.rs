@@ -1,4 +1,4 @@
-//! Maps of real servers equal what `nbdinfo --map` says.
+//! Maps of real servers equal the output of `nbdinfo --map`.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -10,13 +10,13 @@ use blkholefs::testing::units::Bytes;
 
 use crate::common::nbd::{Server, directory, image, nbdinfo_map};
 use crate::common::{GIB, KIB, MIB, needs, run};
-use crate::{patient, read, runs_of};
+use crate::{default_client, read, runs_of};
 
 const BLOCKS: [std::ops::Range<u64>; 5] = [0..1, 16..17, 1024..1500, 1501..1502, 16383..16384];
 
-/// The map is nbdinfo's, has holes, and what it calls a hole reads as zeros.
+/// Checks that the map equals that of nbdinfo, has holes, and that both ends of each hole read as zeros.
 fn check(uri: &str) -> Arc<Client> {
-    let client = patient(uri);
+    let client = default_client(uri);
     let map = runs_of(&client);
     assert_eq!(map, nbdinfo_map(uri), "{uri}");
     assert!(map.iter().any(|(_, kind)| *kind == ExtentKind::Hole), "{uri} has holes");
@@ -72,7 +72,7 @@ fn maps_of_qemu_nbd_equal_nbdinfo() {
     let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
     image(path("raw").as_ref(), 64 * MIB, &BLOCKS);
     run("qemu-img", ["convert", "-q", "-O", "qcow2", &path("raw"), &path("qcow2")]);
-    // Clusters that are allocated zeros, next to those that are not allocated: one run of zeros for lseek.
+    // Allocated zero clusters next to unallocated clusters are one hole for lseek.
     run("qemu-io", ["-c", "write -z 20M 3M", "-c", "write -P 7 21M 64k", &path("qcow2")]);
     run("qemu-img", ["create", "-q", "-f", "qcow2", &path("large"), "20T"]);
     run("qemu-io", ["-c", "write -P 9 13T 64k", &path("large")]);
@@ -97,11 +97,11 @@ fn a_write_is_never_inside_a_hole() {
     let (socket, disk) = (directory.path().join("s"), directory.path().join("disk"));
     image(&disk, GIB, &[]);
     let _server = Server::nbdkit(&socket, &["file", disk.to_str().unwrap()]);
-    let client = patient(&format!("nbd+unix:///?socket={}", socket.display()));
+    let client = default_client(&format!("nbd+unix:///?socket={}", socket.display()));
     let map = layer(client).map;
     let file = File::options().write(true).open(&disk).unwrap();
     for block in (0..GIB / 4096).step_by(2741) {
-        // Whatever was asked before, the next answer has this write in it.
+        // The map queries the block before the write. The next query must include the write in any case.
         let before = map.extent_at(Bytes::new(block * 4096));
         assert_eq!(before.kind, ExtentKind::Hole);
         file.write_all_at(&[1], block * 4096).unwrap();
@@ -120,7 +120,7 @@ fn no_holes_without_block_status() {
     ] {
         let socket = directory.path().join(name);
         let _server = Server::nbdkit(&socket, &words);
-        let client = patient(&format!("nbd+unix:///?socket={}", socket.display()));
+        let client = default_client(&format!("nbd+unix:///?socket={}", socket.display()));
         assert_eq!(runs_of(&client), [(64 * MIB, ExtentKind::Data)], "{name}");
         assert_eq!(layer(Arc::clone(&client)).map.dense_because().is_some(), dense, "{name}");
         assert_eq!(layer(Arc::clone(&client)).holes_from == "none", dense, "{name}");

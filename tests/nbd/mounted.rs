@@ -1,4 +1,4 @@
-//! Exports through the mount.
+//! NBD exports that are mounted.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -15,9 +15,9 @@ use crate::common::check::{self, check_same_bytes, map_holes};
 use crate::common::mount::Mount;
 use crate::common::nbd::{Server, directory, image, nbdinfo_map};
 use crate::common::{GIB, MIB, needs, run, wait_until};
-use crate::fake::{BLOCK, Dialect, Fake, Message, Step, Then};
+use crate::fake::{Action, BLOCK, Dialect, FakeServer, Message, Step};
 
-/// The map of a mounted file, as [`nbdinfo_map`] says it.
+/// Returns the map of a mounted file in the form of [`nbdinfo_map`].
 fn map(file: &Path) -> Vec<(u64, ExtentKind)> {
     let kind = |kind| if kind == check::Kind::Hole { ExtentKind::Hole } else { ExtentKind::Data };
     map_holes(file).into_iter().map(|extent| (extent.1.end, kind(extent.0))).collect()
@@ -43,24 +43,24 @@ fn an_export_is_a_sparse_file() {
     assert!(fs::metadata(&copy).unwrap().blocks() * 512 < 8 * MIB);
 }
 
-/// A program that opens a file makes several requests of the kernel, and each of them several of the server.
+/// A program that opens a file causes several requests of the kernel, and each of them several requests to the server.
 #[test]
 fn an_open_and_a_seek_on_a_slow_server_end_at_the_request_deadline() {
     needs!(root);
     let slow = Arc::new(AtomicBool::new(false));
     let is_slow = Arc::clone(&slow);
-    let spoil = move |message: &mut Message| match message.step == Step::Status && is_slow.load(Ordering::Relaxed) {
-        true => Then::Dribble(Duration::from_secs(1)),
-        false => Then::Go,
+    let hook = move |message: &mut Message| match message.step == Step::Status && is_slow.load(Ordering::Relaxed) {
+        true => Action::SendSlowly(Duration::from_secs(1)),
+        false => Action::Continue,
     };
-    let fake = Fake::new(Dialect::Structured, &[0; 4 * BLOCK], Arc::new(spoil));
+    let fake = FakeServer::new(Dialect::Structured, &[0; 4 * BLOCK], Arc::new(hook));
     let mount = Mount::new(fake.uri.as_ref());
     let path = mount.directory().join("nbd");
     assert_eq!(map(&path), [(4 * BLOCK as u64, ExtentKind::Hole)]);
     slow.store(true, Ordering::Relaxed);
     let begin = Instant::now();
     let file = fs::File::open(&path).unwrap();
-    assert_eq!(check::seek_data(&file, 0), Some(0), "what is not told in time is data");
+    assert_eq!(check::seek_data(&file, 0), Some(0), "a range without block status in time is data");
     let took = begin.elapsed();
     assert!(took < deadline::REQUEST + Duration::from_secs(10), "{took:?}");
 }

@@ -1,18 +1,18 @@
-//! Reads from real servers.
+//! Reads from nbdkit and qemu-nbd.
 
 use std::fs;
 use std::sync::Arc;
 
 use crate::common::nbd::{Server, directory, image};
 use crate::common::{KIB, MIB, needs};
-use crate::{patient, read};
+use crate::{default_client, read};
 
 const SIZE: u64 = 8 * MIB + 4 * KIB;
 const LEN: usize = 8 * 1024 * 1024 + 4096;
 
-/// Reads odd ranges from several threads and compares them with the image.
+/// Reads unaligned ranges in several threads and compares them with the image.
 fn check(uri: &str, wanted: &[u8]) {
-    let client = patient(uri);
+    let client = default_client(uri);
     let end = wanted.len();
     assert_eq!(client.size().get(), end as u64);
     assert_eq!(read(&client, end as u64, 10), Ok(vec![]));
@@ -91,9 +91,9 @@ fn an_error_of_the_server_is_eio() {
     let uri = |socket: &std::path::Path| format!("nbd+unix:///?socket={}", socket.display());
     let disk = disk.to_str().unwrap();
     let _always = Server::nbdkit(&always, &["--filter=error", "file", disk, "error-pread-rate=100%", "error=ENOSPC"]);
-    assert_eq!(read(&patient(&uri(&always)), 0, 4096), Err(libc::EIO));
+    assert_eq!(read(&default_client(&uri(&always)), 0, 4096), Err(libc::EIO));
     let _often = Server::nbdkit(&often, &["--filter=error", "file", disk, "error-pread-rate=50%"]);
-    let client = patient(&uri(&often));
+    let client = default_client(&uri(&often));
     let results: Vec<_> = (0..64).map(|turn| read(&client, turn * 1000, 5000)).collect();
     assert!(results.iter().any(Result::is_ok) && results.iter().any(Result::is_err));
     for (turn, result) in results.into_iter().enumerate() {

@@ -1,4 +1,4 @@
-//! TLS, with a certificate authority of our own.
+//! TLS connections, with a certificate authority that the test creates.
 
 use std::path::Path;
 
@@ -7,9 +7,9 @@ use blkholefs::testing::source::nbd::{Client, Uri};
 
 use crate::common::nbd::{Server, directory};
 use crate::common::{MIB, needs, run};
-use crate::{patient, read, runs_of};
+use crate::{default_client, read, runs_of};
 
-/// Makes a certificate authority, or with `signer`, a certificate that it signs.
+/// Creates a certificate that `signer` signs, or a self-signed certificate authority without `signer`.
 fn certificate(directory: &Path, name: &str, template: &str, signer: Option<&str>) {
     let path = |name: String| directory.join(name).to_str().unwrap().to_owned();
     let (key, certificate, info) =
@@ -26,6 +26,7 @@ fn certificate(directory: &Path, name: &str, template: &str, signer: Option<&str
     run("certtool", words);
 }
 
+/// Creates a certificate authority with the name `ca`.
 fn authority(directory: &Path) {
     certificate(directory, "ca", "cn = \"test\"\nca\ncert_signing_key\n", None);
 }
@@ -57,16 +58,16 @@ fn tls_needs_a_trusted_certificate_with_the_name_of_the_host() {
     let tcp = format!("nbds://127.0.0.1:{port}/?");
     let unix = format!("nbds+unix:///?socket={}&", socket.display());
     let strict = format!("nbds+unix:///?socket={}&tls-hostname=nbd.example&", strict_socket.display());
-    for good in [
+    for valid in [
         format!("{tcp}tls-certificates={trust}"),
         format!("{tcp}tls-certificates={anonymous}&tls-hostname=nbd.example"),
         format!("{unix}tls-certificates={trust}&tls-hostname=nbd.example"),
         format!("{unix}tls-verify-peer=0"),
         format!("{strict}tls-certificates={trust}"),
     ] {
-        let client = patient(&good);
-        assert_eq!(read(&client, 5, 3_000_000), Ok(vec![0; 3_000_000]), "{good}");
-        assert_eq!(runs_of(&client), [(64 * MIB, ExtentKind::Hole)], "{good}");
+        let client = default_client(&valid);
+        assert_eq!(read(&client, 5, 3_000_000), Ok(vec![0; 3_000_000]), "{valid}");
+        assert_eq!(runs_of(&client), [(64 * MIB, ExtentKind::Hole)], "{valid}");
         std::thread::scope(|scope| {
             for thread in 0..6 {
                 let client = &client;
@@ -79,7 +80,7 @@ fn tls_needs_a_trusted_certificate_with_the_name_of_the_host() {
             }
         });
     }
-    for (bad, why) in [
+    for (invalid, reason) in [
         (format!("{tcp}tls-certificates={distrust}"), "TLS"),
         (format!("{tcp}tls-certificates={trust}&tls-hostname=other.example"), "TLS"),
         (format!("{unix}tls-certificates={trust}"), "TLS"),
@@ -88,7 +89,7 @@ fn tls_needs_a_trusted_certificate_with_the_name_of_the_host() {
         (format!("nbd://127.0.0.1:{port}/"), "demands TLS"),
         (format!("nbds+unix:///?tls-verify-peer=0&socket={}", plain_socket.display()), "cannot start TLS"),
     ] {
-        let error = Client::open(&Uri::parse(&bad).unwrap()).expect_err(&bad);
-        assert!(error.to_string().contains(why), "{bad}: {error}");
+        let error = Client::open(&Uri::parse(&invalid).unwrap()).expect_err(&invalid);
+        assert!(error.to_string().contains(reason), "{invalid}: {error}");
     }
 }
