@@ -1,4 +1,5 @@
-//! The metadata snapshot of a pool: it is released however the daemon ends, and a pool that waits blocks no end.
+//! The metadata snapshot of a pool: it is released however the daemon ends, and a slow pool does not keep the daemon from
+//! ending.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -21,7 +22,7 @@ const SIZE: u64 = 24 * MIB;
 /// The directory of the records.
 const RECORDS: &str = "/run/blkholefs.thin";
 
-/// Ends the loops of other threads when it goes, by a panic too.
+/// Sets the flag that ends the loops of other threads when it is dropped, also by a panic.
 struct Ends<'a>(&'a AtomicBool);
 
 impl Drop for Ends<'_> {
@@ -30,8 +31,8 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// Runs `test` while a volume of the pool is written, with a commit for each write: nobody can read the metadata without
-/// the metadata snapshot.
+/// Runs `test` while a volume of the pool is written, with a commit for each write: the metadata can be read
+/// only through the metadata snapshot.
 fn while_it_commits(pool: &Pool, test: impl FnOnce(&Dm)) {
     let (thin, noise) = (pool.thin(0, SIZE), pool.thin(1, SIZE));
     open_for_writing(thin.path()).write_all_at(&[1; 4096], MIB).expect("a write inside the device");
@@ -60,8 +61,8 @@ fn while_it_commits(pool: &Pool, test: impl FnOnce(&Dm)) {
     assert_becomes(&None, || pool.held_root());
 }
 
-/// Asks for the map, anew each time, until the daemon is gone.
-fn look_until_gone(file: &Path) {
+/// Opens the file and queries its map again and again until the daemon is gone.
+fn query_until_gone(file: &Path) {
     while let Ok(file) = fs::File::open(file) {
         if lseek(&file, 0, Whence::SeekHole).is_err() {
             return;
@@ -69,9 +70,9 @@ fn look_until_gone(file: &Path) {
     }
 }
 
-fn looking(mount: &Mount) -> thread::JoinHandle<()> {
+fn query_in_background(mount: &Mount) -> thread::JoinHandle<()> {
     let file = mount.file().to_owned();
-    thread::spawn(move || look_until_gone(&file))
+    thread::spawn(move || query_until_gone(&file))
 }
 
 fn record(pool: &Pool) -> String {
@@ -93,12 +94,12 @@ fn a_kill_at_any_moment_leaves_no_metadata_snapshot() {
         let mut random = Random::new(2);
         for kill in 0..KILLS {
             let mut mount = Mount::new(thin.path());
-            let looking = looking(&mount);
+            let queries = query_in_background(&mount);
             // From before the reserve message to after the release.
             wait_for_record(&pool, &mount, |record| !record.is_empty());
             thread::sleep(Duration::from_millis(random.within(0..120)));
             mount.kill();
-            looking.join().expect("looking ends with the daemon");
+            queries.join().expect("the queries end with the daemon");
             drop(mount);
             let released = wait_until(|| pool.held_root().is_none());
             assert!(released, "kill {kill} left a snapshot, with the record {:?}", record(&pool));
@@ -114,10 +115,10 @@ fn a_kill_during_the_reserve_message_leaves_no_metadata_snapshot() {
     while_it_commits(&pool, |thin| {
         for _ in 0..6 {
             let mut mount = Mount::new(thin.path());
-            let looking = looking(&mount);
+            let queries = query_in_background(&mount);
             wait_for_record(&pool, &mount, |record| record.ends_with("wanted\n"));
             mount.kill();
-            looking.join().expect("looking ends with the daemon");
+            queries.join().expect("the queries end with the daemon");
             drop(mount);
             assert_becomes(&None, || pool.held_root());
             assert_becomes(&String::new(), || record(&pool));
@@ -144,13 +145,13 @@ fn slow_metadata_does_not_delay_the_end_of_the_daemon() {
         // Each node of the way down the tree waits for the one above.
         pool.slow_metadata().reload(&table(3000));
         let mut mount = Mount::new(wide.path());
-        let looking = looking(&mount);
+        let queries = query_in_background(&mount);
         wait_for_record(&pool, &mount, |record| record.contains("held "));
         mount.terminate();
         let ended = wait_until(|| !mount.is_running());
         pool.slow_metadata().reload(&table(0));
         assert!(ended, "the daemon waits for a reading: {}\n{}", mount.stacks(), mount.log());
-        looking.join().expect("looking ends with the daemon");
+        queries.join().expect("the queries end with the daemon");
         drop(mount);
         assert_becomes(&None, || pool.held_root());
     });
