@@ -159,7 +159,7 @@ pub fn sysfs(device: &Path) -> PathBuf {
     format!("/sys/dev/block/{}:{}", nix::sys::stat::major(number), nix::sys::stat::minor(number)).into()
 }
 
-/// Bytes that were read from a block device so far, by anyone: sysfs counts 512-byte sectors.
+/// Bytes that were read from a block device so far, by all processes: sysfs counts 512-byte sectors.
 pub fn bytes_read(device: &Path) -> u64 {
     let path = sysfs(device).join("stat");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

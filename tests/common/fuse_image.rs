@@ -17,7 +17,7 @@ const PAGE: u64 = 4096;
 const TTL: Duration = Duration::from_secs(3600);
 const IMAGE: INodeNo = INodeNo(2);
 
-/// A mounted file system with one image, unmounted with this value.
+/// A mounted file system with one image. Dropping this value unmounts it.
 pub struct FuseImage {
     path: PathBuf,
     pages: Pages,

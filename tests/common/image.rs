@@ -8,7 +8,7 @@ use std::path::Path;
 use super::random::Random;
 use super::run;
 
-/// A sparse file below the temporary directory, removed with this value.
+/// A sparse file in the temporary directory. Dropping this value removes it.
 pub struct Image(tempfile::TempPath);
 
 impl Image {

@@ -80,7 +80,7 @@ impl Loop {
         run("losetup", options.iter().copied().chain([self.path.to_str().expect("text")]));
     }
 
-    /// Bytes that were read from the device so far, by anyone.
+    /// Bytes that were read from the device so far, by all processes.
     pub fn bytes_read(&self) -> u64 {
         super::check::bytes_read(&self.path)
     }

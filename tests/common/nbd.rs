@@ -16,7 +16,7 @@ pub fn directory() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("blkholefs-nbd-").tempdir().expect("a temporary directory")
 }
 
-/// A running server. Killed with this value.
+/// A running server. Dropping this value kills it.
 pub struct Server {
     child: Child,
     command: Vec<String>,

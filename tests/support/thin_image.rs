@@ -42,7 +42,7 @@ impl Device {
     }
 }
 
-/// The devices as `thin_restore` wants them. Runs of blocks that are contiguous on both sides become one range.
+/// The devices in the XML that `thin_restore` reads. Runs of blocks that are contiguous on both sides become one range.
 pub fn xml(devices: &[Device]) -> String {
     let data_blocks = devices.iter().flat_map(|device| &device.mappings).map(|(_, data)| data + 1).max().unwrap_or(1);
     let mut xml = format!(

@@ -24,7 +24,7 @@ const DATA: [std::ops::Range<u64>; 3] = [0..4 * KIB, 8 * MIB..9 * MIB, SIZE - 64
 /// Serializes the tests, because all of them use `/dev/nbd0`.
 static ONE: Mutex<()> = Mutex::new(());
 
-/// `/dev/nbd0` connected to a server, disconnected with this value.
+/// `/dev/nbd0` connected to a server. Dropping this value disconnects it.
 struct Kernel {
     server: Server,
     image: Image,
@@ -89,7 +89,7 @@ fn disconnect(device: &Path) {
     run("nbd-client", ["-d".as_ref(), device.as_os_str()]);
 }
 
-/// Whether a device can be connected again, at last.
+/// Waits until a device can be connected again; false when it does not become free.
 fn is_free(device: &Path) -> bool {
     let name = device.file_name().expect("a node");
     let directory = Path::new("/sys/block").join(name);
@@ -123,14 +123,14 @@ fn netlink(socket: &OwnedFd, family: u16, command: u8, attributes: &[Vec<u8>]) -
     let len = u32::try_from(20 + body.len()).expect("short").to_ne_bytes();
     let head = [len.as_slice(), &family.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 8]].concat();
     let message = [head, vec![command, 1, 0, 0], body].concat();
-    send(socket.as_raw_fd(), &message, MsgFlags::empty()).expect("the kernel takes it");
+    send(socket.as_raw_fd(), &message, MsgFlags::empty()).expect("the message is sent");
     let mut reply = vec![0; 8192];
-    let count = recv(socket.as_raw_fd(), &mut reply, MsgFlags::empty()).expect("the kernel answers");
+    let count = recv(socket.as_raw_fd(), &mut reply, MsgFlags::empty()).expect("a reply");
     reply.truncate(count);
     reply
 }
 
-/// NBD_CMD_RECONFIGURE: gives nbd0 another socket for one that is dead, as `nbd-client -persist` does.
+/// NBD_CMD_RECONFIGURE: replaces the dead socket of nbd0, as `nbd-client -persist` does.
 fn reconfigure(stream: &UnixStream) {
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkGeneric).expect("a socket");

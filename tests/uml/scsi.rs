@@ -86,7 +86,7 @@ fn writes_and_unmaps_of_an_open_disk_are_seen() {
         discard(disk.path(), range.clone());
         assert_eq!(map(&stack), map_of(SIZE, &[]), "a discard");
     }
-    // An UNMAP command through sg is in no I/O counter, so the old map may be used until it expires.
+    // No I/O counter includes an UNMAP command of sg_unmap(8), so the old map may be used until it expires.
     write(disk.path(), 0..MIB);
     assert_eq!(map(&stack), map_of(SIZE, &[0..MIB]));
     disk.unmap(0, 1024);

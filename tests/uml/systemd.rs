@@ -30,7 +30,7 @@ export container=test SYSTEMD_UNIT_PATH=$PWD/units SYSTEMD_LOG_TARGET=kmsg
 exec systemd --system --unit=test.target --show-status=0
 "#;
 
-/// systemd in namespaces of its own, which end with this value.
+/// systemd in its own namespaces. Dropping this value ends it.
 struct Systemd {
     process: Child,
     directory: tempfile::TempDir,
@@ -43,7 +43,7 @@ impl Systemd {
         fs::write(path("script"), script).unwrap();
         let target = format!("[Unit]\nRequires=test.service {wants}\n");
         fs::write(path("units/test.target"), target).unwrap();
-        // The result appears whole.
+        // The output is renamed when it is complete.
         let service = format!(
             "[Unit]\nDefaultDependencies=no\nAfter={wants}\n[Service]\nType=oneshot\nTimeoutStartSec=infinity\n\
              WorkingDirectory={0}\nExecStart=/bin/sh -c 'sh script >output 2>&1; mv output result'\n",

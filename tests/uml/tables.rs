@@ -1,4 +1,4 @@
-//! Tables that are replaced and come back. The text of a table, and a status, are no proof that the contents are the same.
+//! Tables that are replaced and restored. The text of a table, and a status, are no proof that the contents are the same.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -15,23 +15,23 @@ use crate::targets::Disk;
 const SIZE: u64 = 4 * MIB;
 const SECTORS: u64 = SIZE / 512;
 
-/// Copies a device to another one, past all page caches.
+/// Copies a device to another one with direct I/O.
 fn copy(from: &Path, to: &Path) {
     let words = [format!("if={}", from.display()), format!("of={}", to.display())];
     let more = ["bs=64k", "iflag=direct", "oflag=direct", "status=none"].map(str::to_owned);
     run("dd", words.into_iter().chain(more));
 }
 
-/// Does something while another table is in the place of the device's own.
+/// Runs `work` while a zero table replaces the device's own table.
 fn while_replaced(device: &Dm, own: &str, work: impl FnOnce()) {
     let status = device.status();
     device.reload(&format!("0 {SECTORS} zero"));
     work();
     device.reload(own);
-    assert_eq!(device.status().split(' ').nth(2), status.split(' ').nth(2), "the target is back");
+    assert_eq!(device.status().split(' ').nth(2), status.split(' ').nth(2), "the target is not restored");
 }
 
-/// The store of a snapshot gets other exceptions, as many as before, while the snapshot's table is away.
+/// The store of a snapshot gets other exceptions, as many as before, while the snapshot's table is replaced.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_snapshot_store_that_was_replaced_is_read_again() {

@@ -185,7 +185,7 @@ fn encryption_is_dense() {
     assert!(mount.log().contains("crypt"), "the log lacks the reason: {}", mount.log());
 }
 
-/// A stack deeper than the limit may have fewer holes, but no wrong one.
+/// A stack of 21 linear devices may have fewer holes than its disk, but no wrong one.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_deep_stack_has_only_true_holes() {

@@ -79,7 +79,7 @@ fn record(pool: &Pool) -> String {
     fs::read_to_string(Path::new(RECORDS).join(pool.dm().name())).unwrap_or_default()
 }
 
-/// Waits for the record of a snapshot. Readings without one are tried first.
+/// Waits for the record of a snapshot. The daemon tries reads without a snapshot first.
 fn wait_for_record(pool: &Pool, mount: &Mount, is_it: impl Fn(&str) -> bool) {
     let found = (0..6).any(|_| wait_until(|| is_it(&record(pool))));
     assert!(found, "no snapshot is taken: {}", mount.log());
@@ -95,7 +95,7 @@ fn a_kill_at_any_moment_leaves_no_metadata_snapshot() {
         for kill in 0..KILLS {
             let mut mount = Mount::new(thin.path());
             let queries = query_in_background(&mount);
-            // From before the reserve message to after the release.
+            // The kill comes at any time from the reserve message until after the release.
             wait_for_record(&pool, &mount, |record| !record.is_empty());
             thread::sleep(Duration::from_millis(random.within(0..120)));
             mount.kill();
@@ -127,7 +127,7 @@ fn a_kill_during_the_reserve_message_leaves_no_metadata_snapshot() {
     pool.thin_check();
 }
 
-/// A reading that takes long blocks no end: the snapshot is released without the daemon.
+/// The daemon ends during a slow read of the metadata, and the snapshot is released after its end.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn slow_metadata_does_not_delay_the_end_of_the_daemon() {
@@ -142,7 +142,7 @@ fn slow_metadata_does_not_delay_the_end_of_the_daemon() {
     while_it_commits(&pool, |_| {
         let path = pool.metadata().display();
         let table = |reads: u32| format!("0 {} delay {path} 0 {reads} {path} 0 20", sectors(pool.metadata()));
-        // Each node of the way down the tree waits for the one above.
+        // The nodes of a path in the tree are read one after the other.
         pool.slow_metadata().reload(&table(3000));
         let mut mount = Mount::new(wide.path());
         let queries = query_in_background(&mount);
@@ -150,7 +150,7 @@ fn slow_metadata_does_not_delay_the_end_of_the_daemon() {
         mount.terminate();
         let ended = wait_until(|| !mount.is_running());
         pool.slow_metadata().reload(&table(0));
-        assert!(ended, "the daemon waits for a reading: {}\n{}", mount.stacks(), mount.log());
+        assert!(ended, "the daemon waits for a read of the metadata: {}\n{}", mount.stacks(), mount.log());
         queries.join().expect("the queries end with the daemon");
         drop(mount);
         assert_becomes(&None, || pool.held_root());

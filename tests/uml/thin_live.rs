@@ -14,7 +14,7 @@ use crate::common::mount::Mount;
 use crate::common::scsi::ScsiDisk;
 use crate::common::{MIB, assert_becomes, wait_until};
 
-/// Our own snapshot is released by the next start, and nobody else's.
+/// The next start releases the daemon's own snapshot, and no other program's.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn the_next_start_releases_only_our_metadata_snapshot() {
