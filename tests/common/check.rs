@@ -11,12 +11,12 @@ use nix::unistd::{Whence, lseek};
 
 use super::assert_becomes;
 
-/// What lseek(2) calls a range.
+/// The kind of an extent, as lseek(2) reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// To be read.
+    /// The range may hold any bytes.
     Data,
-    /// Reads as zeros.
+    /// The range reads as zeros.
     Hole,
 }
 
@@ -47,13 +47,13 @@ pub fn seek_hole(file: &File, offset: u64) -> Option<u64> {
 
 fn seek(file: &File, offset: u64, whence: Whence) -> Option<u64> {
     match lseek(file, i64::try_from(offset).expect("an offset of lseek"), whence) {
-        Ok(found) => Some(u64::try_from(found).expect("lseek answers an offset")),
+        Ok(found) => Some(u64::try_from(found).expect("lseek returns an offset")),
         Err(Errno::ENXIO) => None,
         Err(error) => panic!("lseek({offset}): {error}"),
     }
 }
 
-/// The extents of a file, found as the kernel series' `map_holes.py` finds them: SEEK_HOLE first; where that answers the
+/// The extents of a file, found as the kernel series' `map_holes.py` finds them: SEEK_HOLE first; where that returns the
 /// offset itself there is a hole, which ends at SEEK_DATA or at the end of the file.
 pub fn map_holes(path: &Path) -> Vec<Extent> {
     let file = open(path);
@@ -67,7 +67,7 @@ pub fn map_holes(path: &Path) -> Vec<Extent> {
         } else {
             Extent(Kind::Data, offset..hole)
         };
-        // The hole became data between the two questions, because a map may be all data for a while.
+        // The hole became data between the two seeks, because a map may be all data for a while.
         if extent.1.is_empty() && changes < 100 {
             changes += 1;
             continue;
@@ -96,8 +96,8 @@ pub fn map_of(size: u64, data: &[Range<u64>]) -> Vec<Extent> {
     extents
 }
 
-/// What must hold for every device at every time when nobody writes: holes read as zeros, the file has the device's bytes,
-/// and `st_blocks` tells whether there is a hole.
+/// Checks what holds for every device that is not being written: holes read as zeros, the file has the device's bytes, and
+/// `st_blocks` is below the size exactly when there is a hole.
 pub fn check(file: &Path, device: &Path) {
     check_holes(&map_holes(file), device);
     check_same_bytes(file, device);
@@ -139,7 +139,7 @@ pub fn check_same_bytes(file: &Path, device: &Path) {
 
 /// `st_blocks` is never 0, and below the size exactly when there is a hole.
 pub fn check_blocks(file: &Path) {
-    // Right after a change either may still say that all is data, so they need not agree at the first look.
+    // Right after a change the map or `st_blocks` may still report all data, so the comparison is repeated.
     assert_becomes(&true, || {
         let has_hole = map_holes(file).iter().any(|extent| extent.0 == Kind::Hole);
         let shown = std::fs::metadata(file).expect("the file has attributes");
@@ -159,7 +159,7 @@ pub fn sysfs(device: &Path) -> PathBuf {
     format!("/sys/dev/block/{}:{}", nix::sys::stat::major(number), nix::sys::stat::minor(number)).into()
 }
 
-/// Bytes that were read from a block device so far, by anyone: sysfs counts 512-byte sectors.
+/// Bytes that were read from a block device so far, by all processes: sysfs counts 512-byte sectors.
 pub fn bytes_read(device: &Path) -> u64 {
     let path = sysfs(device).join("stat");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -167,7 +167,7 @@ pub fn bytes_read(device: &Path) -> u64 {
     sectors * 512
 }
 
-/// A block device read with O_DIRECT, so that what is seen is what is on it, or a file.
+/// A block device read with O_DIRECT, so that the page cache plays no part, or a file.
 struct Direct(File);
 
 impl Direct {

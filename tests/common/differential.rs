@@ -83,7 +83,7 @@ impl Drop for Rig {
         }
         self.held.clear();
         self.shown.clear();
-        // What stands on the volumes, the volumes, and the origin below them.
+        // First the devices above the volumes, then the volumes, then the origin below them.
         while self.built.len() > self.below_volumes {
             self.built.pop();
         }
@@ -165,7 +165,7 @@ impl Rig {
             Base::Thin => self.thin(None),
             Base::ThinWithOrigin => {
                 let origin = self.disk();
-                // What has dependants must not change: the origin is nobody's target.
+                // An external origin must not change, so no process writes to it.
                 self.targets.clear();
                 self.thin(Some(origin))
             }
@@ -307,7 +307,7 @@ impl Rig {
             write_at(&file, range);
             self.held.push(file);
         } else if self.random.one_in(4) {
-            self.note("the dirty pages are let go".to_owned());
+            self.note("the descriptors with dirty pages are closed".to_owned());
             self.held.clear();
         }
         for (what, child) in running {
@@ -315,13 +315,13 @@ impl Rig {
             let error = String::from_utf8_lossy(&output.stderr);
             // Not every stack can discard everywhere; and a direct write that meets a dirty page fails the next fsync,
             // although both are written (`dio_warn_stale_pagecache` of mm/filemap.c).
-            let is_borne = error.contains("not supported") || error.contains("fsync failed");
-            assert!(output.status.success() || is_borne, "{what}: {error}");
+            let is_accepted = error.contains("not supported") || error.contains("fsync failed");
+            assert!(output.status.success() || is_accepted, "{what}: {error}");
         }
     }
 
     fn random_target(&mut self) -> Target {
-        // Mostly what is shown, which was built last.
+        // Mostly the exported device, which was built last.
         let last = self.targets.len() as u64 - 1;
         let index = if self.random.one_in(3) { self.random.within(0..last + 1) } else { last };
         self.targets[usize::try_from(index).expect("an index")].clone()
@@ -372,7 +372,7 @@ impl Rig {
         self.note(text);
         self.volumes.push((id, snapshot));
         let target = self.target(&path);
-        // What is shown first stays the likeliest target.
+        // The device that was exported first stays the most likely target.
         self.targets.rotate_right(1);
         self.show(&target.path);
     }

@@ -7,7 +7,7 @@ use super::image::Image;
 use super::loop_device::Loop;
 use super::{run, run_with_input, try_run, wait_until};
 
-/// A device-mapper device, removed with this value. Panics when something still holds the device then.
+/// A device-mapper device. Dropping this value removes it, and panics when the device is still in use.
 pub struct Dm {
     name: String,
     path: PathBuf,
@@ -49,7 +49,7 @@ impl Dm {
         run("dmsetup", ["suspend", &self.name]);
     }
 
-    /// Resumes the device, with a table that was loaded meanwhile.
+    /// Resumes the device, and makes a loaded table live.
     pub fn resume(&self) {
         run("dmsetup", ["resume", &self.name]);
     }
@@ -93,7 +93,7 @@ impl Make {
     }
 }
 
-/// A thin pool, on two loop devices where nothing else is said.
+/// A thin pool, by default on two loop devices.
 pub struct Pool {
     pool: Dm,
     slow: Vec<Dm>,
@@ -111,7 +111,7 @@ struct Make {
     metadata_reads: u32,
     /// Milliseconds that a write of the metadata takes.
     metadata_writes: u32,
-    /// As many bytes at the start of the data take their time to be written and discarded.
+    /// Bytes at the start of the data device whose writes and discards are slow.
     slow_data: u64,
     features: &'static [&'static str],
     /// The data device, if it is not a loop device.
@@ -124,7 +124,7 @@ impl Pool {
         Self::make(&Make::new(size, block))
     }
 
-    /// A pool whose metadata takes its time to be read, and none to be written.
+    /// A pool whose metadata is slow to read and fast to write.
     pub fn with_slow_metadata(size: u64, block: u64) -> Self {
         Self::make(&Make { metadata_reads: 10, ..Make::new(size, block) })
     }
@@ -134,7 +134,7 @@ impl Pool {
         Self::make(&Make { metadata_reads: reads, metadata_writes: writes, ..Make::new(size, block) })
     }
 
-    /// A pool whose first blocks, which volumes get first, take their time to be written and discarded.
+    /// A pool whose first blocks, which are allocated first, are slow to write and discard.
     pub fn with_slow_data(size: u64, block: u64, slow: u64) -> Self {
         Self::make(&Make { slow_data: slow, ..Make::new(size, block) })
     }
@@ -144,7 +144,7 @@ impl Pool {
         Self::make(&Make { data: Some(data.to_owned()), ..Make::new(sectors(data) * 512, block) })
     }
 
-    /// [`Pool::new`] with so many bytes for metadata.
+    /// [`Pool::new`] with `metadata` bytes for the metadata.
     pub fn with_metadata(size: u64, block: u64, metadata: u64) -> Self {
         Self::make(&Make { metadata, ..Make::new(size, block) })
     }
@@ -221,7 +221,7 @@ impl Pool {
         Dm::new(&format!("0 {} thin {} {id} {origin}", size / 512, self.pool.path().display()))
     }
 
-    /// The root of a metadata snapshot that someone holds.
+    /// The root of the metadata snapshot, if one is held.
     pub fn held_root(&self) -> Option<u64> {
         let status = self.pool.status();
         // start, length, target, transaction, used metadata, used data, held root
@@ -229,7 +229,7 @@ impl Pool {
         (held != "-").then(|| held.parse().expect("a block number"))
     }
 
-    /// Takes the pool away and checks its metadata.
+    /// Removes the pool and checks its metadata with `thin_check`.
     pub fn thin_check(self) {
         let Self { pool, slow, metadata, .. } = self;
         drop(pool);

@@ -1,4 +1,4 @@
-//! The race that the program must always win: a write that completed before an lseek is never inside a hole.
+//! Concurrent writers and seeks: a write that completed before an lseek is never inside a hole.
 
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
@@ -44,9 +44,9 @@ impl Pages {
 
 /// What writers did.
 pub struct Raced {
-    /// Writes. The map was asked for each of them right after it.
+    /// Completed writes. Each one was followed by a seek at its offset.
     pub writes: u64,
-    /// How often the whole map was read meanwhile.
+    /// How often the whole map was read during the writes.
     pub walks: u64,
 }
 
@@ -58,7 +58,7 @@ pub fn race(file: &Path, device: &Path, size: u64, rounds: u64) {
 }
 
 /// Lets writers write and discard parts of `device`, `rounds` times each or as long as the environment says (see
-/// [`Length`]). Each of them looks for what it wrote in `file` right after the write. Meanwhile the whole map is read.
+/// [`Length`]). Each of them seeks in `file` to its page right after the write, while another thread reads the whole map.
 pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) -> Raced {
     let length = Length::rounds(rounds);
     let pages = Pages::new(size);
@@ -69,7 +69,7 @@ pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) -> Raced {
                 let share = size / PAGE / WRITERS;
                 let own = writer * share..(writer + 1) * share;
                 let pages = &pages;
-                scope.spawn(move || write_and_look(file, device, own, length, pages))
+                scope.spawn(move || write_and_seek(file, device, own, length, pages))
             })
             .collect();
         let walker = scope.spawn(|| walk(file, &pages, &done));
@@ -83,7 +83,7 @@ pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) -> Raced {
 }
 
 /// Returns the number of writes.
-fn write_and_look(file: &Path, device: &Path, own: Range<u64>, length: Length, pages: &Pages) -> u64 {
+fn write_and_seek(file: &Path, device: &Path, own: Range<u64>, length: Length, pages: &Pages) -> u64 {
     let writer = OpenOptions::new().write(true).open(device).expect("the device opens for writing");
     let seeker = open(file);
     let mut random = Random::new(own.start + 1);
@@ -98,9 +98,9 @@ fn write_and_look(file: &Path, device: &Path, own: Range<u64>, length: Length, p
         }
         pages.written(page);
         writes += 1;
-        look(&seeker, page);
+        assert_data(&seeker, page);
         if random.one_in(8) {
-            // Less than that would be ignored; pages of others are not ours to discard.
+            // A smaller discard would be ignored, and pages of other writers must not be discarded.
             let first = page - page % unit;
             let discarded = first.max(own.start)..(first + unit).min(own.end);
             if discarded.end - discarded.start == unit {
@@ -120,7 +120,7 @@ fn discard_unit(device: &Path) -> u64 {
     (bytes / PAGE).max(1)
 }
 
-fn look(file: &File, page: u64) {
+fn assert_data(file: &File, page: u64) {
     let offset = page * PAGE;
     assert_eq!(seek_data(file, offset), Some(offset), "page {page} was written");
     assert_ne!(seek_hole(file, offset), Some(offset), "page {page} was written");

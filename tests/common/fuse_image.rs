@@ -1,5 +1,5 @@
 //! An image on a file system in user space that answers SEEK_DATA and SEEK_HOLE itself, as virtiofsd and glusterfs do,
-//! while the kernel keeps back what is written (`FUSE_WRITEBACK_CACHE`).
+//! while the kernel delays writeback (`FUSE_WRITEBACK_CACHE`).
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -17,7 +17,7 @@ const PAGE: u64 = 4096;
 const TTL: Duration = Duration::from_secs(3600);
 const IMAGE: INodeNo = INodeNo(2);
 
-/// A mounted file system with one image, unmounted with this value.
+/// A mounted file system with one image. Dropping this value unmounts it.
 pub struct FuseImage {
     path: PathBuf,
     pages: Pages,
@@ -36,12 +36,12 @@ impl FuseImage {
         Self { path: directory.path().join("image"), pages, gate, _session: session, _directory: directory }
     }
 
-    /// Makes all of the image a hole, as another client of the server may do it: the kernel here does not hear of it.
+    /// Makes all of the image a hole, as another client of the server may do it: the local kernel gets no notification.
     pub fn punch_elsewhere(&self) {
         self.pages.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// Keeps all reads waiting, as long as the answer is kept.
+    /// Blocks all reads until the returned guard is dropped.
     pub fn block_reads(&self) -> MutexGuard<'_, ()> {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -134,7 +134,7 @@ impl Filesystem for Server {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        // Only the kernel sets anything: the time of a write.
+        // Only the kernel sets attributes: the time of a write.
         reply.attr(&TTL, &self.attributes(ino));
     }
 
@@ -159,7 +159,7 @@ impl Filesystem for Server {
         for page in offset / PAGE..(offset + u64::from(size)).min(self.size).div_ceil(PAGE) {
             bytes.extend(pages.get(&page).map_or(&[0; PAGE as usize][..], Vec::as_slice));
         }
-        // The kernel asks for whole pages.
+        // The kernel requests whole pages.
         reply.data(&bytes);
     }
 

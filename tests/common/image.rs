@@ -8,7 +8,7 @@ use std::path::Path;
 use super::random::Random;
 use super::run;
 
-/// A sparse file below the temporary directory, removed with this value.
+/// A sparse file in the temporary directory. Dropping this value removes it.
 pub struct Image(tempfile::TempPath);
 
 impl Image {
@@ -64,7 +64,7 @@ pub fn write(path: &Path, range: Range<u64>) {
     file.sync_data().expect("data reaches the device");
 }
 
-/// Discards a range of a device, whoever else has it open.
+/// Discards a range of a device, even if it is open elsewhere.
 pub fn discard(device: &Path, range: Range<u64>) {
     let (offset, length) = (format!("--offset={}", range.start), format!("--length={}", range.end - range.start));
     run("blkdiscard", ["--force".as_ref(), offset.as_ref(), length.as_ref(), device.as_os_str()]);

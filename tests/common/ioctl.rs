@@ -1,4 +1,4 @@
-//! What losetup(8) has no words for (`include/uapi/linux/loop.h`), and access control lists.
+//! Loop ioctls that losetup(8) has no options for (`include/uapi/linux/loop.h`), and access control lists.
 
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
@@ -48,17 +48,17 @@ pub fn loop_add(number: u32) -> bool {
     }
 }
 
-/// Takes away an unbound loop device.
+/// Removes an unbound loop device.
 pub fn loop_remove(number: u32) {
     let control = File::open("/dev/loop-control").expect("the loop driver is there");
     // SAFETY: LOOP_CTL_REMOVE takes a number.
-    unsafe { ctl_remove(control.as_raw_fd(), number.cast_signed()) }.expect("nobody holds the device");
+    unsafe { ctl_remove(control.as_raw_fd(), number.cast_signed()) }.expect("the device is not in use");
 }
 
 /// Gives a file or node an access control list, as the kernel encodes it.
 pub fn set_acl(path: &Path, list: &[u8]) {
     let path = std::ffi::CString::new(path.as_os_str().as_bytes()).expect("a path without NUL");
-    // SAFETY: both names end with a NUL, the list has the length that is told, and all of them outlive the call.
+    // SAFETY: both names end with a NUL, the list has the length that is passed, and all of them outlive the call.
     let code = unsafe {
         libc::setxattr(path.as_ptr(), c"system.posix_acl_access".as_ptr(), list.as_ptr().cast(), list.len(), 0)
     };

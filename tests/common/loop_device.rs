@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{ioctl, run, try_run, wait_until};
 
-/// A loop device, detached with this value. Panics when something still holds the device then.
+/// A loop device. Dropping this value detaches it, and panics when the device is still in use.
 pub struct Loop {
     path: PathBuf,
-    /// Its number, when it was made for us.
+    /// The number of a device that [`Loop::reserved`] made.
     reserved: Option<u32>,
     partitions: Vec<u32>,
 }
@@ -19,7 +19,7 @@ impl Loop {
         Self::with_options(backing, &[])
     }
 
-    /// A loop device with more words for losetup(8).
+    /// A loop device with additional options for losetup(8).
     pub fn with_options(backing: &Path, options: &[&str]) -> Self {
         let backing = backing.to_str().expect("a temporary path is text");
         let arguments: Vec<_> = ["--find", "--show"].iter().chain(options).copied().chain([backing]).collect();
@@ -33,14 +33,15 @@ impl Loop {
         Self { path, reserved: None, partitions: Vec::new() }
     }
 
-    /// A loop device of a number that no search for a free one finds, so that it stays ours while it is not bound.
+    /// A loop device of a number that no search for a free one finds, so that no other process binds it while it is
+    /// unbound.
     pub fn reserved(backing: &Path) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         // Where another process has some of these numbers, the next ones are tried.
         let first = 1000 + std::process::id() % 100_000 * 8;
         let number =
             (0..1000).map(|_| first + NUMBER.fetch_add(1, Ordering::Relaxed)).find(|number| ioctl::loop_add(*number));
-        let number = number.expect("a number that nobody uses");
+        let number = number.expect("an unused number");
         let device = Self { path: format!("/dev/loop{number}").into(), reserved: Some(number), partitions: Vec::new() };
         device.bind(backing);
         device
@@ -74,12 +75,12 @@ impl Loop {
         self.path.file_name().and_then(|name| name.to_str()).expect("losetup prints a path")
     }
 
-    /// Runs losetup with more words on this device.
+    /// Runs losetup with additional options on this device.
     pub fn losetup(&self, options: &[&str]) {
         run("losetup", options.iter().copied().chain([self.path.to_str().expect("text")]));
     }
 
-    /// Bytes that were read from the device so far, by anyone.
+    /// Bytes that were read from the device so far, by all processes.
     pub fn bytes_read(&self) -> u64 {
         super::check::bytes_read(&self.path)
     }

@@ -44,7 +44,7 @@ pub fn run_with_input<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterat
     try_run(program, arguments, input).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// [`run_with_input`] for programs that may fail: the error says what was run and what it said.
+/// [`run_with_input`] for programs that may fail: the error has the command and its standard error.
 pub fn try_run<S: AsRef<OsStr>>(
     program: &str,
     arguments: impl IntoIterator<Item = S>,
@@ -54,7 +54,7 @@ pub fn try_run<S: AsRef<OsStr>>(
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|error| format!("{command:?}: {error}"))?;
     let mut stdin = child.stdin.take().expect("stdin is piped");
-    // A program that fails early closes its input; its exit status says more than this error would.
+    // A program that fails early closes its input; its exit status and standard error are the better report.
     let _ = stdin.write_all(input.as_bytes());
     drop(stdin);
     let output = child.wait_with_output().map_err(|error| format!("{command:?}: {error}"))?;
@@ -107,7 +107,7 @@ pub fn requires_modules(modules: &[&str]) -> bool {
     let absent = |module: &&&str| try_run("modprobe", ["--dry-run", **module], "").is_err();
     if let Some(module) = modules.iter().find(absent) {
         assert!(std::env::var_os("MODULES_MAY_LACK").is_some(), "this test needs the kernel's module {module}");
-        // Past the harness, which shows nothing of a test that does not fail.
+        // Bypasses the test harness, which hides the output of a test that passes.
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("main").to_owned();
         writeln!(std::io::stderr(), "skipped: {name}: this kernel has no module {module}").expect("a place to write");

@@ -11,7 +11,7 @@ use super::image::Image;
 use super::loop_device::Loop;
 use super::{try_run, wait_until};
 
-/// A foreground `blkholefs mount`, unmounted with this value. Panics when the daemon does not end well then.
+/// A foreground `blkholefs mount`. Dropping this value unmounts it, and panics when the daemon fails.
 pub struct Mount {
     daemon: Child,
     directory: tempfile::TempDir,
@@ -27,7 +27,7 @@ impl Mount {
         Self::with_options(spec, &[])
     }
 
-    /// [`Mount::new`] with more words for the command line.
+    /// [`Mount::new`] with additional options on the command line.
     pub fn with_options(spec: &Path, options: &[&str]) -> Self {
         Self::below(&std::env::temp_dir(), spec, options)
     }
@@ -72,7 +72,7 @@ impl Mount {
         self.daemon.id()
     }
 
-    /// Kills the daemon; its mount stays until this value goes.
+    /// Kills the daemon; its mount stays until this value is dropped.
     pub fn kill(&mut self) {
         self.daemon.kill().expect("the daemon is our child");
         self.daemon.wait().expect("the daemon is our child");
@@ -99,7 +99,8 @@ impl Mount {
         text
     }
 
-    /// Ends all requests with an error: a daemon that waits for itself cannot even be killed.
+    /// Ends all requests with an error: a daemon that is blocked in a request to its own mount
+    /// cannot even be killed.
     fn abort(&self) {
         let control = self.directory.path().with_extension("control");
         let Some(minor) = self.device().and_then(|device| Some(device.split_once(':')?.1.to_owned())) else { return };
@@ -125,7 +126,7 @@ impl Mount {
         line.split(' ').nth(2).map(ToOwned::to_owned)
     }
 
-    /// Leaves nothing behind of a mount that went wrong.
+    /// Removes the mount and the daemon of a failed test.
     fn clear_away(&mut self) {
         self.abort();
         let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
@@ -133,7 +134,7 @@ impl Mount {
         let _ = self.daemon.wait();
     }
 
-    /// Says that the daemon has ended by itself, and has taken its mount away.
+    /// Checks that the daemon has ended by itself, and has unmounted.
     pub fn ended(mut self) {
         assert!(!self.is_running() && !self.is_mounted(), "{}", self.log());
         self.ended = true;
@@ -151,7 +152,7 @@ impl Drop for Mount {
             let log = self.log();
             let mut lines: Vec<_> = log.lines().collect();
             lines.dedup();
-            eprintln!("the daemon said at last:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
+            eprintln!("the end of the daemon's log:\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
             return self.clear_away();
         }
         if self.ended {
@@ -193,7 +194,7 @@ impl LoopMount {
         Self::with_options(size, data, &[])
     }
 
-    /// [`LoopMount::new`] with more words for losetup(8).
+    /// [`LoopMount::new`] with additional options for losetup(8).
     pub fn with_options(size: u64, data: &[Range<u64>], options: &[&str]) -> Self {
         let image = Image::with_data(size, data);
         let device = Loop::with_options(image.path(), options);

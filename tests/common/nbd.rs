@@ -1,4 +1,4 @@
-//! NBD servers on sockets of their own, and what they serve.
+//! NBD servers, each on its own socket, and their images.
 
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
@@ -16,7 +16,7 @@ pub fn directory() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("blkholefs-nbd-").tempdir().expect("a temporary directory")
 }
 
-/// A running server. Killed with this value.
+/// A running server. Dropping this value kills it.
 pub struct Server {
     child: Child,
     command: Vec<String>,
@@ -56,7 +56,7 @@ impl Server {
         (Self::start(&command, Address::Port(port)), port)
     }
 
-    /// qemu-nbd on a Unix socket, for four clients that may come again.
+    /// qemu-nbd on a Unix socket, for up to eight clients, which may reconnect.
     pub fn qemu(socket: &Path, words: &[&str]) -> Self {
         let socket_text = socket.to_str().expect("temporary paths are text");
         let mut command = vec!["qemu-nbd", "--persistent", "--shared=8", "--socket", socket_text];
@@ -101,7 +101,7 @@ impl Server {
     /// Starts the killed server again.
     pub fn restart(&mut self) {
         if let Address::Socket(path) = &self.address {
-            // nbdkit does not bind over what a killed server left.
+            // nbdkit does not bind to the socket file that a killed server left.
             let _ = fs::remove_file(path);
         }
         self.child = Self::spawn(&self.command);
@@ -116,7 +116,7 @@ impl Drop for Server {
     }
 }
 
-/// A sparse image with bytes that tell their position, in ranges of 4 KiB blocks.
+/// A sparse image with data in `data`, ranges of 4 KiB blocks; the bytes depend on their position.
 pub fn image(path: &Path, size: u64, data: &[std::ops::Range<u64>]) {
     let file = File::create(path).expect("a file");
     file.set_len(size).expect("a sparse file");
@@ -129,7 +129,7 @@ pub fn image(path: &Path, size: u64, data: &[std::ops::Range<u64>]) {
     }
 }
 
-/// What nbdinfo calls zeros and what not, merged as lseek merges.
+/// The map that nbdinfo prints, with adjacent extents of one kind merged: the end and the kind of each extent.
 pub fn nbdinfo_map(uri: &str) -> Vec<(u64, Kind)> {
     let text = run("nbdinfo", ["--map", "--json", uri]);
     let extents: serde_json::Value = serde_json::from_str(&text).expect("nbdinfo prints JSON");

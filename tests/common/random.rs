@@ -1,9 +1,9 @@
-//! Random numbers that a seed repeats, and how long the tests that use them go on.
+//! Reproducible random numbers, and the length of the tests that use them.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// How long a test with random steps goes on: for a number of rounds, or for the seconds in `BLKHOLEFS_SECONDS`.
+/// The length of a test with random steps: a number of rounds, or the seconds in `BLKHOLEFS_SECONDS`.
 #[derive(Clone, Copy)]
 pub struct Length {
     rounds: u64,

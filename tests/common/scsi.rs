@@ -10,14 +10,14 @@ use super::{run, try_run, wait_until};
 /// The module has one set of parameters, so there is one disk at a time.
 static ONE: Mutex<()> = Mutex::new(());
 
-/// A SCSI disk, removed with this value. Panics when something still holds it then.
+/// A SCSI disk. Dropping this value removes it, and panics when the disk is still in use.
 pub struct ScsiDisk {
     path: PathBuf,
     _one: MutexGuard<'static, ()>,
 }
 
 impl ScsiDisk {
-    /// A thinly provisioned disk of `mib` MiB, with more parameters of the module.
+    /// A thinly provisioned disk of `mib` MiB, with additional parameters of the module.
     pub fn new(mib: u64, parameters: &[&str]) -> Self {
         let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         run("modprobe", ["sd_mod"]);
@@ -29,8 +29,8 @@ impl ScsiDisk {
             found = Self::node();
             found.is_some()
         });
-        assert!(appears, "scsi_debug makes no disk");
-        Self { path: found.expect("it appeared"), _one: one }
+        assert!(appears, "scsi_debug does not create a disk");
+        Self { path: found.expect("the disk exists"), _one: one }
     }
 
     /// The node of the module's disk.
@@ -66,7 +66,7 @@ impl ScsiDisk {
         run("sg_unmap", ["--force".as_ref(), lba.as_ref(), num.as_ref(), self.path.as_os_str()]);
     }
 
-    /// The map as `sg_get_lba_status` has it.
+    /// The map that `sg_get_lba_status` reports.
     pub fn lba_status(&self) -> Vec<Extent> {
         let block: u64 = run("blockdev", ["--getss".as_ref(), self.path.as_os_str()]).trim().parse().expect("a number");
         let size: u64 = run("blockdev", ["--getsize64".as_ref(), self.path.as_os_str()]).trim().parse().expect("one");

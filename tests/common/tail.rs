@@ -26,7 +26,7 @@ pub fn a_partial_last_sector_is_data() {
                 assert_eq!(count as u64, WHOLE + 1536 - offset);
                 assert!(bytes == expected, "stale or wrong bytes at {offset}");
             }
-            // What lies before it may come alone.
+            // The sectors before it may be returned alone.
             Ok(count) => assert!(offset + count as u64 <= WHOLE && bytes[..count] == expected[..count]),
             Err(_) => {
                 assert_eq!(read.err().and_then(|error| error.raw_os_error()), Some(libc::EIO));

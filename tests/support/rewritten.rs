@@ -1,4 +1,5 @@
-//! Files that are written twice within one tick of the clock that their times come from: the second write moves nothing.
+//! Files that are written twice within one tick of the clock that their times come from: the second write does not change
+//! them.
 
 use std::fs;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
@@ -12,7 +13,7 @@ use crate::thin_image::{self, Device};
 
 const BLOCK: u64 = 64 * KIB;
 
-/// The metadata image of an offline pool is rewritten right after each look at a volume: no block that is mapped then is
+/// The metadata image of an offline pool is rewritten right after each query of a volume: no block that is mapped then is
 /// in a hole.
 pub fn metadata_right_after_a_look() {
     const ROUNDS: usize = 300;
@@ -31,12 +32,12 @@ pub fn metadata_right_after_a_look() {
     let volume = mount.directory().join("7");
     let mut stale = Vec::new();
     for round in 0..ROUNDS {
-        let looked_at = open(&volume);
-        assert!(seek_data(&looked_at, 0).is_some(), "both have data");
+        let opened = open(&volume);
+        assert!(seek_data(&opened, 0).is_some(), "both have data");
         let now = (round + 1) % 2;
         file.write_all_at(&images[now], 0).expect("a write");
         let mapped = [1, 0][now] * BLOCK;
-        if seek_data(&looked_at, mapped) != Some(mapped) || seek_data(&open(&volume), mapped) != Some(mapped) {
+        if seek_data(&opened, mapped) != Some(mapped) || seek_data(&open(&volume), mapped) != Some(mapped) {
             stale.push(round);
         }
     }
@@ -63,7 +64,7 @@ pub fn backing_file_right_after_a_stat() {
             unseen.push(round);
         }
     }
-    assert!(unseen.is_empty(), "{} of {ROUNDS} writes moved no time: {unseen:?}", unseen.len());
-    // When nobody writes, the time stays.
+    assert!(unseen.is_empty(), "{} of {ROUNDS} writes changed no time: {unseen:?}", unseen.len());
+    // Without writes, the times stay.
     assert_becomes(&true, || time() == time());
 }

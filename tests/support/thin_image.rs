@@ -1,5 +1,5 @@
-//! Makes images of thin metadata: with `thin_restore`, as a second opinion on the format, or by hand, where a test
-//! wants shapes and damage that no tool makes.
+//! Makes images of thin metadata: with `thin_restore`, an independent implementation of the format, or by hand,
+//! where a test needs shapes and damage that no tool makes.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -42,7 +42,7 @@ impl Device {
     }
 }
 
-/// The devices as `thin_restore` wants them. Runs of blocks that are contiguous on both sides become one range.
+/// The devices in the XML that `thin_restore` reads. Runs of blocks that are contiguous on both sides become one range.
 pub fn xml(devices: &[Device]) -> String {
     let data_blocks = devices.iter().flat_map(|device| &device.mappings).map(|(_, data)| data + 1).max().unwrap_or(1);
     let mut xml = format!(
@@ -192,7 +192,7 @@ fn node(image: &mut Vec<u8>, kind: u64, value_size: usize, entries: &[(u64, Vec<
     number as u64
 }
 
-/// Moves the nodes of two trees of the same size, each given top down, so that they take turns on disk, leaves first.
+/// Moves the nodes of two trees of the same size, each given top down, so that they alternate on disk, leaves first.
 pub fn interleave(image: &mut [u8], one: &[usize], two: &[usize]) {
     let mut places: Vec<usize> = one.iter().chain(two).copied().collect();
     places.sort_unstable();

@@ -1,4 +1,4 @@
-//! Damages images of thin metadata where it hurts, makes their checksums right, and reads all of them.
+//! Damages fields of thin metadata images, recomputes the checksums, and reads every device.
 //!
 //! Invariant: whatever the image, reading it ends, without a panic, in an error or in a map. Where a device has a map, it
 //! maps what a reader without any checks finds in the bytes, and look-ups of single blocks agree with it.
@@ -17,10 +17,10 @@ use blkholefs::testing::units::Bytes;
 
 use super::thin_image::{BLOCK, NODE, SUPERBLOCK, get, put, stamp};
 
-/// One change, made of any bytes.
+/// One change, encoded in arbitrary bytes.
 pub type Edit = [u8; 8];
 
-/// The positions of fields that matter in a superblock and in a node, each with its size.
+/// The positions of the fields that the reader uses in a superblock and in a node, each with its size.
 const SUPERBLOCK_FIELDS: [(usize, usize); 10] =
     [(4, 4), (8, 8), (40, 4), (56, 8), (320, 8), (328, 8), (336, 4), (340, 4), (344, 8), (360, 4)];
 const NODE_FIELDS: [(usize, usize); 5] = [(4, 4), (8, 8), (16, 4), (20, 4), (24, 4)];
@@ -147,7 +147,7 @@ fn read_device(metadata: &Metadata, id: ThinId, bytes: &[u8]) -> bool {
         assert!(map.is_err(), "a map without a tree");
         return false;
     };
-    // A cache that keeps all, and for a few keys one that throws nodes away while they are used.
+    // A cache that keeps all, and for a few keys one that evicts nodes while they are used.
     let cache = |nodes| NodeCache::new(NonZeroUsize::new(nodes).expect("not zero"));
     let (large, small) = (cache(256), cache(3));
     let next_mapped = |map: &FillMap, key: u64| {

@@ -41,7 +41,7 @@ fn an_open_file_follows_a_reloaded_table() {
     }
 }
 
-/// Another table shows other bytes, although nobody wrote any.
+/// Another table gives the device other bytes without any write.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_reloaded_table_changes_the_times() {
@@ -54,7 +54,7 @@ fn a_reloaded_table_changes_the_times() {
         let metadata = mount.file().metadata().expect("the file has attributes");
         (metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec())
     };
-    // The image was written a moment ago.
+    // The image was written just before, so its times may still change.
     assert_becomes(&true, || times() == times());
     let before = times();
     assert_eq!(times(), before, "nothing happened");
@@ -84,7 +84,7 @@ fn an_open_file_follows_changes_of_the_size() {
     }
 }
 
-/// A table that is loaded but not live changes nothing.
+/// A table in the inactive slot changes nothing until the device is resumed.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn an_inactive_table_changes_nothing() {
@@ -114,7 +114,7 @@ fn an_open_device_with_an_error_table_is_data_and_eio() {
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
 }
 
-/// What happens two layers down is seen at the top.
+/// A change of a device two layers below the exported one changes the map.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_change_of_a_loop_device_two_layers_down_is_seen() {
@@ -141,7 +141,7 @@ fn a_change_of_a_loop_device_two_layers_down_is_seen() {
     check(mount.file(), device.path());
 }
 
-/// A device is in the stack twice, once below another one: what that one writes back to it must be written back too.
+/// A device is in the stack twice, once below another one: pages that the upper device writes back to it must be written back too.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn dirty_pages_of_a_device_that_is_twice_in_a_stack_are_data() {
@@ -158,12 +158,12 @@ fn dirty_pages_of_a_device_that_is_twice_in_a_stack_are_data() {
     let found = seek_data(&file, 4 * MIB);
     let mut bytes = [0; 4096];
     file.read_exact_at(&mut bytes, 5 * MIB).expect("a read");
-    assert!(bytes == [0; 4096] || found == Some(5 * MIB), "what can be read is in no hole");
+    assert!(bytes == [0; 4096] || found == Some(5 * MIB), "bytes that are not zero are in a hole");
     assert_map(mount.file(), &map_of(8 * MIB, &[MIB..MIB + 4096, 5 * MIB..5 * MIB + 4096]));
     check(mount.file(), device.path());
 }
 
-/// An idle mount of /dev/mapper holds nothing, and shows what is there now.
+/// An idle mount of /dev/mapper holds no device open, and lists the devices that exist now.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_mount_of_dev_mapper_shows_the_devices_that_exist_now() {
@@ -176,11 +176,11 @@ fn a_mount_of_dev_mapper_shows_the_devices_that_exist_now() {
         let file = mount.directory().join(device.name());
         assert_map(&file, &map_of(2 * MIB, &[0..MIB]));
         check(&file, device.path());
-        // Removed at once: dmsetup does not wait for anyone.
+        // The device is removed at once: nothing holds it open.
         drop(device);
-        assert!(wait_until(|| !file.exists()), "the name is gone");
+        assert!(wait_until(|| !file.exists()), "the name is still there");
     }
-    // Other tests may have devices now.
+    // Other tests may have devices at the same time, so only this name is checked.
     let control = run("ls", [mount.directory()]).lines().any(|name| name == "control");
     assert!(!control, "control is no block device");
 }

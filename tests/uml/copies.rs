@@ -72,7 +72,7 @@ fn raid_with_parity_is_dense() {
 
 struct SnapshotSet {
     snapshot: Dm,
-    /// The origin as it is written: what is written here is first copied into the store.
+    /// The snapshot-origin device: before a write to it, the kernel copies the old data to the store.
     origin: Dm,
     _store: Disk,
     disk: Disk,
@@ -85,7 +85,7 @@ impl SnapshotSet {
         let origin = Dm::new(&format!("0 {SECTORS} snapshot-origin {}", disk.path()));
         let table = format!("0 {SECTORS} snapshot {} {} {kind} {}", disk.path(), store.path(), chunk / 512);
         let snapshot = Dm::new(&table);
-        // The origin learns of its snapshots when it is resumed.
+        // The kernel registers the snapshots of an origin when the origin is resumed.
         origin.suspend();
         origin.resume();
         Self { snapshot, origin, _store: store, disk }
@@ -112,7 +112,7 @@ fn snapshot_has_the_holes_of_its_origin_except_for_exceptions() {
     }
 }
 
-/// What was data when the snapshot was made stays data, whatever becomes of the origin.
+/// What was data when the snapshot was made stays data after the origin was written and discarded.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn data_of_a_snapshot_stays_data_when_its_origin_changes() {
@@ -127,7 +127,7 @@ fn data_of_a_snapshot_stays_data_when_its_origin_changes() {
     assert_map(&set.origin, &[]);
 }
 
-/// Lists that fill areas exactly, and go over several.
+/// Exception lists that fill metadata areas exactly, and that span several areas.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn exceptions_of_a_snapshot_are_read_from_all_areas() {
@@ -187,7 +187,7 @@ fn clone_has_the_holes_of_its_source_until_it_is_copied() {
     device.message("enable_hydration");
     assert!(wait_until(|| device.status().contains(" 1024/1024 0 ")), "{}", device.status());
     check(mount.file(), device.path());
-    // All was copied, zeros too; what is discarded now is a hole whatever the source has.
+    // All regions were copied, zeros too. A range that is discarded now is a hole even where the source has data.
     discard(device.path(), MIB..2 * MIB);
     drop(mount);
     let map = map_holes(Mount::new(device.path()).file());

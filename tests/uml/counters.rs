@@ -21,10 +21,10 @@ fn time(file: &Path) -> (i64, i64) {
 
 /// Turns the counters of a device off or on.
 fn switch(device: &Path, to: &str) {
-    fs::write(sysfs(device).join("queue/iostats"), to).expect("the device has the switch");
+    fs::write(sysfs(device).join("queue/iostats"), to).expect("the device has iostats");
 }
 
-/// A write between two looks that no counter counted: the switch was off meanwhile.
+/// The counters are off during a write between two calls of stat(2), so they do not count it.
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
 fn io_counters_that_were_switched_off_change_the_times() {
@@ -38,7 +38,8 @@ fn io_counters_that_were_switched_off_change_the_times() {
     assert_ne!(time(mount.file()), before);
 }
 
-/// The same, where a map stands on the counters. Kernels before 6.5 count a device-mapper device whatever the switch says.
+/// The same for a map whose freshness depends on the counters. Kernels before 6.5 count the I/O of a device-mapper device
+/// even when `iostats` is off.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn io_counters_that_were_switched_off_hide_no_write() {
@@ -47,7 +48,7 @@ fn io_counters_that_were_switched_off_hide_no_write() {
     let mount = Mount::new(thin.path());
     let file = open(mount.file());
     assert_eq!(seek_data(&file, 0), None);
-    let before = fs::read_to_string(sysfs(thin.path()).join("queue/iostats")).expect("the switch");
+    let before = fs::read_to_string(sysfs(thin.path()).join("queue/iostats")).expect("the device has iostats");
     switch(thin.path(), "0");
     write(thin.path(), MIB..MIB + 4096);
     switch(thin.path(), before.trim());
@@ -55,11 +56,11 @@ fn io_counters_that_were_switched_off_hide_no_write() {
     check(mount.file(), thin.path());
 }
 
-/// A write that was under way at one look has ended at the next. Kernels before 6.4 count it when it begins.
+/// A write is in flight at the first stat(2) and has ended at the second. Kernels before 6.4 count it when it begins.
 #[test]
 #[ignore = "needs a kernel with device-mapper and scsi_debug: run tests/run"]
 fn a_write_that_ends_between_two_stats_changes_the_times() {
-    // No file below, whose times would move.
+    // The lowest device has no backing file whose times could change.
     let disk = ScsiDisk::new(16, &["lbprz=1"]);
     let (path, length) = (disk.path().display(), sectors(disk.path()));
     let slow = Dm::new(&format!("0 {length} delay {path} 0 0 {path} 0 3000"));
@@ -68,19 +69,19 @@ fn a_write_that_ends_between_two_stats_changes_the_times() {
     let in_flight = || fs::read_to_string(sysfs(device.path()).join("inflight")).expect("sysfs");
     let node = device.path().to_owned();
     let writer = thread::spawn(move || {
-        // Past the page cache, so that no look writes anything back.
+        // Bypasses the page cache, so that a request to the mount writes nothing back.
         let flag = "oflag=direct";
         let output = format!("of={}", node.display());
         crate::common::run("dd", ["if=/dev/urandom", &output, "bs=4k", "count=1", flag, "conv=notrunc", "status=none"]);
     });
     assert!(wait_until(|| in_flight().split_ascii_whitespace().nth(1) == Some("1")), "{}", in_flight());
     let before = time(mount.file());
-    assert!(!writer.is_finished(), "the write is under way");
+    assert!(!writer.is_finished(), "the write has ended too early");
     writer.join().expect("the write succeeds");
     assert_ne!(time(mount.file()), before);
 }
 
-/// What stat(2) says of a device waits for no read of it.
+/// stat(2) and lseek(2) do not wait for a read of the device.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn stat_and_lseek_do_not_read_the_device() {
@@ -90,10 +91,10 @@ fn stat_and_lseek_do_not_read_the_device() {
     let device = Dm::new(&format!("0 {length} delay {path} 0 30000"));
     let mount = Mount::new(device.path());
     let shown = mount.file().to_owned();
-    let looking = thread::spawn(move || {
+    let queries = thread::spawn(move || {
         let file = open(&shown);
         (time(&shown), seek_data(&file, 0))
     });
-    assert!(wait_until(|| looking.is_finished()), "a look waited for a read of 30 s");
-    assert_eq!(looking.join().expect("the looks succeed").1, Some(MIB));
+    assert!(wait_until(|| queries.is_finished()), "a query waited for a read of 30 s");
+    assert_eq!(queries.join().expect("the queries succeed").1, Some(MIB));
 }

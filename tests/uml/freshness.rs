@@ -25,7 +25,7 @@ fn a_write_below_a_linear_device_is_seen_at_once() {
     let thin = pool.thin(0, SIZE);
     let linear = Dm::linear(thin.path());
     let mount = Mount::new(linear.path());
-    // Written below what is shown.
+    // The writes go to the lower device; the mount exports the upper one.
     race(mount.file(), thin.path(), SIZE, 40);
 }
 

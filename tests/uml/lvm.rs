@@ -8,7 +8,7 @@ use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::{GIB, MIB, run};
 
-/// LVM without udev and without a trace on the host.
+/// LVM without udev, backups, archives and a devices file.
 const CONFIGURATION: &str = "
 activation { udev_sync=0 udev_rules=0 monitoring=0 }
 devices { use_devicesfile=0 scan=[\"/dev\"] obtain_device_list_from_udev=0 }
@@ -48,7 +48,7 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            // Nothing holds a volume once its mount is gone.
+            // Every mount is gone by now, so no volume is open.
             self.lvm(&["vgremove", "--quiet", "--force", "--yes", &self.name]);
         }
     }
@@ -90,7 +90,7 @@ fn linear_logical_volumes_have_the_holes_of_their_segments() {
     let name = group.name.as_str();
     group.lvm(&["lvcreate", "--quiet", "-Zn", "-L", "32M", "-n", "first", name]);
     group.lvm(&["lvcreate", "--quiet", "-Zn", "-L", "32M", "-n", "second", name]);
-    // The first volume goes on behind the second one.
+    // The second segment of the first volume lies behind the second volume.
     group.lvm(&["lvextend", "--quiet", "-L", "64M", &format!("{name}/first")]);
     write(&group.volume("first"), 40 * MIB..41 * MIB);
     write(&group.volume("second"), 0..MIB);
@@ -99,7 +99,7 @@ fn linear_logical_volumes_have_the_holes_of_their_segments() {
     assert_map(&first, &map_of(64 * MIB, &[40 * MIB..41 * MIB]));
     assert_map(&second, &map_of(32 * MIB, &[0..MIB]));
     check(&first, &group.volume("first"));
-    // The mount is still there, and holds nothing.
+    // The idle mount holds no volume open, so LVM can remove one.
     group.lvm(&["lvremove", "--quiet", "--yes", &format!("{name}/first")]);
     check(&second, &group.volume("second"));
 }

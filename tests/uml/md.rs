@@ -9,14 +9,14 @@ use crate::common::mount::Mount;
 use crate::common::{KIB, MIB, assert_becomes, needs, run, try_run, wait_until};
 use crate::targets::Disk;
 
-/// An array, stopped with this value. Panics when something still holds it then.
+/// An array. Dropping this value stops it, and panics when the array is still in use.
 struct Array {
     path: PathBuf,
     legs: Vec<Disk>,
 }
 
 impl Array {
-    /// An array of legs of these sizes; `words` are more words for `mdadm --create`. The modules must be loaded.
+    /// An array of legs of these sizes; `words` are additional arguments for `mdadm --create`. The modules must be loaded.
     fn new(words: &[&str], sizes: &[u64]) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let legs: Vec<_> = sizes.iter().map(|size| Disk::new(*size, &[])).collect();
@@ -41,7 +41,7 @@ impl Array {
         Path::new("/sys/block").join(array).join("md").join(name)
     }
 
-    /// The whole map is right, and holes are where nothing was written.
+    /// Checks that the map has exactly these ranges as data, and that it agrees with the device.
     fn assert_map(&self, data: &[std::ops::Range<u64>]) {
         let mount = Mount::new(&self.path);
         assert_eq!(map_holes(mount.file()), map_of(self.size(), data), "{}", mount.log());
@@ -106,7 +106,7 @@ fn raid1_that_resyncs_is_dense() {
         std::fs::write(array.attribute("sync_action"), action).expect("the array can be checked");
         array.assert_dense(&format!("its sync_action is {action}"));
         std::fs::write(array.attribute("sync_action"), "idle").expect("the check can be ended");
-        // A kernel may go on with what was interrupted, to its end.
+        // Some kernels continue an interrupted check to its end.
         limit("system");
         assert_becomes(&"idle\n".to_owned(), || {
             std::fs::read_to_string(array.attribute("sync_action")).expect("a state")
@@ -132,7 +132,7 @@ fn raid0_has_the_holes_of_its_legs() {
 #[ignore = "needs a kernel with md: run tests/run"]
 fn raid0_with_legs_of_two_lengths_is_dense() {
     needs!(modules["md-mod", "raid0"]);
-    // Without a word from its user, the kernel does not start such an array (`drivers/md/raid0.c`).
+    // The kernel starts such an array only with an explicit layout (`drivers/md/raid0.c`).
     std::fs::write("/sys/module/raid0/parameters/default_layout", "2").expect("the module is there");
     Array::new(&["--level=0", "--chunk=64"], &[LEG, 2 * LEG]).assert_dense("legs differ in length");
 }

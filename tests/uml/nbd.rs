@@ -1,4 +1,4 @@
-//! The kernel's NBD device: its bytes come through the kernel, its holes on a connection beside it.
+//! The kernel's NBD device: its bytes are read through the kernel, its holes over a second connection to the server.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
@@ -21,10 +21,10 @@ use crate::common::{KIB, MIB, run, wait_until};
 const SIZE: u64 = 32 * MIB;
 const DATA: [std::ops::Range<u64>; 3] = [0..4 * KIB, 8 * MIB..9 * MIB, SIZE - 64 * KIB..SIZE];
 
-/// There is one device.
+/// Serializes the tests, because all of them use `/dev/nbd0`.
 static ONE: Mutex<()> = Mutex::new(());
 
-/// `/dev/nbd0` connected to a server, disconnected with this value.
+/// `/dev/nbd0` connected to a server. Dropping this value disconnects it.
 struct Kernel {
     server: Server,
     image: Image,
@@ -37,7 +37,7 @@ impl Kernel {
         Self::with_filter(data, |_| None)
     }
 
-    /// With a filter of nbdkit and its setting, which may need a directory.
+    /// With an nbdkit filter and its parameter, which may name a file in the given directory.
     fn with_filter(data: &[std::ops::Range<u64>], filter: impl FnOnce(&Path) -> Option<(String, String)>) -> Self {
         let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         run("modprobe", ["nbd", "nbds_max=2"]);
@@ -89,7 +89,7 @@ fn disconnect(device: &Path) {
     run("nbd-client", ["-d".as_ref(), device.as_os_str()]);
 }
 
-/// Whether a device can be connected again, at last.
+/// Waits until a device can be connected again; false when it does not become free.
 fn is_free(device: &Path) -> bool {
     let name = device.file_name().expect("a node");
     let directory = Path::new("/sys/block").join(name);
@@ -123,14 +123,14 @@ fn netlink(socket: &OwnedFd, family: u16, command: u8, attributes: &[Vec<u8>]) -
     let len = u32::try_from(20 + body.len()).expect("short").to_ne_bytes();
     let head = [len.as_slice(), &family.to_ne_bytes(), &flags.to_ne_bytes(), &[0; 8]].concat();
     let message = [head, vec![command, 1, 0, 0], body].concat();
-    send(socket.as_raw_fd(), &message, MsgFlags::empty()).expect("the kernel takes it");
+    send(socket.as_raw_fd(), &message, MsgFlags::empty()).expect("the message is sent");
     let mut reply = vec![0; 8192];
-    let count = recv(socket.as_raw_fd(), &mut reply, MsgFlags::empty()).expect("the kernel answers");
+    let count = recv(socket.as_raw_fd(), &mut reply, MsgFlags::empty()).expect("a reply");
     reply.truncate(count);
     reply
 }
 
-/// NBD_CMD_RECONFIGURE: gives nbd0 another socket for one that is dead, as `nbd-client -persist` does.
+/// NBD_CMD_RECONFIGURE: replaces the dead socket of nbd0, as `nbd-client -persist` does.
 fn reconfigure(stream: &UnixStream) {
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkGeneric).expect("a socket");
@@ -168,7 +168,7 @@ fn an_nbd_device_has_holes_only_with_its_export() {
     let single = kernel.directory.path().join("single");
     let image = kernel.image.path().to_str().expect("text");
     let _single = Server::nbdkit(&single, &["--filter=multi-conn", "file", image, "multi-conn-mode=disable"]);
-    for (socket, why) in [("other", "not the same"), ("nobody", "cannot connect"), ("single", "CAN_MULTI_CONN")] {
+    for (socket, why) in [("other", "not the same"), ("missing", "cannot connect"), ("single", "CAN_MULTI_CONN")] {
         let mount = Mount::with_options(Kernel::path(), &["-o", &kernel.option(socket)]);
         assert_eq!(map_holes(mount.file()), [Extent(Kind::Data, 0..SIZE)]);
         assert!(mount.log().contains(why), "{}", mount.log());
@@ -180,7 +180,7 @@ fn an_nbd_device_has_holes_only_with_its_export() {
     check(mount.file(), part.path());
 }
 
-/// A URI is of one export: another device has other bytes, even if it is as long.
+/// A URI names one export: another device has other bytes, even if its size is equal.
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
 fn an_export_gives_holes_only_to_its_own_device() {
@@ -203,7 +203,7 @@ fn an_export_gives_holes_only_to_its_own_device() {
     drop(both);
     assert!(refused(Path::new("/dev/mapper")).contains("more than one file"));
     assert!(refused(image.path()).contains("has no device of the kernel's NBD client"));
-    // A table that is loaded later leads elsewhere.
+    // A table that is loaded later maps another NBD device.
     let device = Dm::new("0 65536 linear /dev/nbd0 0");
     let mount = kernel.mount(device.path());
     assert_map(mount.file(), &map_of(SIZE, &[]));
@@ -215,7 +215,7 @@ fn an_export_gives_holes_only_to_its_own_device() {
     assert!(is_free(Path::new("/dev/nbd1")));
 }
 
-/// The user named the export of the connection that the device had then. The next connection may be to any other one.
+/// The URI names the export that the device was connected to at mount time. A new connection may have another export.
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
 fn a_device_that_is_connected_again_is_all_data() {
@@ -223,7 +223,7 @@ fn a_device_that_is_connected_again_is_all_data() {
     let (_full, _image, socket) = kernel.full("full");
     let mount = kernel.mount(Kernel::path());
     assert_map(mount.file(), &map_of(SIZE, &[]));
-    // What happens to other devices, and messages of the kernel about them, are of no account.
+    // Connections of other devices, and uevents that are no disconnection, change nothing.
     let other = Path::new("/dev/nbd1");
     connect(other, &socket);
     disconnect(other);
@@ -236,8 +236,12 @@ fn a_device_that_is_connected_again_is_all_data() {
     assert_map(mount.file(), &map_of(SIZE, &[0..SIZE]));
     check(mount.file(), Kernel::path());
     assert!(mount.log().contains("no holes from now on"), "{}", mount.log());
-    assert!(!mount.log().contains("changes faster"), "it is all data, and not because it changes: {}", mount.log());
-    // Also when it has the old export again: that cannot be known.
+    assert!(
+        !mount.log().contains("changes faster"),
+        "it must be all data because of the new connection, not because it changes: {}",
+        mount.log()
+    );
+    // The same holds when it is connected to the old export again, because the kernel does not report the export.
     disconnect(Kernel::path());
     assert!(is_free(Kernel::path()));
     connect(Kernel::path(), &kernel.directory.path().join("s"));
@@ -256,10 +260,10 @@ fn a_device_that_is_disconnected_while_its_file_is_open_is_all_data() {
     assert_eq!(seek_data(&file, 0), None);
     disconnect(Kernel::path());
     assert_eq!(seek_data(&file, 0), Some(0), "{}", mount.log());
-    assert!((&file).read(&mut [0; 4096]).is_err(), "what cannot be read is no hole");
+    assert!((&file).read(&mut [0; 4096]).is_err(), "a disconnected device is readable");
 }
 
-/// A socket that died is replaced without an event, and the device keeps its size, its number and its `pid`.
+/// A dead socket is replaced without a uevent, and the device keeps its size, its number and its `pid`.
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
 fn a_device_whose_dead_socket_was_replaced_is_all_data() {
@@ -270,7 +274,7 @@ fn a_device_whose_dead_socket_was_replaced_is_all_data() {
     assert_eq!(seek_data(&file, 0), None);
     let pid = || std::fs::read_to_string("/sys/block/nbd0/pid").expect("it is connected");
     let before = pid();
-    // The export that the user named is there again at once; the device has the other one.
+    // The export of the URI is available again at once; the device is connected to the other one.
     kernel.server.kill();
     kernel.server.restart();
     reconfigure(&negotiate(&socket).expect("the server answers"));
@@ -282,7 +286,7 @@ fn a_device_whose_dead_socket_was_replaced_is_all_data() {
     assert_map(mount.file(), &map_of(SIZE, &[0..SIZE]));
 }
 
-/// An export that has other bytes than the device is a mistake of the user, which is found as far as bytes are compared.
+/// An export that has other bytes than the device is a user error. It is detected where the compared bytes differ.
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
 fn another_export_of_the_same_size_is_refused() {
@@ -300,7 +304,7 @@ fn another_export_of_the_same_size_is_refused() {
     assert!(text.contains("they differ at byte"), "{text}");
 }
 
-/// A write over the kernel's connection is visible on ours only after a flush (`NBD_FLAG_CAN_MULTI_CONN`).
+/// A write over the kernel's connection is visible on the daemon's connection only after a flush (`NBD_FLAG_CAN_MULTI_CONN`).
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
 fn writes_over_the_kernels_connection_are_flushed_before_holes_are_asked_for() {
@@ -312,17 +316,17 @@ fn writes_over_the_kernels_connection_are_flushed_before_holes_are_asked_for() {
     assert_map(mount.file(), &map_of(SIZE, &[]));
     let text = std::fs::read_to_string(log(kernel.directory.path())).expect("the filter writes it");
     let mut flushed = false;
-    let mut asked = 0;
+    let mut requests = 0;
     for line in text.lines() {
-        // "... Flush id=N" when it comes, "...Flush id=N return=0" when it is done.
+        // The filter logs "Flush id=N" at the start and "...Flush id=N return=0" at the end of a flush.
         if line.contains("Extents id=") && !line.contains("...Extents") {
-            assert!(flushed, "holes were asked for before a flush was done:\n{text}");
+            assert!(flushed, "block status was requested before a flush was done:\n{text}");
             flushed = false;
-            asked += 1;
+            requests += 1;
         }
         flushed |= line.contains("...Flush");
     }
-    assert!(asked > 0, "{text}");
+    assert!(requests > 0, "{text}");
 }
 
 #[test]
@@ -344,7 +348,7 @@ fn writes_and_discards_through_the_kernel_are_seen() {
     data.drain(1..3);
     assert_map(mount.file(), &map_of(SIZE, &data));
     check(mount.file(), Kernel::path());
-    // What another client of the server writes.
+    // A write to the image stands for a write by another client of the server.
     kernel.image.write(5 * MIB..6 * MIB);
     assert_eq!(seek_data(&file, 5 * MIB), Some(5 * MIB));
 }

@@ -52,7 +52,7 @@ fn unstriped_has_the_holes_of_one_leg() {
 fn snapshot_origin_has_the_holes_of_its_device() {
     let disk = Disk::new(SIZE, &[MIB..2 * MIB]);
     assert_map(&Dm::new(&format!("0 {SECTORS} snapshot-origin {}", disk.path())), &[MIB..2 * MIB]);
-    // In the middle of a table it would show other bytes than its beginning.
+    // The target ignores its start in the table, so behind another target it maps the device from that offset on.
     let table = format!("0 2048 zero\n2048 2048 snapshot-origin {}", disk.path());
     assert_map(&Dm::new(&table), &[MIB..2 * MIB]);
 }

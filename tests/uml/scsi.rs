@@ -67,8 +67,8 @@ fn a_disk_that_does_not_promise_zeros_is_dense() {
     ] {
         let disk = ScsiDisk::new(8, parameters);
         let stack = resolve(disk.path());
-        let said = stack.load().map().dense_because().map_or_else(String::new, |reason| reason.to_string());
-        assert!(said.contains(reason), "{parameters:?}: {said}");
+        let actual = stack.load().map().dense_because().map_or_else(String::new, |reason| reason.to_string());
+        assert!(actual.contains(reason), "{parameters:?}: {actual}");
         assert_eq!(map(&stack), [Extent(Kind::Data, 0..8 * MIB)], "{parameters:?}");
     }
 }
@@ -86,7 +86,7 @@ fn writes_and_unmaps_of_an_open_disk_are_seen() {
         discard(disk.path(), range.clone());
         assert_eq!(map(&stack), map_of(SIZE, &[]), "a discard");
     }
-    // This one is counted nowhere, so it may take until what is remembered is forgotten.
+    // No I/O counter includes an UNMAP command of sg_unmap(8), so the old map may be used until it expires.
     write(disk.path(), 0..MIB);
     assert_eq!(map(&stack), map_of(SIZE, &[0..MIB]));
     disk.unmap(0, 1024);
@@ -94,7 +94,7 @@ fn writes_and_unmaps_of_an_open_disk_are_seen() {
     drop(open);
 }
 
-/// A disk that is pulled out has no bytes any more; that is an error, and not the end of the file.
+/// Reads and seeks on a removed disk fail with an error; they do not report the end of the file.
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
 fn a_removed_disk_is_an_error_and_no_end_of_file() {
@@ -116,7 +116,7 @@ fn a_removed_disk_is_an_error_and_no_end_of_file() {
     assert!(all || file.metadata().is_err_and(gone), "stat of the open file");
 }
 
-/// The kernel calls a medium error ENODATA, which is no errno that a reader of a file knows.
+/// The kernel reports a medium error as ENODATA, which read(2) does not document; the mount reports EIO.
 #[test]
 #[ignore = "needs scsi_debug: run tests/run"]
 fn a_medium_error_is_eio() {

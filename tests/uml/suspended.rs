@@ -1,4 +1,4 @@
-//! A suspended device answers everything but reads at once.
+//! Requests for a suspended device, except reads, are answered at once.
 
 use std::fs::File;
 use std::path::Path;
@@ -12,20 +12,20 @@ use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::{MIB, assert_becomes, run, wait_until};
 
-/// Looks at the file in every way that reads nothing, while `suspended` is and has dirty pages above it that cannot be
-/// written back (those from before, the suspension itself writes); whether all of that ended at once.
-fn looks(suspended: &Dm, writer: &File, directory: &Path, file: &Path) -> (bool, Vec<Extent>) {
+/// Sends every request that reads no bytes (readdir, stat, lseek) while `suspended` is suspended and has dirty pages above
+/// it that cannot be written back. Returns whether all requests ended at once, and the map.
+fn query_while_suspended(suspended: &Dm, writer: &File, directory: &Path, file: &Path) -> (bool, Vec<Extent>) {
     suspended.suspend();
     write_at(writer, MIB..MIB + 4096);
     let paths = Arc::new((directory.to_owned(), file.to_owned()));
-    let looking = thread::spawn(move || {
+    let queries = thread::spawn(move || {
         assert_eq!(std::fs::read_dir(&paths.0).expect("readdir").count(), 1);
         std::fs::metadata(&paths.1).expect("stat");
         map_holes(&paths.1)
     });
-    let ended = wait_until(|| looking.is_finished());
+    let ended = wait_until(|| queries.is_finished());
     suspended.resume();
-    (ended, looking.join().expect("the looks succeed"))
+    (ended, queries.join().expect("the queries succeed"))
 }
 
 #[test]
@@ -39,15 +39,15 @@ fn a_suspended_device_blocks_only_reads() {
     assert_map(mount.file(), &map_of(4 * MIB, &[]));
     let writer = open_for_writing(above.path());
     for suspended in [&above, &below] {
-        let (at_once, map) = looks(suspended, &writer, mount.directory(), mount.file());
-        assert!(at_once, "a look waited for the resume of {}", suspended.name());
+        let (at_once, map) = query_while_suspended(suspended, &writer, mount.directory(), mount.file());
+        assert!(at_once, "a query waited for the resume of {}", suspended.name());
         let covered = map.iter().any(|Extent(kind, range)| *kind == Kind::Data && range.contains(&MIB));
-        assert!(covered, "what was written is data: {map:?}");
+        assert!(covered, "the written range is in a hole: {map:?}");
     }
     assert_map(mount.file(), &map_of(4 * MIB, &[MIB..MIB + 4096]));
 }
 
-/// The first look at a device finds it suspended. It waits for nothing, and the daemon can be ended meanwhile.
+/// The device is suspended when its file is opened first. Queries do not wait, and the daemon can be terminated.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_device_that_is_suspended_at_the_first_open_blocks_only_reads() {
@@ -59,23 +59,23 @@ fn a_device_that_is_suspended_at_the_first_open_blocks_only_reads() {
         let mut mount = Mount::new(above.path());
         suspended.suspend();
         let file = mount.file().to_owned();
-        let looking = thread::spawn(move || {
+        let queries = thread::spawn(move || {
             std::fs::metadata(&file).expect("stat");
             map_holes(&file)
         });
-        let at_once = wait_until(|| looking.is_finished());
+        let at_once = wait_until(|| queries.is_finished());
         run("kill", ["-TERM".to_owned(), mount.pid().to_string()]);
         let ended = wait_until(|| !mount.is_running());
         suspended.resume();
-        assert_eq!(looking.join().expect("the looks succeed"), [Extent(Kind::Data, 0..4 * MIB)], "all data");
-        assert!(at_once, "a look waited for the resume of {}", suspended.name());
+        assert_eq!(queries.join().expect("the queries succeed"), [Extent(Kind::Data, 0..4 * MIB)], "all data");
+        assert!(at_once, "a query waited for the resume of {}", suspended.name());
         assert!(ended, "the daemon waited for the resume of {}", suspended.name());
         mount.ended();
     }
     assert_map(Mount::new(above.path()).file(), &map_of(4 * MIB, &[MIB..2 * MIB]));
 }
 
-/// A file that was first seen while its device was suspended is looked at again after the resume.
+/// A file that was opened first while its device was suspended gets its map after the resume.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_resumed_device_has_its_holes_again() {
@@ -91,7 +91,7 @@ fn a_resumed_device_has_its_holes_again() {
     assert_becomes(&Some(MIB), || seek_data(&file, 0));
 }
 
-/// What a layer stands on that is dense is waited for by nobody: a crypt device, or the metadata of a pool.
+/// No query waits for the suspended lower device of a dense layer, here a crypt device.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_suspended_device_below_a_dense_layer_blocks_only_reads() {
@@ -103,8 +103,8 @@ fn a_suspended_device_below_a_dense_layer_blocks_only_reads() {
     let device = Dm::new(&format!("0 8192 crypt aes-xts-plain64 {key} 0 {} 0", below.path().display()));
     let mount = Mount::new(device.path());
     let writer = open_for_writing(device.path());
-    let (at_once, map) = looks(&below, &writer, mount.directory(), mount.file());
-    assert!(at_once, "a look waited for the resume of {}", below.name());
+    let (at_once, map) = query_while_suspended(&below, &writer, mount.directory(), mount.file());
+    assert!(at_once, "a query waited for the resume of {}", below.name());
     assert_eq!(map, [Extent(Kind::Data, 0..4 * MIB)]);
 }
 
@@ -116,8 +116,8 @@ fn suspended_metadata_is_not_read() {
     let thin = pool.thin(0, 64 * MIB);
     let mount = Mount::new(thin.path());
     let writer = open_for_writing(thin.path());
-    let (at_once, map) = looks(pool.slow(), &writer, mount.directory(), mount.file());
-    assert!(at_once, "a look waited for the resume of the metadata device");
+    let (at_once, map) = query_while_suspended(pool.slow(), &writer, mount.directory(), mount.file());
+    assert!(at_once, "a query waited for the resume of the metadata device");
     assert_eq!(map, [Extent(Kind::Data, 0..64 * MIB)], "all data");
     drop(writer);
     assert_becomes(&Some(MIB + (64 << 10)), || seek_hole(&open(mount.file()), MIB));

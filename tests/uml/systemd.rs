@@ -10,7 +10,7 @@ use crate::common::loop_device::Loop;
 use crate::common::{MIB, needs, run};
 
 /// For a slow kernel; the idle timeout of the automount is part of it.
-const PATIENCE: Duration = Duration::from_secs(240);
+const TIMEOUT: Duration = Duration::from_secs(240);
 
 /// What becomes systemd: /usr/sbin gets the helpers, /run is empty.
 const FIRST_PROCESS: &str = r#"
@@ -24,13 +24,13 @@ for name in mount.blkholefs umount.blkholefs mount.fuse.blkholefs umount.fuse.bl
 done
 mount --bind farm/sbin /usr/sbin
 mount -t tmpfs tmpfs /run
-# The console is the tests'.
+# The console is reserved for the output of the tests.
 mount --bind /dev/null /dev/console
 export container=test SYSTEMD_UNIT_PATH=$PWD/units SYSTEMD_LOG_TARGET=kmsg
 exec systemd --system --unit=test.target --show-status=0
 "#;
 
-/// systemd in namespaces of its own, which end with this value.
+/// systemd in its own namespaces. Dropping this value ends it.
 struct Systemd {
     process: Child,
     directory: tempfile::TempDir,
@@ -43,7 +43,7 @@ impl Systemd {
         fs::write(path("script"), script).unwrap();
         let target = format!("[Unit]\nRequires=test.service {wants}\n");
         fs::write(path("units/test.target"), target).unwrap();
-        // The result appears whole.
+        // The output is renamed when it is complete.
         let service = format!(
             "[Unit]\nDefaultDependencies=no\nAfter={wants}\n[Service]\nType=oneshot\nTimeoutStartSec=infinity\n\
              WorkingDirectory={0}\nExecStart=/bin/sh -c 'sh script >output 2>&1; mv output result'\n",
@@ -62,7 +62,7 @@ impl Systemd {
     /// What the script printed.
     fn result(&mut self) -> String {
         let path = |name: &str| self.directory.path().join(name);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !path("result").exists() {
             let text = |name: &str| fs::read_to_string(path(name)).unwrap_or_default();
             let ended = self.process.try_wait().unwrap();

@@ -1,4 +1,4 @@
-//! Tables that are replaced and come back. The text of a table, and a status, are no proof that the contents are the same.
+//! Tables that are replaced and restored. The text of a table, and a status, are no proof that the contents are the same.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -15,23 +15,23 @@ use crate::targets::Disk;
 const SIZE: u64 = 4 * MIB;
 const SECTORS: u64 = SIZE / 512;
 
-/// Copies a device to another one, past all page caches.
+/// Copies a device to another one with direct I/O.
 fn copy(from: &Path, to: &Path) {
     let words = [format!("if={}", from.display()), format!("of={}", to.display())];
     let more = ["bs=64k", "iflag=direct", "oflag=direct", "status=none"].map(str::to_owned);
     run("dd", words.into_iter().chain(more));
 }
 
-/// Does something while another table is in the place of the device's own.
+/// Runs `work` while a zero table replaces the device's own table.
 fn while_replaced(device: &Dm, own: &str, work: impl FnOnce()) {
     let status = device.status();
     device.reload(&format!("0 {SECTORS} zero"));
     work();
     device.reload(own);
-    assert_eq!(device.status().split(' ').nth(2), status.split(' ').nth(2), "the target is back");
+    assert_eq!(device.status().split(' ').nth(2), status.split(' ').nth(2), "the target is not restored");
 }
 
-/// The store of a snapshot gets other exceptions, as many as before, while the snapshot's table is away.
+/// The store of a snapshot gets other exceptions, as many as before, while the snapshot's table is replaced.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_snapshot_store_that_was_replaced_is_read_again() {
@@ -48,12 +48,12 @@ fn a_snapshot_store_that_was_replaced_is_read_again() {
     assert_eq!((seek_data(&file, 0), seek_data(&file, 16 * KIB)), (Some(0), None));
     let status = device.status();
     while_replaced(&device, &table(&store), || copy(other.device.path(), store.device.path()));
-    assert_eq!(device.status(), status, "nothing that can be asked has changed");
+    assert_eq!(device.status(), status, "the status is the same");
     assert_eq!(seek_data(&file, 2 * MIB), Some(2 * MIB), "what the other store has");
     check(mount.file(), device.path());
 }
 
-/// The times of a snapshot move when its store may be another one.
+/// The times of a snapshot change when its store may have been replaced.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_snapshot_table_that_was_replaced_changes_the_times() {
@@ -72,7 +72,7 @@ fn a_snapshot_table_that_was_replaced_changes_the_times() {
     assert_ne!(times(), before);
 }
 
-/// All of a clone was copied. It gets new metadata, which says that nothing was, while its table is away.
+/// All of a clone was copied. While its table is replaced, it gets new metadata, in which no region is copied.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn clone_metadata_that_was_replaced_is_read_again() {
@@ -96,7 +96,7 @@ fn clone_metadata_that_was_replaced_is_read_again() {
     check(mount.file(), device.path());
 }
 
-/// A volume is deleted and made again with other blocks, as many as before, while the table of its device is away.
+/// A volume is deleted and made again with other blocks, as many as before, while the table of its device is replaced.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_thin_volume_that_was_recreated_is_read_again() {
@@ -117,7 +117,7 @@ fn a_thin_volume_that_was_recreated_is_read_again() {
     check(mount.file(), device.path());
 }
 
-/// Other devices' tables change all the time. A map that stands on nothing but devices below stays, and so do the times.
+/// A map that depends only on its lower devices stays valid when tables of other devices change, and the times stay too.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn tables_of_other_devices_change_nothing() {
@@ -137,7 +137,7 @@ fn tables_of_other_devices_change_nothing() {
     }
 }
 
-/// Where /dev/mapper/control cannot be opened at the first look, the next look tries again.
+/// Where /dev/mapper/control cannot be opened at the first query, the next query tries again.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_control_device_that_appears_later_is_used() {

@@ -21,7 +21,7 @@ impl Disk {
         Self { device: Loop::new(image.path()), image }
     }
 
-    /// Makes a range a hole, behind the back of whoever uses the device.
+    /// Makes a range of the image a hole without a request to the device.
     pub fn punch(&self, range: Range<u64>) {
         self.image.punch(range);
     }
@@ -58,7 +58,7 @@ fn linear_has_the_holes_of_its_range() {
     assert_map(&twice, &[0..MIB]);
 }
 
-/// More than the kernel tells at once: the segments of a volume that was extended again and again.
+/// A table that does not fit into one reply of the kernel: a volume of many segments.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_table_longer_than_one_reply_is_read_completely() {
@@ -149,10 +149,10 @@ fn error_is_data_that_cannot_be_read() {
     let file = open(mount.file());
     let error = file.read_at(&mut [0; 4096], MIB + 8192).expect_err("there are no bytes");
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
-    file.read_exact_at(&mut [0; 4096], 2 * MIB).expect("the rest can be read");
+    file.read_exact_at(&mut [0; 4096], 2 * MIB).expect("the other sectors can be read");
 }
 
-/// Runs of one kind are one run, wherever the table cuts them.
+/// Adjacent extents of one kind are one extent, although the table splits them.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn adjacent_extents_of_one_kind_are_merged() {
@@ -172,7 +172,7 @@ fn adjacent_extents_of_one_kind_are_merged() {
     assert_map(&device, &[0..2 * MIB, 4 * MIB..end]);
 }
 
-/// What a hole below does not promise a hole above.
+/// A hole of the device below dm-crypt does not read as zeros through dm-crypt.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn encryption_is_dense() {
@@ -182,20 +182,20 @@ fn encryption_is_dense() {
     assert_dense(&device);
     let mount = Mount::new(device.path());
     check(mount.file(), device.path());
-    assert!(mount.log().contains("crypt"), "the reason is told: {}", mount.log());
+    assert!(mount.log().contains("crypt"), "the log lacks the reason: {}", mount.log());
 }
 
-/// A stack far deeper than anyone builds: any answer is right that is true.
+/// A stack of 21 linear devices may have fewer holes than its disk, but no wrong one.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_deep_stack_has_only_true_holes() {
     let disk = Disk::new(2 * MIB, &[MIB..MIB + 4096]);
     let mut stack = vec![Dm::linear(disk.device.path())];
     for _ in 0..20 {
-        let top = Dm::linear(stack.last().expect("it began with one").path());
+        let top = Dm::linear(stack.last().expect("the stack is not empty").path());
         stack.push(top);
     }
-    let top = stack.last().expect("it began with one");
+    let top = stack.last().expect("the stack is not empty");
     let mount = Mount::new(top.path());
     write(top.path(), 4096..8192);
     check(mount.file(), top.path());

@@ -55,7 +55,7 @@ fn an_open_file_follows_provisioning_and_discards() {
     assert_eq!(seek_data(&file, 0), None);
     let writer = open_for_writing(thin.path());
     for offset in [512 * MIB, 64 * MIB + 4096, 0, GIB - 512] {
-        // Stays in the page cache: nothing is provisioned until it is written back.
+        // The write stays in the page cache: its block is provisioned at writeback.
         write_at(&writer, offset..offset + 512);
         let page = offset / 4096 * 4096;
         assert_eq!(seek_data(&file, page), Some(page), "{offset}");
@@ -66,7 +66,7 @@ fn an_open_file_follows_provisioning_and_discards() {
     assert_map(mount.file(), &map_of(GIB, &[block(0), block(64 * MIB), block(512 * MIB), last.clone()]));
     discard(thin.path(), 0..GIB / 2);
     assert_map(mount.file(), &map_of(GIB, &[block(512 * MIB), last.clone()]));
-    // Less than a block stays mapped.
+    // A discard of less than a block does not unmap it.
     discard(thin.path(), 512 * MIB..512 * MIB + BLOCK / 2);
     assert_map(mount.file(), &map_of(GIB, &[block(512 * MIB), last]));
     check(mount.file(), thin.path());
@@ -183,7 +183,7 @@ fn a_recreated_volume_has_its_own_map() {
     check(mount.file(), thin.path());
 }
 
-/// Reading leaves the pool as it was: no metadata snapshot is held, and its metadata is sound.
+/// Reading a map does not change the pool: no metadata snapshot is held, and the metadata passes `thin_check`.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn reading_leaves_no_metadata_snapshot_in_the_pool() {
@@ -198,7 +198,7 @@ fn reading_leaves_no_metadata_snapshot_in_the_pool() {
     mount.kill();
     drop(mount);
     assert_eq!(pool.held_root(), None, "{}", pool.dm().status());
-    // Someone else's snapshot of the metadata is left alone.
+    // A metadata snapshot of another program is not released.
     pool.dm().message("reserve_metadata_snap");
     let held = pool.held_root();
     assert!(held.is_some(), "{}", pool.dm().status());
@@ -212,7 +212,7 @@ fn reading_leaves_no_metadata_snapshot_in_the_pool() {
     pool.thin_check();
 }
 
-/// A volume may be active twice. What is written through one device is on the other.
+/// A volume may be active as two devices. A write through one device is visible on the other.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_write_through_a_second_device_of_a_volume_is_seen() {
@@ -230,14 +230,14 @@ fn a_write_through_a_second_device_of_a_volume_is_seen() {
     write(twin.path(), MIB..MIB + 4096);
     assert_ne!(modified(), before, "a write through the other device");
     check(mount.file(), device.path());
-    // Other volumes come and go.
+    // Activation of other volumes changes nothing.
     drop(twin);
     let _other = pool.thin(1, 16 * MIB);
     assert_becomes(&Some(MIB), || seek_data(&file, 0));
     assert_map(mount.file(), &map_of(16 * MIB, &[MIB..MIB + BLOCK]));
     write(device.path(), 3 * MIB..3 * MIB + 4096);
     assert_becomes(&Some(3 * MIB), || seek_data(&file, 2 * MIB));
-    // And a device that came, was written to and went while nobody looked.
+    // A second device is activated, written to and removed between two queries.
     assert_becomes(&Some(3 * MIB + BLOCK), || seek_hole(&file, 3 * MIB));
     let twin = pool.activate(0, 16 * MIB, None);
     write(twin.path(), 5 * MIB..5 * MIB + 4096);

@@ -1,4 +1,5 @@
-//! The metadata snapshot of a pool: it is released however the daemon ends, and a pool that waits blocks no end.
+//! The metadata snapshot of a pool: it is released however the daemon ends, and a slow pool does not keep the daemon from
+//! ending.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -21,7 +22,7 @@ const SIZE: u64 = 24 * MIB;
 /// The directory of the records.
 const RECORDS: &str = "/run/blkholefs.thin";
 
-/// Ends the loops of other threads when it goes, by a panic too.
+/// Sets the flag that ends the loops of other threads when it is dropped, also by a panic.
 struct Ends<'a>(&'a AtomicBool);
 
 impl Drop for Ends<'_> {
@@ -30,8 +31,8 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// Runs `test` while a volume of the pool is written, with a commit for each write: nobody can read the metadata without
-/// the metadata snapshot.
+/// Runs `test` while a volume of the pool is written, with a commit for each write: the metadata can be read
+/// only through the metadata snapshot.
 fn while_it_commits(pool: &Pool, test: impl FnOnce(&Dm)) {
     let (thin, noise) = (pool.thin(0, SIZE), pool.thin(1, SIZE));
     open_for_writing(thin.path()).write_all_at(&[1; 4096], MIB).expect("a write inside the device");
@@ -60,8 +61,8 @@ fn while_it_commits(pool: &Pool, test: impl FnOnce(&Dm)) {
     assert_becomes(&None, || pool.held_root());
 }
 
-/// Asks for the map, anew each time, until the daemon is gone.
-fn look_until_gone(file: &Path) {
+/// Opens the file and queries its map again and again until the daemon is gone.
+fn query_until_gone(file: &Path) {
     while let Ok(file) = fs::File::open(file) {
         if lseek(&file, 0, Whence::SeekHole).is_err() {
             return;
@@ -69,16 +70,16 @@ fn look_until_gone(file: &Path) {
     }
 }
 
-fn looking(mount: &Mount) -> thread::JoinHandle<()> {
+fn query_in_background(mount: &Mount) -> thread::JoinHandle<()> {
     let file = mount.file().to_owned();
-    thread::spawn(move || look_until_gone(&file))
+    thread::spawn(move || query_until_gone(&file))
 }
 
 fn record(pool: &Pool) -> String {
     fs::read_to_string(Path::new(RECORDS).join(pool.dm().name())).unwrap_or_default()
 }
 
-/// Waits for the record of a snapshot. Readings without one are tried first.
+/// Waits for the record of a snapshot. The daemon tries reads without a snapshot first.
 fn wait_for_record(pool: &Pool, mount: &Mount, is_it: impl Fn(&str) -> bool) {
     let found = (0..6).any(|_| wait_until(|| is_it(&record(pool))));
     assert!(found, "no snapshot is taken: {}", mount.log());
@@ -93,12 +94,12 @@ fn a_kill_at_any_moment_leaves_no_metadata_snapshot() {
         let mut random = Random::new(2);
         for kill in 0..KILLS {
             let mut mount = Mount::new(thin.path());
-            let looking = looking(&mount);
-            // From before the reserve message to after the release.
+            let queries = query_in_background(&mount);
+            // The kill comes at any time from the reserve message until after the release.
             wait_for_record(&pool, &mount, |record| !record.is_empty());
             thread::sleep(Duration::from_millis(random.within(0..120)));
             mount.kill();
-            looking.join().expect("looking ends with the daemon");
+            queries.join().expect("the queries end with the daemon");
             drop(mount);
             let released = wait_until(|| pool.held_root().is_none());
             assert!(released, "kill {kill} left a snapshot, with the record {:?}", record(&pool));
@@ -114,10 +115,10 @@ fn a_kill_during_the_reserve_message_leaves_no_metadata_snapshot() {
     while_it_commits(&pool, |thin| {
         for _ in 0..6 {
             let mut mount = Mount::new(thin.path());
-            let looking = looking(&mount);
+            let queries = query_in_background(&mount);
             wait_for_record(&pool, &mount, |record| record.ends_with("wanted\n"));
             mount.kill();
-            looking.join().expect("looking ends with the daemon");
+            queries.join().expect("the queries end with the daemon");
             drop(mount);
             assert_becomes(&None, || pool.held_root());
             assert_becomes(&String::new(), || record(&pool));
@@ -126,7 +127,7 @@ fn a_kill_during_the_reserve_message_leaves_no_metadata_snapshot() {
     pool.thin_check();
 }
 
-/// A reading that takes long blocks no end: the snapshot is released without the daemon.
+/// The daemon ends during a slow read of the metadata, and the snapshot is released after its end.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn slow_metadata_does_not_delay_the_end_of_the_daemon() {
@@ -141,16 +142,16 @@ fn slow_metadata_does_not_delay_the_end_of_the_daemon() {
     while_it_commits(&pool, |_| {
         let path = pool.metadata().display();
         let table = |reads: u32| format!("0 {} delay {path} 0 {reads} {path} 0 20", sectors(pool.metadata()));
-        // Each node of the way down the tree waits for the one above.
+        // The nodes of a path in the tree are read one after the other.
         pool.slow_metadata().reload(&table(3000));
         let mut mount = Mount::new(wide.path());
-        let looking = looking(&mount);
+        let queries = query_in_background(&mount);
         wait_for_record(&pool, &mount, |record| record.contains("held "));
         mount.terminate();
         let ended = wait_until(|| !mount.is_running());
         pool.slow_metadata().reload(&table(0));
-        assert!(ended, "the daemon waits for a reading: {}\n{}", mount.stacks(), mount.log());
-        looking.join().expect("looking ends with the daemon");
+        assert!(ended, "the daemon waits for a read of the metadata: {}\n{}", mount.stacks(), mount.log());
+        queries.join().expect("the queries end with the daemon");
         drop(mount);
         assert_becomes(&None, || pool.held_root());
     });

@@ -14,7 +14,7 @@ use crate::common::mount::Mount;
 use crate::common::scsi::ScsiDisk;
 use crate::common::{MIB, assert_becomes, wait_until};
 
-/// Our own snapshot is released by the next start, and nobody else's.
+/// The next start releases the daemon's own snapshot, and no other program's.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn the_next_start_releases_only_our_metadata_snapshot() {
@@ -95,7 +95,7 @@ fn a_write_during_a_discard_is_seen() {
         // It has unmapped the block, and waits for the data device.
         let mapped = || thin.status().split(' ').nth(3).and_then(|sectors| sectors.parse::<u64>().ok());
         assert_becomes(&Some(7 * BLOCK / 512), mapped);
-        assert!(discard.try_wait().expect("our own child").is_none(), "the discard is at work");
+        assert!(discard.try_wait().expect("our own child").is_none(), "the discard has ended too early");
         write(thin.path(), to..to + 4096);
         assert_eq!(seek_data(&file, to), Some(to), "a write that completed");
         assert!(discard.wait().expect("our own child").success());
@@ -104,7 +104,7 @@ fn a_write_during_a_discard_is_seen() {
     check(mount.file(), thin.path());
 }
 
-/// Volumes of one pool that are asked at the same time are read together.
+/// Simultaneous seeks on volumes of one pool share one read of the metadata.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn seeks_at_the_same_time_share_one_read_of_the_metadata() {
@@ -127,7 +127,7 @@ fn seeks_at_the_same_time_share_one_read_of_the_metadata() {
         }
     });
     let read = bytes_read(pool.metadata()) - before;
-    // Alone, each one takes the superblock twice, and a node of each of the three trees.
+    // A separate read takes the superblock twice, and one node of each of the three trees.
     let alone = u64::from(VOLUMES) * 5 * 4096;
     assert!(read < alone, "{read} bytes of metadata read, {alone} by one at a time");
     for (id, thin) in (0..VOLUMES).zip(&thins) {
@@ -135,7 +135,7 @@ fn seeks_at_the_same_time_share_one_read_of_the_metadata() {
     }
 }
 
-/// A device that is written all the time has a map for clients that walk it: they wait until it may be read again.
+/// Seeks on a device that is written continuously still find holes: they wait until the metadata can be read.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_volume_that_is_written_all_the_time_has_holes() {

@@ -1,4 +1,5 @@
-//! Thin pools that are busy, full, and read by others too: no wrong hole, nothing left in the pool, its metadata sound.
+//! Thin pools that are busy, full, or read by another program too: no hole is wrong, no metadata snapshot stays, and the
+//! metadata passes `thin_check`.
 
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +19,7 @@ const SIZE: u64 = 24 * MIB;
 /// Writes by each writer.
 const ROUNDS: u64 = 100;
 
-/// Ends the loops of other threads when it goes, by a panic too.
+/// Sets the flag that ends the loops of other threads when it is dropped, also by a panic.
 struct Ends<'a>(&'a AtomicBool);
 
 impl Drop for Ends<'_> {
@@ -27,8 +28,8 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// Several volumes of one pool, all written at once, and snapshots that come and go; meanwhile another tool takes and
-/// releases the one metadata snapshot that a pool has.
+/// Several volumes of one pool, all written at once, while snapshots are made and deleted and another tool takes
+/// and releases the one metadata snapshot that a pool has.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn busy_volumes_and_snapshots_have_no_wrong_hole() {
@@ -88,7 +89,7 @@ fn metadata_snapshots(pool: &Pool, done: &AtomicBool) -> u32 {
     while !done.load(Ordering::SeqCst) {
         // The program under test may have it for a moment.
         if try_run("dmsetup", ["message", pool.dm().name(), "0", "reserve_metadata_snap"], "").is_ok() {
-            assert!(pool.held_root().is_some(), "someone released what is ours");
+            assert!(pool.held_root().is_some(), "another program released this test's metadata snapshot");
             pool.dm().message("release_metadata_snap");
             taken += 1;
         }
@@ -97,7 +98,7 @@ fn metadata_snapshots(pool: &Pool, done: &AtomicBool) -> u32 {
     taken
 }
 
-/// Daemons that die at any moment leave nothing in the pool that the next one does not clear away.
+/// A daemon that is killed at any moment leaves nothing in the pool that the next daemon does not remove.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn killed_daemons_leave_nothing_in_the_pool() {
@@ -117,10 +118,10 @@ fn killed_daemons_leave_nothing_in_the_pool() {
         for _ in 0..8 {
             let mut mount = Mount::new(thin.path());
             let file = mount.file().to_owned();
-            let looking = scope.spawn(move || while std::fs::metadata(&file).is_ok() {});
+            let queries = scope.spawn(move || while std::fs::metadata(&file).is_ok() {});
             thread::sleep(Duration::from_millis(random.within(0..100)));
             mount.kill();
-            looking.join().expect("looking ends with the daemon");
+            queries.join().expect("the queries end with the daemon");
         }
         drop(ends);
         writing.join().expect("writes succeed");
@@ -178,14 +179,14 @@ fn a_pool_without_space_for_metadata_has_holes() {
     assert!(status.contains(" ro ") || status.contains("Fail"), "after {} snapshots: {status}", snapshots.len());
     check(mount.file(), thin.path());
     drop(mount);
-    // And for a daemon that never saw it in a better state.
+    // A daemon that starts after the failure reads the map too.
     let mount = Mount::new(thin.path());
     check(mount.file(), thin.path());
     assert!(map_holes(mount.file()).len() > 1, "a pool that takes no writes can be read: {}", mount.log());
 }
 
-/// A pool that commits several times while its metadata is read, because that is slow: one device is written all the time,
-/// and the others are looked at.
+/// A pool that commits several times while its metadata is read, because that is slow: one device is written continuously
+/// while the maps of the others are read.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn volumes_of_a_pool_that_commits_all_the_time_have_no_wrong_hole() {
@@ -202,7 +203,7 @@ fn volumes_of_a_pool_that_commits_all_the_time_have_no_wrong_hole() {
     thread::scope(|scope| {
         let committing = scope.spawn(|| commits(&pool, &noise, &done));
         let ends = Ends(&done);
-        // Nobody writes to this one, so its holes can be known all the while.
+        // This volume is not written, so its holes stay known.
         for _ in 0..3 {
             let file = open(quiet_mount.file());
             assert_becomes(&Some(BLOCK), || seek_hole(&file, 0));
