@@ -139,6 +139,7 @@ struct Word<'a> {
 }
 
 impl<'a> Word<'a> {
+    /// Divides the bytes of one option at its first `=`.
     fn new(bytes: &'a [u8]) -> Self {
         let (name, value) = match bytes.iter().position(|byte| *byte == b'=') {
             Some(at) => (&bytes[..at], Some(&bytes[at + 1..])),

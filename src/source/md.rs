@@ -131,6 +131,7 @@ fn raid0(array: &Array, legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Strip
     striped(legs, array.chunk, leg_len, len)
 }
 
+/// `legs` of `leg_len` bytes each, over which chunks are distributed in turn, as a device of `len` bytes.
 fn striped(legs: Vec<Arc<dyn HoleMap>>, chunk: Bytes, leg_len: Bytes, len: Bytes) -> Result<Stripe, DenseReason> {
     let count = u64::try_from(legs.len()).unwrap_or(u64::MAX);
     if leg_len.get().checked_mul(count) != Some(len.get()) {

@@ -60,7 +60,8 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    /// The stack with that top layer.
+    /// The stack with that top layer. Stored extents that none of its layers uses are left out, because their `Weak` pointers
+    /// no longer lead to anything.
     pub(super) fn finish(self, top: Arc<Layer>) -> Stack {
         drop(self.known);
         let stored = self.stored.iter().filter_map(Weak::upgrade).collect();

@@ -103,6 +103,11 @@ pub fn partition(id: DeviceId) -> io::Result<Option<(DeviceId, Sectors)>> {
     partition_in(&directory(id), id)
 }
 
+/// The disk and the start of the partition `id`, whose directory in sysfs is `directory`. `None` for a device that is no
+/// partition.
+///
+/// # Errors
+/// As read(2), and when an attribute is no number or belongs to another device.
 fn partition_in(directory: &Path, id: DeviceId) -> io::Result<Option<(DeviceId, Sectors)>> {
     let number = |name: &str| match bytes_in(directory, id, name)? {
         None => Ok(None),

@@ -15,7 +15,7 @@ pub fn delay(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result
     context.mapped_to(context.params(params::delay)?, "the device that it reads from", resolver)
 }
 
-/// Flakey, if it is configured to fail never and to change no bytes.
+/// The layer of a flakey device: that of its lower device, if its arguments let it never fail and change no bytes.
 pub fn flakey(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
     let place = params::flakey_without_faults(&context.target.params);
     let place = place.ok_or("it has times when it is down, or features that corrupt or drop")?;
