@@ -141,7 +141,8 @@ fn a_change_of_a_loop_device_two_layers_down_is_seen() {
     check(mount.file(), device.path());
 }
 
-/// A device is in the stack twice, once below another one: pages that the upper device writes back to it must be written back too.
+/// A device is in the stack twice, once below another one: pages that the upper device writes back to it must be written
+/// back too.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn dirty_pages_of_a_device_that_is_twice_in_a_stack_are_data() {
@@ -185,7 +186,7 @@ fn a_mount_of_dev_mapper_shows_the_devices_that_exist_now() {
     assert!(!control, "control is no block device");
 }
 
-/// The map of a device whose number is used again is the new device's.
+/// A name that links to another device later has the map of the new device.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_name_of_another_device_has_the_map_of_that_device() {
@@ -197,7 +198,7 @@ fn a_name_of_another_device_has_the_map_of_that_device() {
     let second = Dm::new("0 4096 zero");
     let link = |device: &Dm| {
         let _ = std::fs::remove_file(&name);
-        std::os::unix::fs::symlink(device.path(), &name).expect("the directory is ours");
+        std::os::unix::fs::symlink(device.path(), &name).expect("the temporary directory is writable");
     };
     link(&first);
     let mount = Mount::new(&name);

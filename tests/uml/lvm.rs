@@ -27,7 +27,8 @@ struct Group {
 impl Group {
     fn new(name: &str) -> Self {
         let configuration = tempfile::tempdir().expect("a temporary directory");
-        std::fs::write(configuration.path().join("lvm.conf"), CONFIGURATION).expect("the directory is ours");
+        std::fs::write(configuration.path().join("lvm.conf"), CONFIGURATION)
+            .expect("the temporary directory is writable");
         let image = Image::new(GIB);
         let device = Loop::new(image.path());
         let group = Self { name: name.to_owned(), configuration, _device: device, _image: image };

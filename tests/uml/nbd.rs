@@ -191,10 +191,13 @@ fn an_export_gives_holes_only_to_its_own_device() {
     connect(Path::new("/dev/nbd1"), &socket);
     let refused = |spec: &Path| {
         let point = kernel.directory.path().join("point");
-        std::fs::create_dir_all(&point).expect("the directory is ours");
+        std::fs::create_dir_all(&point).expect("the temporary directory is writable");
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_blkholefs"));
-        let output =
-            command.args(["mount", "-o", &kernel.option("s")]).args([spec, &point]).output().expect("it starts");
+        let output = command
+            .args(["mount", "-o", &kernel.option("s")])
+            .args([spec, &point])
+            .output()
+            .expect("the program starts");
         assert_eq!(output.status.code(), Some(1));
         String::from_utf8(output.stderr).expect("text")
     };
@@ -215,7 +218,7 @@ fn an_export_gives_holes_only_to_its_own_device() {
     assert!(is_free(Path::new("/dev/nbd1")));
 }
 
-/// The URI names the export that the device was connected to at mount time. A new connection may have another export.
+/// The URI names the export of the device at mount time. A new connection may have another export.
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
 fn a_device_that_is_connected_again_is_all_data() {
@@ -294,17 +297,18 @@ fn another_export_of_the_same_size_is_refused() {
     let mut empty = kernel.directory.path().join("empty");
     let _empty = Server::nbdkit(&empty, &["memory", "32M"]);
     let point = kernel.directory.path().join("point");
-    std::fs::create_dir_all(&point).expect("the directory is ours");
+    std::fs::create_dir_all(&point).expect("the temporary directory is writable");
     empty = PathBuf::from(kernel.option("empty"));
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_blkholefs"));
     let words = ["mount".as_ref(), "-o".as_ref(), empty.as_os_str(), Kernel::path().as_os_str(), point.as_os_str()];
-    let output = command.args(words).output().expect("it starts");
+    let output = command.args(words).output().expect("the program starts");
     let text = String::from_utf8(output.stderr).expect("text");
     assert_eq!(output.status.code(), Some(32), "{text}");
     assert!(text.contains("they differ at byte"), "{text}");
 }
 
-/// A write over the kernel's connection is visible on the daemon's connection only after a flush (`NBD_FLAG_CAN_MULTI_CONN`).
+/// A write over the kernel's connection is visible on the daemon's connection only after a flush
+/// (`NBD_FLAG_CAN_MULTI_CONN`).
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
 fn writes_over_the_kernels_connection_are_flushed_before_holes_are_asked_for() {

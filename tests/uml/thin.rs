@@ -167,7 +167,7 @@ fn a_recreated_volume_has_its_own_map() {
     let name = nodes.path().join("volume");
     let mount_of = |thin: &Dm| {
         let _ = std::fs::remove_file(&name);
-        std::os::unix::fs::symlink(thin.path(), &name).expect("the directory is ours");
+        std::os::unix::fs::symlink(thin.path(), &name).expect("the temporary directory is writable");
     };
     let thin = pool.thin(0, 64 * MIB);
     mount_of(&thin);

@@ -22,19 +22,19 @@ fn the_next_start_releases_only_our_metadata_snapshot() {
     let thin = pool.thin(0, 64 * MIB);
     write(thin.path(), MIB..2 * MIB);
     let directory = Path::new("/run/blkholefs.thin");
-    fs::create_dir_all(directory).expect("/run is ours");
+    fs::create_dir_all(directory).expect("/run is writable");
     let record = directory.join(pool.dm().name());
     for (steps, ours) in [("wanted", false), ("wanted\nheld ROOT", true)] {
         for (offset, same) in [(0, true), (1, false)] {
             pool.dm().message("reserve_metadata_snap");
-            let root = pool.held_root().expect("it was taken just now");
+            let root = pool.held_root().expect("the snapshot was just taken");
             // A pool made without LVM has no uuid: the first line is empty.
             let text = format!("\n{steps}\n").replace("ROOT", &(root + offset).to_string());
-            fs::write(&record, &text).expect("/run is ours");
+            fs::write(&record, &text).expect("/run is writable");
             let mount = Mount::new(thin.path());
             check(mount.file(), thin.path());
             drop(mount);
-            assert!(!record.exists(), "the record of {text:?} is cleared away");
+            assert!(!record.exists(), "the record {text:?} still exists");
             let released = ours && (same || !steps.contains("ROOT"));
             assert_eq!(pool.held_root(), (!released).then_some(root), "after {text:?}");
             if !released {
@@ -46,15 +46,15 @@ fn the_next_start_releases_only_our_metadata_snapshot() {
     pool.thin_check();
 }
 
-/// As many blocks as before, but others: a discard unmapped one, and a write mapped another. The pool's data device takes
-/// no discards, and on Linux 5.10 and 6.1 the volume's `discard_max_hw_bytes` is 0 then.
+/// A discard unmaps one block and a write maps another, so the count of mapped blocks is the same. The pool's data device
+/// supports no discards, and on Linux 5.10 and 6.1 the volume's `discard_max_hw_bytes` is 0 then.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn an_equal_count_of_mapped_blocks_is_no_proof_of_an_equal_map() {
     const BLOCK: u64 = 64 << 10;
     let disk = ScsiDisk::new(64, &["lbpu=0", "lbpws=0"]);
     let limit = fs::read_to_string(sysfs(disk.path()).join("queue/discard_max_bytes")).expect("a limit");
-    assert_eq!(limit, "0\n", "the disk takes no discards");
+    assert_eq!(limit, "0\n", "the disk supports discards");
     let pool = Pool::over(disk.path(), BLOCK);
     let thin = pool.thin(0, 64 * MIB);
     write(thin.path(), 0..8 * BLOCK);
@@ -72,8 +72,8 @@ fn an_equal_count_of_mapped_blocks_is_no_proof_of_an_equal_map() {
     check(mount.file(), thin.path());
 }
 
-/// As many blocks as before, but others: a discard that is still at work has unmapped one, and a write that completed
-/// has mapped another.
+/// A discard in flight has unmapped one block and a completed write has mapped another, so the count of mapped blocks is
+/// the same.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_write_during_a_discard_is_seen() {
@@ -91,8 +91,8 @@ fn a_write_during_a_discard_is_seen() {
         let mut discard = Command::new("blkdiscard")
             .args(["--offset", &offset, "--length", &BLOCK.to_string(), path])
             .spawn()
-            .expect("it starts");
-        // It has unmapped the block, and waits for the data device.
+            .expect("the program starts");
+        // The discard has unmapped the block and waits for the slow data device.
         let mapped = || thin.status().split(' ').nth(3).and_then(|sectors| sectors.parse::<u64>().ok());
         assert_becomes(&Some(7 * BLOCK / 512), mapped);
         assert!(discard.try_wait().expect("our own child").is_none(), "the discard has ended too early");
