@@ -273,10 +273,10 @@ impl Handle {
     }
 
     /// Loads the extents of a stack, unless that was done before. The first time, logs the result and counts its memory.
-    fn load<'a>(&self, resolved: &'a Resolved) -> &'a Loaded {
+    fn load<'a>(&self, resolved: &'a Arc<Resolved>) -> &'a Loaded {
         resolved.load(|loaded| {
             self.log_loaded(loaded);
-            self.maps.keep(&self.slot, loaded.memory);
+            self.maps.keep(&self.slot, resolved, loaded.memory);
             give_back_after(loaded.memory);
         })
     }

@@ -23,7 +23,16 @@ pub struct MapCache {
 
 struct Kept {
     slot: Weak<Slot>,
+    /// The stack that the extents belong to.
+    resolved: Weak<Resolved>,
     memory: Bytes,
+}
+
+impl Kept {
+    /// The memory that is still taken: none after the stack was replaced or dropped.
+    fn used(&self) -> Bytes {
+        if self.resolved.strong_count() > 0 { self.memory } else { Bytes::ZERO }
+    }
 }
 
 impl Default for MapCache {
@@ -39,14 +48,24 @@ impl MapCache {
         Self { limit: limit.unwrap_or(DEFAULT_LIMIT), maps: Mutex::new(LruCache::unbounded()) }
     }
 
-    /// Counts the extents that are in `slot` now, and drops the oldest others until all fit.
-    pub(super) fn keep(&self, slot: &Arc<Slot>, memory: Bytes) {
+    /// Counts the extents of a stack that were just loaded, and drops the oldest others until all fit. A stack that is no
+    /// longer in `slot` was replaced or dropped during the load, and does not count: only the running request uses it.
+    pub(super) fn keep(&self, slot: &Arc<Slot>, resolved: &Arc<Resolved>, memory: Bytes) {
         let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
-        maps.push(key(slot), Kept { slot: Arc::downgrade(slot), memory });
-        let mut used = maps.iter().fold(Bytes::ZERO, |used, (_, kept)| used.saturating_add(kept.memory));
+        let is_in_slot =
+            |current: &Option<Arc<Resolved>>| current.as_ref().is_some_and(|now| Arc::ptr_eq(now, resolved));
+        if !is_in_slot(&slot.read().unwrap_or_else(PoisonError::into_inner)) {
+            return;
+        }
+        maps.push(key(slot), Kept { slot: Arc::downgrade(slot), resolved: Arc::downgrade(resolved), memory });
+        let mut used = maps.iter().fold(Bytes::ZERO, |used, (_, kept)| used.saturating_add(kept.used()));
         while used > self.limit && maps.len() > 1 {
             let Some((_, oldest)) = maps.pop_lru() else { break };
-            used = used.saturating_sub(oldest.memory);
+            let freed = oldest.used();
+            if freed == Bytes::ZERO {
+                continue;
+            }
+            used = used.saturating_sub(freed);
             if let Some(slot) = oldest.slot.upgrade() {
                 debug!("extents of {} bytes are dropped, to keep within the limit of map_cache", oldest.memory);
                 *slot.write().unwrap_or_else(PoisonError::into_inner) = None;
@@ -62,7 +81,7 @@ impl MapCache {
     /// The bytes that all loaded extents take now.
     pub fn used(&self) -> Bytes {
         let maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
-        maps.iter().fold(Bytes::ZERO, |used, (_, kept)| used.saturating_add(kept.memory))
+        maps.iter().fold(Bytes::ZERO, |used, (_, kept)| used.saturating_add(kept.used()))
     }
 }
 
@@ -86,21 +105,58 @@ mod tests {
         slot.read().unwrap().is_some()
     }
 
+    fn current(slot: &Arc<Slot>) -> Arc<Resolved> {
+        slot.read().unwrap().clone().unwrap()
+    }
+
+    fn keep(cache: &MapCache, slot: &Arc<Slot>, memory: u64) {
+        cache.keep(slot, &current(slot), Bytes::new(memory));
+    }
+
     #[test]
     fn the_oldest_maps_go_first_and_the_newest_stays() {
         let cache = MapCache::new(Some(Bytes::new(100)));
         let (first, second, third) = (slot(), slot(), slot());
-        cache.keep(&first, Bytes::new(40));
-        cache.keep(&second, Bytes::new(60));
+        keep(&cache, &first, 40);
+        keep(&cache, &second, 60);
         assert!(is_kept(&first) && is_kept(&second));
         // Made again: now the second one is the oldest.
-        cache.keep(&first, Bytes::new(40));
-        cache.keep(&third, Bytes::new(50));
+        keep(&cache, &first, 40);
+        keep(&cache, &third, 50);
         assert!(is_kept(&first) && !is_kept(&second) && is_kept(&third));
         assert_eq!(cache.used(), Bytes::new(90));
-        cache.keep(&third, Bytes::new(1000));
+        keep(&cache, &third, 1000);
         assert!(!is_kept(&first) && is_kept(&third));
         cache.release(&third);
+        assert_eq!(cache.used(), Bytes::ZERO);
+    }
+
+    #[test]
+    fn extents_of_a_replaced_stack_do_not_count() {
+        let cache = MapCache::new(Some(Bytes::new(100)));
+        let (first, second, third) = (slot(), slot(), slot());
+        keep(&cache, &first, 30);
+        keep(&cache, &second, 60);
+        // The second device is resolved again, and not loaded.
+        *second.write().unwrap() = Some(current(&slot()));
+        assert_eq!(cache.used(), Bytes::new(30));
+        keep(&cache, &third, 60);
+        assert!(is_kept(&first) && is_kept(&second) && is_kept(&third), "they fit");
+        *third.write().unwrap() = None;
+        assert_eq!(cache.used(), Bytes::new(30));
+    }
+
+    #[test]
+    fn extents_that_are_loaded_after_their_stack_was_replaced_do_not_count() {
+        let cache = MapCache::default();
+        let slot = slot();
+        let old = current(&slot);
+        *slot.write().unwrap() = Some(current(&self::slot()));
+        keep(&cache, &slot, 40);
+        cache.keep(&slot, &old, Bytes::new(1000));
+        assert_eq!(cache.used(), Bytes::new(40));
+        *slot.write().unwrap() = None;
+        cache.keep(&slot, &old, Bytes::new(1000));
         assert_eq!(cache.used(), Bytes::ZERO);
     }
 }

@@ -82,6 +82,12 @@ impl<'a> Resolver<'a> {
         stored
     }
 
+    /// Whether the stack has extents that are stored in metadata so far. Loading reads them before any other source is
+    /// queried, whatever the order of the layers.
+    pub fn has_stored(&self) -> bool {
+        self.stored.iter().any(|stored| stored.strong_count() > 0)
+    }
+
     /// Adds a guard: the extents of the stack are valid only as long as it is unchanged.
     pub fn guard(&mut self, guard: impl Guard + 'static) {
         self.guards.push(Box::new(guard));
@@ -195,4 +201,29 @@ fn without_tail(layer: Layer, whole: Bytes) -> Layer {
     // A window is data beyond the end of the map that it is a window of.
     let below = Arc::new(Clip { inner: layer.map.clone(), start: Bytes::ZERO, len: whole });
     Layer { map: Arc::new(Clip { inner: below, start: Bytes::ZERO, len }), ..layer }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::FillMap;
+
+    struct Unreadable;
+
+    impl LoadExtents for Unreadable {
+        fn load(&self) -> Result<FillMap, DenseReason> {
+            Err("not read".into())
+        }
+    }
+
+    #[test]
+    fn stored_extents_count_as_long_as_a_layer_uses_them() {
+        let context = Context::default();
+        let mut resolver = Resolver::new(&context);
+        assert!(!resolver.has_stored());
+        let stored = resolver.stored(Bytes::ZERO, Bytes::new(512), None, Unreadable);
+        assert!(resolver.has_stored());
+        drop(stored);
+        assert!(!resolver.has_stored());
+    }
 }

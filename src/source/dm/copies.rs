@@ -57,6 +57,9 @@ pub fn raid(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<
 /// destination. A region that was not yet copied at the look at the destination is at the source. A region that was
 /// copied between the two looks was at the source at the first look. So where both have a hole, there was a moment
 /// between the two looks at which the region read as zeros.
+///
+/// Extents that are stored in metadata are loaded before the first look, those of the destination too. Then no region may
+/// be copied between the load and the end of the question, so the whole status is guarded.
 pub fn clone(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
     let devices = context.params(params::cloning)?;
     // A reloaded table with the same text may find other metadata.
@@ -69,7 +72,12 @@ pub fn clone(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result
     match params::clone_status(&status) {
         Some(CloneStatus::Complete) => context.mapped_to(destination, "the destination: all is copied", resolver),
         Some(CloneStatus::Partial) => {
-            holes_of_all(context, &[source, destination], "where source and destination both have one", resolver)
+            let places = [source, destination];
+            let layer = holes_of_all(context, &places, "where source and destination both have one", resolver)?;
+            if resolver.has_stored() {
+                context.guarded_status(whole_status, resolver)?;
+            }
+            Ok(layer)
         }
         Some(CloneStatus::Failed) => Err(DenseReason::Damaged("its metadata failed".into())),
         None => Err(DenseReason::NotUnderstood { what: "its status is".into(), text: status }),
