@@ -232,7 +232,10 @@ impl Handle {
                 false => known(&now.stack),
             };
             let answer = match answer {
-                Some(answer) => answer,
+                Some(answer) => {
+                    now.set_answered();
+                    answer
+                }
                 // The write-back may have moved a counter: extents that are loaded now would be void at once.
                 None if tries_left > 0 && !now.is_loaded() && !now.stack.unchanged() => continue,
                 None => ask(self.load(&now).map()),

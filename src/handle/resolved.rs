@@ -1,6 +1,7 @@
 //! A resolved stack, its extents once they are loaded, and what both cost.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::sequence::SequenceNumber;
@@ -20,6 +21,8 @@ pub(super) struct Resolved {
     begun: Instant,
     resolved_in: Duration,
     loaded: OnceLock<Loaded>,
+    /// Whether a question was answered from the description of the stack.
+    answered: AtomicBool,
     /// Whether the stack is as long as the device. From then on a guard watches the length.
     pub(super) fits: bool,
 }
@@ -31,7 +34,7 @@ impl Resolved {
         let stack = resolve();
         let resolved_in = begun.elapsed();
         let fits = len() == Some(stack.len());
-        Self { stack, born, begun, resolved_in, loaded: OnceLock::new(), fits }
+        Self { stack, born, begun, resolved_in, loaded: OnceLock::new(), answered: AtomicBool::new(false), fits }
     }
 
     /// Whether the extents are loaded.
@@ -75,10 +78,22 @@ impl Resolved {
         !is_temporary && self.stack.unchanged()
     }
 
-    /// How long it is until the stack may be resolved again. Extents that were not loaded cost nothing.
+    /// Notes that a question was answered from the description of the stack, without its extents.
+    pub(super) fn set_answered(&self) {
+        // Most calls find it set. A write would take the cache line from the other processors each time.
+        if !self.answered.load(Ordering::Relaxed) {
+            self.answered.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// How long it is until the stack may be resolved again. A stack that answered nothing cost nothing: it was void before
+    /// its extents were loaded, and the same request resolves it again.
     pub(super) fn rest(&self) -> Duration {
-        let cost =
-            self.loaded.get().map_or(Duration::ZERO, |loaded| (self.resolved_in + loaded.cost) * (REST_FACTOR + 1));
-        cost.saturating_sub(self.begun.elapsed())
+        let cost = match self.loaded.get() {
+            Some(loaded) => self.resolved_in + loaded.cost,
+            None if self.answered.load(Ordering::Relaxed) => self.resolved_in,
+            None => Duration::ZERO,
+        };
+        (cost * (REST_FACTOR + 1)).saturating_sub(self.begun.elapsed())
     }
 }

@@ -109,3 +109,15 @@ fn a_temporary_failure_is_loaded_again_at_a_later_question() {
         assert_eq!(loads.load(Ordering::Relaxed), count);
     }
 }
+
+#[test]
+fn a_stack_that_only_answered_a_stat_counts_with_the_time_of_resolving() {
+    let resolve = || {
+        thread::sleep(Duration::from_millis(20));
+        Stack::build(&Context::default(), |_| Arc::new(crate::source::dense::layer("x", "test", LEN, "a test")))
+    };
+    let resolved = Resolved::new(resolve, || Some(LEN));
+    assert_eq!(resolved.rest(), Duration::ZERO, "it answered nothing");
+    resolved.set_answered();
+    assert!(resolved.rest() > Duration::from_millis(100), "nine times the time of resolving");
+}
