@@ -67,7 +67,8 @@ pub trait Export: Send + Sync {
     /// The unit that holes are rounded to, inwards: a multiple of [`MIN_ALIGN`].
     fn align(&self) -> Bytes;
 
-    /// Reads `size` bytes at `offset`, which are not past the end, through `buffer`; returns where in it they are.
+    /// Reads `size` bytes at `offset`, all of them before the end, into `buffer`. Returns the range of `buffer` that
+    /// holds them. It is shorter than `size` if the device has become shorter.
     ///
     /// # Errors
     /// As pread(2).
@@ -76,10 +77,11 @@ pub trait Export: Send + Sync {
     /// The layers that the extents come from, and what guards them. Nothing is loaded.
     fn resolve(&self, context: &Context) -> Stack;
 
-    /// Owner, permissions and times.
+    /// The owner, permissions and times from which the attributes of the file in the mount are made: those of the
+    /// device or image of the host where it has any.
     ///
     /// # Errors
-    /// When it is gone.
+    /// When the device is gone.
     fn host_node(&self) -> io::Result<HostNode>;
 
     /// The block device, if it is one.

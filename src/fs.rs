@@ -74,10 +74,10 @@ impl FileSystem {
     /// use `map_cache` bytes of memory together.
     ///
     /// # Errors
-    /// As [`Catalog::new`] and [`Catalog::connection_of`].
+    /// As [`Catalog::new`] and [`Catalog::side_export`].
     pub fn new(spec: &Spec, options: &SourceOptions, ownership: Ownership, map_cache: Option<Bytes>) -> Result<Self> {
         let catalog = Catalog::new(spec, options)?;
-        let nbd = options.nbd.clone().map(|uri| catalog.connection_of(uri)).transpose()?;
+        let nbd = options.nbd.clone().map(|uri| catalog.side_export(uri)).transpose()?;
         let context = Context { nbd, ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),

@@ -130,11 +130,12 @@ impl Catalog {
         }
     }
 
-    /// Assigns the export `uri` to the NBD device that the only file is or stands on.
+    /// The export `uri`, with the NBD device of the kernel that is connected to it: the device that the only file
+    /// shows, or one below it in its stack.
     ///
     /// # Errors
-    /// As [`SideExport::new`].
-    pub fn connection_of(&self, uri: Uri) -> Result<SideExport> {
+    /// As [`Catalog::open_only`] and [`SideExport::new`].
+    pub fn side_export(&self, uri: Uri) -> Result<SideExport> {
         let export = self.open_only()?;
         SideExport::new(uri, &export.stack(&Context::default()), export.name())
     }
@@ -152,11 +153,11 @@ impl Catalog {
     /// ENOENT when nothing is shown there.
     pub fn find(&self, path: &Path) -> Result<CatalogEntry> {
         match self {
-            Self::File { source, name, .. } if path == Path::new(name) => source.clone().file(),
+            Self::File { source, name, .. } if path == Path::new(name) => source.clone().into_entry(),
             Self::File { source, .. } if path.as_os_str().is_empty() => source.directory(),
             Self::File { .. } => Err(Error::from_errno(libc::ENOENT)),
             Self::Directory(root) => match root.shown(path).ok_or_else(|| Error::from_errno(libc::ENOENT))? {
-                FileKind::File => FileSource::Path(root.path.join(path)).file(),
+                FileKind::File => FileSource::Path(root.path.join(path)).into_entry(),
                 FileKind::Directory => directory(&root.path.join(path)),
             },
             Self::Pool(pools) if path.as_os_str().is_empty() => parent(pools.metadata()),
@@ -167,7 +168,7 @@ impl Catalog {
                     .filter(|id| Path::new(&id.to_string()) == path)
                     .ok_or_else(|| Error::from_errno(libc::ENOENT))?;
                 pools.open()?.volume(id)?;
-                FileSource::Volume(id).file()
+                FileSource::Volume(id).into_entry()
             }
         }
     }
@@ -215,8 +216,12 @@ impl FileSource {
         }
     }
 
-    /// The file, with its node if it has one.
-    fn file(self) -> Result<CatalogEntry> {
+    /// The entry of this file. It has the attributes of a device or image of the host, and none for an NBD export or a
+    /// volume.
+    ///
+    /// # Errors
+    /// ENOENT when the device or image does not exist.
+    fn into_entry(self) -> Result<CatalogEntry> {
         let node = match &self {
             Self::Path(path) => Some(node(path)?),
             Self::Export(_) | Self::Volume(_) => None,

@@ -61,7 +61,7 @@ impl HoleMap for Clip {
 
     fn next_data(&self, offset: Bytes) -> Bytes {
         match self.start.checked_add(offset).filter(|&at| at < self.inner.len()) {
-            // Without data up to its end, `inner` returns its end, from which on the range is data.
+            // Where `inner` has no more data, it returns its length. The bytes of the range that follow are data.
             Some(at) => checked_next_data(&*self.inner, at).saturating_sub(self.start).min(self.len),
             None => offset.min(self.len),
         }

@@ -63,6 +63,8 @@ pub fn start(session: Session, signals: Signals) -> Result<Receiver<Event>> {
     Ok(events)
 }
 
+/// Sends each signal to the main thread, as an event. Returns when no signal can be received any more, and when the
+/// main thread receives no more events.
 fn forward_signals(signals: &Signals, events: &Sender<Event>) {
     while let Ok(action) = signals.next().inspect_err(|e| log::error!("cannot receive signals any more: {e}")) {
         if events.send(Event::Signal(action)).is_err() {

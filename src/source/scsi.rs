@@ -147,6 +147,7 @@ impl LiveSource for LbaStatusSource {
     }
 
     fn extents(&self, ranges: &[Range<Bytes>]) -> std::result::Result<Vec<Extent>, QueryError> {
+        // GET LBA STATUS has a start and no end: the disk decides how much it reports.
         let start = ranges.first().map_or(Bytes::ZERO, |range| range.start);
         self.status(start).map_err(|error| {
             self.failed.get_or_init(|| error.to_string().into());

@@ -151,7 +151,11 @@ fn parse(text: &str) -> std::result::Result<Uri, String> {
     Ok(Uri { text: text.to_owned(), transport, export, tls: parameters.tls(secure)? })
 }
 
-/// `host`, `host:port`, `[v6]` or `[v6]:port`.
+/// The host and the TCP port of an authority: `host`, `host:port`, `[v6]` or `[v6]:port`. The port is [`PORT`] by
+/// default.
+///
+/// # Errors
+/// What is wrong with it, as the end of an error message.
 fn parse_authority(authority: &str) -> std::result::Result<(String, u16), String> {
     if authority.contains('@') {
         return Err("a user name (for TLS with a pre-shared key) is not supported".to_owned());
@@ -247,6 +251,11 @@ fn switch(value: &str) -> std::result::Result<bool, String> {
     }
 }
 
+/// The path in the value of the parameter `what`. A `socket` can also be a name in the abstract namespace (unix(7)): a
+/// NUL byte, and at least one more byte.
+///
+/// # Errors
+/// What is wrong with it, as the end of an error message.
 fn path_of(encoded: &str, what: &str) -> std::result::Result<PathBuf, String> {
     let bytes = decode(encoded, what)?;
     let abstract_socket = what == "socket" && bytes.len() > 1 && bytes[0] == 0;
@@ -256,6 +265,10 @@ fn path_of(encoded: &str, what: &str) -> std::result::Result<PathBuf, String> {
     Ok(Path::new(&OsString::from_vec(bytes)).to_owned())
 }
 
+/// The text in the part `what` of a URI.
+///
+/// # Errors
+/// As [`path_of`].
 fn text_of(encoded: &str, what: &str) -> std::result::Result<String, String> {
     String::from_utf8(decode(encoded, what)?).map_err(|_| format!("the {what} is not UTF-8"))
 }

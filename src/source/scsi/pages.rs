@@ -117,7 +117,8 @@ pub fn lists_page(data: &[u8], page: u8) -> Result<bool> {
 /// Data that is not page B2h of a disk, or is cut off.
 pub fn provisioning_zeros(data: &[u8]) -> Result<bool> {
     let flags = vpd_payload(data, PROVISIONING_PAGE).and_then(|payload| byte(payload, 1));
-    // Bits 4 to 2 are LBPRZ; 010b is a pattern that is not zeros, and the other values are reserved or mean zeros.
+    // LBPRZ is bits 4 to 2 in SBC-4, and only bit 2 in SBC-3. Without bit 2, unmapped blocks can read as anything
+    // (000b) or as a pattern that need not be zeros (010b), or the value is reserved.
     flags.map(|flags| flags & 0x04 != 0).ok_or_else(|| malformed("VPD page B2h"))
 }
 
@@ -163,7 +164,8 @@ pub fn lba_status(data: &[u8], start: Bytes, block: Bytes, len: Bytes) -> LbaSta
 
 /// The complete descriptors of GET LBA STATUS data, at least one.
 fn descriptors(data: &[u8]) -> std::result::Result<impl Iterator<Item = &[u8; DESCRIPTOR]>, &'static str> {
-    // The length in the header counts what follows it, whether or not the buffer held it all.
+    // The header begins with the number of bytes after that number: the other 4 of the header, and 16 for each
+    // descriptor. It includes descriptors that did not fit into the buffer.
     let listed = be32(data, 0).ok_or("it is too short")?;
     if listed < 20 || listed % 16 != 4 {
         return Err("its length is not that of a descriptor list");

@@ -145,7 +145,12 @@ struct LevelWalk<'a> {
 }
 
 impl LevelWalk<'_> {
-    /// Reads all nodes. Returns the pointers of internal nodes to the next level.
+    /// Reads and checks all nodes of the level, in up to `threads` threads. Each thread calls `visitor` once, and
+    /// passes the leaves that it reads to the result. Returns the pointers to the nodes of the next level, in no
+    /// particular order. A level of leaves has none.
+    ///
+    /// # Errors
+    /// As [`Tree::walk`].
     fn read<V: FnMut(&TreeNode<'_>)>(
         &self,
         threads: usize,
@@ -176,7 +181,9 @@ impl LevelWalk<'_> {
         })
     }
 
-    /// Reads one request after the other until none is left or another thread has failed.
+    /// The work of one thread of [`LevelWalk::read`]: sends read requests until none is left or `failed` is set. Calls
+    /// `visit` for each leaf, and returns the pointers in internal nodes. `next` is the index of the first node that no
+    /// thread has taken.
     fn read_requests(
         &self,
         next: &Mutex<usize>,
