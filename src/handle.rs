@@ -160,7 +160,8 @@ impl Handle {
         Ok((offset < len).then_some(data))
     }
 
-    /// The first extents of a `range` that is not empty, each with its start. There is at least one.
+    /// The first extents of a `range` that is not empty, each with its start: at least one, and at most
+    /// [`EXTENTS_AT_ONCE`].
     ///
     /// # Errors
     /// When the device is gone.
@@ -169,7 +170,7 @@ impl Handle {
         let some = |map: &dyn HoleMap| view::runs(map, align, range.clone()).take(EXTENTS_AT_ONCE).collect::<Vec<_>>();
         match self.fresh_answer(some) {
             Some(extents) if !extents.is_empty() => Ok(extents),
-            // Also where the device has become shorter.
+            // There is no valid answer, or none within the range because the device has become shorter.
             _ => self.export.len().map(|_| vec![(range.start, Extent { end: range.end, kind: ExtentKind::Data })]),
         }
     }
@@ -193,7 +194,8 @@ impl Handle {
         }
     }
 
-    /// Bytes that are allocated, where the sources know it without a walk over all extents.
+    /// The number of allocated bytes, as of the last time that the stack was resolved. `None` if it never was, or if
+    /// the number takes a walk over all extents.
     pub fn allocated(&self) -> Option<Bytes> {
         self.current().and_then(|current| current.stack.allocated())
     }
@@ -208,7 +210,9 @@ impl Handle {
         *self.slot.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Loads the extents if needed, asks them, and gives the answer if it is true now; `None` when none can be.
+    /// The result of `ask`, which gets the extents, after a check that they were valid during the call. Loads them
+    /// first if necessary. `None` if no result passes the check: the device changes too often, is suspended, or cannot
+    /// write back its dirty pages.
     fn fresh_answer<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
         self.fresh_answer_of(|_| None, ask)
     }
@@ -248,8 +252,11 @@ impl Handle {
         None
     }
 
-    /// Resolves the stack; `None` while the last time is too recent to wait for the next. Of several requests one does the
-    /// work, and the others, if they began before it, use the same result.
+    /// Resolves the stack again, and stores it in the slot. Concurrent requests share the work: a stack that another
+    /// one resolved after `newer_than` is returned as it is.
+    ///
+    /// Waits until the device may be resolved again (see [`Resolved::rest`]). `None` if that would take longer than a
+    /// request may wait.
     fn resolve(&self, newer_than: SequenceNumber) -> Option<Arc<Resolved>> {
         let mut waits = self.resolving.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(current) = self.current() {
@@ -262,7 +269,7 @@ impl Handle {
                 return None;
             }
             waits.waited += rest;
-            // With the lock: the other requests would wait as long.
+            // The lock is kept during the wait, because the other requests would have to wait as long.
             thread::sleep(rest);
         }
         let len = || self.export.len().ok();
@@ -271,6 +278,7 @@ impl Handle {
         Some(resolved)
     }
 
+    /// The stack that was resolved last, which may be out of date. `None` if it was dropped, or never resolved.
     fn current(&self) -> Option<Arc<Resolved>> {
         self.slot.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -297,8 +305,9 @@ impl Handle {
         logged.clone_from(&loaded.dense_because);
     }
 
+    /// Logs, once for this device, that it changes faster than its extents can be loaded.
     fn log_busy(&self) {
-        // A device that is gone does not change too fast.
+        // The guards of a device that is gone find a change too, which is no reason for this message.
         if self.export.len().is_ok() && !self.logged_busy.swap(true, Ordering::Relaxed) {
             let name = shown(self.export.name());
             let why = "changes faster than its map can be read: all data in between; back up a snapshot instead";
@@ -320,7 +329,8 @@ impl Drop for Handle {
     }
 }
 
-/// Gives free memory back to the system after extents of that size were loaded, which takes more for a while, or dropped.
+/// Gives free memory back to the system after extents of `extents` bytes were loaded or dropped. Loading needs more
+/// memory than its result, and frees it at the end.
 fn give_back_after(extents: Bytes) {
     if extents >= LARGE {
         memory::give_back();

@@ -42,8 +42,8 @@ impl Default for MapCache {
 }
 
 impl MapCache {
-    /// A cache of at most `limit` bytes, 256 MiB by default. The extents of one device may take more: they are kept while no
-    /// others are.
+    /// A cache of at most `limit` bytes, 256 MiB by default. Extents of one device that alone take more are kept too,
+    /// and those of all other devices are dropped.
     pub fn new(limit: Option<Bytes>) -> Self {
         Self { limit: limit.unwrap_or(DEFAULT_LIMIT), maps: Mutex::new(LruCache::unbounded()) }
     }

@@ -42,7 +42,8 @@ impl Resolved {
         self.loaded.get().is_some()
     }
 
-    /// Loads the extents, unless that was done before, and then calls `first` with them. Other requests wait for it.
+    /// The loaded extents. The first call loads them, while other calls wait for the result, and then calls `first`
+    /// with them.
     pub(super) fn load(&self, first: impl FnOnce(&Loaded)) -> &Loaded {
         if let Some(loaded) = self.loaded.get() {
             return loaded;

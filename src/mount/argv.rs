@@ -149,12 +149,13 @@ fn finish_mount(request: MountRequest, operands: Vec<OsString>) -> Result<Comman
     }
 }
 
-/// Checks that a type is one of those for which mount(8) runs this program.
+/// Checks the file system type of the option `-t`: `blkholefs` or `fuse.blkholefs`, either with or without a subtype
+/// after a dot. For these types mount(8) runs this program.
 fn check_type(name: &OsStr) -> Result<()> {
-    let plain = FS_TYPE.as_bytes().strip_prefix(b"fuse.").unwrap_or_default();
+    let program = FS_TYPE.as_bytes().strip_prefix(b"fuse.").unwrap_or_default();
     let name = name.as_bytes();
-    let own_name = name.strip_prefix(b"fuse.").unwrap_or(name);
-    match own_name.strip_prefix(plain) {
+    let without_fuse = name.strip_prefix(b"fuse.").unwrap_or(name);
+    match without_fuse.strip_prefix(program) {
         Some(b"" | [b'.', ..]) => Ok(()),
         _ => Err(Error::usage(format!("file system type '{}' is not {FS_TYPE}", String::from_utf8_lossy(name)))),
     }

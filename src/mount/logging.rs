@@ -166,6 +166,7 @@ impl Write for LineWriter {
     }
 }
 
+/// Writes a line of the logger, `<N>TEXT` with the priority N, in the format of `output`.
 fn deliver(output: &Output, line: &[u8]) {
     let (priority, text) = match line {
         [b'<', digit, b'>', text @ ..] => (digit.wrapping_sub(b'0') & 7, text.strip_suffix(b"\n").unwrap_or(text)),

@@ -85,7 +85,8 @@ pub fn reopen_direct(file: &File) -> io::Result<File> {
     open(&own_path(file), true)
 }
 
-/// A path of an open file that stays valid if the file is renamed or removed.
+/// A path of an open file, for this process, that is valid as long as `file` is open. It stays valid if the file is
+/// renamed or removed.
 pub fn own_path(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }

@@ -214,7 +214,7 @@ impl Control {
     }
 }
 
-/// A request for the device `id`.
+/// A request of `size` bytes for the device `id`.
 fn request(id: DeviceId, flags: u32, size: usize) -> Vec<u8> {
     let mut buffer = header(flags, size);
     buffer[field::DEV..field::DEV + 8].copy_from_slice(&id.to_huge().to_ne_bytes());
