@@ -16,8 +16,8 @@ pub mod array;
 use std::io;
 use std::sync::Arc;
 
-use self::array::{Array, Leg};
-use crate::map::{Clip, Concat, HoleMap, Overlay, Stripe};
+use self::array::Array;
+use crate::map::{Concat, HoleMap, Overlay, Stripe};
 use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
 use crate::source::{Guard, Layer, Resolver, dense};
@@ -73,13 +73,8 @@ impl Guard for ArrayGuard {
 type ArrayMap = (&'static str, Arc<dyn HoleMap>, Vec<Arc<Layer>>);
 
 fn array_map(array: &Array, len: Bytes, resolver: &mut Resolver<'_>) -> Result<ArrayMap, DenseReason> {
-    let mut below = Vec::new();
-    let mut legs: Vec<Arc<dyn HoleMap>> = Vec::new();
-    for leg in &array.legs {
-        let (layer, clip) = window(leg, resolver).ok_or("a leg is out of range")?;
-        below.push(layer);
-        legs.push(Arc::new(clip));
-    }
+    let windows = array.legs.iter().map(|leg| (leg.device, leg.offset, leg.len));
+    let (below, legs) = resolver.windows(windows).ok_or("a leg is out of range")?;
     let (holes_from, map): (_, Arc<dyn HoleMap>) = match array.level.as_str() {
         "raid1" => ("where all legs have one", Arc::new(raid1(legs, len)?)),
         "raid10" => ("where all legs of a chunk have one", Arc::new(raid10(array, legs, len)?)),
@@ -88,13 +83,6 @@ fn array_map(array: &Array, len: Bytes, resolver: &mut Resolver<'_>) -> Result<A
         _ => return Err("holes below are not known to read as zeros".into()),
     };
     Ok((holes_from, map, below))
-}
-
-fn window(leg: &Leg, resolver: &mut Resolver<'_>) -> Option<(Arc<Layer>, Clip)> {
-    let start = leg.offset.bytes()?;
-    let below = resolver.device(leg.device, start.checked_add(leg.len)?);
-    let clip = Clip { inner: below.map.clone(), start, len: leg.len };
-    Some((below, clip))
 }
 
 fn raid1(legs: Vec<Arc<dyn HoleMap>>, len: Bytes) -> Result<Overlay, DenseReason> {

@@ -6,7 +6,6 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::map::Clip;
 use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
 use crate::source::{Layer, Resolver, dense};
@@ -36,15 +35,14 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
 
 /// The layer of a partition of `disk` that begins at `start`.
 fn window(device: &BlockDevice, disk: DeviceId, start: Sectors, resolver: &mut Resolver<'_>) -> Layer {
-    let Some((start, end)) = start.bytes().and_then(|start| Some((start, start.checked_add(device.len)?))) else {
+    let Some((below, clip)) = resolver.window(disk, start, device.len) else {
         return dense::layer(device.name(), "partition", device.len, "its start is out of range");
     };
-    let below = resolver.device(disk, end);
     Layer {
         name: device.name(),
         kind: "partition".to_owned(),
         holes_from: "its disk".to_owned(),
-        map: Arc::new(Clip { inner: below.map.clone(), start, len: device.len }),
+        map: Arc::new(clip),
         device: None,
         below: vec![below],
     }

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Weak};
 
-use crate::map::Clip;
+use crate::map::{Clip, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
 use crate::source::stack::{Dirty, Stack};
@@ -15,7 +15,7 @@ use crate::source::table::{Medium, SOURCES, Source};
 use crate::source::{Guard, Layer, dense, dm, nbd, thin};
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs::{self, SuspendFile};
-use crate::units::Bytes;
+use crate::units::{Bytes, Sectors};
 
 /// A stack deeper than this is taken for a mistake.
 const MAX_DEPTH: usize = 32;
@@ -32,6 +32,9 @@ pub struct Context {
     /// The export that the kernel's NBD device is connected to.
     pub nbd: Option<nbd::SideExport>,
 }
+
+/// The layers of several legs, and the window on each.
+pub type Windows = (Vec<Arc<Layer>>, Vec<Arc<dyn HoleMap>>);
 
 /// Resolves one stack; collects its guards on the way.
 pub struct Resolver<'a> {
@@ -130,6 +133,26 @@ impl<'a> Resolver<'a> {
         }
     }
 
+    /// The layer of the block device with that number, and the window of `len` bytes at `start` on it. `None` if the end of
+    /// the window is beyond 64 bits.
+    pub fn window(&mut self, id: DeviceId, start: Sectors, len: Bytes) -> Option<(Arc<Layer>, Clip)> {
+        let start = start.bytes()?;
+        let below = self.device(id, start.checked_add(len)?);
+        let clip = Clip { inner: below.map.clone(), start, len };
+        Some((below, clip))
+    }
+
+    /// As [`Resolver::window`], for the windows of several legs: all layers, and all windows, in the order of `legs`.
+    pub fn windows(&mut self, legs: impl IntoIterator<Item = (DeviceId, Sectors, Bytes)>) -> Option<Windows> {
+        let (mut layers, mut maps): Windows = (Vec::new(), Vec::new());
+        for (id, start, len) in legs {
+            let (layer, clip) = self.window(id, start, len)?;
+            layers.push(layer);
+            maps.push(Arc::new(clip));
+        }
+        Some((layers, maps))
+    }
+
     /// The layer of an open block device.
     pub fn opened(&mut self, device: &BlockDevice) -> Arc<Layer> {
         let refused = if self.above.contains(&device.id) {
@@ -140,15 +163,12 @@ impl<'a> Resolver<'a> {
             None
         };
         if let Some(reason) = refused {
-            let layer = dense::layer(device.name(), "block device", device.len, reason);
-            return Arc::new(Layer { device: Some(device.id), ..layer });
+            return Arc::new(dense_device(device, reason));
         }
         // Devices below a dense layer too: writing back its dirty pages waits for all of them. If it is not known whether
         // that would wait, the dirty pages are not written back, and the layer is dense.
         if let Err(error) = self.waits_on(device.id) {
-            let reason = DenseReason::cannot("find out whether it is suspended", &error);
-            let layer = dense::layer(device.name(), "block device", device.len, reason);
-            return Arc::new(Layer { device: Some(device.id), ..layer });
+            return Arc::new(dense_device(device, DenseReason::cannot("find out whether it is suspended", &error)));
         }
         self.above.push(device.id);
         // The guards before anything is read: a change from here on is seen.
@@ -158,7 +178,7 @@ impl<'a> Resolver<'a> {
         let medium = MediumGuard::new(device);
         let layer = match whole {
             Some(whole) => without_tail(self.layer_of(device, medium), whole),
-            None => dense::layer(device.name(), "block device", device.len, "its logical block size is not known"),
+            None => dense_device(device, "its logical block size is not known"),
         };
         let layer = Arc::new(Layer { device: Some(device.id), ..layer });
         self.above.pop();
@@ -173,13 +193,17 @@ impl<'a> Resolver<'a> {
         if !matches!(source, Ok(Some(Source { medium: Medium::Source, .. }))) {
             self.guard(medium);
         }
-        let dense = |reason: DenseReason| dense::layer(device.name(), "block device", device.len, reason);
         match source {
             Ok(Some(source)) => (source.layer)(device, self),
-            Ok(None) => dense("this kind of device does not report its holes".into()),
-            Err(error) => dense(DenseReason::cannot("find out from sysfs what it is", &error)),
+            Ok(None) => dense_device(device, "this kind of device does not report its holes"),
+            Err(error) => dense_device(device, DenseReason::cannot("find out from sysfs what it is", &error)),
         }
     }
+}
+
+/// The layer of a device that has no source, or none that can be used.
+fn dense_device(device: &BlockDevice, reason: impl Into<DenseReason>) -> Layer {
+    Layer { device: Some(device.id), ..dense::layer(device.name(), "block device", device.len, reason) }
 }
 
 /// The source for a device; `None` for a device of another kind.

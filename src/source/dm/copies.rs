@@ -1,10 +1,8 @@
 //! Targets that keep the same bytes in several places: mirror, raid1 and clone.
 
-use std::sync::Arc;
-
-use super::lower::whole_status;
+use super::lower::{PLACE_OUT_OF_RANGE, whole_status};
 use super::params::{self, CloneStatus, Place};
-use crate::map::{HoleMap, Overlay};
+use crate::map::Overlay;
 use crate::reason::DenseReason;
 use crate::source::Resolver;
 use crate::source::target::{TargetContext, TargetLayer};
@@ -16,13 +14,8 @@ fn holes_of_all(
     holes_from: &str,
     resolver: &mut Resolver<'_>,
 ) -> Result<TargetLayer, DenseReason> {
-    let mut below = Vec::new();
-    let mut layers: Vec<Arc<dyn HoleMap>> = Vec::new();
-    for place in places {
-        let (layer, clip) = context.window(*place, resolver)?;
-        below.push(layer);
-        layers.push(Arc::new(clip));
-    }
+    let windows = places.iter().map(|place| (place.device, place.start, context.len));
+    let (below, layers) = resolver.windows(windows).ok_or(PLACE_OUT_OF_RANGE)?;
     Ok(TargetLayer::new(holes_from, Overlay { layers, len: context.len }, below))
 }
 

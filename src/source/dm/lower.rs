@@ -8,7 +8,10 @@ use crate::map::Clip;
 use crate::reason::DenseReason;
 use crate::source::target::{TargetContext, TargetLayer};
 use crate::source::{Layer, Resolver};
-use crate::units::{Bytes, Sectors};
+use crate::units::Sectors;
+
+/// Why a target has no holes whose arguments lead beyond 64 bits.
+pub(super) const PLACE_OUT_OF_RANGE: &str = "a place on a device below is out of range";
 
 impl TargetContext<'_> {
     /// Checks that the target is the first of its table. Some targets do not subtract their own start from the position
@@ -28,7 +31,7 @@ impl TargetContext<'_> {
     /// # Errors
     /// When it is out of range.
     pub(super) fn window(&self, place: Place, resolver: &mut Resolver<'_>) -> Result<(Arc<Layer>, Clip), DenseReason> {
-        window(place, self.len, resolver).ok_or_else(|| "a place on a device below is out of range".into())
+        resolver.window(place.device, place.start, self.len).ok_or_else(|| PLACE_OUT_OF_RANGE.into())
     }
 
     /// A target that reads all of its bytes from `place` on.
@@ -70,12 +73,4 @@ impl TargetContext<'_> {
 /// All of a status, for [`TargetContext::guarded_status`].
 pub(super) fn whole_status(status: &str) -> Option<String> {
     Some(status.to_owned())
-}
-
-/// The window of `len` bytes at `place`, and the layer of the device that it is on. `None` when it is out of range.
-pub(super) fn window(place: Place, len: Bytes, resolver: &mut Resolver<'_>) -> Option<(Arc<Layer>, Clip)> {
-    let start = place.start.bytes()?;
-    let below = resolver.device(place.device, start.checked_add(len)?);
-    let clip = Clip { inner: below.map.clone(), start, len };
-    Some((below, clip))
 }

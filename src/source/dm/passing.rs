@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use super::lower::window;
 use super::params::{self, PathState, Place};
 use crate::map::Unstripe;
 use crate::reason::DenseReason;
@@ -34,7 +33,8 @@ pub fn unstriped(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Re
         Some((Bytes::new(chunk), Bytes::new(rows.checked_mul(stripes)?)))
     };
     let (chunk, reach) = reach().ok_or("its stripes are out of range")?;
-    let (below, clip) = window(unstriped.place, reach, resolver).ok_or("its stripes are out of range")?;
+    let (below, clip) =
+        resolver.window(unstriped.place.device, unstriped.place.start, reach).ok_or("its stripes are out of range")?;
     let map = Unstripe::new(Arc::new(clip), chunk, stripes, u64::from(unstriped.index), context.len);
     Ok(TargetLayer::new("one stripe of the device it maps to", map.ok_or("it has no such stripe")?, vec![below]))
 }

@@ -1,11 +1,8 @@
 //! The layer of one target of a table, by the target's name.
 
-use std::sync::Arc;
-
-use super::lower::window;
 use super::params;
 use super::{copies, passing, snapshot};
-use crate::map::{ExtentKind, HoleMap, Stripe, Uniform};
+use crate::map::{ExtentKind, Stripe, Uniform};
 use crate::reason::DenseReason;
 use crate::source::target::{TargetContext, TargetLayer};
 use crate::source::{Layer, Resolver, dense, thin};
@@ -66,13 +63,8 @@ fn unsupported(kind: &str) -> &'static str {
 fn striped(context: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
     let striped = context.params(params::striped)?;
     let leg_len = leg_len(&striped, context.len).ok_or("its length is no multiple of its stripes")?;
-    let mut below = Vec::new();
-    let mut legs: Vec<Arc<dyn HoleMap>> = Vec::new();
-    for place in &striped.legs {
-        let (layer, clip) = window(*place, leg_len, resolver).ok_or("a leg is out of range")?;
-        below.push(layer);
-        legs.push(Arc::new(clip));
-    }
+    let windows = striped.legs.iter().map(|place| (place.device, place.start, leg_len));
+    let (below, legs) = resolver.windows(windows).ok_or("a leg is out of range")?;
     let chunk = striped.chunk.bytes().ok_or("its chunks are out of range")?;
     let map = Stripe::new(legs, chunk, context.len).ok_or("it has no stripes")?;
     Ok(TargetLayer::new("the legs it stripes over", map, below))
