@@ -17,7 +17,7 @@ use crate::mount::argv::CommandLine;
 use crate::mount::options;
 use crate::report::{self, MapFormat, MapPrinter};
 use crate::source::Context;
-use crate::source::nbd::{NbdExport, SideExport};
+use crate::source::nbd::NbdExport;
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::OfflinePool;
 use crate::spec::{SourceOptions, Spec, SpecKind};
@@ -106,8 +106,7 @@ struct MapArguments {
 impl MapArguments {
     /// The context for an open export, with the option `nbd`.
     fn context(&self, export: &dyn Export) -> Result<Context> {
-        let beside = |uri| SideExport::new(uri, &export.stack(&Context::default()), export.name());
-        let nbd = self.source.nbd.clone().map(beside).transpose()?;
+        let nbd = self.source.nbd.clone().map(|uri| export.side_export(uri)).transpose()?;
         Ok(Context { nbd, ..Context::default() })
     }
 

@@ -28,6 +28,7 @@ pub use usage::Usage;
 pub use volume::VolumeExport;
 
 use crate::error::{Error, Result};
+use crate::source::nbd::{SideExport, Uri};
 use crate::source::{BlockDevice, Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device;
@@ -147,6 +148,15 @@ impl dyn Export + '_ {
             return stack;
         }
         stack.shown_as_data("a file of less than 1024 bytes is shown without holes")
+    }
+
+    /// The export `uri` of a server, with the NBD device of the kernel that is connected to it: this device, or one below
+    /// it in its stack.
+    ///
+    /// # Errors
+    /// As [`SideExport::new`].
+    pub fn side_export(&self, uri: Uri) -> Result<SideExport> {
+        SideExport::new(uri, &self.stack(&Context::default()), self.name())
     }
 
     /// Reads up to `size` bytes at `offset` through `buffer`; shorter only at the end.

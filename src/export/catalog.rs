@@ -11,7 +11,6 @@ use log::error;
 
 use super::{DeviceDirectory, Export, FileKind, HostNode, NbdExportFile, VolumeExport};
 use crate::error::{Error, Result};
-use crate::source::Context;
 use crate::source::nbd::{NbdExport, SideExport, Uri};
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::{Found, OfflinePools};
@@ -123,7 +122,7 @@ impl Catalog {
     ///
     /// # Errors
     /// A usage error for a directory and for a pool. When it cannot be opened.
-    pub fn open_only(&self) -> Result<Arc<dyn Export>> {
+    fn open_only(&self) -> Result<Arc<dyn Export>> {
         match self {
             Self::File { source, .. } => self.open(source),
             Self::Directory(_) | Self::Pool(_) => Err(SideExport::unclear("has more than one file")),
@@ -136,8 +135,7 @@ impl Catalog {
     /// # Errors
     /// As [`Catalog::open_only`] and [`SideExport::new`].
     pub fn side_export(&self, uri: Uri) -> Result<SideExport> {
-        let export = self.open_only()?;
-        SideExport::new(uri, &export.stack(&Context::default()), export.name())
+        self.open_only()?.side_export(uri)
     }
 
     /// The path of the entry `name` of a directory. `None` for a name that no entry can have, such as `..`.
