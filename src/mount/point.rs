@@ -222,6 +222,17 @@ impl Mounted {
             Ok(result)
         })
     }
+
+    /// Unmounts because of `error`. Returns the error, with a hint when the mount is still there.
+    pub fn unmount_after(&self, error: Error) -> Error {
+        match self.unmount() {
+            Ok(Unmounted::Everywhere) => error,
+            Ok(Unmounted::Covered(place)) => {
+                error.hint(format!("the mount is still there, below another one on {}", place.display()))
+            }
+            Err(left) => error.hint(format!("the mount is still there: {left}")),
+        }
+    }
 }
 
 fn unmount_lazily(point: &Path) -> Result<()> {

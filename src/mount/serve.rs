@@ -88,7 +88,7 @@ pub fn until_unmounted(fs: &FileSystem, mounted: &Mounted, events: &Receiver<Eve
             Ok(Event::Ended(Ok(()))) => return Ok(()),
             Ok(Event::Ended(Err(e))) => {
                 let error = Error::failed("the session broke").on(mounted.dir()).because(e);
-                return Err(unmount_after(mounted, error));
+                return Err(mounted.unmount_after(error));
             }
             Ok(Event::Signal(SignalAction::DropMaps)) => fs.drop_maps(),
             Ok(Event::Signal(SignalAction::LogCounters)) => fs.log_counters(),
@@ -96,17 +96,6 @@ pub fn until_unmounted(fs: &FileSystem, mounted: &Mounted, events: &Receiver<Eve
             Ok(Event::Signal(SignalAction::Unmount(signal))) => return unmount(&signal, mounted, events),
             Err(_) => return Err(Error::new(ErrorKind::Internal, "no thread is left").on(mounted.dir())),
         }
-    }
-}
-
-/// Unmounts because of `error`. Returns the error, with a hint when the mount is still there.
-pub fn unmount_after(mounted: &Mounted, error: Error) -> Error {
-    match mounted.unmount() {
-        Ok(Unmounted::Everywhere) => error,
-        Ok(Unmounted::Covered(place)) => {
-            error.hint(format!("the mount is still there, below another one on {}", place.display()))
-        }
-        Err(left) => error.hint(format!("the mount is still there: {left}")),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::fuse::{BlkHoleFs, SESSION_THREADS};
 use crate::mount::fusermount;
 use crate::mount::mountinfo::{DeviceNumber, FS_TYPE};
 use crate::mount::options::MountOptions;
-use crate::mount::point::{Claim, MountPoint, MountPointKind, Mounted, Unmounted};
+use crate::mount::point::{Claim, MountPoint, MountPointKind, Mounted};
 
 /// Whether each session thread has a descriptor of the FUSE device of its own (`FUSE_DEV_IOC_CLONE`, Linux 4.5).
 pub const CLONE_DESCRIPTOR: bool = true;
@@ -67,11 +67,7 @@ pub fn mount(filesystem: BlkHoleFs, spec: &OsStr, claim: &Claim, options: &Mount
     // kernel itself.
     let session = fuser::Session::from_fd(filesystem, device, fuser::SessionACL::All, config).map_err(|e| {
         let error = Error::failed("the handshake with the kernel failed").on(mounted.dir()).because(e);
-        match mounted.unmount() {
-            Ok(Unmounted::Everywhere) => error,
-            Ok(Unmounted::Covered(_)) => error.hint("the mount is still there, below another one"),
-            Err(left) => error.hint(format!("the mount is still there: {left}")),
-        }
+        mounted.unmount_after(error)
     })?;
     kernel_cache.connect(session.notifier());
     raise_read_ahead(mounted.device());

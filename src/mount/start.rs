@@ -96,7 +96,7 @@ fn serve_mount(
     let started = drop_privileges(&mounted, connects_to_socket(spec, &options.source))
         .and_then(|()| serve::start(session, signals))
         .and_then(|events| report.serving().map(|()| events));
-    let events = started.map_err(|error| serve::unmount_after(&mounted, error))?;
+    let events = started.map_err(|error| mounted.unmount_after(error))?;
     drop(claim);
     // Releases the metadata snapshots that killed daemons left held, without waiting for it.
     held::recover_once(Duration::ZERO);
