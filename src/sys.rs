@@ -1,6 +1,7 @@
 //! System calls, ioctls, sysfs and /proc as safe functions. All unsafe code of the program is in this module.
 
 pub mod acl;
+pub mod aio;
 pub mod block;
 pub mod buffer;
 pub mod device;
