@@ -10,6 +10,7 @@ mod device_directory;
 mod image;
 mod nbd;
 mod node;
+mod read_queue;
 mod usage;
 mod volume;
 
@@ -24,6 +25,7 @@ pub use catalog::{Catalog, CatalogEntry, FileSource};
 pub use device_directory::DeviceDirectory;
 pub use nbd::NbdExportFile;
 pub use node::{FileIdentity, HostNode};
+pub use read_queue::{PendingRead, ReadQueue};
 pub use usage::Usage;
 pub use volume::VolumeExport;
 
@@ -74,6 +76,11 @@ pub trait Export: Send + Sync {
     /// # Errors
     /// As pread(2).
     fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>>;
+
+    /// Reads that are begun first and waited for later; `None` where only [`Export::read_at`] reads.
+    fn read_queue(&self) -> Option<&dyn ReadQueue> {
+        None
+    }
 
     /// The layers that the extents come from, and what guards them. Nothing is loaded.
     fn resolve(&self, context: &Context) -> Stack;

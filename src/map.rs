@@ -96,6 +96,12 @@ pub trait HoleMap: Send + Sync {
     /// [`HoleMap::len`] the answer is [`Extent::outside`] or longer data, so that a loop over extents always advances.
     fn extent_at(&self, offset: Bytes) -> Extent;
 
+    /// The extent from `offset` on as far as it is known without a query that takes long: a hint for reading ahead, and no
+    /// promise. `None` where nothing is known. In a map whose source is not queried live it is [`HoleMap::extent_at`].
+    fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
+        Some(self.extent_at(offset))
+    }
+
     /// The first byte of data at or after `offset`, or the length if there is none.
     ///
     /// A map implements this, or [`HoleMap::next_hole`], where it finds the answer faster than extent by extent.
@@ -146,6 +152,18 @@ fn checked_extent(map: &dyn HoleMap, offset: Bytes) -> Extent {
     }
     valid_or_data(map.extent_at(offset), offset, len)
 }
+
+/// [`HoleMap::expected_extent`] of an `offset` below the length, with the check of [`checked_extent`].
+fn checked_expected(map: &dyn HoleMap, offset: Bytes) -> Option<Extent> {
+    let extent = map.expected_extent(offset)?;
+    (offset < map.len()).then(|| valid_or_data(extent, offset, map.len()))
+}
+
+/// What a composition asks its parts: [`checked_extent`] or [`checked_expected`].
+type AskPart = fn(&dyn HoleMap, Bytes) -> Option<Extent>;
+
+/// Asks a part for an extent that is true now.
+const ASK_NOW: AskPart = |map, offset| Some(checked_extent(map, offset));
 
 /// `extent` if it keeps the contract of [`HoleMap::extent_at`], else data up to the end of the device.
 fn valid_or_data(extent: Extent, offset: Bytes, len: Bytes) -> Extent {

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
+use super::read_queue::{DirectQueue, ReadQueue};
 use super::{Export, FileIdentity, HostNode, MIN_ALIGN};
 use crate::error::{Error, Result};
 use crate::source::{BlockDevice, Context, Stack};
@@ -17,7 +19,8 @@ use crate::units::Bytes;
 pub(super) struct DeviceExport {
     device: BlockDevice,
     /// For reads past the device's page cache, which may be older than a table that was loaded since.
-    direct: File,
+    direct: Arc<File>,
+    queue: DirectQueue,
     align: Bytes,
 }
 
@@ -32,7 +35,8 @@ impl DeviceExport {
         // Every block device takes O_DIRECT. A failure has another cause, such as a limit, and must not lead to reads through
         // the page cache.
         let direct = device::reopen_direct(&device.file).map_err(|error| failed("cannot open with O_DIRECT", error))?;
-        Ok(Self { device, direct, align: block.max(MIN_ALIGN) })
+        let direct = Arc::new(direct);
+        Ok(Self { device, queue: DirectQueue::new(direct.clone()), direct, align: block.max(MIN_ALIGN) })
     }
 }
 
@@ -57,6 +61,10 @@ impl Export for DeviceExport {
     fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
         let device = Readable { direct: &self.direct, cached: &self.device.file, len: self.size()?, align: self.align };
         block::read(device, buffer, offset, size)
+    }
+
+    fn read_queue(&self) -> Option<&dyn ReadQueue> {
+        Some(&self.queue)
     }
 
     fn resolve(&self, context: &Context) -> Stack {

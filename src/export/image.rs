@@ -4,7 +4,9 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use super::read_queue::{DirectQueue, ReadQueue};
 use super::{Export, FileIdentity, HostNode, MIN_ALIGN};
 use crate::source::file::Reads;
 use crate::source::{Context, Stack};
@@ -22,7 +24,9 @@ fn is_refusal(error: &io::Error) -> bool {
 pub(super) struct ImageExport {
     file: File,
     /// For reads, where they must pass the page cache by.
-    direct: Option<File>,
+    direct: Option<Arc<File>>,
+    /// Reads ahead of a client, for the same case. Elsewhere the kernel reads the image, or reads it ahead.
+    queue: Option<DirectQueue>,
     path: PathBuf,
     identity: FileIdentity,
 }
@@ -35,8 +39,9 @@ impl ImageExport {
     pub(super) fn new(file: File, metadata: &Metadata, path: &Path) -> io::Result<Self> {
         // Direct reads only where reads go to a server: then its holes are those of the server.
         let direct = if file::reads_from_server(&file) { device::reopen_direct(&file).map(Some) } else { Ok(None) };
-        let direct = direct.or_else(|error| if is_refusal(&error) { Ok(None) } else { Err(error) })?;
-        Ok(Self { file, direct, path: path.to_owned(), identity: FileIdentity::of(metadata) })
+        let direct = direct.or_else(|error| if is_refusal(&error) { Ok(None) } else { Err(error) })?.map(Arc::new);
+        let queue = direct.clone().map(DirectQueue::new);
+        Ok(Self { file, direct, queue, path: path.to_owned(), identity: FileIdentity::of(metadata) })
     }
 }
 
@@ -58,6 +63,10 @@ impl Export for ImageExport {
             Some(direct) => file::read_direct(direct, buffer, offset, size, MIN_ALIGN),
             None => file::read_buffered(&self.file, buffer, offset, size),
         }
+    }
+
+    fn read_queue(&self) -> Option<&dyn ReadQueue> {
+        self.queue.as_ref().map(|queue| queue as &dyn ReadQueue)
     }
 
     fn resolve(&self, context: &Context) -> Stack {

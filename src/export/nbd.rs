@@ -8,6 +8,7 @@ use std::time::SystemTime;
 
 use nix::unistd::{getegid, geteuid};
 
+use super::read_queue::ReadQueue;
 use super::{Export, HostNode, MIN_ALIGN};
 use crate::error::Result;
 use crate::source::nbd::{self, Client, NbdExport};
@@ -49,6 +50,10 @@ impl Export for NbdExportFile {
 
     fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
         Ok(0..self.client.read_at(buffer.resize(size), offset)?)
+    }
+
+    fn read_queue(&self) -> Option<&dyn ReadQueue> {
+        Some(&*self.client)
     }
 
     fn resolve(&self, context: &Context) -> Stack {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Extent, ExtentKind, HoleMap, checked_extent, checked_next_data, checked_next_hole};
+use super::{ASK_NOW, AskPart, Extent, ExtentKind, HoleMap, checked_expected, checked_next_data, checked_next_hole};
 use crate::reason::DenseReason;
 use crate::units::Bytes;
 
@@ -41,22 +41,32 @@ pub struct Clip {
     pub len: Bytes,
 }
 
+impl Clip {
+    fn extent_by(&self, offset: Bytes, ask: AskPart) -> Option<Extent> {
+        if offset >= self.len {
+            return Some(Extent::outside(offset));
+        }
+        match self.start.checked_add(offset).filter(|&at| at < self.inner.len()) {
+            Some(at) => {
+                let extent = ask(&*self.inner, at)?;
+                Some(Extent { end: extent.end.saturating_sub(self.start).min(self.len), kind: extent.kind })
+            }
+            None => Some(Extent { end: self.len, kind: ExtentKind::Data }),
+        }
+    }
+}
+
 impl HoleMap for Clip {
     fn len(&self) -> Bytes {
         self.len
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        if offset >= self.len {
-            return Extent::outside(offset);
-        }
-        match self.start.checked_add(offset).filter(|&at| at < self.inner.len()) {
-            Some(at) => {
-                let extent = checked_extent(&*self.inner, at);
-                Extent { end: extent.end.saturating_sub(self.start).min(self.len), kind: extent.kind }
-            }
-            None => Extent { end: self.len, kind: ExtentKind::Data },
-        }
+        self.extent_by(offset, ASK_NOW).unwrap_or(Extent { end: self.len, kind: ExtentKind::Data })
+    }
+
+    fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
+        self.extent_by(offset, checked_expected)
     }
 
     fn next_data(&self, offset: Bytes) -> Bytes {
@@ -117,6 +127,13 @@ impl Concat {
         Some(Self { segments: placed })
     }
 
+    fn extent_by(&self, offset: Bytes, ask: AskPart) -> Option<Extent> {
+        let index = self.segments.partition_point(|segment| segment.end <= offset);
+        let Some(segment) = self.segments.get(index) else { return Some(Extent::outside(offset)) };
+        let extent = ask(&*segment.map, offset.saturating_sub(segment.start))?;
+        Some(Extent { end: segment.start.saturating_add(extent.end).min(segment.end), kind: extent.kind })
+    }
+
     fn maps(&self) -> impl Iterator<Item = &dyn HoleMap> {
         self.segments.iter().map(|segment| &*segment.map)
     }
@@ -128,10 +145,11 @@ impl HoleMap for Concat {
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        let index = self.segments.partition_point(|segment| segment.end <= offset);
-        let Some(segment) = self.segments.get(index) else { return Extent::outside(offset) };
-        let extent = checked_extent(&*segment.map, offset.saturating_sub(segment.start));
-        Extent { end: segment.start.saturating_add(extent.end).min(segment.end), kind: extent.kind }
+        self.extent_by(offset, ASK_NOW).unwrap_or(Extent { end: self.len(), kind: ExtentKind::Data })
+    }
+
+    fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
+        self.extent_by(offset, checked_expected)
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -162,6 +180,28 @@ pub struct Overlay {
 }
 
 impl Overlay {
+    fn extent_by(&self, offset: Bytes, ask: AskPart) -> Option<Extent> {
+        if offset >= self.len {
+            return Some(Extent::outside(offset));
+        }
+        let mut answer: Option<Extent> = None;
+        for layer in self.maps() {
+            // Beyond its end a layer is data.
+            let beyond = Extent { end: self.len, kind: ExtentKind::Data };
+            let extent = if offset < layer.len() { ask(layer, offset)? } else { beyond };
+            if extent.kind.is_data() {
+                answer = Some(extent);
+                break;
+            }
+            answer = Some(match answer {
+                None => extent,
+                Some(above) => Extent { end: above.end.min(extent.end), kind: above.kind.combined_with(extent.kind) },
+            });
+        }
+        let answer = answer.unwrap_or(Extent { end: self.len, kind: ExtentKind::Data });
+        Some(Extent { end: answer.end.min(self.len), kind: answer.kind })
+    }
+
     fn maps(&self) -> impl Iterator<Item = &dyn HoleMap> {
         self.layers.iter().map(|layer| &**layer)
     }
@@ -173,23 +213,11 @@ impl HoleMap for Overlay {
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        if offset >= self.len {
-            return Extent::outside(offset);
-        }
-        let mut answer: Option<Extent> = None;
-        for layer in self.maps() {
-            let extent = checked_extent(layer, offset);
-            if extent.kind.is_data() {
-                answer = Some(extent);
-                break;
-            }
-            answer = Some(match answer {
-                None => extent,
-                Some(above) => Extent { end: above.end.min(extent.end), kind: above.kind.combined_with(extent.kind) },
-            });
-        }
-        let answer = answer.unwrap_or(Extent { end: self.len, kind: ExtentKind::Data });
-        Extent { end: answer.end.min(self.len), kind: answer.kind }
+        self.extent_by(offset, ASK_NOW).unwrap_or(Extent { end: self.len, kind: ExtentKind::Data })
+    }
+
+    fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
+        self.extent_by(offset, checked_expected)
     }
 
     fn allocated(&self) -> Option<Bytes> {

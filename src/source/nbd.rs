@@ -7,6 +7,7 @@
 //! extent with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else.
 //! The protocol is that of `doc/proto.md` of the NBD project.
 
+mod begun;
 mod client;
 mod connect;
 mod connection;
@@ -25,6 +26,7 @@ pub mod uri;
 use std::io;
 use std::sync::Arc;
 
+pub use begun::BegunRead;
 pub use client::Client;
 pub use export::NbdExport;
 pub use pool::Timeouts;

@@ -58,9 +58,15 @@ struct State {
 enum Slot {
     Free,
     /// The kernel writes into the buffer.
-    Reading { buffer: AlignedBuffer, abandoned: bool },
+    Reading {
+        buffer: AlignedBuffer,
+        abandoned: bool,
+    },
     /// The buffer and the number of bytes in it, or a negative errno.
-    Done { buffer: AlignedBuffer, result: i64 },
+    Done {
+        buffer: AlignedBuffer,
+        result: i64,
+    },
 }
 
 /// A read that was begun. Dropping it gives its bytes up; its buffer is freed when the kernel has completed it.
@@ -126,8 +132,9 @@ impl AioQueue {
             // SAFETY: the pointers are to valid requests, which the kernel copies during the call. Each request names a
             // descriptor that is open, of which the kernel takes a reference, and memory of its slot's buffer, which is
             // neither moved nor freed until the completion was received, or the context was destroyed.
-            let count =
-                unsafe { libc::syscall(libc::SYS_io_submit, self.context, rest.len() as libc::c_long, rest.as_mut_ptr()) };
+            let count = unsafe {
+                libc::syscall(libc::SYS_io_submit, self.context, rest.len() as libc::c_long, rest.as_mut_ptr())
+            };
             match usize::try_from(count) {
                 Ok(count) if count > 0 => begun += count,
                 _ => break,
@@ -141,8 +148,9 @@ impl AioQueue {
         let most = EVENTS as libc::c_long;
         let no_timeout: *const libc::timespec = ptr::null();
         // SAFETY: the kernel writes at most `most` events through the pointer, and a null timeout means none.
-        let count =
-            unsafe { libc::syscall(libc::SYS_io_getevents, self.context, 1_i64, most, events.as_mut_ptr(), no_timeout) };
+        let count = unsafe {
+            libc::syscall(libc::SYS_io_getevents, self.context, 1_i64, most, events.as_mut_ptr(), no_timeout)
+        };
         usize::try_from(count).map_err(|_| io::Error::last_os_error())
     }
 

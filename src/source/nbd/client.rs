@@ -161,6 +161,25 @@ impl Client {
         self.pool.first().blocks.minimum
     }
 
+    /// The longest read of one request.
+    pub fn longest_read(&self) -> Bytes {
+        self.pool.first().blocks.maximum
+    }
+
+    /// The longest waits for the server.
+    pub(super) fn timeouts(&self) -> Timeouts {
+        self.pool.timeouts()
+    }
+
+    /// The connection for the next request.
+    ///
+    /// # Errors
+    ///
+    /// The reason why there is none, at the latest at `until`.
+    pub(super) fn connection(&self, until: Instant) -> std::result::Result<Arc<Connection>, String> {
+        self.pool.connection(until)
+    }
+
     /// The longest range of a block status query.
     pub fn longest_status(&self) -> Bytes {
         self.pool.first().dialect.longest_status()
@@ -180,7 +199,7 @@ impl Client {
         for (request, answer) in requests.iter().zip(answers) {
             match (request, answer) {
                 (NbdRequest::Read(range), Ok(ReplyContent::Bytes(bytes))) => {
-                    copy_part(&bytes, range.start, buf, offset..end);
+                    copy_part(bytes.bytes(), range.start, buf, offset..end);
                 }
                 (_, Err(failure)) => {
                     log::debug!("{}: cannot read at {offset}: {failure}", self.uri());

@@ -5,7 +5,7 @@
 //! single request thus costs one send and one receive, without a change of threads, and an idle connection costs
 //! nothing.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +16,7 @@ use super::connect::Agreement;
 use super::frame::{Dialect, NbdCommand, REPLY_HEADER, ReplyHeader, encode_request};
 use super::reply::{PartialReply, ReplyContent, RequestError};
 use super::stream::Stream;
+use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
 /// The size of the receive buffer. Larger payloads are received directly where they belong.
@@ -32,7 +33,7 @@ pub enum NbdRequest {
     Flush,
 }
 
-/// The cookie of a request that was sent and has not been waited for.
+/// The cookie of a request that was sent, and has neither been waited for nor abandoned.
 #[derive(Debug)]
 pub struct RequestId(u64);
 
@@ -63,6 +64,8 @@ struct ReadAhead {
 struct PendingRequests {
     next: u64,
     requests: HashMap<u64, PendingRequest>,
+    /// Those of the requests that nobody waits for: their replies are dropped.
+    abandoned: HashSet<u64>,
     /// Some thread is receiving replies.
     has_reader: bool,
     /// Why the connection has ended, if it has.
@@ -118,6 +121,34 @@ impl Connection {
     /// sent.
     pub fn submit(&self, request: &NbdRequest, deadline: Instant) -> Result<RequestId, RequestError> {
         let (command, range, reply) = self.prepare(request)?;
+        self.send(command, &range, reply, deadline)
+    }
+
+    /// Sends a read from `start` on of as many bytes as `buffer` has, which are received there. They must be within the
+    /// agreed block sizes.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError::Broken`] when it cannot be sent.
+    pub fn submit_read(
+        &self,
+        start: Bytes,
+        buffer: AlignedBuffer,
+        deadline: Instant,
+    ) -> Result<RequestId, RequestError> {
+        let end = start.saturating_add(Bytes::new(buffer.bytes().len() as u64));
+        let too_long = || RequestError::Broken("a read that ends beyond 2^64 cannot be sent".to_owned());
+        let reply = PartialReply::read_into(start, buffer).ok_or_else(too_long)?;
+        self.send(NbdCommand::Read, &(start..end), reply, deadline)
+    }
+
+    fn send(
+        &self,
+        command: NbdCommand,
+        range: &Range<Bytes>,
+        reply: PartialReply,
+        deadline: Instant,
+    ) -> Result<RequestId, RequestError> {
         let cookie = {
             let mut pending = self.pending();
             if let Some(reason) = &pending.broken {
@@ -130,7 +161,7 @@ impl Connection {
         };
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         let sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = self.stream.write_all(&encode_request(self.agreement.dialect, command, cookie, &range), deadline);
+        let sent = self.stream.write_all(&encode_request(self.agreement.dialect, command, cookie, range), deadline);
         drop(sending);
         if let Err(error) = sent {
             self.end(error.to_string());
@@ -139,7 +170,7 @@ impl Connection {
         Ok(RequestId(cookie))
     }
 
-    /// Waits for the answer to a request. Each request must be waited for, once.
+    /// Waits for the answer to a request. Each request must be waited for or abandoned, once.
     ///
     /// # Errors
     ///
@@ -149,6 +180,18 @@ impl Connection {
         let result = self.wait_for(id.0, deadline);
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
         result
+    }
+
+    /// Gives up the answer to a request. It is received with the other replies, and dropped.
+    pub fn abandon(&self, id: &RequestId) {
+        let mut pending = self.pending();
+        if matches!(pending.requests.get(&id.0), Some(PendingRequest::Done(_))) {
+            pending.requests.remove(&id.0);
+            self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        } else {
+            // The kernel's buffers and the server's limit bound what is in flight until the next reply is received.
+            pending.abandoned.insert(id.0);
+        }
     }
 
     fn wait_for(&self, cookie: u64, deadline: Instant) -> Result<ReplyContent, RequestError> {
@@ -251,7 +294,14 @@ impl Connection {
             }
         };
         let done = matches!(request, PendingRequest::Done(_));
-        self.pending().requests.insert(cookie, request);
+        let mut pending = self.pending();
+        if done && pending.abandoned.remove(&cookie) {
+            pending.requests.remove(&cookie);
+            self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        } else {
+            pending.requests.insert(cookie, request);
+        }
+        drop(pending);
         match ended {
             Some(reason) => Err(reason),
             None if done => {

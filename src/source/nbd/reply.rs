@@ -10,6 +10,7 @@ use super::frame::Dialect;
 use super::proto::{Fields, violation};
 use crate::error::{Error, Result};
 use crate::map::{Extent, ExtentKind};
+use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
 /// `NBD_REPLY_FLAG_DONE`: the last chunk of its reply.
@@ -93,7 +94,7 @@ pub struct PartialReply {
 /// The content so far, for each kind of request.
 #[derive(Debug)]
 enum ReplyKind {
-    Read { bytes: Vec<u8>, covered: CoveredBytes },
+    Read { bytes: AlignedBuffer, covered: CoveredBytes },
     Status { context: u32, dialect: Dialect, limit: Bytes, extents: Option<Vec<Extent>> },
     Flush,
 }
@@ -102,7 +103,7 @@ enum ReplyKind {
 #[derive(Debug, PartialEq, Eq)]
 pub enum ReplyContent {
     /// All bytes of the range.
-    Bytes(Vec<u8>),
+    Bytes(AlignedBuffer),
     /// Consecutive extents from the start of the range on, neighbours of different kinds. They may end before the range
     /// does, or after it.
     Extents(Vec<Extent>),
@@ -114,8 +115,17 @@ impl PartialReply {
     /// The empty reply to a read of `range`; `None` when the range is longer than memory can be.
     pub fn read(range: Range<Bytes>) -> Option<Self> {
         let len = usize::try_from(range.end.checked_sub(range.start)?.get()).ok()?;
-        let reply = ReplyKind::Read { bytes: vec![0; len], covered: CoveredBytes::default() };
-        Some(Self { range, kind: reply, error: None, done: false })
+        let mut bytes = AlignedBuffer::new();
+        bytes.resize(len);
+        Self::read_into(range.start, bytes)
+    }
+
+    /// The empty reply to a read from `start` on of as many bytes as `bytes` has, which are received there. `None` when
+    /// the range ends beyond 2^64.
+    pub fn read_into(start: Bytes, bytes: AlignedBuffer) -> Option<Self> {
+        let end = start.checked_add(Bytes::new(u64::try_from(bytes.bytes().len()).ok()?))?;
+        let reply = ReplyKind::Read { bytes, covered: CoveredBytes::default() };
+        Some(Self { range: start..end, kind: reply, error: None, done: false })
     }
 
     /// The empty reply to a block status request for `range` of an export of `limit` bytes.
@@ -146,6 +156,7 @@ impl PartialReply {
         }
         match &mut self.kind {
             ReplyKind::Read { bytes, covered } if dialect == Dialect::Simple => {
+                let bytes = bytes.bytes_mut();
                 covered.add(0..bytes.len())?;
                 Ok(Some(bytes))
             }
@@ -171,7 +182,7 @@ impl PartialReply {
         let fits = match (kind, &self.kind) {
             (NONE, _) => len == 0 && self.done,
             (OFFSET_DATA, ReplyKind::Read { bytes, .. }) => {
-                len > OFFSET_LEN && usize::try_from(len - OFFSET_LEN).is_ok_and(|len| len <= bytes.len())
+                len > OFFSET_LEN && usize::try_from(len - OFFSET_LEN).is_ok_and(|len| len <= bytes.bytes().len())
             }
             (OFFSET_HOLE, ReplyKind::Read { .. }) => len == OFFSET_LEN + 4,
             (STATUS, ReplyKind::Status { dialect: Dialect::Structured, .. }) => {
@@ -205,12 +216,13 @@ impl PartialReply {
                 let offset = fields.u64().ok_or_else(short)?;
                 let place = within(&self.range, offset, chunk.len - OFFSET_LEN)?;
                 covered.add(place.clone())?;
-                return Ok(Some(&mut bytes[place]));
+                return Ok(Some(&mut bytes.bytes_mut()[place]));
             }
-            (OFFSET_HOLE, ReplyKind::Read { covered, .. }) => {
-                // The bytes are zeros already: each byte is received only once.
+            (OFFSET_HOLE, ReplyKind::Read { bytes, covered }) => {
                 let (offset, len) = (fields.u64().ok_or_else(short)?, fields.u32().ok_or_else(short)?);
-                covered.add(within(&self.range, offset, u64::from(len))?)?;
+                let place = within(&self.range, offset, u64::from(len))?;
+                covered.add(place.clone())?;
+                bytes.bytes_mut()[place].fill(0);
             }
             (STATUS | STATUS_EXT, ReplyKind::Status { context, dialect, limit, extents }) => {
                 let list = read_extents(payload, *dialect, *context)?;
@@ -240,7 +252,7 @@ impl PartialReply {
         let missing = |what: &str| Err(RequestError::violation(violation(what)));
         match self.kind {
             _ if !self.done => missing("did not finish its reply"),
-            ReplyKind::Read { bytes, covered } if covered.all(bytes.len()) => Ok(ReplyContent::Bytes(bytes)),
+            ReplyKind::Read { bytes, covered } if covered.all(bytes.bytes().len()) => Ok(ReplyContent::Bytes(bytes)),
             ReplyKind::Read { .. } => missing("left out a part of a read"),
             ReplyKind::Status { extents: Some(extents), .. } => Ok(ReplyContent::Extents(extents)),
             ReplyKind::Flush => Ok(ReplyContent::Flushed),

@@ -102,7 +102,7 @@ fn reply(dialect: Dialect, status: bool, mut input: &[u8]) {
     match answer.finish() {
         Err(_) => {}
         Ok(ReplyContent::Flushed) => panic!("no flush was asked for"),
-        Ok(ReplyContent::Bytes(bytes)) => assert!(!status && bytes.len() == sent && bytes == expected),
+        Ok(ReplyContent::Bytes(bytes)) => assert!(!status && bytes.bytes().len() == sent && bytes.bytes() == expected),
         Ok(ReplyContent::Extents(runs)) => {
             assert!(status && runs.iter().all(|run| START < run.end.get() && run.end.get() <= EXPORT));
             assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].end && pair[0].kind != pair[1].kind));

@@ -39,7 +39,7 @@ fn status(flags: u16, context: u32, extents: &[(u32, u32)]) -> Sent<'static> {
 
 fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> std::result::Result<Vec<u8>, RequestError> {
     feed(PartialReply::read(bytes(start, end)).unwrap(), chunks).map(|content| match content {
-        ReplyContent::Bytes(bytes) => bytes,
+        ReplyContent::Bytes(bytes) => bytes.bytes().to_vec(),
         ReplyContent::Extents(_) | ReplyContent::Flushed => panic!("a read has bytes"),
     })
 }
@@ -102,7 +102,7 @@ fn simple_replies() {
     let answer = || PartialReply::read(bytes(0, 4)).unwrap();
     let mut good = answer();
     good.simple(0, Dialect::Simple).unwrap().unwrap().copy_from_slice(b"good");
-    assert_eq!(good.finish(), Ok(ReplyContent::Bytes(b"good".to_vec())));
+    assert!(matches!(good.finish(), Ok(ReplyContent::Bytes(bytes)) if bytes.bytes() == b"good"));
     let mut failed = answer();
     assert_eq!(failed.simple(5, Dialect::Structured).unwrap(), None);
     assert_eq!(failed.finish(), Err(RequestError::Server(5)));
