@@ -5,6 +5,7 @@
 //! for a short time ([`remembered`]), and it is the answer where a query fails or takes too long ([`budget`]).
 
 mod budget;
+mod last_answers;
 mod remembered;
 mod window;
 
@@ -14,6 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use self::budget::Budgets;
+use self::last_answers::LastAnswers;
 use self::remembered::RememberedData;
 use self::window::{ENOUGH_EXTENTS, QueryWindow};
 use crate::error::Error;
@@ -68,6 +70,8 @@ pub(super) struct LiveMap<S> {
     source: S,
     window: QueryWindow,
     remembered: Mutex<RememberedData>,
+    /// Where data may be, for reading ahead. No answer comes from it.
+    last_answers: Mutex<LastAnswers>,
     budgets: Mutex<Budgets>,
     /// The last query failed. The first failure of several in a row is logged.
     failing: AtomicBool,
@@ -80,6 +84,7 @@ impl<S: LiveSource> LiveMap<S> {
             source,
             window: QueryWindow::default(),
             remembered: Mutex::default(),
+            last_answers: Mutex::default(),
             budgets: Mutex::default(),
             failing: AtomicBool::new(false),
         }
@@ -141,6 +146,7 @@ impl<S: LiveSource> LiveMap<S> {
         }
         if let Some(range) = ranges.first() {
             self.remembered().add(range.start, remembered);
+            self.last_answers().add(range.start, &extents);
         }
         Ok(extents)
     }
@@ -177,6 +183,17 @@ impl<S: LiveSource> LiveMap<S> {
         let extent = Extent { end: offset.saturating_add(len).min(self.len()), kind: ExtentKind::Data };
         self.remembered().add(offset, &[extent]);
         extent
+    }
+
+    /// The first ranges at or after `from` that were data in a recent answer, at most `limit`: a hint of what may be read
+    /// next, and no promise.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for reading ahead"))]
+    pub(super) fn expected_data(&self, from: Bytes, limit: usize) -> Vec<Range<Bytes>> {
+        self.last_answers().data_from(from, limit)
+    }
+
+    fn last_answers(&self) -> MutexGuard<'_, LastAnswers> {
+        self.last_answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn remembered(&self) -> MutexGuard<'_, RememberedData> {
@@ -217,7 +234,7 @@ impl<S: LiveSource> HoleMap for LiveMap<S> {
     }
 
     fn memory(&self) -> Bytes {
-        self.remembered().memory()
+        self.remembered().memory().saturating_add(self.last_answers().memory())
     }
 }
 
