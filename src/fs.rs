@@ -21,7 +21,7 @@ use log::{debug, info};
 
 use crate::error::{Error, Result, shown};
 use crate::export::{Catalog, CatalogEntry, FileIdentity, FileKind, FileSource, HostNode, Usage};
-use crate::handle::{Handle, MapCache};
+use crate::handle::{Handle, MapCache, ReadAhead, Reader};
 use crate::source::Context;
 use crate::spec::{SourceOptions, Spec};
 use crate::units::Bytes;
@@ -45,12 +45,24 @@ pub struct DirectoryEntry {
     pub name: OsString,
 }
 
+/// How much memory and how many requests a mount may use; the defaults where `None`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// The memory of the maps of all open files together.
+    pub map_cache: Option<Bytes>,
+    /// The memory of what is fetched ahead for all open files together. Nothing is fetched ahead with zero.
+    pub read_ahead: Option<Bytes>,
+    /// The number of requests to a device that are in progress at the same time for one open file.
+    pub queue_depth: Option<u16>,
+}
+
 /// The mounted file system.
 pub struct FileSystem {
     catalog: Catalog,
     ownership: Ownership,
     context: Arc<Context>,
     maps: Arc<MapCache>,
+    ahead: Arc<ReadAhead>,
     nodes: Nodes,
     changes: Changes,
     usage: UsageCache,
@@ -70,12 +82,11 @@ struct OpenDevice {
 }
 
 impl FileSystem {
-    /// Makes the file system of a SPEC. What the SPEC names must exist and be readable now. The maps of all open files may
-    /// use `map_cache` bytes of memory together.
+    /// Makes the file system of a SPEC. What the SPEC names must exist and be readable now.
     ///
     /// # Errors
     /// As [`Catalog::new`] and [`Catalog::side_export`].
-    pub fn new(spec: &Spec, options: &SourceOptions, ownership: Ownership, map_cache: Option<Bytes>) -> Result<Self> {
+    pub fn new(spec: &Spec, options: &SourceOptions, ownership: Ownership, limits: Limits) -> Result<Self> {
         let catalog = Catalog::new(spec, options)?;
         let nbd = options.nbd.clone().map(|uri| catalog.side_export(uri)).transpose()?;
         let context = Context { nbd, ..Context::default() };
@@ -84,7 +95,8 @@ impl FileSystem {
             catalog,
             ownership,
             context: Arc::new(context),
-            maps: Arc::new(MapCache::new(map_cache)),
+            maps: Arc::new(MapCache::new(limits.map_cache)),
+            ahead: ReadAhead::new(limits.read_ahead, limits.queue_depth),
             changes: Changes::default(),
             usage: UsageCache::default(),
             open: OpenFiles::default(),
@@ -186,6 +198,11 @@ impl FileSystem {
         Attributes::file(ino, handle, &node, has_hole, changed, &self.ownership)
     }
 
+    /// The number of reads of one open file that are in progress at the same time, at most.
+    pub fn queue_depth(&self) -> usize {
+        self.ahead.depth()
+    }
+
     /// The sizes for statfs(2). Opens no device.
     pub fn usage(&self) -> Usage {
         self.usage.of(&self.catalog)
@@ -242,7 +259,7 @@ impl FileSystem {
         };
         let handle = self.share(ino, &source, node.as_ref())?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
-        self.open.insert(Fh(fh), OpenFile { ino, handle });
+        self.open.insert(Fh(fh), OpenFile { ino, reader: Reader::new(handle, self.ahead.clone()) });
         debug!("open {source:?} as {fh}");
         Ok(Fh(fh))
     }
@@ -283,6 +300,7 @@ impl FileSystem {
         match devices.get_mut(&ino) {
             Some(device) if is_same(&device.handle, identity) => {
                 device.opens += 1;
+                device.handle.begin_generation();
                 Ok(Some(device.handle.clone()))
             }
             Some(device) if device.handle.export().identity() != identity => Err(Error::from_errno(libc::ESTALE)),
@@ -296,6 +314,14 @@ impl FileSystem {
     /// EBADF when there is no such open file.
     pub fn handle(&self, fh: Fh) -> Result<Arc<Handle>> {
         self.open.handle(fh).ok_or_else(|| Error::from_errno(libc::EBADF))
+    }
+
+    /// The reads and seeks of an open file.
+    ///
+    /// # Errors
+    /// EBADF when there is no such open file.
+    pub fn reader(&self, fh: Fh) -> Result<Arc<Reader>> {
+        self.open.reader(fh).ok_or_else(|| Error::from_errno(libc::EBADF))
     }
 
     fn handle_of(&self, ino: Ino) -> Option<Arc<Handle>> {
@@ -312,7 +338,7 @@ impl FileSystem {
         let mut devices = self.lock_devices();
         // The path may lead to another device by now. Then the entry does not belong to this open file.
         let last = match devices.get_mut(&open.ino) {
-            Some(device) if Arc::ptr_eq(&device.handle, &open.handle) => {
+            Some(device) if Arc::ptr_eq(&device.handle, open.reader.handle()) => {
                 device.opens -= 1;
                 device.opens == 0
             }
@@ -320,6 +346,9 @@ impl FileSystem {
         };
         if last {
             devices.remove(&open.ino);
+            if devices.is_empty() {
+                self.ahead.trim();
+            }
             // The kernel may have forgotten the inode before this close was handled.
             self.nodes.forget(open.ino, 0, false);
         }
@@ -331,7 +360,7 @@ impl FileSystem {
     pub(crate) fn replace_handles(&self, handle: &Arc<Handle>) {
         for fh in (0..self.next_fh.load(Ordering::Relaxed)).map(Fh) {
             if let Some(open) = self.open.remove(fh) {
-                self.open.insert(fh, OpenFile { handle: handle.clone(), ..open });
+                self.open.insert(fh, OpenFile { reader: Reader::new(handle.clone(), self.ahead.clone()), ..open });
             }
         }
     }
@@ -347,8 +376,11 @@ impl FileSystem {
     pub fn log_counters(&self) {
         let opens = self.open.len();
         let devices = self.lock_devices();
-        let (names, maps) = (self.nodes.len(), self.maps.used());
-        info!("{opens} open files on {} devices, maps of {maps} bytes, {names} names", devices.len());
+        let (names, maps, ahead) = (self.nodes.len(), self.maps.used(), self.ahead.memory());
+        let devices_open = devices.len();
+        info!(
+            "{opens} open files on {devices_open} devices, maps of {maps} bytes, {ahead} bytes of read-ahead, {names} names"
+        );
         for device in devices.values() {
             info!("{}: {} opens", shown(device.handle.export().name()), device.opens);
         }

@@ -30,7 +30,7 @@ use log::log;
 use crate::deadline;
 use crate::error::Error;
 use crate::fs::{Fh, FileSystem, Ino};
-use crate::handle::Handle;
+use crate::handle::{Handle, Reader};
 use crate::map::view::Whence;
 use crate::units::Bytes;
 use attributes::{file_attr, file_type};
@@ -58,6 +58,10 @@ const OWN_REQUEST: Errno = Errno::EDEADLK;
 
 /// The largest read request, in bytes, and so the largest size of a buffer.
 const MAX_READ: u32 = 1 << 20;
+
+/// The kernel's default for the number of requests that no process waits for (`FUSE_DEFAULT_MAX_BACKGROUND` of
+/// `fs/fuse/inode.c`).
+const DEFAULT_BACKGROUND: u16 = 12;
 
 /// The stacking depth that the mount announces to the kernel: 1 allows passthrough for images on file systems that are not
 /// themselves stacked. An image on a stacked file system, such as overlayfs, is read through the daemon.
@@ -113,8 +117,26 @@ fn errno(operation: &str, error: &Error) -> Errno {
     Errno::from_i32(error.errno())
 }
 
-/// Replies to a read request.
-fn read(handle: &Handle, buffers: &Buffers, offset: Bytes, size: usize, reply: ReplyData) {
+/// Replies to a read request, with bytes that were fetched ahead if there are any and the client may get them.
+fn read(reader: &Arc<Reader>, buffers: &Buffers, offset: Bytes, size: usize, may_be_fetched: bool, reply: ReplyData) {
+    if !may_be_fetched {
+        return read_now(reader.handle(), buffers, offset, size, reply);
+    }
+    let reply = buffers.with_buffer(|buffer| match reader.fetched(buffer, offset, size) {
+        Some(bytes) => {
+            reply.data(bytes.as_ref());
+            None
+        }
+        None => Some(reply),
+    });
+    match reply {
+        None => reader.fetch_more(),
+        Some(reply) => read_now(reader.handle(), buffers, offset, size, reply),
+    }
+}
+
+/// Replies to a read request with bytes that are read from the device now.
+fn read_now(handle: &Handle, buffers: &Buffers, offset: Bytes, size: usize, reply: ReplyData) {
     // The memory of the device's concurrent reads is limited. A read that waits for its share holds no buffer yet.
     let _permit = handle.wait_for_read_memory(size);
     buffers.with_buffer(|buffer| match handle.read(buffer, offset, size) {
@@ -150,6 +172,9 @@ impl Filesystem for BlkHoleFs {
         }
         let _ = config.set_max_stack_depth(PASSTHROUGH_DEPTH);
         let _ = config.set_max_write(MAX_READ);
+        // The reads of the kernel's own reading ahead, which is never below its default.
+        let background = u16::try_from(self.fs.queue_depth()).unwrap_or(u16::MAX).max(DEFAULT_BACKGROUND);
+        let _ = config.set_max_background(background);
         if let Err(most) = config.set_max_readahead(MAX_READ) {
             let _ = config.set_max_readahead(most);
         }
@@ -203,15 +228,16 @@ impl Filesystem for BlkHoleFs {
         fh: FileHandle,
         offset: u64,
         size: u32,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         let (offset, size) = (Bytes::new(offset), usize::try_from(size).unwrap_or(usize::MAX));
         let buffers = self.buffers.clone();
-        self.answer(move |fs| match fs.handle(Fh(fh.0)) {
+        let is_direct = self.open_flags.contains(FopenFlags::FOPEN_DIRECT_IO) || flags.0 & libc::O_DIRECT != 0;
+        self.answer(move |fs| match fs.reader(Fh(fh.0)) {
             Err(error) => reply.error(errno("read", &error)),
-            Ok(handle) => read(&handle, &buffers, offset, size, reply),
+            Ok(reader) => read(&reader, &buffers, offset, size, !is_direct, reply),
         });
     }
 

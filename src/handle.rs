@@ -12,13 +12,14 @@
 
 mod map_cache;
 mod read_memory;
+mod reader;
 mod resolved;
 mod sequence;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,6 +42,7 @@ use sequence::SequenceNumber;
 
 pub use map_cache::MapCache;
 pub use read_memory::ReadPermit;
+pub use reader::{ReadAhead, Reader};
 
 /// How often one request may resolve the stack again before it answers "data".
 const MAX_TRIES: usize = 3;
@@ -75,6 +77,8 @@ pub struct Handle {
     quiet: bool,
     /// The bound on the memory of reads.
     read_memory: Arc<ReadMemory>,
+    /// The number of opens, and of changes that a guard found: what was fetched ahead before is not used after.
+    generation: AtomicU64,
 }
 
 /// How long requests have waited until a stack could be resolved again.
@@ -116,7 +120,32 @@ impl Handle {
             logged_busy: AtomicBool::new(false),
             quiet,
             read_memory: Arc::default(),
+            generation: AtomicU64::new(0),
         }
+    }
+
+    /// Notes that the device is opened once more. Called before the reply to the open: no read through the new open gets
+    /// bytes that were fetched before.
+    pub fn begin_generation(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The number of opens and changes so far.
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// The extent from `offset` on as it was when the extents were asked last: a hint, and no promise.
+    fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
+        let current = self.current()?;
+        let map = current.loaded()?.map();
+        (offset < map.len()).then(|| map.expected_extent(offset)).flatten().filter(|extent| extent.end > offset)
+    }
+
+    /// `end`, or the end of the last whole unit of the device, if that is before.
+    fn readable_end(&self, end: Bytes) -> Option<Bytes> {
+        let len = self.export.len().ok()?;
+        Some(end.min(len.align_down(self.export.align())))
     }
 
     /// Shares the bound on the memory of reads with `other`, which is the same device by another name.
@@ -272,6 +301,7 @@ impl Handle {
             // The lock is kept during the wait, because the other requests would have to wait as long.
             thread::sleep(rest);
         }
+        self.begin_generation();
         let len = || self.export.len().ok();
         let resolved = Arc::new(Resolved::new(|| self.export.stack(&self.context), len));
         *self.slot.write().unwrap_or_else(PoisonError::into_inner) = Some(resolved.clone());

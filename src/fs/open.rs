@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Fh, Ino};
-use crate::handle::Handle;
+use crate::handle::{Handle, Reader};
 
 /// One open file.
 pub struct OpenFile {
     /// Its inode.
     pub ino: Ino,
-    /// Its device.
-    pub handle: Arc<Handle>,
+    /// Its reads and seeks.
+    pub reader: Arc<Reader>,
 }
 
 /// All open files, by number.
@@ -24,9 +24,14 @@ impl OpenFiles {
         self.write().insert(fh, open);
     }
 
+    /// The reads and seeks of an open file.
+    pub fn reader(&self, fh: Fh) -> Option<Arc<Reader>> {
+        self.read().get(&fh).map(|open| open.reader.clone())
+    }
+
     /// The device of an open file.
     pub fn handle(&self, fh: Fh) -> Option<Arc<Handle>> {
-        self.read().get(&fh).map(|open| open.handle.clone())
+        self.read().get(&fh).map(|open| open.reader.handle().clone())
     }
 
     /// Removes an open file, and returns it.

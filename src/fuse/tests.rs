@@ -10,7 +10,7 @@ use nix::unistd::{Whence, geteuid, lseek};
 
 use super::*;
 use crate::export::{Export, HostNode, MIN_ALIGN};
-use crate::fs::Ownership;
+use crate::fs::{Limits, Ownership};
 use crate::handle::MapCache;
 use crate::source::{Context, Stack};
 use crate::spec::{SourceOptions, Spec};
@@ -59,7 +59,7 @@ fn a_panic_in_a_source_is_eio_and_the_mount_continues() {
     std::fs::create_dir(&point).unwrap();
     let spec = Spec::parse(image.as_os_str()).unwrap();
     let ownership = Ownership { uid: None, gid: None, mode: 0o777 };
-    let fs = Arc::new(FileSystem::new(&spec, &SourceOptions::default(), ownership, None).unwrap());
+    let fs = Arc::new(FileSystem::new(&spec, &SourceOptions::default(), ownership, Limits::default()).unwrap());
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
     let session = fuser::spawn_mount(BlkHoleFs::new(fs.clone(), false), &point, &config).unwrap();

@@ -59,6 +59,11 @@ impl Resolved {
         loaded
     }
 
+    /// The extents, if they are loaded.
+    pub(super) fn loaded(&self) -> Option<&Loaded> {
+        self.loaded.get()
+    }
+
     /// The memory that the extents take; none before they are loaded.
     pub(super) fn memory(&self) -> Bytes {
         self.loaded.get().map_or(Bytes::ZERO, |loaded| loaded.memory)

@@ -11,7 +11,7 @@ use std::path::Path;
 use nix::mount::MsFlags;
 
 use crate::error::{Error, Result};
-use crate::fs::Ownership;
+use crate::fs::{Limits, Ownership};
 use crate::mount::words;
 use crate::source::nbd::Uri;
 use crate::spec::{SourceOptions, absolute};
@@ -34,8 +34,8 @@ pub struct MountOptions {
     pub mode: Option<u32>,
     /// The permission bits that are removed from every file.
     pub umask: Option<u32>,
-    /// The memory that the maps of all open files may use together, in bytes.
-    pub map_cache: Option<Bytes>,
+    /// How much memory and how many requests the mount may use.
+    pub limits: Limits,
     /// Whether a SPEC that does not exist is no failure (fstab(5)).
     pub nofail: bool,
     /// Whether reads bypass the page cache of the mount.
@@ -52,7 +52,7 @@ impl Default for MountOptions {
             gid: None,
             mode: None,
             umask: None,
-            map_cache: None,
+            limits: Limits::default(),
             nofail: false,
             direct_io: false,
         }
@@ -214,6 +214,7 @@ impl ParsedOptions {
             Some(size) if size <= most => Ok(Some(size)),
             _ => Err(wrong("a size such as 65536, 64K, 16M or 1G")),
         };
+        const DEPTH: &str = "a number of requests from 1 to 65535";
         match name {
             // The largest id means "no id" to the kernel.
             "uid" => self.mount.uid = number(10, u32::MAX - 1, "a user's number")?,
@@ -221,7 +222,12 @@ impl ParsedOptions {
             "mode" => self.mount.mode = number(8, 0o777, "octal permission bits such as 0440")?,
             "umask" => self.mount.umask = number(8, 0o777, "octal permission bits such as 0027")?,
             "max_read" => self.mount.max_read = size(Bytes::new(u64::from(u32::MAX)))?,
-            "map_cache" => self.mount.map_cache = size(Bytes::MAX)?,
+            "map_cache" => self.mount.limits.map_cache = size(Bytes::MAX)?,
+            "read_ahead" => self.mount.limits.read_ahead = size(Bytes::MAX)?,
+            "queue_depth" => {
+                let depth = number(10, u32::from(u16::MAX), DEPTH)?.and_then(|depth| u16::try_from(depth).ok());
+                self.mount.limits.queue_depth = Some(depth.filter(|&depth| depth > 0).ok_or_else(|| wrong(DEPTH))?);
+            }
             "thin_metadata" if value.is_empty() => return Err(wrong("a device or a file")),
             "thin_metadata" => {
                 self.source.thin_metadata = Some(absolute(Path::new(&OsString::from_vec(value.to_vec())))?);

@@ -145,7 +145,7 @@ fn parse_options(request: &MountRequest) -> Result<ParsedOptions> {
 /// # Errors
 /// When it cannot be shown, and when it is more than one file and the mountpoint is a regular file.
 fn open_file_system(spec: &Spec, options: &ParsedOptions, kind: MountPointKind) -> Result<Arc<FileSystem>> {
-    let mut fs = FileSystem::new(spec, &options.source, options.mount.ownership(), options.mount.map_cache)?;
+    let mut fs = FileSystem::new(spec, &options.source, options.mount.ownership(), options.mount.limits)?;
     if kind == MountPointKind::File {
         fs.show_as_file()?;
     }

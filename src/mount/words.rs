@@ -72,7 +72,8 @@ pub const REFUSED: &[(&str, &str)] = &[
 ];
 
 /// Options of a mount that have a value.
-pub const MOUNT_WITH_VALUE: &[&str] = &["uid", "gid", "mode", "umask", "max_read", "map_cache"];
+pub const MOUNT_WITH_VALUE: &[&str] =
+    &["uid", "gid", "mode", "umask", "max_read", "map_cache", "read_ahead", "queue_depth"];
 
 /// Options of what is shown. Each has a value.
 pub const SOURCE: &[&str] = &["thin_metadata", "nbd"];

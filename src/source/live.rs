@@ -185,13 +185,6 @@ impl<S: LiveSource> LiveMap<S> {
         extent
     }
 
-    /// The first ranges at or after `from` that were data in a recent answer, at most `limit`: a hint of what may be read
-    /// next, and no promise.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for reading ahead"))]
-    pub(super) fn expected_data(&self, from: Bytes, limit: usize) -> Vec<Range<Bytes>> {
-        self.last_answers().data_from(from, limit)
-    }
-
     fn last_answers(&self) -> MutexGuard<'_, LastAnswers> {
         self.last_answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -227,6 +220,11 @@ impl<S: LiveSource> HoleMap for LiveMap<S> {
         };
         self.budgets().put(budget.after(extent, begin.elapsed()));
         extent
+    }
+
+    /// No query is sent.
+    fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
+        self.last_answers().extent_at(offset)
     }
 
     fn dense_because(&self) -> Option<DenseReason> {

@@ -83,8 +83,10 @@ fn options_of_this_program() {
     assert_eq!(parsed("mode=444,umask=0027").mount.mode, Some(0o444));
     assert_eq!(parsed("mode=444,umask=0027").mount.umask, Some(0o27));
     assert_eq!(parsed("max_read=128K").mount.max_read, Some(Bytes::new(131_072)));
-    assert_eq!(parsed("map_cache=0").mount.map_cache, Some(Bytes::ZERO));
-    assert_eq!(parsed("map_cache=16M").mount.map_cache, Some(Bytes::new(16 << 20)));
+    assert_eq!(parsed("map_cache=0").mount.limits.map_cache, Some(Bytes::ZERO));
+    assert_eq!(parsed("map_cache=16M").mount.limits.map_cache, Some(Bytes::new(16 << 20)));
+    assert_eq!(parsed("read_ahead=0").mount.limits.read_ahead, Some(Bytes::ZERO));
+    assert_eq!(parsed("queue_depth=16").mount.limits.queue_depth, Some(16));
     assert_eq!(parsed("thin_metadata=/dev/vg/meta=1").source.thin_metadata, Some("/dev/vg/meta=1".into()));
     assert_eq!(parsed("nbd=nbd://host/x").source.nbd, Some(Uri::parse("nbd://host/x").unwrap()));
 }
@@ -124,6 +126,10 @@ fn wrong_values_say_what_was_expected() {
         "max_read=",
         "max_read=4G",
         "map_cache=K",
+        "read_ahead=-1",
+        "queue_depth=0",
+        "queue_depth=65536",
+        "queue_depth=+1",
         "map_cache=1X",
         "map_cache=-1",
         "map_cache=99999999999T",

@@ -2,107 +2,150 @@
 //!
 //! No hole rests on them. A device may have been written since, so they serve only to choose what to read in advance.
 
-use std::collections::VecDeque;
-use std::ops::Range;
+use std::collections::BTreeMap;
 
 use crate::map::Extent;
 use crate::units::Bytes;
 
-/// The number of answers that are kept: several programs may go through a device at the same time.
-const MAX_ANSWERS: usize = 4;
-/// The number of extents of one answer that are kept.
-const MAX_EXTENTS: usize = 1024;
+/// The number of extents that are kept at most. At one more, all earlier ones are dropped.
+const MAX_EXTENTS: usize = 64 << 10;
 
-/// The last answers, the newest last.
+/// The extents of the last answers, by their starts. They do not overlap.
 #[derive(Default)]
-pub(super) struct LastAnswers(VecDeque<LastAnswer>);
-
-/// Consecutive extents, from `start` on.
-struct LastAnswer {
-    start: Bytes,
-    extents: Vec<Extent>,
-}
+pub(super) struct LastAnswers(BTreeMap<Bytes, Extent>);
 
 impl LastAnswers {
-    /// Adds an answer of consecutive extents, the first of which begins at `start`.
+    /// Adds an answer of consecutive extents, the first of which begins at `start`, in place of what was known about its
+    /// range.
     pub(super) fn add(&mut self, start: Bytes, extents: &[Extent]) {
-        if self.0.len() >= MAX_ANSWERS {
-            self.0.pop_front();
+        let extents = &extents[..extents.len().min(MAX_EXTENTS)];
+        let Some(end) = extents.last().map(|last| last.end).filter(|&end| start < end) else { return };
+        self.remove(start, end);
+        if self.0.len() + extents.len() > MAX_EXTENTS {
+            self.0.clear();
         }
-        let extents = extents[..extents.len().min(MAX_EXTENTS)].to_vec();
-        self.0.push_back(LastAnswer { start, extents });
+        let mut at = start;
+        for extent in extents {
+            self.0.insert(at, *extent);
+            at = extent.end;
+        }
     }
 
-    /// The first ranges of data at or after `from`, at most `limit`, in the newest answer about `from`. The first one
-    /// begins at `from` where that is data.
-    pub(super) fn data_from(&self, from: Bytes, limit: usize) -> Vec<Range<Bytes>> {
-        let is_about = |answer: &&LastAnswer| answer.start <= from && from < answer.end();
-        let Some(answer) = self.0.iter().rev().find(is_about) else { return Vec::new() };
-        answer
-            .data()
-            .filter(|range| range.end > from)
-            .take(limit)
-            .map(|range| range.start.max(from)..range.end)
-            .collect()
+    /// The extent that holds `offset`. Its end may be before its true end, or after it.
+    pub(super) fn extent_at(&self, offset: Bytes) -> Option<Extent> {
+        let (_, extent) = self.0.range(..=offset).next_back()?;
+        (extent.end > offset).then_some(*extent)
     }
 
-    /// The memory that the answers take.
+    /// The memory that the extents take.
     pub(super) fn memory(&self) -> Bytes {
-        let extents: usize = self.0.iter().map(|answer| answer.extents.capacity()).sum();
-        Bytes::new(extents.saturating_mul(size_of::<Extent>()) as u64)
-    }
-}
-
-impl LastAnswer {
-    fn end(&self) -> Bytes {
-        self.extents.last().map_or(self.start, |extent| extent.end)
+        // The nodes of a tree are half full at worst.
+        let bytes = self.0.len().saturating_mul(2 * size_of::<(Bytes, Extent)>());
+        Bytes::new(u64::try_from(bytes).unwrap_or(u64::MAX))
     }
 
-    fn data(&self) -> impl Iterator<Item = Range<Bytes>> {
-        let starts = std::iter::once(self.start).chain(self.extents.iter().map(|extent| extent.end));
-        let ranges = starts.zip(&self.extents);
-        ranges.filter(|(_, extent)| extent.kind.is_data()).map(|(start, extent)| start..extent.end)
+    /// Forgets a range. Extents that begin before it or end behind it are cut.
+    fn remove(&mut self, start: Bytes, end: Bytes) {
+        let before = self.0.range_mut(..start).next_back();
+        let mut behind = None;
+        if let Some((_, extent)) = before.filter(|(_, extent)| extent.end > start) {
+            behind = (extent.end > end).then_some(*extent);
+            extent.end = start;
+        }
+        while let Some((&first, &extent)) = self.0.range(start..end).next() {
+            self.0.remove(&first);
+            behind = (extent.end > end).then_some(extent);
+        }
+        if let Some(extent) = behind {
+            self.0.insert(end, extent);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::map::ExtentKind;
+    use crate::map::ExtentKind::{self, Data, Hole};
 
     fn extents(ends: &[(u64, ExtentKind)]) -> Vec<Extent> {
         ends.iter().map(|&(end, kind)| Extent { end: Bytes::new(end), kind }).collect()
     }
 
-    fn data(answers: &LastAnswers, from: u64, limit: usize) -> Vec<(u64, u64)> {
-        let ranges = answers.data_from(Bytes::new(from), limit).into_iter();
-        ranges.map(|range| (range.start.get(), range.end.get())).collect()
+    fn at(answers: &LastAnswers, offset: u64) -> Option<(u64, ExtentKind)> {
+        answers.extent_at(Bytes::new(offset)).map(|extent| (extent.end.get(), extent.kind))
     }
 
     #[test]
-    fn the_data_of_the_newest_answer_about_an_offset_is_expected() {
-        use ExtentKind::{Data, Hole};
+    fn the_newest_answer_about_an_offset_is_expected() {
         let mut answers = LastAnswers::default();
-        assert_eq!(data(&answers, 0, 9), []);
+        assert_eq!(at(&answers, 0), None);
         answers.add(Bytes::new(10), &extents(&[(20, Data), (30, Hole), (40, Data), (50, Hole), (60, Data)]));
-        assert_eq!(data(&answers, 10, 9), [(10, 20), (30, 40), (50, 60)]);
-        assert_eq!(data(&answers, 15, 2), [(15, 20), (30, 40)]);
-        assert_eq!(data(&answers, 45, 9), [(50, 60)]);
-        assert_eq!(data(&answers, 9, 9), [], "before the answer");
-        assert_eq!(data(&answers, 60, 9), [], "after the answer");
-        answers.add(Bytes::new(30), &extents(&[(40, Hole), (70, Data)]));
-        assert_eq!(data(&answers, 30, 9), [(40, 70)]);
-        assert_eq!(data(&answers, 20, 9), [(30, 40), (50, 60)], "the newest one begins later");
+        assert_eq!(
+            [10, 19, 20, 45, 59].map(|offset| at(&answers, offset)),
+            [Some((20, Data)), Some((20, Data)), Some((30, Hole)), Some((50, Hole)), Some((60, Data)),]
+        );
+        assert_eq!((at(&answers, 9), at(&answers, 60)), (None, None), "before and after the answer");
+        answers.add(Bytes::new(33), &extents(&[(40, Hole), (45, Data)]));
+        assert_eq!(
+            [30, 32, 33, 40, 44, 45, 50].map(|offset| at(&answers, offset)),
+            [
+                Some((33, Data)),
+                Some((33, Data)),
+                Some((40, Hole)),
+                Some((45, Data)),
+                Some((45, Data)),
+                Some((50, Hole)),
+                Some((60, Data)),
+            ]
+        );
+        // Within one extent.
+        answers.add(Bytes::new(52), &extents(&[(54, Hole)]));
+        assert_eq!(
+            [51, 52, 54].map(|offset| at(&answers, offset)),
+            [Some((52, Data)), Some((54, Hole)), Some((60, Data)),]
+        );
+        answers.add(Bytes::new(70), &extents(&[(60, Data)]));
+        answers.add(Bytes::new(70), &[]);
+        assert_eq!(at(&answers, 70), None, "an answer without extents");
     }
 
     #[test]
-    fn the_number_of_answers_and_of_their_extents_is_bounded() {
-        let mut answers = LastAnswers::default();
-        let many: Vec<Extent> = (1..=3000).map(|end| Extent { end: Bytes::new(end), kind: ExtentKind::Data }).collect();
-        for _ in 0..10 {
-            answers.add(Bytes::ZERO, &many);
+    fn random_answers_equal_a_table() {
+        let mut random = xorshift(1);
+        let (mut answers, mut table) = (LastAnswers::default(), [None; 64]);
+        for _ in 0..2000 {
+            let start = random() % 60;
+            let len = 1 + random() % (64 - start);
+            let kind = if random() % 2 == 0 { Data } else { Hole };
+            answers.add(Bytes::new(start), &extents(&[(start + len, kind)]));
+            (start..start + len).for_each(|at| table[usize::try_from(at).unwrap()] = Some(kind));
+            for (offset, kind) in (0..).zip(table) {
+                assert_eq!(at(&answers, offset).map(|found| found.1), kind);
+            }
         }
-        assert_eq!(answers.0.len(), MAX_ANSWERS);
-        assert_eq!(answers.memory(), Bytes::new((MAX_ANSWERS * MAX_EXTENTS * size_of::<Extent>()) as u64));
+    }
+
+    /// Marsaglia's xorshift, a sequence of numbers that looks random.
+    fn xorshift(seed: u64) -> impl FnMut() -> u64 {
+        let mut state = seed;
+        move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state >> 16
+        }
+    }
+
+    #[test]
+    fn the_number_of_extents_is_bounded() {
+        let mut answers = LastAnswers::default();
+        let many: Vec<Extent> = (1..=100_000).map(|end| Extent { end: Bytes::new(end), kind: Data }).collect();
+        for start in [0, 1 << 30, 2 << 30] {
+            let moved =
+                many.iter().map(|extent| Extent { end: extent.end.saturating_add(Bytes::new(start)), ..*extent });
+            answers.add(Bytes::new(start), &moved.collect::<Vec<_>>());
+            assert_eq!(answers.0.len(), MAX_EXTENTS);
+        }
+        assert!(at(&answers, 0).is_none() && at(&answers, 2 << 30).is_some(), "the earlier ones are dropped");
     }
 }

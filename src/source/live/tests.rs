@@ -99,12 +99,12 @@ fn a_hole_is_queried_each_time_and_data_is_not() {
 }
 
 #[test]
-fn the_data_of_the_last_answer_is_expected_and_no_answer() {
+fn an_extent_of_the_last_answer_is_expected_and_no_answer() {
     let answer = || vec![extent(BLOCK, ExtentKind::Hole), extent(FIRST, ExtentKind::Data)];
     let map = map([Ok(answer()), Ok(vec![extent(LEN, ExtentKind::Hole)])]);
-    assert_eq!(map.expected_data(Bytes::ZERO, 9), []);
+    assert_eq!(map.expected_extent(Bytes::ZERO), None);
     map.extent_at(Bytes::ZERO);
-    assert_eq!(map.expected_data(Bytes::ZERO, 9), [BLOCK..FIRST]);
+    assert_eq!(map.expected_extent(BLOCK), Some(extent(FIRST, ExtentKind::Data)));
     assert_eq!(map.extent_at(Bytes::ZERO), extent(LEN, ExtentKind::Hole), "asked again");
-    assert_eq!(map.expected_data(Bytes::ZERO, 9), []);
+    assert_eq!(map.expected_extent(BLOCK), Some(extent(LEN, ExtentKind::Hole)));
 }

@@ -1,0 +1,339 @@
+//! One open of a device: its reads, with reading ahead by the map.
+//!
+//! A client that copies a sparse device looks for the next extent, reads it, and looks for the next one. The kernel cannot
+//! read ahead of it, since it does not know where the next extent is. The map does: as soon as a client reads in order,
+//! the extents that come next are fetched, several at a time, into buffers of a limited size.
+//!
+//! # Freshness
+//!
+//! A read returns no bytes that are older than the open of its file. So a piece that was fetched is used only for the
+//! open file that it was fetched for, and not for longer than a second. It is dropped when the device is opened once more,
+//! since the kernel's page cache, into which the bytes go, is shared by all opens of a file; and when a guard of the stack
+//! finds a change. Both add one to the generation of the handle, and a piece is used only in the generation in which its
+//! read was begun. The kernel drops the cached pages of a file at each open, after the reply to the open, and waits for
+//! the reads that are in progress (`fuse_finish_open` of `fs/fuse/file.c`, `invalidate_inode_pages2`). So bytes that were
+//! passed to the kernel before an open are not seen through that open.
+//!
+//! A client that reads with `O_DIRECT` gets nothing that was fetched, and neither does any client of a mount with
+//! `direct_io`.
+
+mod pattern;
+mod window;
+
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::Handle;
+use crate::export::ReadQueue;
+use crate::sys::buffer::{AlignedBuffer, BufferPool};
+use crate::units::Bytes;
+use pattern::{Pattern, Step};
+use window::{Found, Part, Window};
+
+/// The default of `-o read_ahead`: the memory of all that is fetched ahead in a mount.
+pub const DEFAULT_READ_AHEAD: Bytes = Bytes::new(32 << 20);
+
+/// The default of `-o queue_depth`: the reads of one open file that are in progress at the same time. Disks, arrays and
+/// servers gain nothing from more.
+pub const DEFAULT_QUEUE_DEPTH: u16 = 64;
+
+/// What is fetched ahead first, in pieces and in bytes. Each time the client has used half of it, twice as much is fetched.
+const FIRST_PIECES: usize = 8;
+const FIRST_BYTES: Bytes = Bytes::new(512 << 10);
+
+/// The shortest piece that a long extent is divided into.
+const SHORTEST_PIECE: Bytes = Bytes::new(128 << 10);
+
+/// How far behind an extent is fetched at most. The kernel's own reading ahead does not know where an extent ends, and
+/// asks for more than the extent in one request.
+const LONGEST_EXCESS: Bytes = Bytes::new(128 << 10);
+
+/// The extents that are looked at for one plan, for each piece: neighbours need not differ in kind.
+const EXTENTS_PER_PIECE: usize = 4;
+
+/// What the open files of a mount share for reading ahead.
+pub struct ReadAhead {
+    pool: Arc<BufferPool>,
+    /// The most bytes that one open file may have fetched.
+    per_file: Bytes,
+    depth: usize,
+    /// Open files that have something fetched.
+    readers: Mutex<Vec<Weak<Reader>>>,
+}
+
+impl ReadAhead {
+    /// At most `memory` bytes for all open files together, and a half of it for one; at most `depth` reads in progress for
+    /// one open file. Nothing is read ahead with a `memory` of zero.
+    pub fn new(memory: Option<Bytes>, depth: Option<u16>) -> Arc<Self> {
+        let memory = memory.unwrap_or(DEFAULT_READ_AHEAD).get();
+        Arc::new(Self {
+            pool: BufferPool::new(usize::try_from(memory).unwrap_or(usize::MAX)),
+            per_file: Bytes::new(memory / 2),
+            depth: usize::from(depth.unwrap_or(DEFAULT_QUEUE_DEPTH)),
+            readers: Mutex::default(),
+        })
+    }
+
+    /// The number of reads of one open file that are in progress at the same time, at most.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Bytes of all buffers.
+    pub fn memory(&self) -> usize {
+        self.pool.bytes()
+    }
+
+    /// Gives the memory that nothing uses back to the system.
+    pub fn trim(&self) {
+        self.pool.trim();
+    }
+
+    /// A buffer, for which pieces of other files that are too old to be used give way.
+    fn buffer(&self, len: usize) -> Option<AlignedBuffer> {
+        self.pool.take(len).or_else(|| {
+            let readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            for reader in readers.iter().filter_map(Weak::upgrade) {
+                // A file that is used at this moment keeps what it has.
+                if let Ok(mut state) = reader.state.try_lock() {
+                    state.window.drop_stale(reader.handle.generation());
+                }
+            }
+            self.pool.take(len)
+        })
+    }
+
+    fn add(&self, reader: &Arc<Reader>) {
+        let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        readers.retain(|other| other.strong_count() > 0);
+        readers.push(Arc::downgrade(reader));
+    }
+}
+
+/// One open of a device.
+pub struct Reader {
+    handle: Arc<Handle>,
+    ahead: Arc<ReadAhead>,
+    state: Mutex<State>,
+    /// Notified when the state of a piece has changed.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    pattern: Pattern,
+    window: Window,
+    /// How much may be fetched ahead now.
+    goal_pieces: usize,
+    goal_bytes: Bytes,
+    /// The length of the client's longest read.
+    longest_read: Bytes,
+    /// How much is fetched behind the end of an extent.
+    excess: Bytes,
+    /// Some thread plans and begins reads.
+    is_filling: bool,
+    /// Whether the file is in [`ReadAhead::readers`].
+    is_listed: bool,
+}
+
+/// Bytes for a client.
+pub enum ReadBytes<'a> {
+    /// Of several pieces, copied into the caller's buffer.
+    Copied(&'a [u8]),
+    /// Of one piece.
+    Piece(Arc<AlignedBuffer>, Range<usize>),
+}
+
+impl AsRef<[u8]> for ReadBytes<'_> {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Self::Copied(bytes) => bytes,
+            Self::Piece(buffer, range) => &buffer.bytes()[range.clone()],
+        }
+    }
+}
+
+impl Reader {
+    /// A new open of a device.
+    pub fn new(handle: Arc<Handle>, ahead: Arc<ReadAhead>) -> Arc<Self> {
+        Arc::new(Self { handle, ahead, state: Mutex::default(), changed: Condvar::new() })
+    }
+
+    /// The device.
+    pub fn handle(&self) -> &Arc<Handle> {
+        &self.handle
+    }
+
+    /// The bytes of a read, if all of them were fetched ahead. Waits until they are complete. `buffer` is used where they
+    /// are in several pieces. Otherwise `None`, and the caller reads from the device.
+    ///
+    /// Not for a client that reads with `O_DIRECT`.
+    pub fn fetched<'a>(
+        self: &Arc<Self>,
+        buffer: &'a mut AlignedBuffer,
+        offset: Bytes,
+        size: usize,
+    ) -> Option<ReadBytes<'a>> {
+        let queue = self.handle.export().read_queue()?;
+        let len = self.handle.export().len().ok()?;
+        let end = offset.saturating_add(Bytes::new(size as u64)).min(len);
+        let range = (offset < end).then_some(offset..end)?;
+        let step = {
+            let mut state = self.lock();
+            let step = state.pattern.note_read(&range, |offset| self.handle.expected_extent(offset));
+            if step == Step::Elsewhere {
+                state.stop();
+            }
+            state.longest_read = state.longest_read.max(range.end.saturating_sub(range.start));
+            step
+        };
+        let parts = if step == Step::Elsewhere { None } else { self.parts(&range) };
+        if parts.is_none() {
+            // Before the caller's read, so that both are in progress at the same time.
+            self.fetch_more_from(queue);
+        }
+        parts.map(|parts| copied(parts, buffer))
+    }
+
+    /// Fetches what the client will read next. Called after the reply to a read.
+    pub fn fetch_more(self: &Arc<Self>) {
+        if let Some(queue) = self.handle.export().read_queue() {
+            self.fetch_more_from(queue);
+        }
+    }
+
+    /// The parts of a range in the pieces, if these have all of it.
+    fn parts(&self, range: &Range<Bytes>) -> Option<Vec<Part>> {
+        let mut state = self.lock();
+        loop {
+            state.window.drop_stale(self.handle.generation());
+            match state.window.find(range) {
+                Found::Parts(parts) => {
+                    let position = state.pattern.position();
+                    state.window.drop_used(position);
+                    return Some(parts);
+                }
+                Found::Missing => {
+                    if let Some(excess) = state.window.excess(range) {
+                        state.excess = state.excess.max(excess).min(LONGEST_EXCESS);
+                    }
+                    return None;
+                }
+                Found::Busy => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Found::Wait(id, read) => {
+                    drop(state);
+                    let read = read.wait();
+                    state = self.lock();
+                    state.window.complete(id, read);
+                    self.changed.notify_all();
+                }
+            }
+        }
+    }
+
+    fn fetch_more_from(self: &Arc<Self>, queue: &dyn ReadQueue) {
+        let generation = self.handle.generation();
+        let planned = {
+            let mut state = self.lock();
+            if state.is_filling
+                || !state.pattern.is_in_order()
+                || !state.wants_more(self.ahead.depth, self.ahead.per_file)
+            {
+                return;
+            }
+            state.window.drop_stale(generation);
+            state.is_filling = true;
+            if !state.is_listed {
+                state.is_listed = true;
+                self.ahead.add(self);
+            }
+            self.plan(&mut state, queue.longest(), generation)
+        };
+        // Without the lock: a connection may have to be made first.
+        let (ids, reads): (Vec<u64>, Vec<_>) =
+            planned.into_iter().map(|(id, offset, buffer)| (id, (offset, buffer))).unzip();
+        let mut begun = if reads.is_empty() { Vec::new() } else { queue.begin(reads) }.into_iter();
+        let mut state = self.lock();
+        for id in ids {
+            state.window.begun(id, begun.next());
+        }
+        state.is_filling = false;
+        self.changed.notify_all();
+    }
+
+    /// Decides what is fetched next, and adds its pieces. Returns the number, the offset and the buffer of each.
+    fn plan(&self, state: &mut State, longest: Bytes, generation: u64) -> Vec<(u64, Bytes, AlignedBuffer)> {
+        let align = self.handle.export().align();
+        let mut planned = Vec::new();
+        let (mut count, mut bytes) = state.window.ahead(state.pattern.position());
+        let piece_len = state.longest_read.max(SHORTEST_PIECE).min(longest).align_down(align);
+        let mut at = state.window.planned.max(state.pattern.position());
+        let mut looks = state.goal_pieces * EXTENTS_PER_PIECE;
+        while count < state.goal_pieces && bytes < state.goal_bytes && looks > 0 && piece_len > Bytes::ZERO {
+            looks -= 1;
+            let expected = self.handle.expected_extent(at);
+            let extent_end = expected.map_or(Bytes::MAX, |extent| extent.end);
+            if !state.pattern.reads(expected.map(|extent| extent.kind)) {
+                if expected.is_none() {
+                    break;
+                }
+                (at, state.window.planned) = (extent_end, extent_end);
+                continue;
+            }
+            // Pieces begin where reads do, so that most reads are of one piece.
+            let piece_end = at.saturating_add(piece_len);
+            let end = if extent_end > piece_end { piece_end } else { extent_end.saturating_add(state.excess) };
+            let Some(end) = self.handle.readable_end(end.align_up(align).unwrap_or(end)) else { break };
+            let start = at.align_down(align);
+            let len = end.saturating_sub(start).get();
+            let Some(buffer) = usize::try_from(len).ok().filter(|&len| len > 0).and_then(|len| self.ahead.buffer(len))
+            else {
+                state.window.planned = at;
+                break;
+            };
+            planned.push((state.window.push(start..end, extent_end.min(end), generation), start, buffer));
+            (count, bytes, at) = (count + 1, bytes.saturating_add(Bytes::new(len)), end);
+            state.window.planned = end;
+        }
+        planned
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Drops what was fetched: the client does something else.
+    fn stop(&mut self) {
+        self.window.clear();
+        (self.goal_pieces, self.goal_bytes, self.excess, self.longest_read) = Default::default();
+    }
+
+    /// Whether the client has used so much that more is to be fetched. Then the goal is set to twice the last one.
+    fn wants_more(&mut self, depth: usize, per_file: Bytes) -> bool {
+        let (count, bytes) = self.window.ahead(self.pattern.position());
+        if count > self.goal_pieces / 2 || bytes > Bytes::new(self.goal_bytes.get() / 2) {
+            return false;
+        }
+        self.goal_pieces = (self.goal_pieces * 2).max(FIRST_PIECES).min(depth);
+        self.goal_bytes = Bytes::new(self.goal_bytes.get() * 2).max(FIRST_BYTES).min(per_file);
+        true
+    }
+}
+
+/// The bytes of parts that follow each other.
+fn copied(mut parts: Vec<Part>, buffer: &mut AlignedBuffer) -> ReadBytes<'_> {
+    if parts.len() == 1
+        && let Some((piece, range)) = parts.pop()
+    {
+        return ReadBytes::Piece(piece, range);
+    }
+    let place = buffer.resize(parts.iter().map(|(_, range)| range.len()).sum());
+    let mut at = 0;
+    for (piece, range) in parts {
+        place[at..at + range.len()].copy_from_slice(&piece.bytes()[range.clone()]);
+        at += range.len();
+    }
+    ReadBytes::Copied(place)
+}
