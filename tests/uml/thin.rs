@@ -244,3 +244,23 @@ fn a_write_through_a_second_device_of_a_volume_is_seen() {
     drop(twin);
     assert_eq!(seek_data(&file, 5 * MIB), Some(5 * MIB));
 }
+
+/// A second device is activated, written to and removed between two calls of stat. The counters of the first device do not
+/// move.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_write_through_a_second_device_that_is_gone_changes_the_times() {
+    let pool = Pool::new(64 * MIB, BLOCK);
+    let device = pool.thin(0, 16 * MIB);
+    write(device.path(), 0..BLOCK);
+    let mount = Mount::new(device.path());
+    let modified = || mount.file().metadata().and_then(|file| file.modified()).expect("stat");
+    let before = modified();
+    assert_eq!(modified(), before, "nothing happened");
+    let twin = pool.activate(0, 16 * MIB, None);
+    write(twin.path(), 0..4096);
+    drop(twin);
+    let after = modified();
+    assert_ne!(after, before, "a write through the other device");
+    assert_eq!(modified(), after, "nothing happened since");
+}
