@@ -121,8 +121,9 @@ pub enum Commit {
 /// A count of device-mapper's global events. It never decreases.
 ///
 /// The kernel raises an event whenever the live table of a device is replaced, while the device is still suspended
-/// (`drivers/md/dm.c: dm_swap_table`). Other events are the creation, renaming and removal of a device, and events of
-/// targets. So while the count is the same, no live table has been replaced.
+/// (`drivers/md/dm.c: dm_swap_table`). Other events are the creation, renaming and removal of a device-mapper device, and
+/// events of targets. So while the count is the same, no live table has been replaced. Uevents are not counted: the one of
+/// a resume comes after the resume, and most uevents of a host are of no device-mapper device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Events(u64);
 

@@ -1,7 +1,11 @@
 //! Device-mapper devices.
 
+use std::fs::File;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::image::Image;
 use super::loop_device::Loop;
@@ -241,6 +245,21 @@ impl Pool {
     pub fn delete(&self, id: u32) {
         self.pool.message(&format!("delete {id}"));
     }
+}
+
+/// The result of `work` from a call during which device-mapper raised no event. Other tests make and remove devices at the
+/// same time, so it may be called several times.
+pub fn without_events<T>(mut work: impl FnMut() -> T) -> T {
+    let mut result = None;
+    let quiet = wait_until(|| {
+        let control = File::open("/dev/mapper/control").expect("root opens it");
+        result = Some(work());
+        // It is readable after the first event since it was opened.
+        let mut polled = [PollFd::new(control.as_fd(), PollFlags::POLLIN)];
+        poll(&mut polled, PollTimeout::ZERO).expect("it can be polled") == 0
+    });
+    assert!(quiet, "device-mapper raises events all the time");
+    result.expect("it was called")
 }
 
 /// The size of a block device in sectors.

@@ -32,3 +32,4 @@ mod thin;
 mod thin_held;
 mod thin_live;
 mod thin_stress;
+mod uevents;

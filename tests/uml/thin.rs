@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt as _;
 
 use crate::common::check::{assert_map, check, map_of, open, seek_data, seek_hole};
-use crate::common::dm::{Dm, Pool};
+use crate::common::dm::{Dm, Pool, without_events};
 use crate::common::image::{Image, discard, open_for_writing, write, write_at};
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
@@ -243,4 +243,25 @@ fn a_write_through_a_second_device_of_a_volume_is_seen() {
     write(twin.path(), 5 * MIB..5 * MIB + 4096);
     drop(twin);
     assert_eq!(seek_data(&file, 5 * MIB), Some(5 * MIB));
+}
+
+/// A second device is activated, written to and removed between two calls of stat. The counters of the first device do not
+/// move.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_write_through_a_second_device_that_is_gone_changes_the_times() {
+    let pool = Pool::new(64 * MIB, BLOCK);
+    let device = pool.thin(0, 16 * MIB);
+    write(device.path(), 0..BLOCK);
+    let mount = Mount::new(device.path());
+    let modified = || mount.file().metadata().and_then(|file| file.modified()).expect("stat");
+    let (before, same) = without_events(|| (modified(), modified()));
+    assert_eq!(same, before, "nothing happened");
+    let twin = pool.activate(0, 16 * MIB, None);
+    write(twin.path(), 0..4096);
+    drop(twin);
+    let after = modified();
+    assert_ne!(after, before, "a write through the other device");
+    let (after, same) = without_events(|| (modified(), modified()));
+    assert_eq!(same, after, "nothing happened since");
 }

@@ -65,9 +65,12 @@ impl Guard for SingleActivationGuard {
         true
     }
 
-    /// Writes through another device leave no trace that could be hashed, so each trace is a new one.
+    /// Writes through another device leave no other evidence than the event of its activation. The counter of events
+    /// covers a device that was removed before this guard was made. While there is such a device, or may be one, each
+    /// trace is a new one.
     fn trace(&self, mut trace: &mut dyn Hasher) {
         static TRACES: AtomicU64 = AtomicU64::new(0);
+        self.events.hash(&mut trace);
         if !self.is_single || !self.unchanged() {
             TRACES.fetch_add(1, Ordering::Relaxed).hash(&mut trace);
         }
