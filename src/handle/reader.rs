@@ -18,10 +18,13 @@
 //! `direct_io`.
 
 mod pattern;
+#[cfg(test)]
+mod tests;
 mod window;
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
 
 use super::Handle;
 use crate::export::ReadQueue;
@@ -96,7 +99,7 @@ impl ReadAhead {
             for reader in readers.iter().filter_map(Weak::upgrade) {
                 // A file that is used at this moment keeps what it has.
                 if let Ok(mut state) = reader.state.try_lock() {
-                    state.window.drop_stale(reader.handle.generation());
+                    state.window.drop_stale(reader.handle.generation(), Instant::now());
                 }
             }
             self.pool.take(len)
@@ -206,7 +209,7 @@ impl Reader {
     fn parts(&self, range: &Range<Bytes>) -> Option<Vec<Part>> {
         let mut state = self.lock();
         loop {
-            state.window.drop_stale(self.handle.generation());
+            state.window.drop_stale(self.handle.generation(), Instant::now());
             match state.window.find(range) {
                 Found::Parts(parts) => {
                     let position = state.pattern.position();
@@ -241,7 +244,7 @@ impl Reader {
             {
                 return;
             }
-            state.window.drop_stale(generation);
+            state.window.drop_stale(generation, Instant::now());
             state.is_filling = true;
             if !state.is_listed {
                 state.is_listed = true;

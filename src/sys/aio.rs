@@ -99,6 +99,7 @@ impl AioQueue {
     /// first one that cannot be begun there are no more.
     pub fn begin(self: &Arc<Self>, file: &File, reads: Vec<(Bytes, AlignedBuffer)>) -> Vec<AioRead> {
         let mut state = self.lock();
+        self.receive_complete(&mut state);
         let mut blocks: Vec<libc::iocb> = Vec::with_capacity(reads.len());
         let mut taken = Vec::with_capacity(reads.len());
         for (offset, mut buffer) in reads {
@@ -143,15 +144,27 @@ impl AioQueue {
         begun
     }
 
-    /// Waits for at least one completion, and receives all that there are.
-    fn receive(&self, events: &mut [IoEvent; EVENTS]) -> io::Result<usize> {
+    /// Receives the completions that there are, after a wait for at least `least` of them.
+    fn receive(&self, events: &mut [IoEvent; EVENTS], least: libc::c_long) -> io::Result<usize> {
         let most = EVENTS as libc::c_long;
         let no_timeout: *const libc::timespec = ptr::null();
         // SAFETY: the kernel writes at most `most` events through the pointer, and a null timeout means none.
         let count = unsafe {
-            libc::syscall(libc::SYS_io_getevents, self.context, 1_i64, most, events.as_mut_ptr(), no_timeout)
+            libc::syscall(libc::SYS_io_getevents, self.context, least, most, events.as_mut_ptr(), no_timeout)
         };
         usize::try_from(count).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Receives the completions that there are, without a wait, so that the buffers of abandoned reads are freed.
+    fn receive_complete(&self, state: &mut State) {
+        let mut events = [IoEvent::default(); EVENTS];
+        while !state.has_receiver {
+            let Ok(count) = self.receive(&mut events, 0) else { return };
+            events[..count].iter().for_each(|event| state.complete(*event));
+            if count < EVENTS {
+                return;
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -215,7 +228,7 @@ impl AioRead {
             }
             state.has_receiver = true;
             drop(state);
-            let received = queue.receive(&mut events);
+            let received = queue.receive(&mut events, 1);
             state = queue.lock();
             state.has_receiver = false;
             queue.received.notify_all();
@@ -245,7 +258,9 @@ impl State {
 impl Drop for AioRead {
     fn drop(&mut self) {
         if let Some(index) = self.slot.take() {
-            self.queue.lock().abandon(index);
+            let mut state = self.queue.lock();
+            state.abandon(index);
+            self.queue.receive_complete(&mut state);
         }
     }
 }

@@ -15,14 +15,14 @@ const LIFETIME: Duration = Duration::from_secs(1);
 const PASSED: Bytes = Bytes::new(2 << 20);
 
 /// A range that is fetched, or was.
-pub(super) struct Piece {
-    pub(super) range: Range<Bytes>,
+struct Piece {
+    range: Range<Bytes>,
     /// The end of what is expected to be data in it. More is fetched behind it for reads that exceed an extent.
     data_end: Bytes,
     /// Identifies the piece.
     id: u64,
     /// The number of opens and changes of the device, as it was before the read was begun (see [`super::Reader`]).
-    pub(super) generation: u64,
+    generation: u64,
     begun: Instant,
     /// Bytes that the client has got.
     used: Bytes,
@@ -69,8 +69,9 @@ impl Window {
     }
 
     /// Drops the pieces that may not be used any more: those of another generation, and those that are too old.
-    pub(super) fn drop_stale(&mut self, generation: u64) {
-        let is_stale = |piece: &Piece| piece.generation != generation || piece.begun.elapsed() >= LIFETIME;
+    pub(super) fn drop_stale(&mut self, generation: u64, now: Instant) {
+        let is_old = |piece: &Piece| now.saturating_duration_since(piece.begun) >= LIFETIME;
+        let is_stale = |piece: &Piece| piece.generation != generation || is_old(piece);
         if let Some(first) = self.pieces.iter().find(|piece| is_stale(piece)) {
             let start = first.range.start;
             self.pieces.retain(|piece| !is_stale(piece));
@@ -180,5 +181,107 @@ impl Piece {
         let part = (buffer.clone(), index(start)?..index(end)?);
         self.used = self.used.saturating_add(end.saturating_sub(start));
         Some(part)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KIB: u64 = 1 << 10;
+
+    fn range(start: u64, end: u64) -> Range<Bytes> {
+        Bytes::new(start * KIB)..Bytes::new(end * KIB)
+    }
+
+    fn push(window: &mut Window, start: u64, end: u64, generation: u64) {
+        let id = window.push(range(start, end), Bytes::new(end * KIB), generation);
+        let mut buffer = AlignedBuffer::new();
+        buffer.resize(usize::try_from((end - start) * KIB).unwrap()).fill(u8::try_from(start).unwrap());
+        window.complete(id, Ok(buffer));
+    }
+
+    fn bytes(found: &Found) -> Option<Vec<(u8, usize)>> {
+        match found {
+            Found::Parts(parts) => {
+                Some(parts.iter().map(|(buffer, part)| (buffer.bytes()[part.start], part.len())).collect())
+            }
+            Found::Missing => None,
+            Found::Wait(..) | Found::Busy => panic!("all reads are complete"),
+        }
+    }
+
+    #[test]
+    fn a_range_is_found_only_if_the_pieces_have_all_of_it() {
+        let mut window = Window::default();
+        push(&mut window, 0, 64, 0);
+        push(&mut window, 64, 128, 0);
+        push(&mut window, 192, 256, 0);
+        let mut at = |start, end| bytes(&window.find(&range(start, end)));
+        assert_eq!(at(0, 64), Some(vec![(0, 65536)]));
+        assert_eq!(at(60, 70), Some(vec![(0, 4096), (64, 6144)]));
+        assert_eq!(at(192, 193), Some(vec![(192, 1024)]));
+        assert_eq!([at(100, 129), at(128, 192), at(130, 200), at(250, 257)], [None, None, None, None]);
+    }
+
+    #[test]
+    fn a_piece_of_an_earlier_generation_or_an_earlier_second_is_not_used() {
+        let mut window = Window::default();
+        push(&mut window, 0, 4, 1);
+        push(&mut window, 4, 8, 2);
+        window.planned = Bytes::new(8 * KIB);
+        let now = Instant::now();
+        window.drop_stale(2, now);
+        assert_eq!(bytes(&window.find(&range(0, 4))), None);
+        assert!(bytes(&window.find(&range(4, 8))).is_some());
+        window.drop_stale(2, now + LIFETIME);
+        assert_eq!(bytes(&window.find(&range(4, 8))), None);
+        assert_eq!(window.planned, Bytes::new(4 * KIB), "what was dropped is planned again");
+    }
+
+    #[test]
+    fn a_short_or_failed_read_gives_no_piece() {
+        let mut window = Window::default();
+        let failed = || std::io::Error::from_raw_os_error(5);
+        for read in [Err(failed()), Ok(AlignedBuffer::new())] {
+            let id = window.push(range(0, 4), Bytes::new(4 * KIB), 0);
+            assert!(matches!(window.find(&range(0, 4)), Found::Busy));
+            window.complete(id, read);
+            assert_eq!(bytes(&window.find(&range(0, 4))), None);
+        }
+        let id = window.push(range(0, 4), Bytes::new(4 * KIB), 0);
+        window.begun(id, None);
+        assert_eq!(bytes(&window.find(&range(0, 4))), None);
+        let id = window.push(range(0, 4), Bytes::new(4 * KIB), 0);
+        window.clear();
+        window.complete(id, Ok(AlignedBuffer::new()));
+        assert_eq!(window.ahead(Bytes::ZERO), (0, Bytes::ZERO));
+    }
+
+    #[test]
+    fn pieces_are_dropped_when_they_are_used_up_or_far_behind() {
+        let mut window = Window::default();
+        push(&mut window, 0, 4, 0);
+        push(&mut window, 4, 8, 0);
+        assert_eq!(window.ahead(Bytes::new(6 * KIB)), (1, Bytes::new(2 * KIB)));
+        let _ = window.find(&range(0, 4));
+        let _ = window.find(&range(4, 6));
+        window.drop_used(Bytes::new(6 * KIB));
+        assert_eq!((bytes(&window.find(&range(0, 4))), window.ahead(Bytes::ZERO).0), (None, 1));
+        window.drop_used(Bytes::new(8 * KIB).saturating_add(PASSED));
+        assert_eq!(window.ahead(Bytes::ZERO).0, 0);
+    }
+
+    #[test]
+    fn what_a_read_asks_for_behind_an_extent_is_its_excess() {
+        let mut window = Window::default();
+        let excess = |window: &Window, start, end| window.excess(&range(start, end)).map(|bytes| bytes.get() / KIB);
+        push(&mut window, 0, 64, 0);
+        assert_eq!(excess(&window, 48, 80), None, "nothing is known of what follows");
+        push(&mut window, 128, 192, 0);
+        assert_eq!(excess(&window, 48, 80), Some(16));
+        assert_eq!([excess(&window, 48, 64), excess(&window, 64, 80), excess(&window, 100, 120)], [None; 3]);
+        push(&mut window, 192, 256, 0);
+        assert_eq!(excess(&window, 180, 200), None, "the extent continues");
     }
 }
