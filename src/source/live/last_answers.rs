@@ -3,7 +3,6 @@
 //! No hole rests on them. A device may have been written since, so they serve only to choose what to read in advance.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 
 use crate::map::Extent;
 use crate::units::Bytes;
@@ -33,17 +32,9 @@ impl LastAnswers {
         self.0.push_back(LastAnswer { start, extents });
     }
 
-    /// The first ranges of data at or after `from`, at most `limit`, in the newest answer about `from`. The first one
-    /// begins at `from` where that is data.
-    pub(super) fn data_from(&self, from: Bytes, limit: usize) -> Vec<Range<Bytes>> {
-        let is_about = |answer: &&LastAnswer| answer.start <= from && from < answer.end();
-        let Some(answer) = self.0.iter().rev().find(is_about) else { return Vec::new() };
-        answer
-            .data()
-            .filter(|range| range.end > from)
-            .take(limit)
-            .map(|range| range.start.max(from)..range.end)
-            .collect()
+    /// The rest of the extent that holds `offset` in the newest answer about it.
+    pub(super) fn extent_at(&self, offset: Bytes) -> Option<Extent> {
+        self.0.iter().rev().find_map(|answer| answer.extent_at(offset))
     }
 
     /// The memory that the answers take.
@@ -54,14 +45,9 @@ impl LastAnswers {
 }
 
 impl LastAnswer {
-    fn end(&self) -> Bytes {
-        self.extents.last().map_or(self.start, |extent| extent.end)
-    }
-
-    fn data(&self) -> impl Iterator<Item = Range<Bytes>> {
-        let starts = std::iter::once(self.start).chain(self.extents.iter().map(|extent| extent.end));
-        let ranges = starts.zip(&self.extents);
-        ranges.filter(|(_, extent)| extent.kind.is_data()).map(|(start, extent)| start..extent.end)
+    fn extent_at(&self, offset: Bytes) -> Option<Extent> {
+        let index = self.extents.partition_point(|extent| extent.end <= offset);
+        self.extents.get(index).filter(|_| self.start <= offset).copied()
     }
 }
 
@@ -70,29 +56,22 @@ mod tests {
     use super::*;
     use crate::map::ExtentKind;
 
-    fn extents(ends: &[(u64, ExtentKind)]) -> Vec<Extent> {
-        ends.iter().map(|&(end, kind)| Extent { end: Bytes::new(end), kind }).collect()
-    }
-
-    fn data(answers: &LastAnswers, from: u64, limit: usize) -> Vec<(u64, u64)> {
-        let ranges = answers.data_from(Bytes::new(from), limit).into_iter();
-        ranges.map(|range| (range.start.get(), range.end.get())).collect()
+    fn extent(end: u64, kind: ExtentKind) -> Extent {
+        Extent { end: Bytes::new(end), kind }
     }
 
     #[test]
-    fn the_data_of_the_newest_answer_about_an_offset_is_expected() {
+    fn the_extent_of_the_newest_answer_about_an_offset_is_expected() {
         use ExtentKind::{Data, Hole};
         let mut answers = LastAnswers::default();
-        assert_eq!(data(&answers, 0, 9), []);
-        answers.add(Bytes::new(10), &extents(&[(20, Data), (30, Hole), (40, Data), (50, Hole), (60, Data)]));
-        assert_eq!(data(&answers, 10, 9), [(10, 20), (30, 40), (50, 60)]);
-        assert_eq!(data(&answers, 15, 2), [(15, 20), (30, 40)]);
-        assert_eq!(data(&answers, 45, 9), [(50, 60)]);
-        assert_eq!(data(&answers, 9, 9), [], "before the answer");
-        assert_eq!(data(&answers, 60, 9), [], "after the answer");
-        answers.add(Bytes::new(30), &extents(&[(40, Hole), (70, Data)]));
-        assert_eq!(data(&answers, 30, 9), [(40, 70)]);
-        assert_eq!(data(&answers, 20, 9), [(30, 40), (50, 60)], "the newest one begins later");
+        let expected = |answers: &LastAnswers, offset| answers.extent_at(Bytes::new(offset));
+        assert_eq!(expected(&answers, 0), None);
+        answers.add(Bytes::new(10), &[extent(20, Data), extent(30, Hole), extent(40, Data)]);
+        let found = [9, 10, 20, 39, 40].map(|offset| expected(&answers, offset));
+        assert_eq!(found, [None, Some(extent(20, Data)), Some(extent(30, Hole)), Some(extent(40, Data)), None]);
+        answers.add(Bytes::new(30), &[extent(35, Hole), extent(70, Data)]);
+        assert_eq!(expected(&answers, 30), Some(extent(35, Hole)));
+        assert_eq!(expected(&answers, 20), Some(extent(30, Hole)), "the newest one begins later");
     }
 
     #[test]
