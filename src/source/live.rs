@@ -275,6 +275,12 @@ impl<S: LiveSource> HoleMap for LiveMap<S> {
         extent
     }
 
+    fn is_sparse(&self) -> Option<bool> {
+        // Of a device that is asked at each question it is not known.
+        let once = self.once.as_ref()?;
+        (once.is_sparse() && once.may_answer(&self.source)).then_some(true)
+    }
+
     fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
         let kept = self.once.as_ref().and_then(|once| once.extent_at(offset));
         kept.or_else(|| self.last_answers().extent_at(offset))

@@ -1,7 +1,7 @@
 //! Mounts with `-o static`: the server is asked once.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -74,6 +74,9 @@ fn a_static_export_is_asked_once_as_long_as_it_is_open() {
             assert_eq!(fixture.queries_of_walk(&file), 0);
         }
         drop(file);
+        let before = fixture.queries.load(Ordering::Relaxed);
+        assert!(std::fs::metadata(mount.directory().join("nbd")).unwrap().blocks() < SIZE / 512);
+        assert_eq!(fixture.queries.load(Ordering::Relaxed), before, "a stat asks nothing more");
         drop(mount);
         let mount = fixture.mount(&[]);
         let file = open(&mount);

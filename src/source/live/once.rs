@@ -16,6 +16,10 @@ use super::{LiveSource, QueryError};
 use crate::map::Extent;
 use crate::units::Bytes;
 
+/// What a hole must hold for [`HoleMap::is_sparse`](crate::map::HoleMap::is_sparse): holes that are shown begin and end at
+/// multiples of it.
+const UNIT: Bytes = Bytes::new(4096);
+
 /// What is kept of a device that nobody writes to.
 pub(super) struct AskedOnce {
     device: Arc<StaticDevice>,
@@ -76,11 +80,20 @@ impl AskedOnce {
         // The answer to the question is kept last, since the oldest ones are dropped first.
         let mut kept = self.kept();
         for (range, extents) in ranges.iter().zip(extents).rev() {
-            kept.keep(range.start, extents.unwrap_or_default());
+            let extents = extents.unwrap_or_default();
+            kept.keep(range.start, extents);
+            if has_long_hole(range.start, extents) {
+                self.device.set_sparse();
+            }
         }
         drop(kept);
         self.changes.fetch_add(1, Ordering::Relaxed);
         (ranges[0].clone(), answers.swap_remove(0))
+    }
+
+    /// Whether the device is known to have a hole with a whole unit of [`UNIT`].
+    pub(super) fn is_sparse(&self) -> bool {
+        self.device.is_sparse()
     }
 
     /// The memory that is taken.
@@ -90,5 +103,31 @@ impl AskedOnce {
 
     fn kept(&self) -> MutexGuard<'_, KeptExtents> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether one of consecutive extents, the first of which begins at `start`, is a hole with a whole unit of [`UNIT`].
+fn has_long_hole(mut start: Bytes, extents: &[Extent]) -> bool {
+    extents.iter().any(|extent| {
+        let unit_end = start.align_up(UNIT).and_then(|unit| unit.checked_add(UNIT));
+        start = extent.end;
+        extent.kind.is_hole() && unit_end.is_some_and(|end| end <= extent.end)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::ExtentKind;
+
+    #[test]
+    fn a_long_hole_has_a_whole_unit() {
+        let has_hole = |start, end| {
+            let data = Extent { end: Bytes::new(start), kind: ExtentKind::Data };
+            has_long_hole(Bytes::ZERO, &[data, Extent { end: Bytes::new(end), kind: ExtentKind::Hole }])
+        };
+        assert!(has_hole(4096, 8192) && has_hole(512, 8192));
+        assert!(!has_hole(512, 8191) && !has_hole(4096, 4608) && !has_hole(512, 4608));
+        assert!(!has_long_hole(Bytes::ZERO, &[Extent { end: Bytes::new(1 << 20), kind: ExtentKind::Data }]));
     }
 }

@@ -4,7 +4,7 @@
 //! compared all the same: a device that has changed is asked at each question for the rest of the mount.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::LiveSource;
@@ -51,6 +51,9 @@ impl StaticDevices {
 pub(super) struct StaticDevice {
     first: OnceLock<Observation>,
     ended: OnceLock<()>,
+    /// An answer had a hole that is long enough for [`HoleMap::is_sparse`](crate::map::HoleMap::is_sparse). Each stat(2) of
+    /// a device that is not open makes a stack of its own, which need not ask for that again.
+    is_sparse: AtomicBool,
 }
 
 /// What does not change on a device that nobody writes to.
@@ -73,6 +76,16 @@ impl StaticDevice {
             log::warn!("{}: {change}: option 'static' ends, and the device is asked at each question", source.name());
         });
         false
+    }
+
+    /// Notes that the device has such a hole.
+    pub(super) fn set_sparse(&self) {
+        self.is_sparse.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether any stack has found such a hole.
+    pub(super) fn is_sparse(&self) -> bool {
+        self.is_sparse.load(Ordering::Relaxed)
     }
 
     /// What contradicts the promise.

@@ -247,6 +247,23 @@ fn another_device_in_its_place_ends_the_option_and_other_names_keep_it() {
     assert!(!asked_once(CountingDevice { name: "other", ..CountingDevice::new() }), "as at first");
 }
 
+/// So that a stat(2) needs no query after the first one.
+#[test]
+fn that_there_is_a_hole_is_known_to_all_stacks_until_the_option_ends() {
+    let devices = static_devices();
+    let map = |state: &Arc<DeviceState>| {
+        LiveMap::new(CountingDevice { state: state.clone(), ..CountingDevice::new() }, Some(&devices))
+    };
+    let state = Arc::<DeviceState>::default();
+    let (first, second) = (map(&state), map(&state));
+    assert_eq!((first.is_sparse(), second.is_sparse()), (None, None));
+    first.extent_at(Bytes::ZERO);
+    assert_eq!((first.is_sparse(), second.is_sparse()), (Some(true), Some(true)));
+    assert_eq!(state.calls(), 1);
+    state.writes.store(1, Ordering::Relaxed);
+    assert_eq!((first.is_sparse(), second.is_sparse()), (None, None));
+}
+
 #[test]
 fn writes_before_the_first_question_are_no_change() {
     let device = CountingDevice::new();
