@@ -22,7 +22,7 @@ use log::{debug, info};
 use crate::error::{Error, Result, shown};
 use crate::export::{Catalog, CatalogEntry, FileIdentity, FileKind, FileSource, HostNode, Usage};
 use crate::handle::{Handle, MapCache, ReadAhead, Reader};
-use crate::source::Context;
+use crate::source::{Context, StaticDevices};
 use crate::spec::{SourceOptions, Spec};
 use crate::units::Bytes;
 use change::Changes;
@@ -89,13 +89,15 @@ impl FileSystem {
     pub fn new(spec: &Spec, options: &SourceOptions, ownership: Ownership, limits: Limits) -> Result<Self> {
         let catalog = Catalog::new(spec, options)?;
         let nbd = options.nbd.clone().map(|uri| catalog.side_export(uri)).transpose()?;
-        let context = Context { nbd, ..Context::default() };
+        let maps = MapCache::new(limits.map_cache);
+        let static_devices = options.is_static.then(|| StaticDevices::new(maps.limit()));
+        let context = Context { nbd, static_devices, ..Context::default() };
         Ok(Self {
             nodes: Nodes::new(),
             catalog,
             ownership,
             context: Arc::new(context),
-            maps: Arc::new(MapCache::new(limits.map_cache)),
+            maps: Arc::new(maps),
             ahead: ReadAhead::new(limits.read_ahead, limits.queue_depth),
             changes: Changes::default(),
             usage: UsageCache::default(),

@@ -273,6 +273,7 @@ impl Handle {
                 None if tries_left > 0 && !now.is_loaded() && !now.stack.unchanged() => continue,
                 None => ask(self.load(&now).map()),
             };
+            self.count_memory_again(&now);
             if now.is_fresh(request) {
                 return Some(answer);
             }
@@ -320,6 +321,14 @@ impl Handle {
             self.maps.keep(&self.slot, resolved, loaded.memory);
             give_back_after(loaded.memory);
         })
+    }
+
+    /// Counts the memory of extents that are asked once, and only as far as questions need them.
+    fn count_memory_again(&self, resolved: &Arc<Resolved>) {
+        let devices = self.context.static_devices.as_ref();
+        if let Some(memory) = devices.and_then(|devices| resolved.memory_again(devices)) {
+            self.maps.keep(&self.slot, resolved, memory);
+        }
     }
 
     fn log_loaded(&self, loaded: &Loaded) {

@@ -37,6 +37,7 @@ mod target;
 pub mod thin;
 
 pub use device::BlockDevice;
+pub use live::StaticDevices;
 pub use resolve::{Context, Resolver};
 pub use stack::{Loaded, Stack};
 pub use stored::{LoadExtents, StoredExtents};

@@ -34,6 +34,8 @@ pub struct SourceOptions {
     pub volume: Option<ThinId>,
     /// The export that the NBD device of the kernel is connected to, which the SPEC is or stands on.
     pub nbd: Option<Uri>,
+    /// Whether nobody writes to the devices while they are mounted, by the word of the user. Only for mounts.
+    pub is_static: bool,
 }
 
 impl Spec {

@@ -57,7 +57,7 @@ impl Export for NbdExportFile {
     }
 
     fn resolve(&self, context: &Context) -> Stack {
-        Stack::build(context, |_| Arc::new(nbd::layer(self.client.clone())))
+        Stack::build(context, |_| Arc::new(nbd::layer(self.client.clone(), context)))
     }
 
     fn host_node(&self) -> io::Result<HostNode> {

@@ -48,7 +48,12 @@ impl MapCache {
         Self { limit: limit.unwrap_or(DEFAULT_LIMIT), maps: Mutex::new(LruCache::unbounded()) }
     }
 
-    /// Counts the extents of a stack that were just loaded, and drops the oldest others until all fit. A stack that is no
+    /// The largest number of bytes.
+    pub fn limit(&self) -> Bytes {
+        self.limit
+    }
+
+    /// Counts the extents of a stack that were just loaded, or grew, and drops the oldest others until all fit. A stack that is no
     /// longer in `slot` was replaced or dropped during the load, and does not count: only the running request uses it.
     pub(super) fn keep(&self, slot: &Arc<Slot>, resolved: &Arc<Resolved>, memory: Bytes) {
         let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,11 +1,11 @@
 //! A resolved stack, its extents once they are loaded, and what both cost.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::sequence::SequenceNumber;
-use crate::source::{Loaded, Stack};
+use crate::source::{Loaded, Stack, StaticDevices};
 use crate::units::Bytes;
 
 /// After a stack that took T to resolve and load, the next one may be resolved when this many times T have passed since: a
@@ -23,6 +23,8 @@ pub(super) struct Resolved {
     loaded: OnceLock<Loaded>,
     /// Whether a question was answered from the description of the stack.
     answered: AtomicBool,
+    /// [`StaticDevices::changes`] when the memory of the extents was counted last.
+    counted: AtomicU64,
     /// Whether the stack is as long as the device. From then on a guard watches the length.
     pub(super) fits: bool,
 }
@@ -34,7 +36,8 @@ impl Resolved {
         let stack = resolve();
         let resolved_in = begun.elapsed();
         let fits = len() == Some(stack.len());
-        Self { stack, born, begun, resolved_in, loaded: OnceLock::new(), answered: AtomicBool::new(false), fits }
+        let (loaded, answered, counted) = (OnceLock::new(), AtomicBool::new(false), AtomicU64::new(0));
+        Self { stack, born, begun, resolved_in, loaded, answered, counted, fits }
     }
 
     /// Whether the extents are loaded.
@@ -66,7 +69,14 @@ impl Resolved {
 
     /// The memory that the extents take; none before they are loaded.
     pub(super) fn memory(&self) -> Bytes {
-        self.loaded.get().map_or(Bytes::ZERO, |loaded| loaded.memory)
+        self.loaded.get().map_or(Bytes::ZERO, |loaded| loaded.map().memory())
+    }
+
+    /// The memory that the extents take now, if more of them may have been asked since the last call.
+    pub(super) fn memory_again(&self, devices: &StaticDevices) -> Option<Bytes> {
+        let now = devices.changes();
+        let is_counted = self.counted.swap(now, Ordering::Relaxed) == now;
+        (!is_counted && self.is_loaded()).then(|| self.memory())
     }
 
     /// Whether an answer that was given between `request` and now is true now.

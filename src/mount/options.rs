@@ -190,6 +190,7 @@ impl ParsedOptions {
             "allow_other" | "allow-other" => self.mount.allow_other = true,
             "direct_io" => self.mount.direct_io = true,
             "nofail" => self.mount.nofail = true,
+            "static" => self.source.is_static = true,
             _ if words::IGNORED.contains(&name) => {}
             _ if words::MOUNT_WITH_VALUE.contains(&name) || words::SOURCE.contains(&name) => {
                 return Err(Error::usage(format!("option '{name}' needs a value: {name}=...")).into());

@@ -79,7 +79,7 @@ pub const MOUNT_WITH_VALUE: &[&str] =
 pub const SOURCE: &[&str] = &["thin_metadata", "nbd"];
 
 /// Options of a mount that have no value.
-pub const MOUNT_PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io", "nofail"];
+pub const MOUNT_PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io", "nofail", "static"];
 
 /// Whether an option is a comment, which only other programs read (`X-` and `x-`, mount(8)).
 pub fn is_comment(name: &str) -> bool {

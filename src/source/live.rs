@@ -3,11 +3,22 @@
 //! Such a device has no change counter that covers all its writers. So every hole comes from an answer to a query that
 //! was sent after the question arrived, and no hole is remembered. Data is always a correct answer: it is remembered
 //! for a short time ([`remembered`]), and it is the answer where a query fails or takes too long ([`budget`]).
+//!
+//! With `-o static` the user says that nobody writes to the device. It is then asked once ([`once`]), until something
+//! contradicts that ([`static_device`]).
 
+mod ahead;
 mod budget;
+mod evidence;
+mod kept;
 mod last_answers;
+mod once;
 mod remembered;
+mod static_device;
 mod window;
+
+pub(super) use evidence::WriteEvidence;
+pub use static_device::StaticDevices;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +27,7 @@ use std::time::Instant;
 
 use self::budget::Budgets;
 use self::last_answers::LastAnswers;
+use self::once::AskedOnce;
 use self::remembered::RememberedData;
 use self::window::{ENOUGH_EXTENTS, QueryWindow};
 use crate::error::Error;
@@ -49,12 +61,25 @@ pub(super) trait LiveSource: Send + Sync {
     /// The query failed. Where no later query is worth sending, [`LiveSource::unusable`] gives the reason from now on.
     fn extents(&self, ranges: &[Range<Bytes>]) -> Result<Vec<Extent>, QueryError>;
 
+    /// The answers to queries about ranges that need not be adjacent, sent at the same time: for each of the first ranges,
+    /// at least one, what [`LiveSource::extents`] is for it alone.
+    ///
+    /// All holes of an answer are kept, so everything that a hole needs is asked for each of them.
+    fn answers(&self, ranges: &[Range<Bytes>]) -> Vec<Result<Vec<Extent>, QueryError>>;
+
     /// Why the device has no usable extents. It is not queried any more then, and all of it is data.
     fn unusable(&self) -> Option<DenseReason>;
 
     /// Counters of the writes and discards of this host; remembered data is dropped when they change. Nothing is
     /// remembered while they cannot be read (`None`).
     fn counters(&self) -> Option<IoCounters>;
+
+    /// The number of the medium in the device, which another medium does not have.
+    fn medium(&self) -> Option<u64>;
+
+    /// Why writes, or another device in place of this one, may not be visible in [`LiveSource::counters`] and
+    /// [`LiveSource::medium`], if so.
+    fn unobserved(&self) -> Option<String>;
 }
 
 /// A query that failed: what is data in place of its answer.
@@ -65,9 +90,11 @@ pub(super) enum QueryError {
     Device(Error),
 }
 
-/// The holes of a device that is queried at each question.
+/// The holes of a device that is queried at each question, or once.
 pub(super) struct LiveMap<S> {
     source: S,
+    /// What is kept of a device that nobody writes to.
+    once: Option<AskedOnce>,
     window: QueryWindow,
     remembered: Mutex<RememberedData>,
     /// Where data may be, for reading ahead. No answer comes from it.
@@ -78,10 +105,12 @@ pub(super) struct LiveMap<S> {
 }
 
 impl<S: LiveSource> LiveMap<S> {
-    /// The map of a device. It sends no query yet.
-    pub(super) fn new(source: S) -> Self {
+    /// The map of a device, which may be one of `static_devices`. It sends no query yet.
+    pub(super) fn new(source: S, static_devices: Option<&StaticDevices>) -> Self {
+        let once = static_devices.map(|devices| AskedOnce::new(devices, source.name()));
         Self {
             source,
+            once,
             window: QueryWindow::default(),
             remembered: Mutex::default(),
             last_answers: Mutex::default(),
@@ -108,13 +137,33 @@ impl<S: LiveSource> LiveMap<S> {
 
     /// The extent that holds `offset`, as the device reports it now. `continues`: the extent began before `offset`.
     fn extent_now(&self, offset: Bytes, continues: bool) -> Extent {
+        let start = offset.align_down(self.source.block());
+        let ranges = self.ranges(start, continues);
+        self.extent_in(self.query(&ranges), offset, &ranges)
+    }
+
+    /// The extent that holds `offset`, which is asked together with extents behind it. All of them are kept.
+    fn extent_once(&self, once: &AskedOnce, offset: Bytes) -> Extent {
+        let mut asking = once.wait_to_ask();
+        if let Some(extent) = once.extent_at(offset) {
+            return extent;
+        }
+        let start = offset.align_down(self.source.block());
+        let (range, answer) = once.ask(&mut asking, &self.source, start);
+        if answer.is_ok() {
+            self.failing.store(false, Ordering::Relaxed);
+        }
+        self.extent_in(answer, offset, &[range])
+    }
+
+    /// The extent that holds `offset` in the answer to a query about `ranges`, which begin with the block of `offset`.
+    fn extent_in(&self, answer: Result<Vec<Extent>, QueryError>, offset: Bytes, ranges: &[Range<Bytes>]) -> Extent {
         let block = self.source.block();
         let start = offset.align_down(block);
-        let ranges = self.ranges(start, continues);
-        let extents = match self.query(&ranges) {
+        let extents = match answer {
             Ok(extents) => extents,
             Err(error) => {
-                let extent = self.after_failure(&ranges, error);
+                let extent = self.after_failure(ranges, error);
                 self.remembered().add(start, &[extent]);
                 vec![extent]
             }
@@ -168,11 +217,12 @@ impl<S: LiveSource> LiveMap<S> {
         Extent { end, kind: ExtentKind::Data }
     }
 
-    /// The end of the remembered data that holds `offset`.
-    fn remembered_end(&self, offset: Bytes) -> Option<Bytes> {
+    /// The rest of the remembered data that holds `offset`.
+    fn remembered_at(&self, offset: Bytes) -> Option<Extent> {
         let mut remembered = self.remembered();
         remembered.refresh(self.source.counters());
-        remembered.end_of(offset)
+        let end = remembered.end_of(offset)?.min(self.len());
+        Some(Extent { end, kind: ExtentKind::Data })
     }
 
     /// Makes `len` bytes from `offset` on data without a query. They are remembered, so that the next question about
@@ -211,20 +261,29 @@ impl<S: LiveSource> HoleMap for LiveMap<S> {
         if self.source.unusable().is_some() {
             return Extent { end: len, kind: ExtentKind::Data };
         }
+        let once = self.once.as_ref().filter(|once| once.may_answer(&self.source));
         let budget = self.budgets().take(offset);
         let begin = Instant::now();
-        let extent = match (self.remembered_end(offset), budget.data_when_spent(len)) {
-            (Some(end), _) => Extent { end: end.min(len), kind: ExtentKind::Data },
-            (None, Some(data)) => return self.data_without_query(offset, data),
-            (None, None) => self.extent_now(offset, budget.is_begun()),
+        let known = once.and_then(|once| once.extent_at(offset)).or_else(|| self.remembered_at(offset));
+        let extent = match (known, budget.data_when_spent(len), once) {
+            (Some(extent), _, _) => extent,
+            (None, Some(data), _) => return self.data_without_query(offset, data),
+            (None, None, Some(once)) => self.extent_once(once, offset),
+            (None, None, None) => self.extent_now(offset, budget.is_begun()),
         };
         self.budgets().put(budget.after(extent, begin.elapsed()));
         extent
     }
 
-    /// No query is sent.
+    fn is_sparse(&self) -> Option<bool> {
+        // Of a device that is asked at each question it is not known.
+        let once = self.once.as_ref()?;
+        (once.is_sparse() && once.may_answer(&self.source)).then_some(true)
+    }
+
     fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
-        self.last_answers().extent_at(offset)
+        let kept = self.once.as_ref().and_then(|once| once.extent_at(offset));
+        kept.or_else(|| self.last_answers().extent_at(offset))
     }
 
     fn dense_because(&self) -> Option<DenseReason> {
@@ -232,7 +291,8 @@ impl<S: LiveSource> HoleMap for LiveMap<S> {
     }
 
     fn memory(&self) -> Bytes {
-        self.remembered().memory().saturating_add(self.last_answers().memory())
+        let kept = self.once.as_ref().map_or(Bytes::ZERO, AskedOnce::memory);
+        [self.remembered().memory(), self.last_answers().memory()].into_iter().fold(kept, Bytes::saturating_add)
     }
 }
 

@@ -38,30 +38,30 @@ use self::kernel_connection::KernelConnectionGuard;
 use self::status::ExportStatus;
 use crate::map::HoleMap;
 use crate::reason::DenseReason;
-use crate::source::live::LiveMap;
-use crate::source::{BlockDevice, Layer, Resolver, dense};
+use crate::source::live::{LiveMap, WriteEvidence};
+use crate::source::{BlockDevice, Context, Layer, Resolver, dense};
 use crate::sys::device::DeviceId;
 
 /// The kind of the layer of an export.
 const KIND: &str = "NBD export";
 
 /// The layer of an export that is read through the same client.
-pub fn layer(client: Arc<Client>) -> Layer {
+pub fn layer(client: Arc<Client>, context: &Context) -> Layer {
     // No flush is needed: a client of an export that can be written has only one connection.
-    layer_with(client, FlushBeforeStatus::No)
+    layer_of(ExportStatus { client, flush: FlushBeforeStatus::No, evidence: WriteEvidence::none() }, context)
 }
 
-/// The holes of an export. No query is sent yet.
+/// The holes of an export, which is asked at each question. No query is sent yet.
 pub fn map(client: Arc<Client>, flush: FlushBeforeStatus) -> impl HoleMap + 'static {
-    LiveMap::new(ExportStatus { client, flush })
+    LiveMap::new(ExportStatus { client, flush, evidence: WriteEvidence::none() }, None)
 }
 
-fn layer_with(client: Arc<Client>, flush: FlushBeforeStatus) -> Layer {
+fn layer_of(status: ExportStatus, context: &Context) -> Layer {
     Layer {
-        name: client.uri().to_string(),
+        name: status.client.uri().to_string(),
         kind: KIND.to_owned(),
-        holes_from: client.holes_from(),
-        map: Arc::new(map(client, flush)),
+        holes_from: status.client.holes_from(),
+        map: Arc::new(LiveMap::new(status, context.static_devices.as_ref())),
         device: None,
         below: Vec::new(),
     }
@@ -125,5 +125,10 @@ fn export_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Result<Arc
                    FLUSH or read-only)";
         return Err(DenseReason::Unproven(why.into()));
     }
-    Ok(Arc::new(layer_with(client, FlushBeforeStatus::Yes)))
+    let evidence = match &resolver.context.static_devices {
+        Some(_) => WriteEvidence::complete(device),
+        None => WriteEvidence::none(),
+    };
+    let status = ExportStatus { client, flush: FlushBeforeStatus::Yes, evidence };
+    Ok(Arc::new(layer_of(status, resolver.context)))
 }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 use crate::map::{Clip, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
+use crate::source::live::StaticDevices;
 use crate::source::stack::{Dirty, Stack};
 use crate::source::stored::{LoadExtents, StoredExtents};
 use crate::source::table::{Medium, SOURCES, Source};
@@ -31,6 +32,8 @@ pub struct Context {
     pub no_metadata_snapshots: bool,
     /// The export that the kernel's NBD device is connected to.
     pub nbd: Option<nbd::SideExport>,
+    /// The devices that nobody writes to, with `-o static`.
+    pub static_devices: Option<StaticDevices>,
 }
 
 /// The layers of several legs, and the window on each.

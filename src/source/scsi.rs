@@ -11,21 +11,20 @@
 mod device;
 pub mod pages;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, OnceLock};
 
 use self::device::{ScsiDevice, ScsiFailure};
 use crate::error::{Error, Result};
 use crate::map::{Extent, ExtentKind};
 use crate::reason::DenseReason;
-use crate::source::live::{LiveMap, LiveSource, QueryError};
-use crate::source::{BlockDevice, Layer, Resolver, dense};
+use crate::source::live::{LiveMap, LiveSource, QueryError, StaticDevices, WriteEvidence};
+use crate::source::{BlockDevice, Context, Layer, Resolver, dense};
 use crate::sys::block;
 use crate::sys::device::DeviceId;
-use crate::sys::sysfs::{self, IoCounters, StatFile};
+use crate::sys::sysfs::{self, IoCounters};
 use crate::units::Bytes;
 
 /// The kind of a SCSI disk's layer.
@@ -46,9 +45,9 @@ pub fn is_disk(id: DeviceId) -> io::Result<bool> {
 }
 
 /// The layer of a SCSI disk.
-pub fn disk_layer(device: &BlockDevice, _resolver: &mut Resolver<'_>) -> Layer {
+pub fn disk_layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
     match block::logical_block(&device.file) {
-        Ok(block) => layer(&device.name(), device.file.clone(), device.len, block),
+        Ok(block) => layer(device, block, resolver.context),
         Err(error) => {
             let reason = DenseReason::cannot("read its logical block size", &error);
             dense::layer(device.name(), KIND, device.len, reason)
@@ -56,23 +55,25 @@ pub fn disk_layer(device: &BlockDevice, _resolver: &mut Resolver<'_>) -> Layer {
     }
 }
 
-/// The layer of an open SCSI disk (the whole disk, not a partition) of `len` bytes in logical blocks of `block` bytes.
+/// The layer of an open SCSI disk (the whole disk, not a partition) in logical blocks of `block` bytes.
 ///
 /// The layer is dense, with the reason, when the disk does not report zeros or fails the first query.
-fn layer(name: &str, file: Arc<File>, len: Bytes, block: Bytes) -> Layer {
-    let id = file.metadata().ok().map(|metadata| DeviceId::from_dev(metadata.rdev()));
-    let stat = id.and_then(|id| StatFile::open(id).ok());
-    let counters = Box::new(move || stat.as_ref()?.read().ok());
-    match map(name, ScsiDevice::disk(file), counters, len, block) {
+fn layer(device: &BlockDevice, block: Bytes, context: &Context) -> Layer {
+    let (name, static_devices) = (device.name(), context.static_devices.as_ref());
+    let evidence = match static_devices {
+        Some(_) => WriteEvidence::complete(device),
+        None => WriteEvidence::counters(device),
+    };
+    match map(&name, ScsiDevice::disk(device.file.clone()), evidence, device.len, block, static_devices) {
         Ok(map) => Layer {
-            name: name.to_owned(),
+            name,
             kind: KIND.to_owned(),
             holes_from: "GET LBA STATUS".to_owned(),
             map: Arc::new(map),
             device: None,
             below: Vec::new(),
         },
-        Err(reason) => dense::layer(name, KIND, len, reason.to_string()),
+        Err(reason) => dense::layer(name, KIND, device.len, reason.to_string()),
     }
 }
 
@@ -80,19 +81,17 @@ fn layer(name: &str, file: Arc<File>, len: Bytes, block: Bytes) -> Layer {
 fn map(
     name: &str,
     device: ScsiDevice,
-    counters: Counters,
+    evidence: WriteEvidence,
     len: Bytes,
     block: Bytes,
+    static_devices: Option<&StaticDevices>,
 ) -> Result<LiveMap<LbaStatusSource>> {
     device.check_zeros(len, block)?;
-    let source = LbaStatusSource { name: name.to_owned(), device, len, block, counters, failed: OnceLock::new() };
-    let map = LiveMap::new(source);
+    let source = LbaStatusSource { name: name.to_owned(), device, len, block, evidence, failed: OnceLock::new() };
+    let map = LiveMap::new(source, static_devices);
     map.probe()?;
     Ok(map)
 }
-
-/// Reads the I/O counters of a disk; `None` when they cannot be read.
-type Counters = Box<dyn Fn() -> Option<IoCounters> + Send + Sync>;
 
 /// The extents of a disk, from GET LBA STATUS.
 struct LbaStatusSource {
@@ -100,23 +99,27 @@ struct LbaStatusSource {
     device: ScsiDevice,
     len: Bytes,
     block: Bytes,
-    counters: Counters,
+    evidence: WriteEvidence,
     /// Why a command failed. No command is sent after that.
     failed: OnceLock<DenseReason>,
 }
 
 impl LbaStatusSource {
-    /// The extents from `start` on, which the disk reports now.
-    fn status(&self, start: Bytes) -> Result<Vec<Extent>> {
+    /// The extents from `start` on, which the disk reports now, and its promise of zeros for the `used` ones of them.
+    fn status(&self, start: Bytes, used: Used) -> Result<Vec<Extent>> {
         for _ in 0..ATTEMPTS {
             match self.device.lba_status(start, self.block, self.len) {
                 Ok(status) => {
                     if let Some(fault) = status.fault {
                         log::debug!("{}: GET LBA STATUS at byte {start}: {fault}: data from there on", self.name);
                     }
-                    // The first extent holds the offset of the question: it begins on the offset's block. Of the others,
-                    // only data is used.
-                    if status.extents.first().is_some_and(|extent| extent.kind == ExtentKind::Hole) {
+                    let used = match used {
+                        // It holds the offset of the question: it begins on the offset's block. Of the others, only data
+                        // is used.
+                        Used::First => &status.extents[..status.extents.len().min(1)],
+                        Used::All => &status.extents,
+                    };
+                    if used.iter().any(|extent| extent.kind == ExtentKind::Hole) {
                         self.device.check_capacity(self.len, self.block)?;
                     }
                     return Ok(status.extents);
@@ -127,6 +130,23 @@ impl LbaStatusSource {
         }
         Err(Error::failed("the disk answers GET LBA STATUS with UNIT ATTENTION again and again"))
     }
+
+    /// The extents from the start of the first range on.
+    fn query(&self, ranges: &[Range<Bytes>], used: Used) -> std::result::Result<Vec<Extent>, QueryError> {
+        // GET LBA STATUS has a start and no end: the disk decides how much it reports.
+        let start = ranges.first().map_or(Bytes::ZERO, |range| range.start);
+        self.status(start, used).map_err(|error| {
+            self.failed.get_or_init(|| error.to_string().into());
+            QueryError::Device(error)
+        })
+    }
+}
+
+/// The extents of an answer whose holes are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Used {
+    First,
+    All,
 }
 
 impl LiveSource for LbaStatusSource {
@@ -147,12 +167,11 @@ impl LiveSource for LbaStatusSource {
     }
 
     fn extents(&self, ranges: &[Range<Bytes>]) -> std::result::Result<Vec<Extent>, QueryError> {
-        // GET LBA STATUS has a start and no end: the disk decides how much it reports.
-        let start = ranges.first().map_or(Bytes::ZERO, |range| range.start);
-        self.status(start).map_err(|error| {
-            self.failed.get_or_init(|| error.to_string().into());
-            QueryError::Device(error)
-        })
+        self.query(ranges, Used::First)
+    }
+
+    fn answers(&self, ranges: &[Range<Bytes>]) -> Vec<std::result::Result<Vec<Extent>, QueryError>> {
+        vec![self.query(ranges, Used::All)]
     }
 
     fn unusable(&self) -> Option<DenseReason> {
@@ -160,7 +179,15 @@ impl LiveSource for LbaStatusSource {
     }
 
     fn counters(&self) -> Option<IoCounters> {
-        (self.counters)()
+        self.evidence.read()
+    }
+
+    fn medium(&self) -> Option<u64> {
+        self.evidence.medium()
+    }
+
+    fn unobserved(&self) -> Option<String> {
+        self.evidence.unobserved()
     }
 }
 

@@ -154,6 +154,7 @@ fn commands_without_a_mount_refuse_options_of_mounts() {
     for command in ["map", "info"] {
         for (words, text) in [
             (&["-o", "allow_other"][..], format!("option 'allow_other' is for mounts, and means nothing to {command}")),
+            (&["-o", "static"], format!("option 'static' is for mounts, and means nothing to {command}")),
             (&["-o", "ro"], format!("option 'ro' is for mounts, and means nothing to {command}")),
             (
                 &["-o", "nbd=nbd://h/", "-o", "uid=1"],

@@ -418,7 +418,9 @@ fn a_map_in_extents_of_one_byte_takes_bounded_time() {
     };
     let fake = FakeServer::new(Dialect::Structured, &disk(), Arc::new(hook));
     let client = Arc::new(Client::open_with_timeouts(&Uri::parse(&fake.uri).unwrap(), equal_timeouts(WAIT)).unwrap());
-    let map = blkholefs::testing::source::nbd::layer(Arc::clone(&client)).map;
+    let map =
+        blkholefs::testing::source::nbd::layer(Arc::clone(&client), &blkholefs::testing::source::Context::default())
+            .map;
     let start = Instant::now();
     let align = blkholefs::testing::units::Bytes::new(4096);
     let zero = blkholefs::testing::units::Bytes::ZERO;

@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod asked_once;
 mod fake;
 mod hostile;
 mod maps;
@@ -22,6 +23,7 @@ use std::time::Duration;
 
 use blkholefs::testing::map::view;
 use blkholefs::testing::map::{ExtentKind, HoleMap};
+use blkholefs::testing::source::Context;
 use blkholefs::testing::source::nbd::{self, Client, Timeouts, Uri};
 use blkholefs::testing::units::Bytes;
 
@@ -50,7 +52,7 @@ fn runs(map: &dyn HoleMap) -> Vec<(u64, ExtentKind)> {
 
 /// Returns the runs of a client's export, as [`runs`] does.
 fn runs_of(client: &Arc<Client>) -> Vec<(u64, ExtentKind)> {
-    runs(&*nbd::layer(Arc::clone(client)).map)
+    runs(&*nbd::layer(Arc::clone(client), &Context::default()).map)
 }
 
 /// Reads `len` bytes, or fewer at the end of the export. An error is the errno.

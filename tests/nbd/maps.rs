@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::Context;
 use blkholefs::testing::source::nbd::{Client, layer};
 use blkholefs::testing::units::Bytes;
 
@@ -60,7 +61,7 @@ fn maps_of_nbdkit_equal_nbdinfo() {
     ] {
         let _server = Server::nbdkit(&socket, &words);
         let client = check(&uri);
-        assert_eq!(layer(client).holes_from, "NBD block status (base:allocation)", "{words:?}");
+        assert_eq!(layer(client, &Context::default()).holes_from, "NBD block status (base:allocation)", "{words:?}");
         std::fs::remove_file(&socket).unwrap();
     }
 }
@@ -98,7 +99,7 @@ fn a_write_is_never_inside_a_hole() {
     image(&disk, GIB, &[]);
     let _server = Server::nbdkit(&socket, &["file", disk.to_str().unwrap()]);
     let client = default_client(&format!("nbd+unix:///?socket={}", socket.display()));
-    let map = layer(client).map;
+    let map = layer(client, &Context::default()).map;
     let file = File::options().write(true).open(&disk).unwrap();
     for block in (0..GIB / 4096).step_by(2741) {
         // The map queries the block before the write. The next query must include the write in any case.
@@ -122,8 +123,8 @@ fn no_holes_without_block_status() {
         let _server = Server::nbdkit(&socket, &words);
         let client = default_client(&format!("nbd+unix:///?socket={}", socket.display()));
         assert_eq!(runs_of(&client), [(64 * MIB, ExtentKind::Data)], "{name}");
-        assert_eq!(layer(Arc::clone(&client)).map.dense_because().is_some(), dense, "{name}");
-        assert_eq!(layer(Arc::clone(&client)).holes_from == "none", dense, "{name}");
+        assert_eq!(layer(Arc::clone(&client), &Context::default()).map.dense_because().is_some(), dense, "{name}");
+        assert_eq!(layer(Arc::clone(&client), &Context::default()).holes_from == "none", dense, "{name}");
         assert_eq!(read(&client, 5, 10), Ok(vec![0; 10]));
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use blkholefs::testing::deadline;
 use blkholefs::testing::map::ExtentKind;
+use blkholefs::testing::source::Context;
 use blkholefs::testing::source::nbd::{NbdExport, Timeouts, Uri, layer};
 use blkholefs::testing::units::Bytes;
 
@@ -158,7 +159,7 @@ fn the_window_does_not_grow_when_block_status_fails() {
     };
     let fake = FakeServer::new(Dialect::Structured, &disk(), Arc::new(hook));
     let client = client(&fake.uri, equal_timeouts(5 * SECOND));
-    let map = layer(client).map;
+    let map = layer(client, &Context::default()).map;
     let mut at = Bytes::ZERO;
     for _ in 0..4 {
         at = map.extent_at(at).end;

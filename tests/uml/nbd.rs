@@ -356,3 +356,21 @@ fn writes_and_discards_through_the_kernel_are_seen() {
     kernel.image.write(5 * MIB..6 * MIB);
     assert_eq!(seek_data(&file, 5 * MIB), Some(5 * MIB));
 }
+
+/// Writes of this host are seen. What is written at the server is what the user excludes.
+#[test]
+#[ignore = "needs a kernel with nbd: run tests/run"]
+fn a_static_nbd_device_is_asked_once_until_this_host_writes() {
+    let kernel = Kernel::new(&DATA);
+    let mount = Mount::with_options(Kernel::path(), &["-o", &format!("static,{}", kernel.option("s"))]);
+    let file = File::open(mount.file()).unwrap();
+    assert_eq!(map_holes(mount.file()), map_of(SIZE, &DATA));
+    assert_eq!(seek_data(&file, 12 * MIB), Some(SIZE - 64 * KIB));
+    kernel.image.write(12 * MIB..13 * MIB);
+    assert_eq!(seek_data(&file, 12 * MIB), Some(SIZE - 64 * KIB), "it is not asked again");
+    assert!(!mount.log().contains("static"), "{}", mount.log());
+    write(Kernel::path(), 20 * MIB..21 * MIB);
+    assert_eq!(seek_data(&file, 20 * MIB), Some(20 * MIB), "{}", mount.log());
+    assert_eq!(seek_data(&file, 12 * MIB), Some(12 * MIB), "it is asked at each question");
+    assert_eq!(mount.log().matches("option 'static' ends").count(), 1, "{}", mount.log());
+}

@@ -9,7 +9,7 @@ use blkholefs::testing::source::{BlockDevice, Context, Stack};
 use blkholefs::testing::units::Bytes;
 use nix::unistd::{Whence, lseek};
 
-use crate::common::check::{Extent, Kind, check, check_holes, map_holes, map_of, open};
+use crate::common::check::{Extent, Kind, check, check_holes, map_holes, map_of, open, seek_data, seek_hole, sysfs};
 use crate::common::dm::Dm;
 use crate::common::image::{discard, open_for_writing, write};
 use crate::common::mount::Mount;
@@ -174,4 +174,36 @@ fn a_mounted_disk_has_its_holes() {
     assert_eq!(map_holes(mount.file()), [Extent(Kind::Data, 0..SIZE)]);
     assert!(mount.log().contains("does not promise zeros"), "{}", mount.log());
     check(mount.file(), disk.path());
+}
+
+/// Writes and discards of this host are seen. What is sent past the block layer is what the user excludes.
+#[test]
+#[ignore = "needs scsi_debug: run tests/run"]
+fn a_static_disk_is_asked_once_until_this_host_writes() {
+    for change in ["write", "discard", "iostats"] {
+        let disk = ScsiDisk::new(SIZE / MIB, &["lbprz=1", "unmap_granularity=1"]);
+        // Dirty pages from before the mount are no write.
+        write(disk.path(), MIB..2 * MIB);
+        let mount = Mount::with_options(disk.path(), &["-o", "static"]);
+        let file = open(mount.file());
+        let before = map_of(SIZE, &[MIB..2 * MIB]);
+        assert_eq!(map_holes(mount.file()), before);
+        assert_eq!(seek_hole(&file, MIB), Some(2 * MIB));
+        disk.unmap(MIB / 512, MIB / 512);
+        assert_eq!(seek_hole(&file, MIB), Some(2 * MIB), "it is not asked again");
+        assert!(!mount.log().contains("static"), "{}", mount.log());
+        let iostats = sysfs(disk.path()).join("queue/iostats");
+        match change {
+            "write" => write(disk.path(), 4 * MIB..5 * MIB),
+            "discard" => discard(disk.path(), 8 * MIB..9 * MIB),
+            _ => std::fs::write(&iostats, "1").unwrap(),
+        }
+        let after = if change == "write" { map_of(SIZE, &[4 * MIB..5 * MIB]) } else { map_of(SIZE, &[]) };
+        // Data of the last second may be remembered.
+        assert!(wait_until(|| map_holes(mount.file()) == after), "{change}: {:?}", map_holes(mount.file()));
+        write(disk.path(), 16 * MIB..17 * MIB);
+        assert_eq!(seek_data(&file, 16 * MIB), Some(16 * MIB), "it is asked at each question");
+        assert_eq!(mount.log().matches("option 'static' ends").count(), 1, "{}", mount.log());
+        drop(file);
+    }
 }

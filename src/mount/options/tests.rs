@@ -78,6 +78,7 @@ fn options_of_this_program() {
     assert!(parsed("allow_other").mount.allow_other);
     assert!(parsed("allow-other").mount.allow_other);
     assert!(parsed("direct_io").mount.direct_io);
+    assert!(parsed("static").source.is_static && !parsed("").source.is_static);
     assert_eq!(parsed("uid=0,gid=4294967294").mount.uid, Some(0));
     assert_eq!(parsed("uid=0,gid=4294967294").mount.gid, Some(u32::MAX - 1));
     assert_eq!(parsed("mode=444,umask=0027").mount.mode, Some(0o444));
@@ -155,6 +156,7 @@ fn unknown_words_are_named_with_their_neighbours() {
     {
         assert!(refused(word).0.starts_with("unknown option"), "{word}");
     }
+    assert!(refused("static=yes").0.starts_with("unknown option"));
     assert!(refused("remount,ro").0.contains("unmount it"));
     assert!(refused("auto_unmount").0.contains("not possible"));
 }

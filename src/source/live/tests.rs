@@ -1,3 +1,5 @@
+mod asked_once;
+
 use std::collections::VecDeque;
 
 use super::*;
@@ -35,6 +37,10 @@ impl LiveSource for ListedAnswers {
         self.answers.lock().unwrap().pop_front().expect("a query that is not expected")
     }
 
+    fn answers(&self, ranges: &[Range<Bytes>]) -> Vec<Result<Vec<Extent>, QueryError>> {
+        vec![self.extents(ranges)]
+    }
+
     fn unusable(&self) -> Option<DenseReason> {
         self.unusable.load(Ordering::Relaxed).then(|| "unusable".into())
     }
@@ -42,11 +48,19 @@ impl LiveSource for ListedAnswers {
     fn counters(&self) -> Option<IoCounters> {
         Some(IoCounters::default())
     }
+
+    fn medium(&self) -> Option<u64> {
+        None
+    }
+
+    fn unobserved(&self) -> Option<String> {
+        None
+    }
 }
 
 fn map(answers: impl IntoIterator<Item = Result<Vec<Extent>, QueryError>>) -> LiveMap<ListedAnswers> {
     let answers = Mutex::new(answers.into_iter().collect());
-    LiveMap::new(ListedAnswers { answers, ..ListedAnswers::default() })
+    LiveMap::new(ListedAnswers { answers, ..ListedAnswers::default() }, None)
 }
 
 fn extent(end: Bytes, kind: ExtentKind) -> Extent {
@@ -99,10 +113,10 @@ fn a_hole_is_queried_each_time_and_data_is_not() {
 }
 
 #[test]
-fn an_extent_of_the_last_answer_is_expected_and_no_answer() {
+fn the_extents_of_the_last_answer_are_expected_and_no_answer() {
     let answer = || vec![extent(BLOCK, ExtentKind::Hole), extent(FIRST, ExtentKind::Data)];
     let map = map([Ok(answer()), Ok(vec![extent(LEN, ExtentKind::Hole)])]);
-    assert_eq!(map.expected_extent(Bytes::ZERO), None);
+    assert_eq!(map.expected_extent(BLOCK), None);
     map.extent_at(Bytes::ZERO);
     assert_eq!(map.expected_extent(BLOCK), Some(extent(FIRST, ExtentKind::Data)));
     assert_eq!(map.extent_at(Bytes::ZERO), extent(LEN, ExtentKind::Hole), "asked again");

@@ -142,6 +142,11 @@ impl Client {
         deadline::no_later_than(Instant::now() + self.pool.timeouts().request)
     }
 
+    /// Whether a connection of this client has ended: the server may have been replaced by another one since.
+    pub fn has_lost_connection(&self) -> bool {
+        self.pool.has_lost_connection()
+    }
+
     /// Why the server's block status is not used, if it is not.
     pub fn no_status(&self) -> Option<&str> {
         self.no_status.get().map(String::as_str)

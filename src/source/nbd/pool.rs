@@ -60,6 +60,8 @@ pub struct ConnectionPool {
 #[derive(Debug)]
 struct PoolState {
     live: Vec<Arc<Connection>>,
+    /// Whether a connection has ended and was removed.
+    lost: bool,
     /// The largest number of connections.
     limit: usize,
     /// The time before which no additional connection is tried, after one failed.
@@ -99,7 +101,7 @@ impl ConnectionPool {
         let several = first.export.multi_conn && first.export.read_only;
         let limit = if several { MAX_CONNECTIONS } else { 1 };
         let live = vec![Arc::new(Connection::new(stream, first))];
-        let state = Mutex::new(PoolState { live, limit, more_after: None, opening: false, outage: None });
+        let state = Mutex::new(PoolState { live, lost: false, limit, more_after: None, opening: false, outage: None });
         Ok(Self { uri, tls, first, timeouts, state, changed: Condvar::new() })
     }
 
@@ -126,7 +128,9 @@ impl ConnectionPool {
     pub fn connection(&self, until: Instant) -> std::result::Result<Arc<Connection>, String> {
         let mut state = self.state();
         loop {
+            let before = state.live.len();
             state.live.retain(|connection| !connection.is_broken());
+            state.lost |= state.live.len() < before;
             let best = state.live.iter().min_by_key(|connection| connection.load()).cloned();
             if let Some(best) = &best
                 && (best.load() == 0 || state.opening || !state.may_grow())
@@ -162,6 +166,12 @@ impl ConnectionPool {
                 Err(error) => self.connect_failed(&mut state, &error)?,
             }
         }
+    }
+
+    /// Whether any connection has ended.
+    pub fn has_lost_connection(&self) -> bool {
+        let state = self.state();
+        state.lost || state.live.iter().any(|connection| connection.is_broken())
     }
 
     /// The time to wait until before the next attempt to connect; `None` when it is due. `connected`: there is a

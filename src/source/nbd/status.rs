@@ -8,7 +8,7 @@ use super::reply::RequestError;
 use crate::error::Error;
 use crate::map::Extent;
 use crate::reason::DenseReason;
-use crate::source::live::{LiveSource, QueryError};
+use crate::source::live::{LiveSource, QueryError, WriteEvidence};
 use crate::sys::sysfs::IoCounters;
 use crate::units::Bytes;
 
@@ -26,6 +26,18 @@ pub enum FlushBeforeStatus {
 pub(super) struct ExportStatus {
     pub(super) client: Arc<Client>,
     pub(super) flush: FlushBeforeStatus,
+    /// What this host counts of the device of the kernel's client. There are no counters of the export.
+    pub(super) evidence: WriteEvidence,
+}
+
+/// What is data after a query failed.
+fn query_error(failure: &RequestError) -> QueryError {
+    let error = Error::failed(failure.to_string());
+    match failure {
+        // The server may be able to report the status of other ranges.
+        RequestError::Server(_) => QueryError::Ranges(error),
+        _ => QueryError::Device(error),
+    }
 }
 
 impl LiveSource for ExportStatus {
@@ -46,14 +58,12 @@ impl LiveSource for ExportStatus {
     }
 
     fn extents(&self, ranges: &[Range<Bytes>]) -> Result<Vec<Extent>, QueryError> {
-        join(ranges, self.client.block_status(ranges, self.flush)).map_err(|failure| {
-            let error = Error::failed(failure.to_string());
-            match failure {
-                // The server may be able to report the status of other ranges.
-                RequestError::Server(_) => QueryError::Ranges(error),
-                _ => QueryError::Device(error),
-            }
-        })
+        join(ranges, self.client.block_status(ranges, self.flush)).map_err(|failure| query_error(&failure))
+    }
+
+    fn answers(&self, ranges: &[Range<Bytes>]) -> Vec<Result<Vec<Extent>, QueryError>> {
+        let answers = self.client.block_status(ranges, self.flush).into_iter();
+        answers.map(|answer| answer.map_err(|failure| query_error(&failure))).collect()
     }
 
     fn unusable(&self) -> Option<DenseReason> {
@@ -62,7 +72,18 @@ impl LiveSource for ExportStatus {
 
     fn counters(&self) -> Option<IoCounters> {
         // An export has no counters, so remembered data is dropped only for its age.
-        Some(IoCounters::default())
+        self.evidence.read()
+    }
+
+    fn medium(&self) -> Option<u64> {
+        self.evidence.medium()
+    }
+
+    fn unobserved(&self) -> Option<String> {
+        if self.client.has_lost_connection() {
+            return Some("a connection was lost, so it may be another export now".to_owned());
+        }
+        self.evidence.unobserved()
     }
 }
 

@@ -1,3 +1,4 @@
+use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -102,13 +103,13 @@ impl Disk {
     }
 
     fn map(self: &Arc<Self>) -> Result<LiveMap<LbaStatusSource>> {
-        map("disk", self.device(), quiet(), LEN, Bytes::new(BLOCK))
+        map("disk", self.device(), quiet(), LEN, Bytes::new(BLOCK), None)
     }
 }
 
 /// The counters of a disk that this host does not write to.
-fn quiet() -> Counters {
-    Box::new(|| Some(IoCounters::default()))
+fn quiet() -> WriteEvidence {
+    WriteEvidence::of(|| Some(IoCounters::default()))
 }
 
 /// The whole map as pairs of end in blocks and whether it is a hole, neighbours merged.
@@ -195,7 +196,10 @@ fn a_disk_that_does_not_report_zeros_has_no_holes() {
 fn sizes_must_agree_with_the_kernels() {
     let disk = Arc::new(Disk::default());
     for (len, block) in [(LEN.get() - 512, 512), (LEN.get() + 512, 512), (LEN.get(), 4096)] {
-        assert!(map("disk", disk.device(), quiet(), Bytes::new(len), Bytes::new(block)).is_err(), "{len} {block}");
+        assert!(
+            map("disk", disk.device(), quiet(), Bytes::new(len), Bytes::new(block), None).is_err(),
+            "{len} {block}"
+        );
     }
 }
 
@@ -250,7 +254,34 @@ fn an_extent_that_takes_too_long_is_data_for_a_while() {
 
 #[test]
 fn a_file_that_is_no_scsi_disk_is_dense() {
-    let layer = layer("null", Arc::new(File::open("/dev/null").unwrap()), LEN, Bytes::new(BLOCK));
+    let file = Arc::new(File::open("/dev/null").unwrap());
+    let null = BlockDevice { id: DeviceId { major: 1, minor: 3 }, path: "/dev/null".into(), file, len: LEN };
+    let layer = layer(&null, Bytes::new(BLOCK), &Context::default());
     assert!(layer.map.dense_because().unwrap().to_string().contains("cannot send INQUIRY"));
     assert_eq!(layer.map.extent_at(Bytes::ZERO), Extent { end: LEN, kind: ExtentKind::Data });
+}
+
+#[test]
+fn a_static_disk_is_asked_once_and_promises_zeros_for_each_answer_with_a_hole() {
+    let disk = Arc::new(Disk { descriptors: 3, stride: 7, ..Disk::default() });
+    disk.set(0..10, 0);
+    let devices = StaticDevices::new(Bytes::new(1 << 20));
+    let map = map("disk", disk.device(), quiet(), LEN, Bytes::new(BLOCK), Some(&devices)).unwrap();
+    assert_eq!(walk(&map), [(10, false), (1000, true)]);
+    let queries = disk.queries.load(Ordering::Relaxed);
+    assert_eq!(walk(&map), [(10, false), (1000, true)]);
+    assert_eq!(disk.queries.load(Ordering::Relaxed), queries, "each extent is asked once");
+}
+
+/// The first extent of the answer is data, and the hole behind it is kept.
+#[test]
+fn a_hole_that_is_kept_needs_the_promise_of_zeros_too() {
+    let disk = Arc::new(Disk::default());
+    disk.set(0..10, 0);
+    let devices = StaticDevices::new(Bytes::new(1 << 20));
+    let map = map("disk", disk.device(), quiet(), LEN, Bytes::new(BLOCK), Some(&devices)).unwrap();
+    disk.flags.store(0x80, Ordering::Relaxed);
+    // The data at the start is remembered from the probe.
+    assert_eq!(walk(&map), [(1000, false)]);
+    assert!(map.dense_because().unwrap().to_string().contains("LBPRZ"));
 }

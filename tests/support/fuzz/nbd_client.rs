@@ -13,6 +13,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use blkholefs::testing::source::Context;
 use blkholefs::testing::source::nbd::{Client, Timeouts, Uri, layer};
 use blkholefs::testing::units::Bytes;
 
@@ -50,7 +51,7 @@ fn session() {
     let client = Arc::new(client);
     let (size, block) = (client.size(), client.minimum_block());
     assert!(block.get().is_power_of_two() && i64::try_from(size.get()).is_ok());
-    let map = layer(client.clone()).map;
+    let map = layer(client.clone(), &Context::default()).map;
     assert_eq!(map.len(), size);
     let mut at = Bytes::ZERO;
     for _ in 0..3 {
