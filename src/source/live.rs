@@ -36,6 +36,9 @@ use crate::reason::DenseReason;
 use crate::sys::sysfs::IoCounters;
 use crate::units::Bytes;
 
+/// The number of extents that are expected from an offset on, at least, where a query is not about many extents.
+const ENOUGH_EXPECTED: usize = 64;
+
 /// A device that is queried for its extents at each question.
 pub(super) trait LiveSource: Send + Sync {
     /// The device in log messages.
@@ -129,7 +132,7 @@ impl<S: LiveSource> LiveMap<S> {
             return Ok(());
         }
         self.remembered().refresh(self.source.counters());
-        match self.query(&self.ranges(Bytes::ZERO, false)) {
+        match self.query(&self.window_at(Bytes::ZERO, false)) {
             Ok(_) => Ok(()),
             Err(QueryError::Ranges(error) | QueryError::Device(error)) => Err(error),
         }
@@ -138,8 +141,22 @@ impl<S: LiveSource> LiveMap<S> {
     /// The extent that holds `offset`, as the device reports it now. `continues`: the extent began before `offset`.
     fn extent_now(&self, offset: Bytes, continues: bool) -> Extent {
         let start = offset.align_down(self.source.block());
-        let ranges = self.ranges(start, continues);
+        if let Some(range) = self.expected_range(start).filter(|_| !continues) {
+            let answer = self.source.extents(std::slice::from_ref(&range));
+            let answer = answer.inspect(|extents| self.remember(start, extents));
+            return self.extent_in(answer, offset, &[range]);
+        }
+        let ranges = self.window_at(start, continues);
         self.extent_in(self.query(&ranges), offset, &ranges)
+    }
+
+    /// The range of the two extents that are expected from `start` on, where the extents that follow are expected, too.
+    /// A server has less to do for a query about them than for one about many.
+    fn expected_range(&self, start: Bytes) -> Option<Range<Bytes>> {
+        let (longest, len) = (self.source.longest_query()?, self.len());
+        let end = self.last_answers().end_of_next(start, ENOUGH_EXPECTED, len)?;
+        let end = end.align_up(self.source.block())?.min(len).min(start.saturating_add(longest));
+        (start < end).then_some(start..end)
     }
 
     /// The extent that holds `offset`, which is asked together with extents behind it. All of them are kept.
@@ -176,8 +193,8 @@ impl<S: LiveSource> LiveMap<S> {
         extents.into_iter().find(|extent| extent.end > offset).unwrap_or(Extent { end, kind: ExtentKind::Data })
     }
 
-    /// The ranges of the next query, from `start` on.
-    fn ranges(&self, start: Bytes, continues: bool) -> Vec<Range<Bytes>> {
+    /// The ranges of the next query about many extents, from `start` on.
+    fn window_at(&self, start: Bytes, continues: bool) -> Vec<Range<Bytes>> {
         match self.source.longest_query() {
             Some(longest) => self.window.ranges(start..self.len(), longest, continues),
             None => vec![start..self.len()],
@@ -187,17 +204,21 @@ impl<S: LiveSource> LiveMap<S> {
     /// Sends one query, and remembers the data in its answer.
     fn query(&self, ranges: &[Range<Bytes>]) -> Result<Vec<Extent>, QueryError> {
         let extents = self.source.extents(ranges)?;
-        self.failing.store(false, Ordering::Relaxed);
-        let mut remembered = extents.as_slice();
         if let Some(longest) = self.source.longest_query() {
             self.window.adapt(ranges, &extents, longest);
-            remembered = &extents[..extents.len().min(ENOUGH_EXTENTS)];
         }
         if let Some(range) = ranges.first() {
-            self.remembered().add(range.start, remembered);
-            self.last_answers().add(range.start, &extents);
+            self.remember(range.start, &extents);
         }
         Ok(extents)
+    }
+
+    /// Remembers the data in an answer, and what is expected where.
+    fn remember(&self, start: Bytes, extents: &[Extent]) {
+        self.failing.store(false, Ordering::Relaxed);
+        let is_cut = self.source.longest_query().is_some() && extents.len() > ENOUGH_EXTENTS;
+        self.remembered().add(start, if is_cut { &extents[..ENOUGH_EXTENTS] } else { extents });
+        self.last_answers().add(start, extents);
     }
 
     /// The data in place of the answer to a query that failed.

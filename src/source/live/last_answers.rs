@@ -37,6 +37,26 @@ impl LastAnswers {
         (extent.end > offset).then_some(*extent)
     }
 
+    /// The end of the extent that is expected to follow the one that holds `offset`, if much is known of what follows: at
+    /// least `enough` extents from `offset` on, or all up to `len`.
+    pub(super) fn end_of_next(&self, offset: Bytes, enough: usize, len: Bytes) -> Option<Bytes> {
+        let first = self.extent_at(offset)?;
+        let (mut end, mut next_end) = (first.end, first.end);
+        for (index, (start, extent)) in (1..).zip(self.0.range(first.end..).take(enough)) {
+            if *start != end {
+                return None;
+            }
+            end = extent.end;
+            if index == 1 {
+                next_end = end;
+            }
+            if index == enough {
+                return Some(next_end);
+            }
+        }
+        (end >= len).then_some(next_end)
+    }
+
     /// The memory that the extents take.
     pub(super) fn memory(&self) -> Bytes {
         // The nodes of a tree are half full at worst.
@@ -107,6 +127,21 @@ mod tests {
         answers.add(Bytes::new(70), &extents(&[(60, Data)]));
         answers.add(Bytes::new(70), &[]);
         assert_eq!(at(&answers, 70), None, "an answer without extents");
+    }
+
+    #[test]
+    fn the_end_of_the_next_extent_is_known_where_much_that_follows_is() {
+        let mut answers = LastAnswers::default();
+        answers.add(Bytes::ZERO, &extents(&[(10, Data), (20, Hole), (30, Data), (40, Hole)]));
+        let end = |answers: &LastAnswers, offset, enough| {
+            answers.end_of_next(Bytes::new(offset), enough, Bytes::new(100)).map(Bytes::get)
+        };
+        assert_eq!([0, 5, 10, 20].map(|offset| end(&answers, offset, 2)), [Some(20), Some(20), Some(30), None]);
+        assert_eq!((end(&answers, 0, 3), end(&answers, 0, 4), end(&answers, 40, 1)), (Some(20), None, None));
+        answers.add(Bytes::new(50), &extents(&[(100, Data)]));
+        assert_eq!((end(&answers, 20, 2), end(&answers, 30, 9)), (None, None), "a gap");
+        answers.add(Bytes::new(40), &extents(&[(50, Data)]));
+        assert_eq!((end(&answers, 20, 9), end(&answers, 60, 9)), (Some(40), Some(100)), "up to the end of the device");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The lengths of the ranges that queries are about, where a query has a range.
 //!
-//! A short range is answered fast, and a long one saves queries where extents are long. The length follows the answers:
-//! it grows where one extent fills a range, and shrinks where a range has many extents.
+//! A short range is answered fast, and a long one saves queries where extents are long. It also shows what may be read in
+//! advance. The length follows the answers: it grows where a range has few extents, and shrinks where it has many.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,11 +13,13 @@ use crate::units::Bytes;
 const FIRST_LENGTH: u64 = 64 << 20;
 /// The length of the shortest range.
 const MIN_LENGTH: u64 = 1 << 20;
-/// The factor by which the length grows.
+/// The factor by which the length grows where one extent fills a range.
 const GROWTH: u64 = 16;
-/// The number of extents that one answer should have at most. A server has to find all extents of a range, but only
-/// the first ones are used.
-pub(super) const ENOUGH_EXTENTS: usize = 32;
+/// The factor by which the length grows where a range has few extents.
+const SMALL_GROWTH: u64 = 2;
+/// The number of extents that one answer should have at most. A server has to find all extents of a range, and the first
+/// ones are needed soon.
+pub(super) const ENOUGH_EXTENTS: usize = 128;
 /// The number of ranges in one query, where an extent is longer than the longest range.
 const RANGES: usize = 16;
 
@@ -47,12 +49,15 @@ impl QueryWindow {
         ranges
     }
 
-    /// Makes the next range longer after an answer of one extent, and shorter after one of many.
+    /// Makes the next range longer after an answer of few extents, and shorter after one of many.
     pub(super) fn adapt(&self, ranges: &[Range<Bytes>], extents: &[Extent], longest: Bytes) {
         let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else { return };
         let length = self.0.load(Ordering::Relaxed);
         let next = match extents {
             [extent] if extent.end >= last.end => length.saturating_mul(GROWTH),
+            [.., end] if extents.len() <= ENOUGH_EXTENTS / 4 && end.end >= last.end && first.end == last.end => {
+                length.saturating_mul(SMALL_GROWTH)
+            }
             [.., end] if extents.len() > ENOUGH_EXTENTS => {
                 let covered = end.end.saturating_sub(first.start);
                 covered.get() / extents.len() as u64 * ENOUGH_EXTENTS as u64
@@ -82,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn one_extent_makes_the_range_longer_and_many_make_it_shorter() {
+    fn few_extents_make_the_range_longer_and_many_make_it_shorter() {
         let window = QueryWindow::default();
         let mut ranges = window.ranges(Bytes::ZERO..LEN, LONGEST, true);
         assert_eq!(ranges, vec![Bytes::ZERO..Bytes::new(FIRST_LENGTH)]);
@@ -92,11 +97,21 @@ mod tests {
         }
         assert_eq!(ranges, vec![Bytes::ZERO..LONGEST]);
         assert_eq!(window.ranges(Bytes::ZERO..LEN, LONGEST, true).len(), RANGES);
-        let many: Vec<_> = (1..=64).map(|index| extent(index << 20)).collect();
+        let many: Vec<_> = (1..=256).map(|index| extent(index << 20)).collect();
         window.adapt(&ranges, &many, LONGEST);
-        assert_eq!(window.ranges(Bytes::ZERO..LEN, LONGEST, true), vec![Bytes::ZERO..Bytes::new(32 << 20)]);
+        assert_eq!(window.ranges(Bytes::ZERO..LEN, LONGEST, true), vec![Bytes::ZERO..Bytes::new(128 << 20)]);
         window.adapt(&ranges, &many[..2], LONGEST);
         assert_eq!(window.ranges(Bytes::ZERO..Bytes::new(5), LONGEST, true), vec![Bytes::ZERO..Bytes::new(5)]);
+    }
+
+    #[test]
+    fn few_extents_up_to_the_end_of_a_range_double_it() {
+        let window = QueryWindow::default();
+        let ranges = window.ranges(Bytes::ZERO..LEN, LONGEST, false);
+        window.adapt(&ranges, &[extent(1 << 20), extent(2 << 20)], LONGEST);
+        assert_eq!(window.ranges(Bytes::ZERO..LEN, LONGEST, false), ranges, "the answer does not reach the end");
+        window.adapt(&ranges, &[extent(1 << 20), extent(FIRST_LENGTH)], LONGEST);
+        assert_eq!(window.ranges(Bytes::ZERO..LEN, LONGEST, false), vec![Bytes::ZERO..Bytes::new(2 * FIRST_LENGTH)]);
     }
 
     #[test]
