@@ -7,6 +7,7 @@
 mod common;
 mod copy;
 mod floor;
+mod latency;
 mod lseek;
 mod measure;
 mod memory;
@@ -28,7 +29,7 @@ use shape::Scratch;
 /// A case: the word that chooses it, and what it runs.
 type Case = (&'static str, fn(&Bench, &mut Table));
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 10] = [
     ("lseek", lseek::one_client),
     ("clients", lseek::many_clients),
     ("thin", thin::lseek),
@@ -38,6 +39,7 @@ const CASES: [Case; 9] = [
     ("copy", copy::all),
     ("sizes", copy::sizes),
     ("memory", memory::all),
+    ("latency", latency::all),
 ];
 
 /// What all cases share.
