@@ -1,6 +1,8 @@
 //! Devices and servers that take milliseconds to answer: what counts is how many requests are under way at a time.
 
 mod nbd;
+mod slow_image;
+mod slow_loop;
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -16,6 +18,7 @@ use crate::metadata::in_memory;
 /// All rows of this case.
 pub fn all(bench: &Bench, table: &mut Table) {
     nbd::all(bench, table);
+    slow_loop::all(bench, table);
 }
 
 /// A directory in memory for images, sockets and copies, so that only the delay takes time; gone with this value.
