@@ -1,8 +1,11 @@
 //! Devices and servers that take milliseconds to answer: what counts is how many requests are under way at a time.
 
 mod nbd;
+mod plain_client;
+mod random;
 mod slow_image;
 mod slow_loop;
+mod volumes;
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -18,7 +21,9 @@ use crate::metadata::in_memory;
 /// All rows of this case.
 pub fn all(bench: &Bench, table: &mut Table) {
     nbd::all(bench, table);
+    random::of_loop(bench, table);
     slow_loop::all(bench, table);
+    volumes::all(bench, table);
 }
 
 /// A directory in memory for images, sockets and copies, so that only the delay takes time; gone with this value.

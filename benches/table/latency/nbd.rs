@@ -1,9 +1,10 @@
 //! An NBD server that takes 5 ms for each request, against the clients that keep many requests under way.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Client, copy, directory, only_file, text};
+use super::{Client, copy, directory, only_file, random, text};
 use crate::Bench;
 use crate::common::mount::Mount;
 use crate::common::nbd::Server;
@@ -12,7 +13,7 @@ use crate::measure::{Contender, Measured, Pair, Table, rounds, seconds};
 use crate::shape::Shape;
 
 /// What each read takes.
-const READS: &str = "rdelay=5ms";
+pub const READS: &str = "rdelay=5ms";
 /// What each question about block status takes.
 const STATUS: &str = "delay-extents=5ms";
 /// The option of a device that nobody writes to, whose map is not asked for again.
@@ -20,6 +21,9 @@ const STATIC: &[&str] = &["-o", "static"];
 
 /// Bytes of an extent.
 const EXTENT: u64 = 64 << 10;
+
+/// The server's log, in the directory of its image.
+const LOG: &str = "log";
 
 /// A server of an image in memory.
 pub struct Slow {
@@ -34,10 +38,24 @@ impl Slow {
         let directory = directory(bench);
         let (image, socket) = (directory.path().join("image"), directory.path().join("socket"));
         shape.write(&image);
-        let all: Vec<&str> =
-            ["--readonly", "--filter=delay", "file", text(&image)].iter().chain(words).copied().collect();
+        let log = format!("logfile={}", directory.path().join(LOG).display());
+        let all = ["--readonly", "--filter=log", "--filter=delay", "file", text(&image), &log];
         let uri = format!("nbd+unix:///?socket={}", socket.display());
-        Self { _server: Server::nbdkit(&socket, &all), uri, directory }
+        Self { _server: Server::nbdkit(&socket, &[&all[..], words].concat()), uri, directory }
+    }
+
+    /// Bytes that clients asked for in all read requests so far.
+    pub fn bytes_read(&self) -> u64 {
+        let log = fs::read_to_string(self.directory.path().join(LOG)).expect("the server writes a log");
+        let requests = log.lines().filter(|line| line.contains(" Read id="));
+        // The line of a reply has no count.
+        let counts = requests.filter_map(|line| line.split_once(" count=0x")?.1.split_whitespace().next());
+        counts.map(|count| u64::from_str_radix(count, 16).expect("a number of bytes")).sum()
+    }
+
+    /// The server's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("socket")
     }
 
     /// A new mount, with nothing kept from the last one, and the file in it.
@@ -86,6 +104,7 @@ pub fn all(bench: &Bench, table: &mut Table) {
     sparse(bench, table);
     status(bench, table);
     dense(bench, table);
+    random::of_nbd(bench, table);
 }
 
 /// The shape of the sparse export.
