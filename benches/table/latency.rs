@@ -7,6 +7,11 @@ mod slow_image;
 mod slow_loop;
 mod volumes;
 
+pub use nbd::all as of_nbd;
+pub use random::all as at_random;
+pub use slow_loop::all as of_loop;
+pub use volumes::all as volumes;
+
 use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -15,16 +20,8 @@ use std::process::{Command, Stdio};
 use crate::Bench;
 use crate::common::check::{seek_data, seek_hole};
 use crate::common::run;
-use crate::measure::{Table, seconds};
+use crate::measure::seconds;
 use crate::metadata::in_memory;
-
-/// All rows of this case.
-pub fn all(bench: &Bench, table: &mut Table) {
-    nbd::all(bench, table);
-    random::of_loop(bench, table);
-    slow_loop::all(bench, table);
-    volumes::all(bench, table);
-}
 
 /// A directory in memory for images, sockets and copies, so that only the delay takes time; gone with this value.
 fn directory(bench: &Bench) -> tempfile::TempDir {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Client, copy, directory, only_file, random, text};
+use super::{Client, copy, directory, only_file, text};
 use crate::Bench;
 use crate::common::mount::Mount;
 use crate::common::nbd::Server;
@@ -104,7 +104,6 @@ pub fn all(bench: &Bench, table: &mut Table) {
     sparse(bench, table);
     status(bench, table);
     dense(bench, table);
-    random::of_nbd(bench, table);
 }
 
 /// The shape of the sparse export.

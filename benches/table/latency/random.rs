@@ -65,8 +65,16 @@ impl Traffic {
     }
 }
 
+/// Reads of a slow NBD server and of a loop device.
+pub fn all(bench: &Bench, table: &mut Table) {
+    if bench.has(table, "nbdkit", "reads at random") {
+        of_nbd(bench, table);
+    }
+    of_loop(bench, table);
+}
+
 /// Reads of an NBD server that takes 5 ms for each.
-pub fn of_nbd(bench: &Bench, table: &mut Table) {
+fn of_nbd(bench: &Bench, table: &mut Table) {
     let slow = Slow::new(bench, Shape::dense(SIZE), &[READS]);
     let (traffic, seed) = (Traffic::default(), Cell::new(0));
     let count = bench.scale(200, 4);
@@ -90,7 +98,7 @@ pub fn of_nbd(bench: &Bench, table: &mut Table) {
 }
 
 /// Reads of a loop device.
-pub fn of_loop(bench: &Bench, table: &mut Table) {
+fn of_loop(bench: &Bench, table: &mut Table) {
     let directory = directory(bench);
     let image = directory.path().join("image");
     Shape::dense(SIZE).write(&image);

@@ -111,10 +111,10 @@ impl Filesystem for SlowFs {
     }
 }
 
-/// A mounted image, unmounted with this value.
+/// A mounted image, unmounted with this value: before its directory is taken away.
 pub struct SlowImage {
-    directory: tempfile::TempDir,
     _session: BackgroundSession,
+    directory: tempfile::TempDir,
 }
 
 impl SlowImage {
@@ -129,7 +129,7 @@ impl SlowImage {
         config.clone_fd = true;
         let slow = SlowFs { image: Arc::new(file), size, delay };
         let session = fuser::spawn_mount(slow, directory.path(), &config).expect("root may mount");
-        let slow = Self { directory, _session: session };
+        let slow = Self { _session: session, directory };
         assert!(wait_until(|| File::open(slow.file()).is_ok()), "the slow image does not mount");
         slow
     }
