@@ -18,26 +18,42 @@ use crate::shape::{Shape, forget};
 /// Bytes of a read.
 const SMALL: usize = 4096;
 
-/// Bytes of the device, all data.
+/// Bytes of a device that is all data.
 const SIZE: u64 = 512 << 20;
 
-/// Reads `count` times with `read`, and answers seconds for each. Every call has other places.
-fn at_random(seed: &Cell<u64>, count: u64, mut read: impl FnMut(&mut [u8], u64)) -> f64 {
-    seed.set(seed.get() + 1);
-    let mut random = Random::new(seed.get());
-    let mut buffer = [0; SMALL];
-    let taken = seconds(|| {
-        for _ in 0..count {
-            read(&mut buffer, random.within(0..SIZE / SMALL as u64) * SMALL as u64);
-        }
-    });
-    taken / count as f64
+/// Where to read: in the data of a shape. Each round has other places.
+struct Places {
+    shape: Shape,
+    count: u64,
+    seed: Cell<u64>,
 }
 
-/// [`at_random`] of a file, through its page cache.
-fn of_file(seed: &Cell<u64>, count: u64, path: &Path) -> f64 {
-    let file = File::open(path).expect("the file opens");
-    at_random(seed, count, |buffer, at| file.read_exact_at(buffer, at).expect("the file can be read"))
+impl Places {
+    /// `count` places in each round.
+    fn new(shape: Shape, count: u64) -> Self {
+        Self { shape, count, seed: Cell::new(0) }
+    }
+
+    /// Reads with `read`, and answers seconds for each.
+    fn read(&self, mut read: impl FnMut(&mut [u8], u64)) -> f64 {
+        self.seed.set(self.seed.get() + 1);
+        let mut random = Random::new(self.seed.get());
+        let mut buffer = [0; SMALL];
+        let taken = seconds(|| {
+            for _ in 0..self.count {
+                let extent = random.within(0..self.shape.extents()) * self.shape.pitch;
+                let block = random.within(0..self.shape.data / SMALL as u64) * SMALL as u64;
+                read(&mut buffer, extent + block);
+            }
+        });
+        taken / self.count as f64
+    }
+
+    /// [`Places::read`] of a file, through its page cache.
+    fn read_file(&self, path: &Path) -> f64 {
+        let file = File::open(path).expect("the file opens");
+        self.read(|buffer, at| file.read_exact_at(buffer, at).expect("the file can be read"))
+    }
 }
 
 /// What was read from a device, and what its client asked for.
@@ -68,54 +84,54 @@ impl Traffic {
 /// Reads of a slow NBD server and of a loop device.
 pub fn all(bench: &Bench, table: &mut Table) {
     if bench.has(table, "nbdkit", "reads at random") {
-        of_nbd(bench, table);
+        of_nbd(bench, table, Shape::dense(SIZE), "512 MiB of data");
+        of_nbd(bench, table, Shape::new(2 << 30, 320, 64 << 10), "320 extents of 64 KiB");
     }
     of_loop(bench, table);
 }
 
 /// Reads of an NBD server that takes 5 ms for each.
-fn of_nbd(bench: &Bench, table: &mut Table) {
-    let slow = Slow::new(bench, Shape::dense(SIZE), &[READS]);
-    let (traffic, seed) = (Traffic::default(), Cell::new(0));
-    let count = bench.scale(200, 4);
+fn of_nbd(bench: &Bench, table: &mut Table, shape: Shape, what: &str) {
+    let slow = Slow::new(bench, shape, &[READS]);
+    let (traffic, places) = (Traffic::default(), Places::new(shape, bench.scale(200, 4)));
     let ours = || {
         // The mount ends within the closure: by then all that was read ahead has been counted.
         let read = || {
             let (_mount, file) = slow.mount(&[]);
-            of_file(&seed, count, &file) * 1e3
+            places.read_file(&file) * 1e3
         };
-        traffic.of(count, || slow.bytes_read(), read)
+        traffic.of(places.count, || slow.bytes_read(), read)
     };
     let plain = || {
         let mut client = PlainClient::new(&slow.socket());
-        at_random(&seed, count, |buffer, at| client.read(buffer, at)) * 1e3
+        places.read(|buffer, at| client.read(buffer, at)) * 1e3
     };
     let contenders =
         vec![Contender::new("ours", ours), Contender::new("a plain client, one request after another", plain)];
-    let case = "read, NBD, 5 ms, 4 KiB at random";
-    table.add(case, "ms", &rounds(bench.rounds(), contenders), &[None]);
-    traffic.row(table, case, "server");
+    let case = format!("read, NBD, 5 ms, 4 KiB at random in {what}");
+    table.add(&case, "ms", &rounds(bench.rounds(), contenders), &[None]);
+    traffic.row(table, &case, "server");
 }
 
 /// Reads of a loop device.
 fn of_loop(bench: &Bench, table: &mut Table) {
     let directory = directory(bench);
     let image = directory.path().join("image");
-    Shape::dense(SIZE).write(&image);
+    let shape = Shape::dense(SIZE);
+    shape.write(&image);
     let device = Loop::new(&image);
-    let (traffic, seed) = (Traffic::default(), Cell::new(0));
-    let count = bench.scale(20_000, 4);
+    let (traffic, places) = (Traffic::default(), Places::new(shape, bench.scale(20_000, 4)));
     let ours = || {
         forget(device.path());
         let read = || {
             let mount = Mount::new(device.path());
-            of_file(&seed, count, mount.file()) * 1e6
+            places.read_file(mount.file()) * 1e6
         };
-        traffic.of(count, || device.bytes_read(), read)
+        traffic.of(places.count, || device.bytes_read(), read)
     };
     let itself = || {
         forget(device.path());
-        of_file(&seed, count, device.path()) * 1e6
+        places.read_file(device.path()) * 1e6
     };
     let contenders = vec![Contender::new("ours", ours), Contender::new("the loop itself", itself)];
     let case = "read, loop, buffered, cold, 4 KiB at random";
