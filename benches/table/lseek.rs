@@ -66,7 +66,7 @@ pub fn one_client(bench: &Bench, table: &mut Table) {
         });
         let contenders = contenders.chain([Contender::new("the image itself", || walk(&image, shape, 0, extents))]);
         let measured = rounds(bench.rounds(), contenders.collect());
-        let mut targets = vec![Some(1.10), Some(0.70), None];
+        let mut targets = vec![Some(if cores == 1 { 1.25 } else { 1.15 }), Some(0.70), None];
         if qemu.is_none() {
             targets.remove(1);
         }

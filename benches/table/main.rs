@@ -7,6 +7,7 @@
 mod common;
 mod copy;
 mod floor;
+mod latency;
 mod lseek;
 mod measure;
 mod memory;
@@ -28,7 +29,7 @@ use shape::Scratch;
 /// A case: the word that chooses it, and what it runs.
 type Case = (&'static str, fn(&Bench, &mut Table));
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 13] = [
     ("lseek", lseek::one_client),
     ("clients", lseek::many_clients),
     ("thin", thin::lseek),
@@ -38,6 +39,10 @@ const CASES: [Case; 9] = [
     ("copy", copy::all),
     ("sizes", copy::sizes),
     ("memory", memory::all),
+    ("latency-nbd", latency::of_nbd),
+    ("latency-random", latency::at_random),
+    ("latency-loop", latency::of_loop),
+    ("latency-volumes", latency::volumes),
 ];
 
 /// What all cases share.
@@ -85,17 +90,22 @@ fn main() {
     let bench = Bench { quick: options.iter().any(|option| option == "--quick"), scratch: Scratch::new() };
     let mut table = Table::default();
     for (word, case) in CASES {
-        if words.is_empty() || words.contains(word) {
+        if words.is_empty() || words.iter().any(|chosen| names(chosen, word)) {
             case(&bench, &mut table);
         }
     }
     print!("{table}");
 }
 
+/// Whether a word of the command line names a case: by its whole name, or by the part of it before a hyphen.
+fn names(chosen: &str, case: &str) -> bool {
+    case.strip_prefix(chosen).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+}
+
 /// Parts options from the names of cases; a word that is neither ends the program.
 fn split(arguments: Vec<String>) -> (Vec<String>, HashSet<String>) {
     let (options, words): (Vec<_>, Vec<_>) = arguments.into_iter().partition(|word| word.starts_with("--"));
-    let known = |word: &String| word == "--quick" || CASES.iter().any(|(name, _)| name == word);
+    let known = |word: &String| word == "--quick" || CASES.iter().any(|(case, _)| names(word, case));
     if let Some(word) = options.iter().chain(&words).find(|word| !known(word)) {
         let names = CASES.map(|(name, _)| name).join(" ");
         eprintln!("{word}: unknown; options: --quick; cases: {names}");

@@ -29,6 +29,16 @@ pub struct Measured {
     rounds: Vec<Vec<f64>>,
 }
 
+/// Two contenders to compare, by their places among all of them, and the ratio to reach.
+pub struct Pair {
+    /// Ours.
+    pub ours: usize,
+    /// What it is compared with.
+    pub other: usize,
+    /// The ratio to reach, if there is one.
+    pub target: Option<f64>,
+}
+
 /// Runs all contenders once for each round, in turn, beginning with another one each time. A round before the first
 /// warms up and is not counted.
 pub fn rounds(count: usize, mut contenders: Vec<Contender<'_>>) -> Measured {
@@ -74,9 +84,15 @@ impl Table {
     /// Adds a row for each contender after the first, which is ours. `targets` are the ratios to reach, in the same order.
     pub fn add(&mut self, case: &str, unit: &str, measured: &Measured, targets: &[Option<f64>]) {
         for (other, target) in (1..measured.names.len()).zip(targets) {
-            let theirs = (measured.names[other].as_str(), measured.cost(other));
-            self.compare(case, unit, measured.cost(0), theirs, measured.ratio(0, other), *target);
+            self.pair(case, unit, measured, Pair { ours: 0, other, target: *target });
         }
+    }
+
+    /// Adds a row for two of the contenders.
+    pub fn pair(&mut self, case: &str, unit: &str, measured: &Measured, pair: Pair) {
+        let theirs = (measured.names[pair.other].as_str(), measured.cost(pair.other));
+        let ratio = measured.ratio(pair.ours, pair.other);
+        self.compare(case, unit, measured.cost(pair.ours), theirs, ratio, pair.target);
     }
 
     /// Adds a row for two values that were measured once.

@@ -66,7 +66,7 @@ fn map(image: &Path, metadata: &Metadata, threads: usize) {
 }
 
 /// The number of nodes of the volume's tree; of the internal ones as if they were as full as the leaves.
-fn nodes(image: &Path) -> u64 {
+pub fn nodes(image: &Path) -> u64 {
     let trees = open(image);
     let tree = trees.mapping_tree(volume()).expect("a whole tree");
     let (leaves, entries) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -82,7 +82,7 @@ fn nodes(image: &Path) -> u64 {
 }
 
 /// Reads as many blocks as the tree has nodes, in the walk's requests, and checksums them.
-fn floor(image: &Path, nodes: u64) {
+pub fn floor(image: &Path, nodes: u64) {
     let reader = MetadataReader::open(image).expect("our own file");
     let mut buffer = AlignedBuffer::new();
     let (mut at, mut sum) = (0, 0);
@@ -200,7 +200,9 @@ fn from_disk(bench: &Bench, table: &mut Table, case: &str, metadata: &Metadata, 
             ],
         );
         let plural = if threads == 1 { "" } else { "s" };
+        // The program uses two threads, and a volume of a million blocks is an ordinary one.
+        let target = if threads == 2 && metadata.mappings <= 1_000_000 { 1.1 } else { 1.25 };
         let case = format!("thin map, {case}, O_DIRECT from disk, {threads} thread{plural}");
-        table.add(&case, "ms", &measured, &[Some(1.25)]);
+        table.add(&case, "ms", &measured, &[Some(target)]);
     }
 }
