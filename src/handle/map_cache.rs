@@ -141,7 +141,7 @@ mod tests {
     use crate::handle::slot::Content;
     use crate::source::{Context, Stack, dense};
 
-    const MILLISECOND: Duration = Duration::from_millis(1);
+    const COST: Duration = Duration::from_millis(20);
 
     fn cache(limit: u64) -> MapCache {
         MapCache::with_clock(Some(Bytes::new(limit)), Clock::Manual(Mutex::default()))
@@ -174,16 +174,16 @@ mod tests {
         cache.keep(slot, &slot.stack().unwrap(), Bytes::new(memory), cache.clock.now());
     }
 
-    /// Passes the time in which extents that cost a millisecond are in use.
+    /// Passes the time in which extents that cost [`COST`] are in use.
     fn pass_rest(cache: &MapCache) {
-        cache.clock.sleep(11 * MILLISECOND);
+        cache.clock.sleep(10 * COST);
     }
 
     #[test]
     fn the_maps_that_were_not_used_for_longest_go_first_and_the_newest_stays() {
         let cache = cache(100);
         let [first, second, third] = [40, 60, 50].map(|memory| {
-            let slot = slot(&cache, MILLISECOND);
+            let slot = slot(&cache, COST);
             pass_rest(&cache);
             (slot, memory)
         });
@@ -206,7 +206,7 @@ mod tests {
     #[test]
     fn a_map_that_is_in_use_stays_and_none_is_dropped_when_that_does_not_suffice() {
         let cache = cache(100);
-        let (idle, used) = (slot(&cache, MILLISECOND), slot(&cache, 10 * MILLISECOND));
+        let (idle, used) = (slot(&cache, COST), slot(&cache, 10 * COST));
         keep(&cache, &idle, 20);
         keep(&cache, &used, 60);
         pass_rest(&cache);
@@ -219,24 +219,26 @@ mod tests {
     }
 
     #[test]
-    fn a_map_is_in_use_for_nine_times_its_cost() {
-        for (passed, in_use) in [(0, true), (90, true), (92, false)] {
+    fn a_map_is_in_use_for_nine_times_its_cost_and_for_a_tenth_of_a_second_at_least() {
+        for (cost, passed, in_use) in
+            [(20, 0, true), (20, 180, true), (20, 182, false), (1, 0, true), (1, 100, true), (1, 102, false)]
+        {
             let cache = cache(100);
-            let (old, new) = (slot(&cache, 10 * MILLISECOND), slot(&cache, Duration::ZERO));
+            let (old, new) = (slot(&cache, Duration::from_millis(cost)), slot(&cache, Duration::ZERO));
             keep(&cache, &old, 60);
-            cache.clock.sleep(passed * MILLISECOND);
+            cache.clock.sleep(Duration::from_millis(passed));
             keep(&cache, &new, 60);
-            assert_eq!((is_kept(&old), is_kept(&new)), (in_use, !in_use), "after {passed} ms");
+            assert_eq!((is_kept(&old), is_kept(&new)), (in_use, !in_use), "{cost} ms, after {passed} ms");
         }
     }
 
     #[test]
     fn the_wait_of_a_question_does_not_make_the_others_unused() {
         let cache = cache(100);
-        let (old, new) = (slot(&cache, MILLISECOND), slot(&cache, MILLISECOND));
+        let (old, new) = (slot(&cache, COST), slot(&cache, COST));
         keep(&cache, &old, 60);
         let asked = cache.clock.now();
-        cache.clock.sleep(1000 * MILLISECOND);
+        cache.clock.sleep(1000 * COST);
         cache.keep(&new, &new.stack().unwrap(), Bytes::new(60), asked);
         assert!(is_kept(&old) && !is_kept(&new));
     }
@@ -244,7 +246,7 @@ mod tests {
     #[test]
     fn extents_that_take_no_memory_replace_none_and_are_not_replaced() {
         let cache = cache(100);
-        let (large, none, other) = (slot(&cache, MILLISECOND), slot(&cache, MILLISECOND), slot(&cache, MILLISECOND));
+        let (large, none, other) = (slot(&cache, COST), slot(&cache, COST), slot(&cache, COST));
         keep(&cache, &large, 1000);
         keep(&cache, &none, 0);
         assert!(is_kept(&large) && is_kept(&none));
@@ -256,11 +258,11 @@ mod tests {
     #[test]
     fn extents_of_a_replaced_stack_do_not_count() {
         let cache = cache(100);
-        let [first, second, third] = [(); 3].map(|()| slot(&cache, MILLISECOND));
+        let [first, second, third] = [(); 3].map(|()| slot(&cache, COST));
         keep(&cache, &first, 30);
         keep(&cache, &second, 60);
         // The second device is resolved again, and not loaded.
-        second.set(loaded(&cache.clock, MILLISECOND));
+        second.set(loaded(&cache.clock, COST));
         assert_eq!(cache.used(), Bytes::new(30));
         keep(&cache, &third, 60);
         assert!(is_kept(&first) && is_kept(&second) && is_kept(&third), "they fit");
@@ -271,9 +273,9 @@ mod tests {
     #[test]
     fn extents_that_are_loaded_after_their_stack_was_replaced_do_not_count() {
         let cache = cache(100);
-        let slot = slot(&cache, MILLISECOND);
+        let slot = slot(&cache, COST);
         let old = slot.stack().unwrap();
-        slot.set(loaded(&cache.clock, MILLISECOND));
+        slot.set(loaded(&cache.clock, COST));
         keep(&cache, &slot, 40);
         cache.keep(&slot, &old, Bytes::new(1000), cache.clock.now());
         assert_eq!(cache.used(), Bytes::new(40));

@@ -13,6 +13,10 @@ use crate::units::Bytes;
 /// tenth of the time at most.
 const REST_FACTOR: u32 = 9;
 
+/// Extents are in use for at least this long after a use. A client on a busy machine may not run for some milliseconds, which
+/// is longer than the rest of extents that cost little.
+const LEAST_USE: Duration = Duration::from_millis(100);
+
 /// What resolving a stack and loading its extents cost.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cost {
@@ -139,11 +143,12 @@ impl Resolved {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// Whether the extents are in use at `now`: they were used within the time that they must rest for their cost. Loading
-    /// them again after that costs no more than a tenth of the time.
+    /// Whether the extents are in use at `now`: they were used within the time that they must rest for their cost, or within
+    /// [`LEAST_USE`]. Loading them again after that costs no more than a tenth of the time.
     pub(super) fn in_use(&self, now: Duration) -> bool {
         // Both times are rounded down, so that less than one millisecond more may seem to have passed.
-        milliseconds(now).saturating_sub(self.last_used()) <= milliseconds(self.cost().whole_rest()) + 1
+        let in_use = self.cost().whole_rest().max(LEAST_USE);
+        milliseconds(now).saturating_sub(self.last_used()) <= milliseconds(in_use) + 1
     }
 
     /// What the stack cost. One that answered nothing cost nothing: it was void before its extents were loaded, and the same
