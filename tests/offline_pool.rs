@@ -22,7 +22,7 @@ use std::time::{Duration, SystemTime};
 use blkholefs::testing::export::{Export, VolumeExport};
 use blkholefs::testing::source::thin::offline::OfflinePool;
 
-use common::check::{assert_map, map_of, open, seek_data, seek_hole};
+use common::check::{assert_map, bytes_read, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing};
 use common::loop_device::Loop;
 use common::mount::Mount;
@@ -112,13 +112,6 @@ fn an_open_volume_is_dense_once_its_metadata_changes() {
     assert_map(&mount.directory().join("7"), &map_of(4 * BLOCK, &[BLOCK..4 * BLOCK]));
 }
 
-/// Sectors that were read from a block device.
-fn sectors_read(device: &Path) -> u64 {
-    let name = device.file_name().and_then(|name| name.to_str()).expect("text");
-    let stat = fs::read_to_string(format!("/sys/block/{name}/stat")).expect("its counters");
-    stat.split_whitespace().nth(2).and_then(|field| field.parse().ok()).expect("a number")
-}
-
 /// The attributes come from the places of the volumes and their details. Looking all of them up reads a small part of the
 /// metadata.
 #[test]
@@ -135,9 +128,9 @@ fn a_listing_with_attributes_reads_no_part_of_the_metadata_twice() {
     let (metadata, data) = (Loop::new(metadata.path()), Image::new(MIB));
     let mount = mount(metadata.path(), data.path());
     for _ in 0..2 {
-        let before = sectors_read(metadata.path());
+        let before = bytes_read(metadata.path());
         let listed = run("ls", ["-l".as_ref(), mount.directory().as_os_str()]);
-        let read = (sectors_read(metadata.path()) - before) * 512 / (4 * KIB);
+        let read = (bytes_read(metadata.path()) - before) / (4 * KIB);
         let name_and_size = |line: &str| {
             let words: Vec<_> = line.split_whitespace().collect();
             Some((words.get(8)?.parse::<u64>().ok()?, words[4].parse::<u64>().ok()?))
