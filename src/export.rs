@@ -21,7 +21,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
-pub use catalog::{Catalog, CatalogEntry, FileSource};
+pub use catalog::{Catalog, CatalogEntry, FileSource, KeptOpen};
 pub use device_directory::DeviceDirectory;
 pub use nbd::NbdExportFile;
 pub use node::{FileIdentity, HostNode};

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::{debug, info};
 
 use crate::error::{Error, Result, shown};
-use crate::export::{Catalog, CatalogEntry, FileIdentity, FileKind, FileSource, HostNode, Usage};
+use crate::export::{Catalog, CatalogEntry, FileIdentity, FileKind, FileSource, HostNode, KeptOpen, Usage};
 use crate::handle::{Handle, MapCache, ReadAhead, Reader};
 use crate::source::{Context, StaticDevices};
 use crate::spec::{SourceOptions, Spec};
@@ -69,8 +69,14 @@ pub struct FileSystem {
     open: OpenFiles,
     /// The open devices, by inode. All opens of an inode share one handle.
     devices: Mutex<OpenDevices>,
-    listings: Mutex<HashMap<u64, Arc<[DirectoryEntry]>>>,
+    listings: Mutex<HashMap<u64, OpenDirectory>>,
     next_fh: AtomicU64,
+}
+
+/// An open directory.
+struct OpenDirectory {
+    entries: Arc<[DirectoryEntry]>,
+    _kept_open: KeptOpen,
 }
 
 type OpenDevices = HashMap<Ino, OpenDevice>;
@@ -175,7 +181,7 @@ impl FileSystem {
         let open = self.handle_of(ino).filter(|handle| is_same(handle, identity));
         let handle = match open {
             Some(handle) => handle,
-            None => match self.catalog.open(source) {
+            None => match source.open() {
                 Ok(export) if export.identity() == identity => {
                     Arc::new(Handle::for_attributes(export, self.context.clone()))
                 }
@@ -211,11 +217,13 @@ impl FileSystem {
     }
 
     /// Opens a directory. Its entries are read once, with `.` and `..` first, so that a listing in several calls is consistent.
+    /// The pool of an offline pool's volumes stays open until the directory is closed.
     ///
     /// # Errors
     /// As readdir(3).
     pub fn opendir(&self, ino: Ino) -> Result<Fh> {
         let directory = self.nodes.path(ino)?;
+        let kept_open = self.catalog.keep_open()?;
         let dot = |name: &str, ino| DirectoryEntry { ino, kind: FileKind::Directory, name: name.into() };
         let mut entries = vec![dot(".", ino), dot("..", self.parent(ino))];
         for (name, kind) in self.catalog.entries(&directory)? {
@@ -224,7 +232,8 @@ impl FileSystem {
             }
         }
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
-        self.listings.lock().unwrap_or_else(PoisonError::into_inner).insert(fh, entries.into());
+        let open = OpenDirectory { entries: entries.into(), _kept_open: kept_open };
+        self.listings.lock().unwrap_or_else(PoisonError::into_inner).insert(fh, open);
         Ok(Fh(fh))
     }
 
@@ -234,12 +243,12 @@ impl FileSystem {
     /// EBADF when there is no such open directory.
     pub fn readdir(&self, fh: Fh) -> Result<Arc<[DirectoryEntry]>> {
         let listings = self.listings.lock().unwrap_or_else(PoisonError::into_inner);
-        listings.get(&fh.0).cloned().ok_or_else(|| Error::from_errno(libc::EBADF))
+        listings.get(&fh.0).map(|open| open.entries.clone()).ok_or_else(|| Error::from_errno(libc::EBADF))
     }
 
     /// Closes an open directory.
     pub fn releasedir(&self, fh: Fh) {
-        self.listings.lock().unwrap_or_else(PoisonError::into_inner).remove(&fh.0);
+        let _closed = self.listings.lock().unwrap_or_else(PoisonError::into_inner).remove(&fh.0);
     }
 
     /// The parent directory of `ino`; that of the root is the root.
@@ -273,7 +282,7 @@ impl FileSystem {
             return Ok(handle);
         }
         // Without the lock: opening a device may take long, and a device that uses a file of this mount sends requests to it.
-        let export = self.catalog.open(source)?;
+        let export = source.open()?;
         if export.identity() != identity {
             return Err(Error::from_errno(libc::ESTALE));
         }

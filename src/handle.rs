@@ -9,20 +9,23 @@
 //! When a guard finds a change, the stack is resolved and loaded again. That takes at most a tenth of the time. A request
 //! that comes in between waits until it may be done again, if that is soon: the answer "all data" makes a client read
 //! everything up to the end of the device. A device whose extents take too long to load for that is all data in between.
+//! The same holds for extents that were dropped because those of other devices take all the memory of the [`MapCache`].
 
+mod clock;
 mod map_cache;
 mod read_memory;
 mod reader;
 mod resolved;
 mod sequence;
+mod slot;
 #[cfg(test)]
 mod tests;
+mod waits;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use log::{Level, log};
 
@@ -35,10 +38,11 @@ use crate::source::{Context, Loaded, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::memory;
 use crate::units::Bytes;
-use map_cache::Slot;
 use read_memory::ReadMemory;
-use resolved::Resolved;
+use resolved::{Cost, Resolved};
 use sequence::SequenceNumber;
+use slot::{Content, Slot};
+use waits::Waits;
 
 pub use map_cache::MapCache;
 pub use read_memory::ReadPermit;
@@ -54,13 +58,6 @@ const EXTENTS_AT_ONCE: usize = 256;
 /// Loading or dropping extents of this size or more is followed by a call that gives free memory back to the system.
 const LARGE: Bytes = Bytes::new(256 << 10);
 
-/// How long one request waits at most until its stack may be resolved again.
-const LONGEST_WAIT: Duration = Duration::from_secs(3);
-
-/// How long all requests of an open device may wait together, besides a tenth of the time since it was opened: a client
-/// that asks for each of many extents must not take longer than one that reads everything.
-const ALL_WAITS: Duration = Duration::from_secs(30);
-
 /// An open device, shared by all opens of its file.
 pub struct Handle {
     export: Arc<dyn Export>,
@@ -73,29 +70,14 @@ pub struct Handle {
     logged_reason: Mutex<Option<DenseReason>>,
     /// Whether it was logged that the device changes too fast.
     logged_busy: AtomicBool,
+    /// Whether it was logged that the extents do not fit in the memory of all extents.
+    logged_evicted: AtomicBool,
     /// Log lines have the level debug: the device is open for a stat(2) only.
     quiet: bool,
     /// The bound on the memory of reads.
     read_memory: Arc<ReadMemory>,
     /// The number of opens, and of changes that a guard found: what was fetched ahead before is not used after.
     generation: AtomicU64,
-}
-
-/// How long requests have waited until a stack could be resolved again.
-struct Waits {
-    since: Instant,
-    waited: Duration,
-}
-
-impl Waits {
-    fn new() -> Self {
-        Self { since: Instant::now(), waited: Duration::ZERO }
-    }
-
-    /// Whether a request may wait for `rest` more.
-    fn allow(&self, rest: Duration) -> bool {
-        rest <= LONGEST_WAIT && self.waited + rest <= ALL_WAITS + self.since.elapsed() / 10
-    }
 }
 
 impl Handle {
@@ -110,14 +92,16 @@ impl Handle {
     }
 
     fn with(export: Arc<dyn Export>, context: Arc<Context>, maps: Arc<MapCache>, quiet: bool) -> Self {
+        let waits = Waits::new(maps.clock.now());
         Self {
             export,
             context,
             maps,
             slot: Arc::default(),
-            resolving: Mutex::new(Waits::new()),
+            resolving: Mutex::new(waits),
             logged_reason: Mutex::default(),
             logged_busy: AtomicBool::new(false),
+            logged_evicted: AtomicBool::new(false),
             quiet,
             read_memory: Arc::default(),
             generation: AtomicU64::new(0),
@@ -217,7 +201,7 @@ impl Handle {
     pub fn has_hole(&self) -> Result<bool> {
         let align = self.export.align();
         let known = |stack: &Stack| view::has_hole_of(stack.is_sparse(), align);
-        match self.fresh_answer_of(known, |map| view::has_hole(map, align)) {
+        match self.fresh_answer_of(Some(known), |map| view::has_hole(map, align)) {
             Some(has_hole) => Ok(has_hole),
             None => self.export.len().map(|_| false),
         }
@@ -236,44 +220,57 @@ impl Handle {
 
     /// Drops the extents and everything that they hold open. The next question resolves and loads them again.
     pub fn drop_map(&self) {
-        *self.slot.write().unwrap_or_else(PoisonError::into_inner) = None;
+        self.slot.set(Content::Empty);
     }
 
     /// The result of `ask`, which gets the extents, after a check that they were valid during the call. Loads them
     /// first if necessary. `None` if no result passes the check: the device changes too often, is suspended, or cannot
     /// write back its dirty pages.
     fn fresh_answer<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
-        self.fresh_answer_of(|_| None, ask)
+        self.fresh_answer_of(None::<fn(&Stack) -> Option<T>>, ask)
     }
 
     /// As [`Handle::fresh_answer`], for a question that `known` may answer from the stack before its extents are loaded.
-    fn fresh_answer_of<T>(&self, known: impl Fn(&Stack) -> Option<T>, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
-        let request = SequenceNumber::next();
+    fn fresh_answer_of<T, K>(&self, known: Option<K>, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T>
+    where
+        K: Fn(&Stack) -> Option<T>,
+    {
+        let (request, asked) = (SequenceNumber::next(), self.maps.clock.now());
         let mut resolved = self.current().filter(|current| current.fits);
         let mut newer_than = request;
+        let mut to_load = known.is_none();
         for tries_left in (0..MAX_TRIES).rev() {
             let now = match resolved.take() {
                 Some(resolved) => resolved,
-                None => self.resolve(newer_than)?,
+                None => self.resolve(newer_than, to_load)?,
             };
             newer_than = newer_than.max(now.born);
             if !now.stack.write_back() {
                 return None;
             }
-            let answer = match now.is_loaded() {
-                true => None,
-                false => known(&now.stack),
+            let answer = match (now.is_loaded(), &known) {
+                (false, Some(known)) => known(&now.stack),
+                _ => None,
             };
             let answer = match answer {
                 Some(answer) => {
                     now.set_answered();
                     answer
                 }
-                // The write-back may have moved a counter: extents that are loaded now would be void at once.
-                None if tries_left > 0 && !now.is_loaded() && !now.stack.unchanged() => continue,
-                None => ask(self.load(&now).map()),
+                None if !now.is_loaded() => {
+                    to_load = true;
+                    // The write-back may have moved a counter: extents that are loaded now would be void at once.
+                    if self.rest_of_evicted(&now) > Duration::ZERO || tries_left > 0 && !now.stack.unchanged() {
+                        continue;
+                    }
+                    ask(self.load(&now, asked).map())
+                }
+                None => {
+                    now.set_used(asked);
+                    ask(self.load(&now, asked).map())
+                }
             };
-            self.count_memory_again(&now);
+            self.count_memory_again(&now, asked);
             if now.is_fresh(request) {
                 return Some(answer);
             }
@@ -285,49 +282,70 @@ impl Handle {
     /// Resolves the stack again, and stores it in the slot. Concurrent requests share the work: a stack that another
     /// one resolved after `newer_than` is returned as it is.
     ///
-    /// Waits until the device may be resolved again (see [`Resolved::rest`]). `None` if that would take longer than a
-    /// request may wait.
-    fn resolve(&self, newer_than: SequenceNumber) -> Option<Arc<Resolved>> {
+    /// Waits until the device may be resolved again (see [`Resolved::cost`]), and with `to_load` until extents that were
+    /// evicted may be loaded again. `None` if that would take longer than a request may wait.
+    fn resolve(&self, newer_than: SequenceNumber, to_load: bool) -> Option<Arc<Resolved>> {
+        let clock = &self.maps.clock;
         let mut waits = self.resolving.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(current) = self.current() {
-            if current.born > newer_than {
-                return Some(current);
-            }
-            let rest = current.rest();
-            if !waits.allow(rest) {
-                self.log_busy();
-                return None;
-            }
-            waits.waited += rest;
-            // The lock is kept during the wait, because the other requests would have to wait as long.
-            thread::sleep(rest);
+        let (before, evicted) = match self.slot.content() {
+            Content::Stack(current) if current.born > newer_than => return Some(current),
+            // Extents that were loaded have a rest of their own.
+            Content::Stack(current) => (Some(current.cost()), current.evicted.filter(|_| !current.is_loaded())),
+            // The description alone costs little, and stat(2) needs no more.
+            Content::Evicted(cost) => (None, Some(cost)),
+            Content::Empty => (None, None),
+        };
+        let now = clock.now();
+        let rest = |cost: Option<Cost>| cost.map_or(Duration::ZERO, |cost| cost.rest(now));
+        let of_evicted = if to_load { rest(evicted) } else { Duration::ZERO };
+        let rest = rest(before).max(of_evicted);
+        if of_evicted > Duration::ZERO {
+            self.log_evicted();
         }
+        // What was fetched ahead may be older than the change that a guard found.
         self.begin_generation();
+        if !waits.take(rest, now) {
+            if of_evicted == Duration::ZERO {
+                self.log_busy();
+            }
+            return None;
+        }
+        // The lock is kept during the wait, because the other requests would have to wait as long.
+        clock.sleep(rest);
         let len = || self.export.len().ok();
-        let resolved = Arc::new(Resolved::new(|| self.export.stack(&self.context), len));
-        *self.slot.write().unwrap_or_else(PoisonError::into_inner) = Some(resolved.clone());
+        let resolved = Arc::new(Resolved::new(clock, evicted, || self.export.stack(&self.context), len));
+        self.slot.set(Content::Stack(resolved.clone()));
         Some(resolved)
+    }
+
+    /// How long it is until the extents of a stack may be loaded, because those that the device had before were evicted.
+    fn rest_of_evicted(&self, resolved: &Resolved) -> Duration {
+        resolved.evicted.map_or(Duration::ZERO, |cost| cost.rest(self.maps.clock.now()))
     }
 
     /// The stack that was resolved last, which may be out of date. `None` if it was dropped, or never resolved.
     fn current(&self) -> Option<Arc<Resolved>> {
-        self.slot.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.slot.stack()
     }
 
-    /// Loads the extents of a stack, unless that was done before. The first time, logs the result and counts its memory.
-    fn load<'a>(&self, resolved: &'a Arc<Resolved>) -> &'a Loaded {
-        resolved.load(|loaded| {
+    /// Loads the extents of a stack for a question that came at the time `asked`, unless that was done before. The first
+    /// time, logs the result and counts its memory.
+    fn load<'a>(&self, resolved: &'a Arc<Resolved>, asked: Duration) -> &'a Loaded {
+        resolved.load(&self.maps.clock, |loaded| {
             self.log_loaded(loaded);
-            self.maps.keep(&self.slot, resolved, loaded.memory);
+            if resolved.evicted.is_some() {
+                self.log_evicted();
+            }
+            self.maps.keep(&self.slot, resolved, loaded.memory, asked);
             give_back_after(loaded.memory);
         })
     }
 
     /// Counts the memory of extents that are asked once, and only as far as questions need them.
-    fn count_memory_again(&self, resolved: &Arc<Resolved>) {
+    fn count_memory_again(&self, resolved: &Arc<Resolved>, asked: Duration) {
         let devices = self.context.static_devices.as_ref();
         if let Some(memory) = devices.and_then(|devices| resolved.memory_again(devices)) {
-            self.maps.keep(&self.slot, resolved, memory);
+            self.maps.keep(&self.slot, resolved, memory, asked);
         }
     }
 
@@ -350,6 +368,16 @@ impl Handle {
         if self.export.len().is_ok() && !self.logged_busy.swap(true, Ordering::Relaxed) {
             let name = shown(self.export.name());
             let why = "changes faster than its map can be read: all data in between; back up a snapshot instead";
+            self.log(Level::Warn, &format!("{name}: {why}"));
+        }
+    }
+
+    /// Logs, once for this device, that its extents are needed again after they were dropped for the limit of the memory.
+    fn log_evicted(&self) {
+        if !self.logged_evicted.swap(true, Ordering::Relaxed) {
+            let name = shown(self.export.name());
+            let why = "its map does not fit in map_cache beside the maps of the other open files, and is read again for \
+                       at most a tenth of the time: mount with a larger -o map_cache";
             self.log(Level::Warn, &format!("{name}: {why}"));
         }
     }

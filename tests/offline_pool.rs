@@ -11,7 +11,7 @@ mod thin_image;
 
 use std::fs::{self, File, FileTimes};
 use std::io::Read as _;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use std::time::{Duration, SystemTime};
 use blkholefs::testing::export::{Export, VolumeExport};
 use blkholefs::testing::source::thin::offline::OfflinePool;
 
-use common::check::{assert_map, map_of, open, seek_data, seek_hole};
+use common::check::{assert_map, bytes_read, map_of, open, seek_data, seek_hole};
 use common::image::{Image, open_for_writing};
 use common::loop_device::Loop;
 use common::mount::Mount;
@@ -110,6 +110,43 @@ fn an_open_volume_is_dense_once_its_metadata_changes() {
     assert_eq!((seek_data(&volume, 0), seek_hole(&volume, 0)), (Some(0), Some(4 * BLOCK)), "all is data");
     drop((volume, image));
     assert_map(&mount.directory().join("7"), &map_of(4 * BLOCK, &[BLOCK..4 * BLOCK]));
+}
+
+/// The attributes come from the places of the volumes and their details. Looking all of them up reads a small part of the
+/// metadata.
+#[test]
+fn a_listing_with_attributes_reads_no_part_of_the_metadata_twice() {
+    needs!(root, programs["thin_restore", "thin_dump", "ls"]);
+    const COUNT: u64 = 100;
+    // Each mapping tree has several leaves.
+    let ranges = || (0..500).map(|block| 2 * block..2 * block + 1);
+    let volumes = (1..=COUNT).map(|id| Device::new(id.try_into().expect("small"), ranges(), id * 500));
+    let metadata = Image::new(4 * MIB);
+    thin_image::restore(&thin_image::xml(&volumes.collect::<Vec<_>>()), 1024, metadata.path());
+    let written = fs::read(metadata.path()).expect("the image can be read");
+    let blocks = written.chunks(4 * KIB as usize).filter(|block| block.iter().any(|byte| *byte != 0)).count() as u64;
+    let (metadata, data) = (Loop::new(metadata.path()), Image::new(MIB));
+    let mount = mount(metadata.path(), data.path());
+    for _ in 0..2 {
+        let before = bytes_read(metadata.path());
+        let listed = run("ls", ["-l".as_ref(), mount.directory().as_os_str()]);
+        let read = (bytes_read(metadata.path()) - before) / (4 * KIB);
+        let name_and_size = |line: &str| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            Some((words.get(8)?.parse::<u64>().ok()?, words[4].parse::<u64>().ok()?))
+        };
+        let mut found: Vec<_> = listed.lines().filter_map(name_and_size).collect();
+        found.sort_unstable();
+        assert_eq!(found, (1..=COUNT).map(|id| (id, 999 * BLOCK)).collect::<Vec<_>>(), "{listed}");
+        // For each volume the root and the last leaf of its tree; for all together the superblock and two small trees.
+        assert!(read <= 2 * COUNT + 10 && read < blocks, "{read} of {blocks} blocks were read");
+    }
+    // The pool can be activated once the directory is closed.
+    let open = || File::options().read(true).custom_flags(libc::O_EXCL).open(metadata.path());
+    let listing = fs::read_dir(mount.directory()).expect("the directory can be read");
+    assert_eq!(open().expect_err("it is in use").raw_os_error(), Some(libc::EBUSY));
+    drop(listing);
+    assert!(wait_until(|| open().is_ok()), "the metadata device is held");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::{DeviceDirectory, Export, FileKind, HostNode, NbdExportFile, VolumeEx
 use crate::error::{Error, Result};
 use crate::source::nbd::{NbdExport, SideExport, Uri};
 use crate::source::thin::ThinId;
-use crate::source::thin::offline::{Found, OfflinePools};
+use crate::source::thin::offline::{Found, OfflinePool, OfflinePools, Volume};
 use crate::spec::{SourceOptions, Spec, SpecKind};
 use crate::sys::device::{self, DeviceId};
 use crate::units::Bytes;
@@ -36,6 +36,9 @@ pub enum Catalog {
     Pool(OfflinePools),
 }
 
+/// What stays open for as long as a directory of a mount is open: the offline pool.
+pub type KeptOpen = Option<Arc<OfflinePool>>;
+
 /// Where the bytes of a file are.
 #[derive(Clone, Debug)]
 pub enum FileSource {
@@ -43,8 +46,8 @@ pub enum FileSource {
     Path(PathBuf),
     /// The export of an NBD server.
     Export(Arc<NbdExport>),
-    /// A volume of the offline pool.
-    Volume(ThinId),
+    /// A volume of the offline pool, which is open.
+    Volume(Arc<Volume>),
 }
 
 /// What a path inside the mount leads to.
@@ -124,7 +127,7 @@ impl Catalog {
     /// A usage error for a directory and for a pool. When it cannot be opened.
     fn open_only(&self) -> Result<Arc<dyn Export>> {
         match self {
-            Self::File { source, .. } => self.open(source),
+            Self::File { source, .. } => source.open(),
             Self::Directory(_) | Self::Pool(_) => Err(SideExport::unclear("has more than one file")),
         }
     }
@@ -165,9 +168,20 @@ impl Catalog {
                 let id = id
                     .filter(|id| Path::new(&id.to_string()) == path)
                     .ok_or_else(|| Error::from_errno(libc::ENOENT))?;
-                pools.open()?.volume(id)?;
-                FileSource::Volume(id).into_entry()
+                FileSource::Volume(Arc::new(pools.open()?.volume(id)?)).into_entry()
             }
+        }
+    }
+
+    /// Opens what stays open for as long as a directory is open, so that a listing with the attributes of all volumes reads
+    /// each part of the metadata at most once.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn keep_open(&self) -> Result<KeptOpen> {
+        match self {
+            Self::File { .. } | Self::Directory(_) => Ok(None),
+            Self::Pool(pools) => pools.open().map(Some),
         }
     }
 
@@ -180,8 +194,8 @@ impl Catalog {
             Self::File { name, .. } => return Ok(vec![(name.clone(), FileKind::File)]),
             Self::Pool(pools) => {
                 // Damaged volumes are listed too: a copy of the directory must fail, and not lack them.
-                let found = pools.open()?.volumes()?.into_iter();
-                return Ok(found.map(|found| (found.id.to_string().into(), FileKind::File)).collect());
+                let ids = pools.open()?.ids()?.into_iter();
+                return Ok(ids.map(|id| (id.to_string().into(), FileKind::File)).collect());
             }
             Self::Directory(root) => root,
         };
@@ -189,22 +203,21 @@ impl Catalog {
         entries.sort();
         Ok(entries)
     }
-
-    /// Opens a file.
-    ///
-    /// # Errors
-    /// When it cannot be opened for reading.
-    pub fn open(&self, source: &FileSource) -> Result<Arc<dyn Export>> {
-        match (self, source) {
-            (_, FileSource::Path(path)) => super::open(path),
-            (_, FileSource::Export(export)) => Ok(Arc::new(NbdExportFile::open(export)?)),
-            (Self::Pool(pools), FileSource::Volume(id)) => Ok(Arc::new(VolumeExport::new(pools.open()?.volume(*id)?))),
-            (_, FileSource::Volume(_)) => Err(Error::from_errno(libc::ENOENT)),
-        }
-    }
 }
 
 impl FileSource {
+    /// Opens the file.
+    ///
+    /// # Errors
+    /// When it cannot be opened for reading.
+    pub fn open(&self) -> Result<Arc<dyn Export>> {
+        match self {
+            Self::Path(path) => super::open(path),
+            Self::Export(export) => Ok(Arc::new(NbdExportFile::open(export)?)),
+            Self::Volume(volume) => Ok(Arc::new(VolumeExport::new(volume.clone()))),
+        }
+    }
+
     /// The directory of the host that the root of a mount with one file has its owner, permissions and times from.
     fn directory(&self) -> Result<CatalogEntry> {
         match self {

@@ -27,9 +27,10 @@ pub struct VolumeExport {
 
 impl VolumeExport {
     /// Shows a volume.
-    pub fn new(volume: Volume) -> Self {
+    pub fn new(volume: impl Into<Arc<Volume>>) -> Self {
+        let volume = volume.into();
         let name = volume.pool().metadata_path().join(volume.id().to_string());
-        Self { name, volume: Arc::new(volume) }
+        Self { name, volume }
     }
 
     fn pool(&self) -> &Arc<OfflinePool> {

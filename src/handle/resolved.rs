@@ -2,8 +2,9 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use super::clock::Clock;
 use super::sequence::SequenceNumber;
 use crate::source::{Loaded, Stack, StaticDevices};
 use crate::units::Bytes;
@@ -12,15 +13,44 @@ use crate::units::Bytes;
 /// tenth of the time at most.
 const REST_FACTOR: u32 = 9;
 
+/// Extents are in use for at least this long after a use. A client on a busy machine may not run for some milliseconds, which
+/// is longer than the rest of extents that cost little.
+const LEAST_USE: Duration = Duration::from_millis(100);
+
+/// What resolving a stack and loading its extents cost.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cost {
+    /// The time at which it was done.
+    pub(super) done: Duration,
+    pub(super) spent: Duration,
+}
+
+impl Cost {
+    /// How long it is at `now` until the same may be done again.
+    pub(super) fn rest(&self, now: Duration) -> Duration {
+        (self.done + self.whole_rest()).saturating_sub(now)
+    }
+
+    /// The rest from its begin to its end.
+    pub(super) fn whole_rest(&self) -> Duration {
+        self.spent * REST_FACTOR
+    }
+}
+
 /// A resolved stack.
 pub(super) struct Resolved {
     pub(super) stack: Stack,
     /// Taken before anything of the stack was looked at.
     pub(super) born: SequenceNumber,
-    /// The time at which resolving began.
-    begun: Instant,
-    resolved_in: Duration,
-    loaded: OnceLock<Loaded>,
+    /// The cost of resolving.
+    resolving: Cost,
+    /// The extents, and the cost of resolving and of loading them.
+    loaded: OnceLock<(Loaded, Cost)>,
+    /// The cost of the extents that the device had before, if they were dropped for lack of room. The extents of this stack
+    /// may be loaded after their rest.
+    pub(super) evicted: Option<Cost>,
+    /// The milliseconds on the clock at which the extents were last used.
+    used: AtomicU64,
     /// Whether a question was answered from the description of the stack.
     answered: AtomicBool,
     /// [`StaticDevices::changes`] when the memory of the extents was counted last.
@@ -31,13 +61,20 @@ pub(super) struct Resolved {
 
 impl Resolved {
     /// Resolves a stack. `len` gives the length of the device, and is called after that.
-    pub(super) fn new(resolve: impl FnOnce() -> Stack, len: impl FnOnce() -> Option<Bytes>) -> Self {
-        let (born, begun) = (SequenceNumber::next(), Instant::now());
+    pub(super) fn new(
+        clock: &Clock,
+        evicted: Option<Cost>,
+        resolve: impl FnOnce() -> Stack,
+        len: impl FnOnce() -> Option<Bytes>,
+    ) -> Self {
+        let (born, begun) = (SequenceNumber::next(), clock.now());
         let stack = resolve();
-        let resolved_in = begun.elapsed();
+        let done = clock.now();
+        let resolving = Cost { done, spent: done.saturating_sub(begun) };
         let fits = len() == Some(stack.len());
-        let (loaded, answered, counted) = (OnceLock::new(), AtomicBool::new(false), AtomicU64::new(0));
-        Self { stack, born, begun, resolved_in, loaded, answered, counted, fits }
+        let (loaded, answered) = (OnceLock::new(), AtomicBool::new(false));
+        let (used, counted) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { stack, born, resolving, loaded, evicted, used, answered, counted, fits }
     }
 
     /// Whether the extents are loaded.
@@ -47,14 +84,18 @@ impl Resolved {
 
     /// The loaded extents. The first call loads them, while other calls wait for the result, and then calls `first`
     /// with them.
-    pub(super) fn load(&self, first: impl FnOnce(&Loaded)) -> &Loaded {
-        if let Some(loaded) = self.loaded.get() {
+    pub(super) fn load(&self, clock: &Clock, first: impl FnOnce(&Loaded)) -> &Loaded {
+        if let Some((loaded, _)) = self.loaded.get() {
             return loaded;
         }
         let mut is_first = false;
-        let loaded = self.loaded.get_or_init(|| {
+        let (loaded, _) = self.loaded.get_or_init(|| {
             is_first = true;
-            self.stack.load()
+            let start = clock.now();
+            let loaded = self.stack.load();
+            let done = clock.now();
+            self.set_used(done);
+            (loaded, Cost { done, spent: self.resolving.spent + done.saturating_sub(start) })
         });
         if is_first {
             first(loaded);
@@ -64,12 +105,12 @@ impl Resolved {
 
     /// The extents, if they are loaded.
     pub(super) fn loaded(&self) -> Option<&Loaded> {
-        self.loaded.get()
+        self.loaded.get().map(|(loaded, _)| loaded)
     }
 
     /// The memory that the extents take; none before they are loaded.
     pub(super) fn memory(&self) -> Bytes {
-        self.loaded.get().map_or(Bytes::ZERO, |loaded| loaded.map().memory())
+        self.loaded().map_or(Bytes::ZERO, |loaded| loaded.map().memory())
     }
 
     /// The memory that the extents take now, if more of them may have been asked since the last call.
@@ -90,7 +131,7 @@ impl Resolved {
         if self.born > request {
             return self.stack.same_shape();
         }
-        let is_temporary = self.loaded.get().is_some_and(|loaded| loaded.is_temporary);
+        let is_temporary = self.loaded.get().is_some_and(|(loaded, _)| loaded.is_temporary);
         !is_temporary && self.stack.unchanged()
     }
 
@@ -102,14 +143,40 @@ impl Resolved {
         }
     }
 
-    /// How long it is until the stack may be resolved again. A stack that answered nothing cost nothing: it was void before
-    /// its extents were loaded, and the same request resolves it again.
-    pub(super) fn rest(&self) -> Duration {
-        let cost = match self.loaded.get() {
-            Some(loaded) => self.resolved_in + loaded.cost,
-            None if self.answered.load(Ordering::Relaxed) => self.resolved_in,
-            None => Duration::ZERO,
-        };
-        (cost * (REST_FACTOR + 1)).saturating_sub(self.begun.elapsed())
+    /// Notes that the extents are used at `now`.
+    pub(super) fn set_used(&self, now: Duration) {
+        // At most one write in a millisecond, for the same reason. A thread that was interrupted here may set an earlier
+        // time, which only makes the extents look unused for a little longer.
+        let now = milliseconds(now);
+        if self.used.load(Ordering::Relaxed) < now {
+            self.used.store(now, Ordering::Relaxed);
+        }
     }
+
+    /// The milliseconds on the clock at which the extents were last used.
+    pub(super) fn last_used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Whether the extents are in use at `now`: they were used within the time that they must rest for their cost, or within
+    /// [`LEAST_USE`]. Loading them again after that costs no more than a tenth of the time.
+    pub(super) fn in_use(&self, now: Duration) -> bool {
+        // Both times are rounded down, so that less than one millisecond more may seem to have passed.
+        let in_use = self.cost().whole_rest().max(LEAST_USE);
+        milliseconds(now).saturating_sub(self.last_used()) <= milliseconds(in_use) + 1
+    }
+
+    /// What the stack cost. One that answered nothing cost nothing: it was void before its extents were loaded, and the same
+    /// request resolves it again.
+    pub(super) fn cost(&self) -> Cost {
+        match self.loaded.get() {
+            Some((_, cost)) => *cost,
+            None if self.answered.load(Ordering::Relaxed) => self.resolving,
+            None => Cost { spent: Duration::ZERO, ..self.resolving },
+        }
+    }
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    time.as_millis().try_into().unwrap_or(u64::MAX)
 }

@@ -1,9 +1,12 @@
-//! What a question costs, loads and logs, on an export that counts.
+//! What a question costs, loads and logs, on an export that counts and a clock that stands still.
+
+mod evicted;
 
 use std::io;
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
 
+use super::clock::Clock;
 use super::*;
 use crate::export::{HostNode, MIN_ALIGN};
 use crate::map::{Block, FillBuilder, FillMap};
@@ -12,24 +15,44 @@ use crate::source::{Layer, LoadExtents};
 const LEN: Bytes = Bytes::new(1 << 20);
 const BLOCK: Bytes = Bytes::new(64 << 10);
 
+/// The time that loading takes.
+const COST: Duration = Duration::from_millis(20);
+
+#[derive(Default)]
+struct Counters {
+    resolved: AtomicUsize,
+    loads: AtomicUsize,
+}
+
+impl Counters {
+    fn resolved(&self) -> usize {
+        self.resolved.load(Ordering::Relaxed)
+    }
+
+    fn loads(&self) -> usize {
+        self.loads.load(Ordering::Relaxed)
+    }
+}
+
 /// An export whose extents are stored, and whose status reports one allocated block.
 struct CountingExport {
-    loads: Arc<AtomicUsize>,
+    counters: Arc<Counters>,
+    maps: Arc<MapCache>,
     result: std::result::Result<(), DenseReason>,
 }
 
 /// The stored extents of the export: one block of data.
 struct Stored {
-    loads: Arc<AtomicUsize>,
+    counters: Arc<Counters>,
+    maps: Arc<MapCache>,
     result: std::result::Result<(), DenseReason>,
 }
 
 impl LoadExtents for Stored {
     fn load(&self) -> std::result::Result<FillMap, DenseReason> {
-        self.loads.fetch_add(1, Ordering::Relaxed);
+        self.counters.loads.fetch_add(1, Ordering::Relaxed);
         self.result.clone()?;
-        // So that it has a cost on any clock.
-        thread::sleep(Duration::from_millis(20));
+        self.maps.clock.sleep(COST);
         let builder = FillBuilder::new(LEN, BLOCK);
         builder.filler().set_range(Block::new(1)..Block::new(2));
         builder.finish().ok_or_else(|| "too large".into())
@@ -55,7 +78,9 @@ impl Export for CountingExport {
 
     fn resolve(&self, context: &Context) -> Stack {
         Stack::build(context, |resolver| {
-            let stored = Stored { loads: self.loads.clone(), result: self.result.clone() };
+            self.counters.resolved.fetch_add(1, Ordering::Relaxed);
+            let (counters, maps) = (self.counters.clone(), self.maps.clone());
+            let stored = Stored { counters, maps, result: self.result.clone() };
             let map = resolver.stored(LEN, BLOCK, Some(BLOCK), stored);
             let (name, kind) = ("counting".to_owned(), "test".to_owned());
             Arc::new(Layer { name, kind, holes_from: "a test".to_owned(), map, device: None, below: Vec::new() })
@@ -67,57 +92,63 @@ impl Export for CountingExport {
     }
 }
 
-fn handle(result: std::result::Result<(), DenseReason>) -> (Handle, Arc<AtomicUsize>, Arc<MapCache>) {
-    let (loads, maps) = (Arc::<AtomicUsize>::default(), Arc::<MapCache>::default());
-    let export = CountingExport { loads: loads.clone(), result };
-    (Handle::new(Arc::new(export), Arc::default(), maps.clone()), loads, maps)
+/// A limit of the memory of extents, or the default, with a clock that stands still.
+fn cache(limit: Option<Bytes>) -> Arc<MapCache> {
+    Arc::new(MapCache::with_clock(limit, Clock::Manual(Mutex::default())))
+}
+
+fn handle(maps: &Arc<MapCache>, result: std::result::Result<(), DenseReason>) -> (Handle, Arc<Counters>) {
+    let counters = Arc::<Counters>::default();
+    let export = CountingExport { counters: counters.clone(), maps: maps.clone(), result };
+    (Handle::new(Arc::new(export), Arc::default(), maps.clone()), counters)
 }
 
 #[test]
 fn a_stat_before_the_first_seek_loads_nothing_and_hides_no_memory_and_no_cost() {
-    let (handle, loads, maps) = handle(Ok(()));
+    let maps = cache(None);
+    let (handle, counters) = handle(&maps, Ok(()));
     assert!(handle.has_hole().unwrap());
     assert_eq!(handle.allocated(), Some(BLOCK));
-    assert_eq!((loads.load(Ordering::Relaxed), maps.used()), (0, Bytes::ZERO), "the status answers");
+    assert_eq!((counters.loads(), maps.used()), (0, Bytes::ZERO), "the status answers");
     assert_eq!(handle.seek(Bytes::ZERO, Whence::Data).unwrap(), Some(BLOCK));
-    assert_eq!(loads.load(Ordering::Relaxed), 1);
+    assert_eq!(counters.loads(), 1);
     assert!(maps.used() > Bytes::ZERO);
-    let rest = handle.current().unwrap().rest();
-    assert!(rest > Duration::from_millis(100), "nine times the cost of loading, and not {rest:?}");
+    assert_eq!(handle.current().unwrap().cost().rest(maps.clock.now()), 9 * COST);
     assert_eq!(handle.seek(BLOCK, Whence::Hole).unwrap(), Some(Bytes::new(128 << 10)));
-    assert_eq!(loads.load(Ordering::Relaxed), 1, "they are loaded once");
+    assert_eq!(counters.loads(), 1, "they are loaded once");
 }
 
 #[test]
 fn a_lasting_failure_after_a_stat_is_all_data_with_its_reason() {
     let reason = DenseReason::Damaged("wrong checksum".into());
-    let (handle, loads, _) = handle(Err(reason.clone()));
+    let (handle, counters) = handle(&cache(None), Err(reason.clone()));
     assert!(handle.has_hole().unwrap(), "as far as the status knows");
     for _ in 0..3 {
         assert_eq!(handle.seek(Bytes::ZERO, Whence::Hole).unwrap(), Some(LEN));
     }
     assert!(!handle.has_hole().unwrap());
     assert_eq!(*handle.logged_reason.lock().unwrap(), Some(reason));
-    assert_eq!(loads.load(Ordering::Relaxed), 1, "nothing changed");
+    assert_eq!(counters.loads(), 1, "nothing changed");
 }
 
 #[test]
 fn a_temporary_failure_is_loaded_again_at_a_later_question() {
-    let (handle, loads, _) = handle(Err(DenseReason::NotNow("the pool is suspended".into())));
+    let (handle, counters) = handle(&cache(None), Err(DenseReason::NotNow("the pool is suspended".into())));
     for count in 1..=3 {
         assert_eq!(handle.seek(Bytes::ZERO, Whence::Hole).unwrap(), Some(LEN));
-        assert_eq!(loads.load(Ordering::Relaxed), count);
+        assert_eq!(counters.loads(), count);
     }
 }
 
 #[test]
 fn a_stack_that_only_answered_a_stat_counts_with_the_time_of_resolving() {
+    let clock = Clock::Manual(Mutex::default());
     let resolve = || {
-        thread::sleep(Duration::from_millis(20));
+        clock.sleep(COST);
         Stack::build(&Context::default(), |_| Arc::new(crate::source::dense::layer("x", "test", LEN, "a test")))
     };
-    let resolved = Resolved::new(resolve, || Some(LEN));
-    assert_eq!(resolved.rest(), Duration::ZERO, "it answered nothing");
+    let resolved = Resolved::new(&clock, None, resolve, || Some(LEN));
+    assert_eq!(resolved.cost().rest(clock.now()), Duration::ZERO, "it answered nothing");
     resolved.set_answered();
-    assert!(resolved.rest() > Duration::from_millis(100), "nine times the time of resolving");
+    assert_eq!(resolved.cost().rest(clock.now()), 9 * COST);
 }

@@ -5,7 +5,6 @@ use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use crate::map::HoleMap;
 use crate::reason::DenseReason;
@@ -54,8 +53,6 @@ pub struct Loaded {
     map: Arc<dyn HoleMap>,
     /// The memory that the extents take.
     pub memory: Bytes,
-    /// The time that loading took.
-    pub cost: Duration,
     /// Why all of the device is data, if it is.
     pub dense_because: Option<DenseReason>,
     /// Whether some metadata could not be read in this moment, and may be readable later without any change of the
@@ -111,12 +108,10 @@ impl Stack {
     ///
     /// What cannot be read is data, and the result has the reason.
     pub fn load(&self) -> Loaded {
-        let start = Instant::now();
         let failures: Vec<&DenseReason> = self.stored.iter().filter_map(|stored| stored.load().err()).collect();
         Loaded {
             map: self.top.map.clone(),
             memory: self.top.map.memory(),
-            cost: start.elapsed(),
             dense_because: self.top.map.dense_because(),
             is_temporary: failures.iter().any(|failure| failure.is_temporary()),
         }

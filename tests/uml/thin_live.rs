@@ -1,7 +1,7 @@
 //! How a live pool's metadata is read: as seldom as can be, and with nothing left behind.
 
 use std::fs;
-use std::os::unix::fs::{FileExt as _, symlink};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -70,6 +70,32 @@ fn an_equal_count_of_mapped_blocks_is_no_proof_of_an_equal_map() {
         assert_becomes(&Some(0), || seek_hole(&file, 0));
     }
     check(mount.file(), thin.path());
+}
+
+/// The status of each volume has what stat(2) reports.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_listing_of_volumes_with_their_attributes_reads_no_metadata() {
+    const COUNT: u32 = 20;
+    let pool = Pool::new(64 * MIB, 64 << 10);
+    let volumes: Vec<_> = (0..COUNT).map(|id| pool.thin(id, 8 * MIB)).collect();
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    for (id, volume) in volumes.iter().enumerate() {
+        write(volume.path(), MIB..2 * MIB);
+        symlink(volume.path(), directory.path().join(id.to_string())).expect("a link");
+    }
+    let mount = Mount::new(directory.path());
+    let before = bytes_read(pool.metadata());
+    for _ in 0..2 {
+        let entries = fs::read_dir(mount.directory()).expect("the directory can be read").map(|entry| {
+            let attributes = entry.and_then(|entry| entry.metadata()).expect("attributes");
+            (attributes.len(), attributes.blocks() * 512)
+        });
+        assert_eq!(entries.collect::<Vec<_>>(), vec![(8 * MIB, MIB); COUNT as usize]);
+    }
+    assert_eq!(bytes_read(pool.metadata()) - before, 0);
+    assert_eq!(seek_data(&open(&mount.directory().join("0")), 0), Some(MIB));
+    assert!(bytes_read(pool.metadata()) > before, "the reads of a seek are counted");
 }
 
 /// A discard in flight has unmapped one block and a completed write has mapped another, so the count of mapped blocks is

@@ -126,6 +126,13 @@ impl Fixture {
         Some(first)
     }
 
+    /// Reads the first `count` extents.
+    fn read_extents(&self, count: u64) {
+        for index in 0..count {
+            self.read_extent(index);
+        }
+    }
+
     fn begun(&self) -> u64 {
         self.export.begun.load(Ordering::Relaxed)
     }
@@ -143,7 +150,7 @@ fn the_extents_that_come_next_are_fetched_and_each_byte_once() {
 #[test]
 fn bytes_from_before_an_open_or_a_change_are_not_used_after_it() {
     let fixture = Fixture::new(32 * MIB);
-    (0..8).for_each(|index| drop(fixture.read_extent(index)));
+    fixture.read_extents(8);
     fixture.write(2);
     assert_eq!(fixture.read_extent(8), Some(1), "the open is older than the write");
     fixture.handle.begin_generation();
@@ -160,7 +167,7 @@ fn bytes_from_before_an_open_or_a_change_are_not_used_after_it() {
 #[test]
 fn a_client_that_does_something_else_has_nothing_fetched() {
     let fixture = Fixture::new(32 * MIB);
-    (0..8).for_each(|index| drop(fixture.read_extent(index)));
+    fixture.read_extents(8);
     assert!(fixture.begun() > 0);
     let before = fixture.begun();
     for index in [50, 3, 40, 12, 60, 20, 33] {
@@ -174,7 +181,7 @@ fn a_client_that_does_something_else_has_nothing_fetched() {
 #[test]
 fn the_memory_is_bounded_and_shared_with_files_that_use_theirs() {
     let fixture = Fixture::new(MIB);
-    (0..8).for_each(|index| drop(fixture.read_extent(index)));
+    fixture.read_extents(8);
     let (_, bytes) = fixture.reader.lock().window.ahead(Bytes::ZERO);
     assert!(Bytes::ZERO < bytes && bytes <= Bytes::new(MIB / 2), "a half for one file: {bytes}");
     assert!(fixture.ahead.memory() <= 1 << 20);
@@ -186,7 +193,7 @@ fn the_memory_is_bounded_and_shared_with_files_that_use_theirs() {
 #[test]
 fn pieces_that_are_too_old_give_way_to_another_file() {
     let fixture = Fixture::new(MIB);
-    (0..8).for_each(|index| drop(fixture.read_extent(index)));
+    fixture.read_extents(8);
     // As a second later.
     fixture.handle.begin_generation();
     let taken: Vec<_> = std::iter::from_fn(|| fixture.ahead.buffer(64 << 10)).collect();
@@ -216,7 +223,7 @@ fn a_client_that_reads_everything_is_served_in_any_size_of_read() {
 #[test]
 fn threads_that_read_at_the_same_time_get_their_own_bytes() {
     let fixture = Fixture::new(32 * MIB);
-    (0..4).for_each(|index| drop(fixture.read_extent(index)));
+    fixture.read_extents(4);
     let next = AtomicU64::new(4 * 16);
     std::thread::scope(|scope| {
         for _ in 0..4 {

@@ -5,6 +5,8 @@
 //! [`Stamp`], which shows whether it was written. If the stamp proves nothing (the times of the file system are set by
 //! another machine, or the clock was set), all of the volume is data.
 
+use std::collections::HashMap;
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::NonZeroUsize;
@@ -46,6 +48,16 @@ pub struct OfflinePool {
     stamp: Option<Stamp>,
     data: Data,
     opened: SystemTime,
+    /// The undamaged volumes that were looked up so far. The metadata does not change while the pool is open.
+    found: Mutex<HashMap<ThinId, FoundVolume>>,
+}
+
+/// What the trees state about a volume.
+#[derive(Clone, Copy)]
+struct FoundVolume {
+    tree: Tree,
+    len: Bytes,
+    mapped: u64,
 }
 
 /// The data of a pool.
@@ -143,7 +155,8 @@ impl OfflinePool {
             .map_err(|error| Error::failed("cannot read thin metadata").on(metadata_path).because(error))?;
         let data = Data::open(data_path).map_err(|error| failed(data_path, error))?;
         let opened = increasing_now();
-        Ok(Self { metadata, metadata_path: metadata_path.to_owned(), metadata_file, stamp, data, opened })
+        let (metadata_path, found) = (metadata_path.to_owned(), Mutex::default());
+        Ok(Self { metadata, metadata_path, metadata_file, stamp, data, opened, found })
     }
 
     /// The path of the metadata.
@@ -166,15 +179,21 @@ impl OfflinePool {
         self.opened
     }
 
+    /// The ids of the volumes of the pool in ascending order, the damaged ones included.
+    ///
+    /// # Errors
+    /// When one of the trees that list the volumes is damaged.
+    pub fn ids(&self) -> Result<Vec<ThinId>> {
+        let ids = self.metadata.devices();
+        ids.map_err(|error| Error::failed("cannot list the volumes").on(&self.metadata_path).because(error))
+    }
+
     /// The volumes of the pool, in the order of their ids.
     ///
     /// # Errors
-    /// When one of the trees that list the volumes is damaged. The damage of one volume is in its [`Found`].
+    /// As [`OfflinePool::ids`]. The damage of one volume is in its [`Found`].
     pub fn volumes(self: &Arc<Self>) -> Result<Vec<Found>> {
-        let devices = self.metadata.devices();
-        let devices =
-            devices.map_err(|error| Error::failed("cannot list the volumes").on(&self.metadata_path).because(error))?;
-        Ok(devices.into_iter().map(|id| Found { id, volume: self.volume(id) }).collect())
+        Ok(self.ids()?.into_iter().map(|id| Found { id, volume: self.volume(id) }).collect())
     }
 
     /// One volume. The metadata does not have its length, so it ends with its last mapped block.
@@ -182,6 +201,23 @@ impl OfflinePool {
     /// # Errors
     /// ENOENT when the pool has no such volume, EIO when its metadata is damaged.
     pub fn volume(self: &Arc<Self>, id: ThinId) -> Result<Volume> {
+        let lock = || self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = lock().get(&id).copied();
+        let nodes = NodeCache::new(NODES);
+        let found = match found {
+            Some(found) => found,
+            None => {
+                let found = self.find(id, &nodes)?;
+                lock().insert(id, found);
+                found
+            }
+        };
+        let block = self.metadata.superblock().data_block_size.bytes();
+        Ok(Volume { pool: self.clone(), id, found, nodes, block })
+    }
+
+    /// Finds a volume in the trees.
+    fn find(&self, id: ThinId, nodes: &NodeCache) -> Result<FoundVolume> {
         let failed =
             |cause: io::Error| Error::failed(format!("cannot read volume {id}")).on(&self.metadata_path).because(cause);
         let damaged = |what: &str| failed(io::Error::other(what));
@@ -195,14 +231,13 @@ impl OfflinePool {
             (_, Err(ThinError::Unknown(_))) => return Err(damaged("it has no details")),
             (Err(error), _) | (_, Err(error)) => return Err(failed(error.into())),
         };
-        let nodes = NodeCache::new(NODES);
-        let last = tree.leaf(u64::MAX - 1, self.metadata.reader(), &nodes).map_err(|error| failed(error.into()))?;
+        let last = tree.leaf(u64::MAX - 1, self.metadata.reader(), nodes).map_err(|error| failed(error.into()))?;
         let node = last.node();
         let blocks = node.len().checked_sub(1).and_then(|index| node.key(index)).map_or(0, |key| key.saturating_add(1));
         let block = self.metadata.superblock().data_block_size.bytes();
         let len = blocks.checked_mul(block.get()).filter(|len| i64::try_from(*len).is_ok());
         let len = Bytes::new(len.ok_or_else(|| damaged("it is longer than a file can be"))?);
-        Ok(Volume { pool: self.clone(), id, tree, nodes, len, block, mapped: details.mapped_blocks })
+        Ok(FoundVolume { tree, len, mapped: details.mapped_blocks })
     }
 
     /// Whether it is proven that the metadata has not changed since it was opened. This is always so for a device: it
@@ -235,22 +270,26 @@ fn open_unused(path: &Path) -> io::Result<File> {
 pub struct Volume {
     pool: Arc<OfflinePool>,
     id: ThinId,
-    tree: Tree,
+    found: FoundVolume,
     nodes: NodeCache,
-    len: Bytes,
     block: Bytes,
-    mapped: u64,
+}
+
+impl fmt::Debug for Volume {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "volume {}", self.id)
+    }
 }
 
 impl Volume {
     /// Its length.
     pub fn len(&self) -> Bytes {
-        self.len
+        self.found.len
     }
 
     /// Whether it has no mapped block.
     pub fn is_empty(&self) -> bool {
-        self.len == Bytes::ZERO
+        self.len() == Bytes::ZERO
     }
 
     /// Its number in the pool.
@@ -270,7 +309,7 @@ impl Volume {
 
     /// The size of its mapped blocks, as its details state it.
     pub fn mapped(&self) -> Option<Bytes> {
-        self.mapped.checked_mul(self.block.get()).map(Bytes::new)
+        self.found.mapped.checked_mul(self.block.get()).map(Bytes::new)
     }
 
     /// Reads its complete mapping tree.
@@ -278,13 +317,13 @@ impl Volume {
     /// # Errors
     /// When the metadata is damaged or cannot be read.
     pub fn map(&self) -> std::result::Result<FillMap, ThinError> {
-        self.pool.metadata.map(self.id, self.len, THREADS)
+        self.pool.metadata.map(self.id, self.len(), THREADS)
     }
 
     /// The data block of the volume's block `block`; `None` when it is not mapped.
     fn data_block(&self, block: u64) -> io::Result<Option<u64>> {
         let reader = self.pool.metadata.reader();
-        let leaf = self.tree.leaf(block, reader, &self.nodes)?;
+        let leaf = self.found.tree.leaf(block, reader, &self.nodes)?;
         let node = leaf.node();
         let index = node.lower_bound(block);
         let value = node.number(index).filter(|_| node.key(index) == Some(block));
