@@ -357,11 +357,18 @@ impl FileSystem {
         };
         if last {
             devices.remove(&open.ino);
-            if devices.is_empty() {
-                self.ahead.trim();
-            }
             // The kernel may have forgotten the inode before this close was handled.
             self.nodes.forget(open.ino, 0, false);
+        }
+        let none_is_open = devices.is_empty();
+        drop(devices);
+        if last {
+            open.reader.finish();
+        }
+        // Closes the device.
+        drop(open);
+        if none_is_open {
+            self.ahead.trim();
         }
         last
     }

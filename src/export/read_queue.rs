@@ -26,6 +26,9 @@ pub trait ReadQueue: Send + Sync {
     /// Their bytes are read from the device at some time after this call began. The results are in the same order; after
     /// the first one that cannot be begun there are no more.
     fn begin(&self, reads: Vec<(Bytes, AlignedBuffer)>) -> Vec<PendingRead>;
+
+    /// Waits for the reads that were given up, for a limited time. Called before the device is closed.
+    fn finish(&self);
 }
 
 /// A read that was begun. Dropping it gives its bytes up.
@@ -79,6 +82,9 @@ impl ReadQueue for DirectQueue {
             None => Vec::new(),
         }
     }
+
+    /// The kernel waits for them when the queue is dropped.
+    fn finish(&self) {}
 }
 
 impl ReadQueue for Client {
@@ -88,5 +94,9 @@ impl ReadQueue for Client {
 
     fn begin(&self, reads: Vec<(Bytes, AlignedBuffer)>) -> Vec<PendingRead> {
         self.begin_reads(reads).into_iter().map(PendingRead::Nbd).collect()
+    }
+
+    fn finish(&self) {
+        self.finish_reads();
     }
 }

@@ -205,6 +205,15 @@ impl Reader {
         }
     }
 
+    /// Gives up what is being fetched, and waits for it for a limited time. Called when the device is closed, by a thread
+    /// that holds no lock.
+    pub fn finish(&self) {
+        self.lock().window.clear();
+        if let Some(queue) = self.handle.export().read_queue() {
+            queue.finish();
+        }
+    }
+
     /// The parts of a range in the pieces, if these have all of it.
     fn parts(&self, range: &Range<Bytes>) -> Option<Vec<Part>> {
         let mut state = self.lock();

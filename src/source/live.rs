@@ -37,7 +37,7 @@ use crate::sys::sysfs::IoCounters;
 use crate::units::Bytes;
 
 /// The number of extents that are expected from an offset on, at least, where a query is not about many extents.
-const ENOUGH_EXPECTED: usize = 64;
+const ENOUGH_EXPECTED: usize = 32;
 
 /// A device that is queried for its extents at each question.
 pub(super) trait LiveSource: Send + Sync {
@@ -141,9 +141,12 @@ impl<S: LiveSource> LiveMap<S> {
     /// The extent that holds `offset`, as the device reports it now. `continues`: the extent began before `offset`.
     fn extent_now(&self, offset: Bytes, continues: bool) -> Extent {
         let start = offset.align_down(self.source.block());
-        if let Some(range) = self.expected_range(start).filter(|_| !continues) {
+        if let Some(range) = self.expected_range(start) {
             let answer = self.source.extents(std::slice::from_ref(&range));
-            let answer = answer.inspect(|extents| self.remember(start, extents));
+            let answer = answer.inspect(|extents| {
+                self.last_answers().check(start, extents);
+                self.remember(start, extents);
+            });
             return self.extent_in(answer, offset, &[range]);
         }
         let ranges = self.window_at(start, continues);

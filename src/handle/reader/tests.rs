@@ -70,6 +70,8 @@ impl ReadQueue for SparseExport {
         self.begun.fetch_add(bytes as u64, Ordering::Relaxed);
         self.queue.begin(&self.file, reads).into_iter().map(PendingRead::Direct).collect()
     }
+
+    fn finish(&self) {}
 }
 
 struct FirstBlocks;

@@ -31,6 +31,20 @@ impl LastAnswers {
         }
     }
 
+    /// Forgets everything if an answer of consecutive extents from `start` on is not what was expected: the device has been
+    /// written, perhaps elsewhere too.
+    pub(super) fn check(&mut self, start: Bytes, extents: &[Extent]) {
+        let mut at = start;
+        for extent in extents {
+            let expected = self.extent_at(at);
+            // The last extent of an answer may end before its true end.
+            if !expected.is_some_and(|expected| expected.kind == extent.kind && extent.end <= expected.end) {
+                return self.0.clear();
+            }
+            at = extent.end;
+        }
+    }
+
     /// The extent that holds `offset`. Its end may be before its true end, or after it.
     pub(super) fn extent_at(&self, offset: Bytes) -> Option<Extent> {
         let (_, extent) = self.0.range(..=offset).next_back()?;
@@ -142,6 +156,27 @@ mod tests {
         assert_eq!((end(&answers, 20, 2), end(&answers, 30, 9)), (None, None), "a gap");
         answers.add(Bytes::new(40), &extents(&[(50, Data)]));
         assert_eq!((end(&answers, 20, 9), end(&answers, 60, 9)), (Some(40), Some(100)), "up to the end of the device");
+    }
+
+    #[test]
+    fn an_answer_that_was_not_expected_ends_all_expectations() {
+        let answer = || {
+            let mut answers = LastAnswers::default();
+            answers.add(Bytes::ZERO, &extents(&[(10, Data), (20, Hole), (30, Data)]));
+            answers
+        };
+        for (checked, holds) in [
+            (extents(&[(10, Data), (20, Hole)]), true),
+            (extents(&[(10, Data), (15, Hole)]), true),
+            (extents(&[(10, Hole), (20, Hole)]), false),
+            (extents(&[(12, Data)]), false),
+            (extents(&[(10, Data), (30, Hole)]), false),
+            (extents(&[(10, Data), (20, Hole), (30, Data), (40, Hole)]), false),
+        ] {
+            let mut answers = answer();
+            answers.check(Bytes::ZERO, &checked);
+            assert_eq!(at(&answers, 25).is_some(), holds, "{checked:?}");
+        }
     }
 
     #[test]

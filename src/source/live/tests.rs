@@ -14,6 +14,8 @@ const FIRST: Bytes = Bytes::new(64 << 20);
 struct ListedAnswers {
     answers: Mutex<VecDeque<Result<Vec<Extent>, QueryError>>>,
     unusable: AtomicBool,
+    /// The ranges of all queries.
+    asked: Mutex<Vec<Vec<Range<Bytes>>>>,
 }
 
 impl LiveSource for ListedAnswers {
@@ -33,7 +35,8 @@ impl LiveSource for ListedAnswers {
         Some(LEN)
     }
 
-    fn extents(&self, _ranges: &[Range<Bytes>]) -> Result<Vec<Extent>, QueryError> {
+    fn extents(&self, ranges: &[Range<Bytes>]) -> Result<Vec<Extent>, QueryError> {
+        self.asked.lock().unwrap().push(ranges.to_vec());
         self.answers.lock().unwrap().pop_front().expect("a query that is not expected")
     }
 
@@ -121,4 +124,24 @@ fn the_extents_of_the_last_answer_are_expected_and_no_answer() {
     assert_eq!(map.expected_extent(BLOCK), Some(extent(FIRST, ExtentKind::Data)));
     assert_eq!(map.extent_at(Bytes::ZERO), extent(LEN, ExtentKind::Hole), "asked again");
     assert_eq!(map.expected_extent(BLOCK), Some(extent(LEN, ExtentKind::Hole)));
+}
+
+#[test]
+fn where_much_is_expected_a_query_is_about_two_extents() {
+    let ends: Vec<Bytes> = (1..=200).map(|index| Bytes::new(index * BLOCK.get())).collect();
+    let kind = |index: usize| if index.is_multiple_of(2) { ExtentKind::Hole } else { ExtentKind::Data };
+    let all: Vec<Extent> = ends.iter().enumerate().map(|(index, end)| extent(*end, kind(index))).collect();
+    let two = vec![all[0], all[1]];
+    // The device was written behind the first extent.
+    let changed = vec![all[0], extent(ends[1], ExtentKind::Hole)];
+    let map = map([Ok(all.clone()), Ok(two), Ok(changed), Ok(all.clone())]);
+    let asked = |map: &LiveMap<ListedAnswers>| map.source.asked.lock().unwrap().pop().unwrap();
+    map.extent_at(Bytes::ZERO);
+    assert!(asked(&map)[0].end > ends[40], "many extents");
+    assert_eq!(map.extent_at(Bytes::ZERO), all[0]);
+    assert_eq!(asked(&map), [Bytes::ZERO..ends[1]], "two extents");
+    map.extent_at(Bytes::ZERO);
+    assert_eq!(asked(&map), [Bytes::ZERO..ends[1]]);
+    map.extent_at(Bytes::ZERO);
+    assert!(asked(&map)[0].end > ends[40], "many again: the last answer was not expected");
 }

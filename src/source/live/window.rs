@@ -55,7 +55,7 @@ impl QueryWindow {
         let length = self.0.load(Ordering::Relaxed);
         let next = match extents {
             [extent] if extent.end >= last.end => length.saturating_mul(GROWTH),
-            [.., end] if extents.len() <= ENOUGH_EXTENTS / 4 && end.end >= last.end && first.end == last.end => {
+            [.., end] if extents.len() <= ENOUGH_EXTENTS / 2 && end.end >= last.end && first.end == last.end => {
                 length.saturating_mul(SMALL_GROWTH)
             }
             [.., end] if extents.len() > ENOUGH_EXTENTS => {

@@ -24,6 +24,8 @@ const TRIES: usize = 3;
 const BATCH: usize = 16;
 /// A block status query that fails after this time, or later, is followed by a [`RetryDelay`].
 const SLOW: Duration = Duration::from_secs(1);
+/// How long the last close of an export waits for the replies to reads that were given up.
+const FINISH: Duration = Duration::from_secs(1);
 /// `NBD_ESHUTDOWN`: the server is shutting down, and clients are to disconnect.
 const ESHUTDOWN: u32 = 108;
 
@@ -183,6 +185,12 @@ impl Client {
     /// The reason why there is none, at the latest at `until`.
     pub(super) fn connection(&self, until: Instant) -> std::result::Result<Arc<Connection>, String> {
         self.pool.connection(until)
+    }
+
+    /// Receives the replies to reads that were given up, for a limited time, before the connections are closed.
+    pub fn finish_reads(&self) {
+        let until = deadline::no_later_than(Instant::now() + FINISH);
+        self.pool.live().iter().for_each(|connection| connection.drain(until));
     }
 
     /// The longest range of a block status query.

@@ -194,6 +194,32 @@ impl Connection {
         }
     }
 
+    /// Waits until all requests have their replies, or until `deadline`. A server may fail when a client disconnects
+    /// before that: nbdkit 1.32 ends with a failed assertion.
+    pub fn drain(&self, deadline: Instant) {
+        let mut pending = self.pending();
+        while !pending.requests.is_empty() && pending.broken.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            if pending.has_reader {
+                pending = self.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
+                continue;
+            }
+            pending.has_reader = true;
+            drop(pending);
+            let mut read_ahead = self.read_ahead.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Err(reason) = self.read_reply(&mut read_ahead, deadline) {
+                self.end(reason);
+            }
+            drop(read_ahead);
+            pending = self.pending();
+            pending.has_reader = false;
+            self.changed.notify_all();
+        }
+    }
+
     fn wait_for(&self, cookie: u64, deadline: Instant) -> Result<ReplyContent, RequestError> {
         let mut pending = self.pending();
         loop {

@@ -174,6 +174,11 @@ impl ConnectionPool {
         state.lost || state.live.iter().any(|connection| connection.is_broken())
     }
 
+    /// All live connections.
+    pub fn live(&self) -> Vec<Arc<Connection>> {
+        self.state().live.clone()
+    }
+
     /// The time to wait until before the next attempt to connect; `None` when it is due. `connected`: there is a
     /// connection.
     ///
