@@ -329,7 +329,9 @@ impl State {
             return false;
         }
         self.goal_pieces = (self.goal_pieces * 2).max(FIRST_PIECES).min(depth);
-        self.goal_bytes = Bytes::new(self.goal_bytes.get() * 2).max(FIRST_BYTES).min(per_file);
+        // Several of the client's longest reads, since the kernel sends two or three at once.
+        let first = FIRST_BYTES.max(Bytes::new(self.longest_read.get() * 4));
+        self.goal_bytes = Bytes::new(self.goal_bytes.get() * 2).max(first).min(per_file);
         true
     }
 }

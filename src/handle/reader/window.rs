@@ -12,7 +12,7 @@ use crate::units::Bytes;
 /// How long a piece may be used after its read was begun.
 const LIFETIME: Duration = Duration::from_secs(1);
 /// How far behind a piece a client must be for the piece to be dropped. It may have sent several reads at once.
-const PASSED: Bytes = Bytes::new(2 << 20);
+const PASSED: Bytes = Bytes::new(4 << 20);
 
 /// A range that is fetched, or was.
 struct Piece {
