@@ -5,7 +5,8 @@ use std::ops::Range;
 use crate::map::{Extent, ExtentKind};
 use crate::units::Bytes;
 
-/// The number of reads in order after which reading ahead begins. A client that reads at random offsets makes none.
+/// The number of reads in order after which reading ahead begins, or one that follows a hole. A client that reads at random
+/// offsets makes none.
 const ENOUGH: u32 = 2;
 /// How far behind the last byte that was read the next read in order may begin. The kernel skips what it has cached.
 const SKIPPED: Bytes = Bytes::new(256 << 10);
@@ -48,8 +49,11 @@ impl Pattern {
         let position = self.position.unwrap_or(Bytes::MAX);
         let skipped = if self.is_in_order() { OVERTAKEN } else { SKIPPED };
         let follows = position <= start && start <= position.saturating_add(skipped);
-        if follows || (position < start && are_holes(&(position..start), &expected)) {
-            self.in_order = self.in_order.saturating_add(1);
+        let skips_holes = !follows && position < start && are_holes(&(position..start), &expected);
+        if follows || skips_holes {
+            // To begin behind a hole is a stronger sign than to begin where the last read ended.
+            let sign = if skips_holes { ENOUGH } else { 1 };
+            self.in_order = self.in_order.saturating_add(sign);
             self.position = Some(range.end);
             self.without_gap = if follows { self.without_gap.saturating_add(len) } else { len };
             let is_in_hole = follows && expected(start).is_some_and(|extent| extent.kind.is_hole());
