@@ -299,7 +299,11 @@ impl FileSystem {
             return Ok(handle);
         }
         self.nodes.renew(ino, node)?;
-        devices.insert(ino, OpenDevice { handle: new.clone(), opens: 1 });
+        let replaced = devices.insert(ino, OpenDevice { handle: new.clone(), opens: 1 });
+        if let Some(device) = replaced {
+            // Its open files share the page cache of the inode with the new ones.
+            device.handle.begin_generation();
+        }
         Ok(new)
     }
 

@@ -20,7 +20,7 @@
 //! |---|---|
 //! | [`fuse`] | decodes FUSE requests, calls [`fs`], and replies |
 //! | [`fs`] | names, inodes, attributes, the table of open files |
-//! | [`handle`] | one open device: reads, and seeks under the freshness rule |
+//! | [`handle`] | one open device: reads, reading ahead, and seeks under the freshness rule |
 //! | [`export`] | what one file is: its length, bytes, extents, freshness and identity; and what a mount shows |
 //! | [`source`] | finds the extents of each kind of device, in a folder or file of its own |
 //! | [`map`] | extents of data and holes, their compositions, and the exact answers of lseek; knows no devices |
@@ -33,7 +33,7 @@
 //! | [`deadline`] | how long a request may wait for servers |
 //!
 //! A module uses none that is left of it in the flow. Only `fuse` and the mount's session name the FUSE library.
-//! `docs/architecture.md` has the types, and three requests from begin to end.
+//! `docs/architecture.md` has the types, and four requests from begin to end.
 //!
 //! # The freshness rule
 //!

@@ -187,6 +187,9 @@ impl Reader {
             if step == Step::Elsewhere {
                 state.stop();
             }
+            if let Some(excess) = self.excess(&range) {
+                state.excess = state.excess.max(excess).min(LONGEST_EXCESS);
+            }
             state.longest_read = state.longest_read.max(range.end.saturating_sub(range.start));
             step
         };
@@ -225,12 +228,7 @@ impl Reader {
                     state.window.drop_used(position);
                     return Some(parts);
                 }
-                Found::Missing => {
-                    if let Some(excess) = state.window.excess(range) {
-                        state.excess = state.excess.max(excess).min(LONGEST_EXCESS);
-                    }
-                    return None;
-                }
+                Found::Missing => return None,
                 Found::Busy => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Found::Wait(id, read) => {
                     drop(state);
@@ -241,6 +239,13 @@ impl Reader {
                 }
             }
         }
+    }
+
+    /// By how much a read that begins in data exceeds it, where a hole follows.
+    fn excess(&self, range: &Range<Bytes>) -> Option<Bytes> {
+        let data = self.handle.expected_extent(range.start).filter(|extent| extent.kind.is_data())?;
+        let exceeds = data.end < range.end && self.handle.expected_extent(data.end)?.kind.is_hole();
+        exceeds.then(|| range.end.saturating_sub(data.end))
     }
 
     fn fetch_more_from(self: &Arc<Self>, queue: &dyn ReadQueue) {
@@ -303,7 +308,7 @@ impl Reader {
                 state.window.planned = at;
                 break;
             };
-            planned.push((state.window.push(start..end, extent_end.min(end), generation), start, buffer));
+            planned.push((state.window.push(start..end, generation), start, buffer));
             (count, bytes, at) = (count + 1, bytes.saturating_add(Bytes::new(len)), end);
             state.window.planned = end;
         }
@@ -319,7 +324,7 @@ impl State {
     /// Drops what was fetched: the client does something else.
     fn stop(&mut self) {
         self.window.clear();
-        (self.goal_pieces, self.goal_bytes, self.excess, self.longest_read) = Default::default();
+        (self.goal_pieces, self.goal_bytes, self.longest_read) = Default::default();
     }
 
     /// Whether the client has used so much that more is to be fetched. Then the goal is set to twice the last one.

@@ -247,3 +247,19 @@ fn threads_that_read_at_the_same_time_get_their_own_bytes() {
         }
     });
 }
+
+#[test]
+fn what_the_kernel_reads_behind_each_extent_is_fetched_with_the_extent() {
+    let fixture = Fixture::new(32 * MIB);
+    let mut hits = Vec::new();
+    for index in 0..30 {
+        let start = Bytes::new(index * MIB);
+        assert_eq!(fixture.handle.seek(start, Whence::Data).unwrap(), Some(start));
+        for (at, len) in [(0, 4 << 10), (4 << 10, 76 << 10)] {
+            let mut buffer = AlignedBuffer::new();
+            hits.push(fixture.reader.fetched(&mut buffer, start.saturating_add(Bytes::new(at)), len).is_some());
+            fixture.reader.fetch_more();
+        }
+    }
+    assert!(hits[10..].iter().all(|hit| *hit), "{hits:?}");
+}

@@ -17,8 +17,6 @@ const PASSED: Bytes = Bytes::new(4 << 20);
 /// A range that is fetched, or was.
 struct Piece {
     range: Range<Bytes>,
-    /// The end of what is expected to be data in it. More is fetched behind it for reads that exceed an extent.
-    data_end: Bytes,
     /// Identifies the piece.
     id: u64,
     /// The number of opens and changes of the device, as it was before the read was begun (see [`super::Reader`]).
@@ -98,18 +96,10 @@ impl Window {
     }
 
     /// Adds a piece behind all others. Its read is begun next.
-    pub(super) fn push(&mut self, range: Range<Bytes>, data_end: Bytes, generation: u64) -> u64 {
+    pub(super) fn push(&mut self, range: Range<Bytes>, generation: u64) -> u64 {
         self.next_id += 1;
         let (id, begun) = (self.next_id, Instant::now());
-        self.pieces.push_back(Piece {
-            range,
-            data_end,
-            id,
-            generation,
-            begun,
-            used: Bytes::ZERO,
-            state: PieceState::Busy,
-        });
+        self.pieces.push_back(Piece { range, id, generation, begun, used: Bytes::ZERO, state: PieceState::Busy });
         id
     }
 
@@ -158,15 +148,6 @@ impl Window {
         Found::Parts(self.pieces.range_mut(first..last).filter_map(|piece| piece.part(range)).collect())
     }
 
-    /// By how much a range that begins in the data of a piece exceeds that data, where a hole follows.
-    pub(super) fn excess(&self, range: &Range<Bytes>) -> Option<Bytes> {
-        let index = self.pieces.partition_point(|piece| piece.range.end <= range.start);
-        let piece = self.pieces.get(index).filter(|piece| piece.range.start <= range.start)?;
-        let next = self.pieces.get(index + 1)?.range.start;
-        let exceeds = range.start < piece.data_end && piece.data_end < range.end && piece.range.end < next;
-        exceeds.then(|| range.end.saturating_sub(piece.data_end))
-    }
-
     fn index(&self, id: u64) -> Option<usize> {
         self.pieces.iter().position(|piece| piece.id == id)
     }
@@ -195,7 +176,7 @@ mod tests {
     }
 
     fn push(window: &mut Window, start: u64, end: u64, generation: u64) {
-        let id = window.push(range(start, end), Bytes::new(end * KIB), generation);
+        let id = window.push(range(start, end), generation);
         let mut buffer = AlignedBuffer::new();
         buffer.resize(usize::try_from((end - start) * KIB).unwrap()).fill(u8::try_from(start).unwrap());
         window.complete(id, Ok(buffer));
@@ -244,15 +225,15 @@ mod tests {
         let mut window = Window::default();
         let failed = || std::io::Error::from_raw_os_error(5);
         for read in [Err(failed()), Ok(AlignedBuffer::new())] {
-            let id = window.push(range(0, 4), Bytes::new(4 * KIB), 0);
+            let id = window.push(range(0, 4), 0);
             assert!(matches!(window.find(&range(0, 4)), Found::Busy));
             window.complete(id, read);
             assert_eq!(bytes(&window.find(&range(0, 4))), None);
         }
-        let id = window.push(range(0, 4), Bytes::new(4 * KIB), 0);
+        let id = window.push(range(0, 4), 0);
         window.begun(id, None);
         assert_eq!(bytes(&window.find(&range(0, 4))), None);
-        let id = window.push(range(0, 4), Bytes::new(4 * KIB), 0);
+        let id = window.push(range(0, 4), 0);
         window.clear();
         window.complete(id, Ok(AlignedBuffer::new()));
         assert_eq!(window.ahead(Bytes::ZERO), (0, Bytes::ZERO));
@@ -270,18 +251,5 @@ mod tests {
         assert_eq!((bytes(&window.find(&range(0, 4))), window.ahead(Bytes::ZERO).0), (None, 1));
         window.drop_used(Bytes::new(8 * KIB).saturating_add(PASSED));
         assert_eq!(window.ahead(Bytes::ZERO).0, 0);
-    }
-
-    #[test]
-    fn what_a_read_asks_for_behind_an_extent_is_its_excess() {
-        let mut window = Window::default();
-        let excess = |window: &Window, start, end| window.excess(&range(start, end)).map(|bytes| bytes.get() / KIB);
-        push(&mut window, 0, 64, 0);
-        assert_eq!(excess(&window, 48, 80), None, "nothing is known of what follows");
-        push(&mut window, 128, 192, 0);
-        assert_eq!(excess(&window, 48, 80), Some(16));
-        assert_eq!([excess(&window, 48, 64), excess(&window, 64, 80), excess(&window, 100, 120)], [None; 3]);
-        push(&mut window, 192, 256, 0);
-        assert_eq!(excess(&window, 180, 200), None, "the extent continues");
     }
 }

@@ -186,7 +186,7 @@ mod tests {
         for _ in 0..2000 {
             let start = random() % 60;
             let len = 1 + random() % (64 - start);
-            let kind = if random() % 2 == 0 { Data } else { Hole };
+            let kind = if random().is_multiple_of(2) { Data } else { Hole };
             answers.add(Bytes::new(start), &extents(&[(start + len, kind)]));
             (start..start + len).for_each(|at| table[usize::try_from(at).unwrap()] = Some(kind));
             for (offset, kind) in (0..).zip(table) {
