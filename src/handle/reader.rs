@@ -28,6 +28,7 @@ use std::time::Instant;
 
 use super::Handle;
 use crate::export::ReadQueue;
+use crate::map::view::Whence;
 use crate::sys::buffer::{AlignedBuffer, BufferPool};
 use crate::units::Bytes;
 use pattern::{Pattern, Step};
@@ -249,23 +250,14 @@ impl Reader {
     }
 
     fn fetch_more_from(self: &Arc<Self>, queue: &dyn ReadQueue) {
+        let Some(next) = self.begin_filling() else { return };
+        if self.handle.expected_extent(next).is_none() {
+            // A client that never looked for data has asked for no map. What comes of it is a hint, so a failure is none.
+            let _ = self.handle.seek(next, Whence::Hole);
+        }
+        // Before the reads begin: a change from here on makes their bytes useless.
         let generation = self.handle.generation();
-        let planned = {
-            let mut state = self.lock();
-            if state.is_filling
-                || !state.pattern.is_in_order()
-                || !state.wants_more(self.ahead.depth, self.ahead.per_file)
-            {
-                return;
-            }
-            state.window.drop_stale(generation, Instant::now());
-            state.is_filling = true;
-            if !state.is_listed {
-                state.is_listed = true;
-                self.ahead.add(self);
-            }
-            self.plan(&mut state, queue.longest(), generation)
-        };
+        let planned = self.plan(&mut self.lock(), queue.longest(), generation);
         // Without the lock: a connection may have to be made first.
         let (ids, reads): (Vec<u64>, Vec<_>) =
             planned.into_iter().map(|(id, offset, buffer)| (id, (offset, buffer))).unzip();
@@ -276,6 +268,27 @@ impl Reader {
         }
         state.is_filling = false;
         self.changed.notify_all();
+    }
+
+    /// Whether this thread is to plan and begin reads: the offset from which on. One thread does so at a time.
+    fn begin_filling(self: &Arc<Self>) -> Option<Bytes> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        if state.is_filling || !state.pattern.is_in_order() || !state.wants_more(self.ahead.depth, self.ahead.per_file)
+        {
+            return None;
+        }
+        state.window.drop_stale(self.handle.generation(), Instant::now());
+        let next = state.window.planned.max(state.pattern.position());
+        if self.handle.expected_extent(next).is_none() && !state.pattern.reads(None) {
+            return None;
+        }
+        state.is_filling = true;
+        if !state.is_listed {
+            state.is_listed = true;
+            self.ahead.add(self);
+        }
+        Some(next)
     }
 
     /// Decides what is fetched next, and adds its pieces. Returns the number, the offset and the buffer of each.

@@ -13,10 +13,13 @@ const SKIPPED: Bytes = Bytes::new(256 << 10);
 /// How far before or behind the last byte a read of a client may begin that reads in order: the kernel sends several reads
 /// at once, which overtake each other.
 const OVERTAKEN: Bytes = Bytes::new(4 << 20);
-/// The number of bytes, without a gap, after which a client is expected to read what it does not know to be data, too.
+/// The number of bytes, without a gap, after which a client is expected to read what nothing is known of.
 const WITHOUT_GAP: Bytes = Bytes::new(1 << 20);
 /// The number of extents that are looked at to find out whether a client skipped nothing but holes.
 const LOOKS: usize = 8;
+/// The number of bytes of holes, without a gap, after which a client is expected to read all holes. The kernel reads up to
+/// twice its read-ahead behind the end of an extent.
+const OF_HOLES: Bytes = Bytes::new(8 << 20);
 
 /// What a read was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,8 +59,9 @@ impl Pattern {
             self.in_order = self.in_order.saturating_add(sign);
             self.position = Some(range.end);
             self.without_gap = if follows { self.without_gap.saturating_add(len) } else { len };
-            let is_in_hole = follows && expected(start).is_some_and(|extent| extent.kind.is_hole());
-            self.in_holes = if is_in_hole { self.in_holes.saturating_add(len) } else { Bytes::ZERO };
+            let in_hole = expected(start).is_some_and(|extent| extent.kind.is_hole());
+            let of_holes = if in_hole { len } else { Bytes::ZERO };
+            self.in_holes = if follows { self.in_holes.saturating_add(of_holes) } else { Bytes::ZERO };
             return Step::InOrder;
         }
         if self.is_in_order() && start < position {
@@ -86,7 +90,7 @@ impl Pattern {
     pub(super) fn reads(&self, kind: Option<ExtentKind>) -> bool {
         match kind {
             Some(kind) if kind.is_data() => true,
-            Some(_) => self.in_holes >= WITHOUT_GAP,
+            Some(_) => self.in_holes >= OF_HOLES,
             None => self.without_gap >= WITHOUT_GAP,
         }
     }
@@ -150,7 +154,7 @@ mod tests {
         }
         assert!(!pattern.reads(Some(ExtentKind::Hole)), "the extents of data are shorter than that");
         let all_hole = |_| Some(Extent { end: Bytes::MAX, kind: ExtentKind::Hole });
-        for index in 40..60 {
+        for index in 40..200 {
             pattern.note_read(&(Bytes::new(index * 64 * KIB)..Bytes::new((index + 1) * 64 * KIB)), all_hole);
         }
         assert!(pattern.reads(Some(ExtentKind::Hole)) && pattern.reads(None));
