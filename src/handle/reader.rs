@@ -136,6 +136,8 @@ struct State {
     excess: Bytes,
     /// Some thread plans and begins reads.
     is_filling: bool,
+    /// The pieces are for something that the client no longer does.
+    is_stopped: bool,
     /// Whether the file is in [`ReadAhead::readers`].
     is_listed: bool,
 }
@@ -188,14 +190,14 @@ impl Reader {
             if step == Step::Elsewhere {
                 state.stop();
             }
-            if let Some(excess) = self.excess(&range) {
-                state.excess = state.excess.max(excess).min(LONGEST_EXCESS);
+            if let Some(excess) = self.excess(&range).filter(|&excess| excess <= LONGEST_EXCESS) {
+                state.excess = state.excess.max(excess);
             }
             state.longest_read = state.longest_read.max(range.end.saturating_sub(range.start));
             step
         };
-        let parts = if step == Step::Elsewhere { None } else { self.parts(&range) };
-        if parts.is_none() {
+        let parts = self.parts(&range);
+        if parts.is_none() && step != Step::Elsewhere {
             // Before the caller's read, so that both are in progress at the same time.
             self.fetch_more_from(queue);
         }
@@ -278,6 +280,9 @@ impl Reader {
         {
             return None;
         }
+        if std::mem::take(&mut state.is_stopped) {
+            state.window.clear();
+        }
         state.window.drop_stale(self.handle.generation(), Instant::now());
         let next = state.window.planned.max(state.pattern.position());
         if self.handle.expected_extent(next).is_none() && !state.pattern.reads(None) {
@@ -334,9 +339,10 @@ impl Reader {
 }
 
 impl State {
-    /// Drops what was fetched: the client does something else.
+    /// Fetches no more: the client does something else. What was fetched is kept for a second, since two threads of the
+    /// client may read two extents in turn.
     fn stop(&mut self) {
-        self.window.clear();
+        self.is_stopped = true;
         (self.goal_pieces, self.goal_bytes, self.longest_read) = Default::default();
     }
 

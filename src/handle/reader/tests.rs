@@ -176,8 +176,10 @@ fn a_client_that_does_something_else_has_nothing_fetched() {
         fixture.read_extent(index);
     }
     assert_eq!(fixture.begun(), before);
-    let (_, bytes) = fixture.reader.lock().window.ahead(Bytes::ZERO);
-    assert_eq!(bytes, Bytes::ZERO);
+    // Until it reads in order again, what was fetched is used if it happens to be what the client reads.
+    fixture.read_extent(34);
+    let (_, bytes) = fixture.reader.lock().window.ahead(Bytes::new(34 * MIB));
+    assert_eq!(bytes, fixture.reader.lock().window.ahead(Bytes::ZERO).1, "the pieces for the start are dropped");
 }
 
 #[test]
