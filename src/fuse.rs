@@ -8,6 +8,7 @@ mod attributes;
 mod buffers;
 mod kernel_cache;
 mod passthrough;
+mod read;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -30,13 +31,13 @@ use log::log;
 use crate::deadline;
 use crate::error::Error;
 use crate::fs::{Fh, FileSystem, Ino};
-use crate::handle::{Handle, Reader};
 use crate::map::view::Whence;
 use crate::units::Bytes;
 use attributes::{file_attr, file_type};
 use buffers::Buffers;
 use kernel_cache::KernelCache;
 use passthrough::Passthrough;
+use read::read;
 use threads::{IfNoThread, Threads, is_own_thread, run_caught};
 
 /// How long the kernel may cache a name. An inode number always belongs to the same path, so a cached name can only hide
@@ -115,34 +116,6 @@ impl BlkHoleFs {
 fn errno(operation: &str, error: &Error) -> Errno {
     log!(error.level(), "{operation}: {error}");
     Errno::from_i32(error.errno())
-}
-
-/// Replies to a read request, with bytes that were fetched ahead if there are any and the client may get them.
-fn read(reader: &Arc<Reader>, buffers: &Buffers, offset: Bytes, size: usize, may_be_fetched: bool, reply: ReplyData) {
-    if !may_be_fetched {
-        return read_now(reader.handle(), buffers, offset, size, reply);
-    }
-    let reply = buffers.with_buffer(|buffer| match reader.fetched(buffer, offset, size) {
-        Some(bytes) => {
-            reply.data(bytes.as_ref());
-            None
-        }
-        None => Some(reply),
-    });
-    match reply {
-        None => reader.fetch_more(),
-        Some(reply) => read_now(reader.handle(), buffers, offset, size, reply),
-    }
-}
-
-/// Replies to a read request with bytes that are read from the device now.
-fn read_now(handle: &Handle, buffers: &Buffers, offset: Bytes, size: usize, reply: ReplyData) {
-    // The memory of the device's concurrent reads is limited. A read that waits for its share holds no buffer yet.
-    let _permit = handle.wait_for_read_memory(size);
-    buffers.with_buffer(|buffer| match handle.read(buffer, offset, size) {
-        Ok(bytes) => reply.data(bytes),
-        Err(error) => reply.error(errno("read", &error)),
-    });
 }
 
 /// The errno of getxattr(2) on a file system without extended attributes: ENODATA for a name that could exist, and

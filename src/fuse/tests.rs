@@ -11,7 +11,7 @@ use nix::unistd::{Whence, geteuid, lseek};
 use super::*;
 use crate::export::{Export, HostNode, MIN_ALIGN};
 use crate::fs::{Limits, Ownership};
-use crate::handle::MapCache;
+use crate::handle::{Handle, MapCache};
 use crate::source::{Context, Stack};
 use crate::spec::{SourceOptions, Spec};
 use crate::sys::buffer::AlignedBuffer;
