@@ -333,8 +333,8 @@ fn a_walk_reads_in_few_requests_and_a_lookup_in_one_for_each_level() {
         let before = metadata.reader().reads();
         let map = metadata.map(id(device), Bytes::new(6000 * BLOCK_SIZE), 1).unwrap();
         assert_eq!(mapped(&map), blocks(u64::from(device) - 1).collect::<Vec<_>>());
-        // One for each level of internal nodes, and 668 blocks of leaves by the 128.
-        assert_eq!(metadata.reader().reads() - before, 3 + 6, "device {device}");
+        // One for each level of internal nodes, and 668 blocks of leaves by the 254.
+        assert_eq!(metadata.reader().reads() - before, 3 + 3, "device {device}");
     }
     let cache = NodeCache::new(NonZeroUsize::new(1000).unwrap());
     let tree = metadata.mapping_tree(id(1)).unwrap();
@@ -372,8 +372,8 @@ fn children_before_their_parent_are_read_with_it() {
         let before = metadata.reader().reads();
         assert_eq!(mapped(&metadata.map(id(1), len, threads).unwrap()), device.ranges());
         let reads = metadata.reader().reads() - before;
-        // The root, the first of the internal nodes, the others with their leaves, and the leaves of the first one.
-        assert!(reads == 1 + 1 + 4 + 1 || threads == 2 && reads < 12, "{reads} by {threads}");
+        // The root, the first of the internal nodes, the others by twos with their leaves, and the leaves of the first.
+        assert!(reads == 1 + 1 + 2 + 1 || threads == 2 && reads < 10, "{reads} by {threads}");
     }
 
     // The first leaf of the third internal node, which is read with that.

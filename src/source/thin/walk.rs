@@ -2,14 +2,15 @@
 //!
 //! The nodes of a tree are scattered over the metadata, so a walk in the order of keys would be a random read for each
 //! node. Here the few internal nodes are read first. Then all leaves are read in the order of their blocks, in requests
-//! of up to 512 KiB. A request includes blocks between two nodes that do not belong to the tree, if that saves a request.
+//! of up to 1 MiB. A request includes blocks between two nodes that do not belong to the tree, if that saves a request.
 //! A leaf is not kept after the visitor has seen it.
 //!
-//! A volume that was filled in ascending order has most of its internal nodes right after their children on disk: a full
-//! node is split when its first half has got its last child, and the second half gets a new block. A disk takes as long
-//! for the one block of such a node as for 60 KiB and more of its children. So when the children of one internal node
-//! were found before it, the request for the next one includes the blocks before that. Those of its children that are
-//! in this request are visited from it, and not read with their level.
+//! A tree that was filled in ascending order, as `thin_restore` does, has most of its internal nodes right after their
+//! children on disk: when a full node is split, its second half moves to a new block, which is after these children, and
+//! the children that are added later move to the next new node. A disk takes as long for a request of one block as for
+//! 60 KiB and more of leaves. So when the children of one internal node were found before it, the request for the next
+//! ones includes the blocks before them. Those of their children that are in this request are visited from it, and not
+//! read with their level.
 //!
 //! Each node is checked by itself (see [`TreeNode::parse`]) and against its parent. Its block is inside the metadata
 //! and is visited only once, so that a loop is an error and the work is bounded by the size of the metadata. Its keys
@@ -33,12 +34,17 @@ use super::reader::MetadataReader;
 use super::{METADATA_BLOCK, MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
 
-/// The maximum number of blocks in one read request: 512 KiB.
-const REQUEST: usize = 128;
+/// The maximum number of blocks in one read request: nearly 1 MiB. A virtio disk with the usual queue of 256 entries
+/// takes 254 pages in one request. Two more would be a request of their own.
+const REQUEST: usize = 254;
 /// The least number of read requests of each thread: starting a thread takes about as long as one or two of them.
 const REQUESTS_OF_A_THREAD: usize = 2;
 /// The maximum number of blocks between two nodes of one read request.
 const GAP: u64 = 8;
+/// The maximum number of blocks that are read before an internal node for its children: those of a node that was split.
+const BEFORE: u64 = 127;
+/// The number of children among these blocks that makes it likely that the next node has as many.
+const MANY: usize = 64;
 /// The maximum number of levels of a tree (`MAX_SPINE_DEPTH` of `drivers/md/persistent-data/dm-btree-internal.h`). A
 /// tree of 2^64 keys has fewer, even if its nodes have few entries.
 pub(super) const MAX_DEPTH: usize = 64;
@@ -233,7 +239,7 @@ impl LevelWalk<'_> {
     /// How many threads, from one to `most`, have enough read requests.
     fn useful_threads(&self, most: usize) -> usize {
         let mut next = 0;
-        let requests = std::iter::from_fn(|| self.request_at(&mut next));
+        let requests = std::iter::from_fn(|| self.request_at(&mut next, false));
         (requests.take(most * REQUESTS_OF_A_THREAD).count() / REQUESTS_OF_A_THREAD).clamp(1, most)
     }
 
@@ -333,34 +339,31 @@ impl LevelWalk<'_> {
     /// Takes the nodes of the next read request.
     fn next_request(&self) -> Option<Request<'_>> {
         let mut next = self.progress.next.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = *next;
-        let mut request = self.request_at(&mut next)?;
-        if self.progress.children_before.load(Relaxed) {
-            // What is before the preceding node of the level are its own children.
-            let limit = index.checked_sub(1).map_or(1, |preceding| self.nodes[preceding].block.get() + 1);
-            let from = request.needed.end.saturating_sub(REQUEST as u64).max(limit);
-            request.blocks.start = from.min(request.needed.start);
-        }
-        Some(request)
+        self.request_at(&mut next, self.progress.children_before.load(Relaxed))
     }
 
-    /// The request for the nodes from `next` on, which becomes the index of the first node that it is not for.
-    fn request_at(&self, next: &mut usize) -> Option<Request<'_>> {
-        let rest = self.nodes.get(*next..)?;
+    /// The request for the nodes from `next` on, which becomes the index of the first node that it is not for. With
+    /// `children_before`, it also reads the blocks before each of its nodes.
+    fn request_at(&self, next: &mut usize, children_before: bool) -> Option<Request<'_>> {
+        let (done, rest) = self.nodes.split_at_checked(*next)?;
         let first = rest.first()?.block.get();
+        // What is before the preceding node of the level are its own children.
+        let limit = done.last().map_or(1, |preceding| preceding.block.get() + 1);
+        let (before, gap) = if children_before { (BEFORE, BEFORE) } else { (0, GAP) };
+        let start = first.saturating_sub(before).max(limit).min(first);
         let together = rest.windows(2).take_while(|pair| {
             let (this, following) = (pair[0].block.get(), pair[1].block.get());
-            following - this <= GAP + 1 && following - first < REQUEST as u64
+            following - this <= gap + 1 && following - start < REQUEST as u64
         });
         let nodes = &rest[..=together.count()];
         *next += nodes.len();
-        let needed = first..nodes.last()?.block.get() + 1;
-        Some(Request { nodes, blocks: needed.clone(), needed })
+        let end = nodes.last()?.block.get() + 1;
+        Some(Request { nodes, needed: first..end, blocks: start..end })
     }
 }
 
-/// Whether at least half of the blocks that a request can read before the node at `parent` are some of its `children`.
+/// Whether many of the blocks before the node at `parent` are some of its `children`.
 fn are_before(children: &[ChildNode], parent: &ChildNode) -> bool {
-    let near = |child: &&ChildNode| (1..REQUEST as u64).contains(&parent.block.get().wrapping_sub(child.block.get()));
-    2 * children.iter().filter(near).count() >= REQUEST
+    let near = |child: &&ChildNode| (1..=BEFORE).contains(&parent.block.get().wrapping_sub(child.block.get()));
+    children.iter().filter(near).count() >= MANY
 }
