@@ -333,7 +333,7 @@ fn a_walk_reads_in_few_requests_and_a_lookup_in_one_for_each_level() {
         let before = metadata.reader().reads();
         let map = metadata.map(id(device), Bytes::new(6000 * BLOCK_SIZE), 1).unwrap();
         assert_eq!(mapped(&map), blocks(u64::from(device) - 1).collect::<Vec<_>>());
-        // One for each level of internal nodes, and 668 blocks of leaves by the 256.
+        // One for each level of internal nodes, and 668 blocks of leaves by the 254.
         assert_eq!(metadata.reader().reads() - before, 3 + 3, "device {device}");
     }
     let cache = NodeCache::new(NonZeroUsize::new(1000).unwrap());
@@ -343,6 +343,57 @@ fn a_walk_reads_in_few_requests_and_a_lookup_in_one_for_each_level() {
         let next = tree.next(key, metadata.reader(), &cache).unwrap();
         assert_eq!(next.map(|(key, _)| key), found);
         assert_eq!(metadata.reader().reads() - before, reads, "look-up of {key}");
+    }
+}
+
+/// An image of a device whose tree has five internal nodes, each right after its 126 leaves, the device, and the nodes
+/// in the order on disk.
+fn parents_after_children() -> (Vec<u8>, Device, Vec<usize>) {
+    let device = Device::new(1, (0..5 * 126 * 126).map(|at| 2 * at..2 * at + 1), 0);
+    let mut image = thin_image::build(std::slice::from_ref(&device), 126);
+    let tree = tree_of(&image, 1);
+    assert_eq!(tree.len(), 1 + 5 + 5 * 126);
+    let (parents, leaves) = tree[1..].split_at(5);
+    let groups = leaves.chunks(126).zip(parents).flat_map(|(leaves, parent)| leaves.iter().chain([parent]));
+    thin_image::arrange(&mut image, &groups.chain([&tree[0]]).copied().collect::<Vec<_>>());
+    let mut order = tree;
+    order.sort_unstable();
+    (image, device, order)
+}
+
+#[test]
+fn children_before_their_parent_are_read_with_it() {
+    let (image, device, order) = parents_after_children();
+    let len = Bytes::new(2 * device.mappings.len() as u64 * BLOCK_SIZE);
+    for threads in [1, 2] {
+        let metadata = of_bytes(&image).unwrap();
+        metadata.details(id(1)).unwrap();
+        metadata.mapping_tree(id(1)).unwrap();
+        let before = metadata.reader().reads();
+        assert_eq!(mapped(&metadata.map(id(1), len, threads).unwrap()), device.ranges());
+        let reads = metadata.reader().reads() - before;
+        // The root, the first of the internal nodes, the others by twos with their leaves, and the leaves of the first.
+        assert!(reads == 1 + 1 + 2 + 1 || threads == 2 && reads < 10, "{reads} by {threads}");
+    }
+
+    // The first leaf of the third internal node, which is read with that.
+    let leaf = order[2 * 127];
+    let damage = |at: usize, value: u64, size: usize, threads| {
+        let mut image = image.clone();
+        put(&mut image, leaf * BLOCK + at, value, size);
+        stamp(&mut image, leaf, NODE);
+        match of_bytes(&image).unwrap().map(id(1), len, threads) {
+            Err(ThinError::Damaged(block, damage)) => (block.get(), damage),
+            other => panic!("{:?}", other.map(|map| map.allocated())),
+        }
+    };
+    assert_eq!(damage(4, 1, 4, 1), (leaf as u64, Damage::Kind));
+    // Of two nodes of one level and unequal kinds, the one that is read later is named.
+    assert_eq!(damage(4, 1, 4, 2).1, Damage::Kind);
+    for threads in [1, 2] {
+        assert_eq!(damage(8, 1, 8, threads), (leaf as u64, Damage::Location));
+        assert_eq!(damage(16, 0, 4, threads), (leaf as u64, Damage::Entries));
+        assert_eq!(damage(32, 0, 8, threads), (leaf as u64, Damage::KeyRange));
     }
 }
 

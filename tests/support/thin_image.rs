@@ -194,15 +194,20 @@ fn node(image: &mut Vec<u8>, kind: u64, value_size: usize, entries: &[(u64, Vec<
 
 /// Moves the nodes of two trees of the same size, each given top down, so that they alternate on disk, leaves first.
 pub fn interleave(image: &mut [u8], one: &[usize], two: &[usize]) {
-    let mut places: Vec<usize> = one.iter().chain(two).copied().collect();
-    places.sort_unstable();
     let order: Vec<usize> = one.iter().rev().zip(two.iter().rev()).flat_map(|(one, two)| [*one, *two]).collect();
+    arrange(image, &order);
+}
+
+/// Moves nodes, which must be complete trees, so that they are on disk in this order. Their blocks remain the same ones.
+pub fn arrange(image: &mut [u8], order: &[usize]) {
+    let mut places = order.to_vec();
+    places.sort_unstable();
     let place_of = |node: u64| {
         let node = usize::try_from(node).unwrap();
         order.iter().position(|at| *at == node).map_or(node, |at| places[at]) as u64
     };
     let old = image.to_vec();
-    for (place, node) in places.iter().zip(&order) {
+    for (place, node) in places.iter().zip(order) {
         image[place * BLOCK..][..BLOCK].copy_from_slice(&old[node * BLOCK..][..BLOCK]);
         put(image, place * BLOCK + 8, *place as u64, 8);
     }

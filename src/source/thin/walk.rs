@@ -5,6 +5,13 @@
 //! of up to 1 MiB. A request includes blocks between two nodes that do not belong to the tree, if that saves a request.
 //! A leaf is not kept after the visitor has seen it.
 //!
+//! A tree that was filled in ascending order, as `thin_restore` does, has most of its internal nodes right after their
+//! children on disk: when a full node is split, its second half moves to a new block, which is after these children, and
+//! the children that are added later move to the next new node. A disk takes as long for a request of one block as for
+//! 60 KiB and more of leaves. So when the children of one internal node were found before it, the request for the next
+//! ones includes the blocks before them. Those of their children that are in this request are visited from it, and not
+//! read with their level.
+//!
 //! Each node is checked by itself (see [`TreeNode::parse`]) and against its parent. Its block is inside the metadata
 //! and is visited only once, so that a loop is an error and the work is bounded by the size of the metadata. Its keys
 //! are in the range that the parent states. All leaves have the same depth. The first failure ends the walk with an
@@ -17,19 +24,27 @@
 //! outside, or while a metadata snapshot holds the blocks, which costs space in the pool. So a map is reused only as a
 //! whole, as long as the counters of its devices prove that nothing was written (see [`crate::source::Guard`]).
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::error::{Damage, ThinError, ThinResult};
 use super::node::{LeafValues, NodeKind, TreeNode};
 use super::reader::MetadataReader;
-use super::{MetaBlock, RawBlock};
+use super::{METADATA_BLOCK, MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
 
-/// The maximum number of blocks in one read request: 1 MiB.
-const REQUEST: usize = 256;
+/// The maximum number of blocks in one read request: nearly 1 MiB. A virtio disk with the usual queue of 256 entries
+/// takes 254 pages in one request. Two more would be a request of their own.
+const REQUEST: usize = 254;
+/// The least number of read requests of each thread: starting a thread takes about as long as one or two of them.
+const REQUESTS_OF_A_THREAD: usize = 2;
 /// The maximum number of blocks between two nodes of one read request.
 const GAP: u64 = 8;
+/// The maximum number of blocks that are read before an internal node for its children: those of a node that was split.
+const BEFORE: u64 = 127;
+/// The number of children among these blocks that makes it likely that the next node has as many.
+const MANY: usize = 64;
 /// The maximum number of levels of a tree (`MAX_SPINE_DEPTH` of `drivers/md/persistent-data/dm-btree-internal.h`). A
 /// tree of 2^64 keys has fewer, even if its nodes have few entries.
 pub(super) const MAX_DEPTH: usize = 64;
@@ -102,11 +117,16 @@ impl Tree {
     ) -> ThinResult<()> {
         let visited = VisitedBlocks::new(self.blocks);
         visited.mark(self.root)?;
+        let kinds = [const { OnceLock::new() }; MAX_DEPTH];
+        // Fresh memory is slow, so all levels use the same buffers.
+        let mut buffers: Vec<_> = (0..threads.max(1)).map(|_| AlignedBuffer::new()).collect();
         let mut level = vec![self.root()];
-        for _ in 0..MAX_DEPTH {
+        for depth in 0..MAX_DEPTH {
             level.sort_unstable_by_key(|child| child.block);
-            let work = LevelWalk { tree: self, reader, nodes: &level, visited: &visited, kind: OnceLock::new() };
-            level = work.read(threads, &visitor)?;
+            let kinds = (&kinds[depth], kinds.get(depth + 1));
+            let progress = Progress::default();
+            let work = LevelWalk { tree: self, reader, nodes: &level, visited: &visited, progress, kinds };
+            level = work.read(&mut buffers, &visitor)?;
             if level.is_empty() {
                 return Ok(());
             }
@@ -140,36 +160,71 @@ struct LevelWalk<'a> {
     reader: &'a MetadataReader,
     nodes: &'a [ChildNode],
     visited: &'a VisitedBlocks,
-    /// The kind of the first node that was read. All nodes of a level have one kind.
-    kind: OnceLock<NodeKind>,
+    progress: Progress,
+    /// The kind of the first node that was read, of this level and of the next one, which the last level that a tree
+    /// can have does not have. All nodes of a level have one kind.
+    kinds: (&'a OnceLock<NodeKind>, Option<&'a OnceLock<NodeKind>>),
+}
+
+/// What the threads of a [`LevelWalk`] share.
+#[derive(Default)]
+struct Progress {
+    /// The index of the first node that no thread has taken.
+    next: Mutex<usize>,
+    /// Whether a thread had an error.
+    failed: AtomicBool,
+    /// Whether the children of the internal node that was read last are before it on disk.
+    children_before: AtomicBool,
+}
+
+/// One read request.
+struct Request<'a> {
+    /// The nodes that it is for.
+    nodes: &'a [ChildNode],
+    /// The blocks from the first node to the last one.
+    needed: Range<u64>,
+    /// The blocks to read: `needed`, and blocks before that are expected to be children of the nodes.
+    blocks: Range<u64>,
+}
+
+/// The blocks of one read request.
+struct ReadBlocks<'b> {
+    first: u64,
+    blocks: &'b [RawBlock],
+}
+
+impl<'b> ReadBlocks<'b> {
+    fn get(&self, block: MetaBlock) -> Option<&'b RawBlock> {
+        let index = usize::try_from(block.get().checked_sub(self.first)?).ok()?;
+        self.blocks.get(index)
+    }
 }
 
 impl LevelWalk<'_> {
-    /// Reads and checks all nodes of the level, in up to `threads` threads. Each thread calls `visitor` once, and
-    /// passes the leaves that it reads to the result. Returns the pointers to the nodes of the next level, in no
-    /// particular order. A level of leaves has none.
+    /// Reads and checks all nodes of the level, in up to one thread for each of `buffers`. Each thread calls `visitor`
+    /// once, and passes the leaves that it reads to the result. Returns the pointers to the nodes of the next level that
+    /// were not read, in no particular order. A level of leaves has none.
     ///
     /// # Errors
     /// As [`Tree::walk`].
     fn read<V: FnMut(&TreeNode<'_>)>(
         &self,
-        threads: usize,
+        buffers: &mut [AlignedBuffer],
         visitor: &(impl Fn() -> V + Sync),
     ) -> ThinResult<Vec<ChildNode>> {
-        let next = Mutex::new(0);
-        let failed = AtomicBool::new(false);
-        let work = || {
-            let result = self.read_requests(&next, &failed, visitor());
-            failed.fetch_or(result.is_err(), Relaxed);
+        let work = |buffer: &mut AlignedBuffer| {
+            let result = self.read_requests(buffer, visitor());
+            self.progress.failed.fetch_or(result.is_err(), Relaxed);
             result
         };
-        // Starting a thread takes about as long as a few read requests.
-        let helpers = threads.min(self.nodes.len() / REQUEST).saturating_sub(1);
+        let work = &work;
+        let useful = self.useful_threads(buffers.len());
         std::thread::scope(|scope| {
-            let helpers: Vec<_> = (0..helpers)
-                .filter_map(|_| std::thread::Builder::new().name("thin-walk".to_owned()).spawn_scoped(scope, work).ok())
-                .collect();
-            let mut result = work();
+            let (first, others) = buffers[..useful].split_at_mut(1);
+            let thread = || std::thread::Builder::new().name("thin-walk".to_owned());
+            let helpers: Vec<_> =
+                others.iter_mut().filter_map(|buffer| thread().spawn_scoped(scope, || work(buffer)).ok()).collect();
+            let mut result = work(&mut first[0]);
             for helper in helpers {
                 let other = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
                 result = result.and_then(|mut children| {
@@ -181,34 +236,67 @@ impl LevelWalk<'_> {
         })
     }
 
-    /// The work of one thread of [`LevelWalk::read`]: sends read requests until none is left or `failed` is set. Calls
-    /// `visit` for each leaf, and returns the pointers in internal nodes. `next` is the index of the first node that no
-    /// thread has taken.
+    /// How many threads, from one to `most`, have enough read requests.
+    fn useful_threads(&self, most: usize) -> usize {
+        let mut next = 0;
+        let requests = std::iter::from_fn(|| self.request_at(&mut next, false));
+        (requests.take(most * REQUESTS_OF_A_THREAD).count() / REQUESTS_OF_A_THREAD).clamp(1, most)
+    }
+
+    /// The work of one thread of [`LevelWalk::read`]: sends read requests until none is left or a thread has failed.
+    /// Calls `visit` for each leaf, and returns the pointers to nodes of the next level that were not read.
     fn read_requests(
         &self,
-        next: &Mutex<usize>,
-        failed: &AtomicBool,
+        buffer: &mut AlignedBuffer,
         mut visit: impl FnMut(&TreeNode<'_>),
     ) -> ThinResult<Vec<ChildNode>> {
-        let mut buffer = AlignedBuffer::new();
+        // Memory that is not used costs nothing, but a buffer that grows is fresh memory each time.
+        buffer.resize(REQUEST * METADATA_BLOCK);
         let mut children = Vec::new();
-        while let Some(request) = self.next_request(next).filter(|_| !failed.load(Relaxed)) {
-            let first = request[0].block.get();
-            let index = |child: &ChildNode| usize::try_from(child.block.get() - first).unwrap_or(usize::MAX);
-            let count = request.last().map_or(0, index) + 1;
-            let blocks = self.reader.read(request[0].block, count, &mut buffer)?;
-            for child in request {
-                let node = self.tree.parse(child, &blocks[index(child)])?;
-                if *self.kind.get_or_init(|| node.kind()) != node.kind() {
-                    return Err(ThinError::Damaged(child.block, Damage::Kind));
-                }
+        while let Some(request) = self.next_request().filter(|_| !self.progress.failed.load(Relaxed)) {
+            let read = self.read_blocks(&request, buffer)?;
+            for child in request.nodes {
+                let node = self.parse(child, &read, self.kinds.0)?;
                 match node.kind() {
                     NodeKind::Leaf => visit(&node),
-                    NodeKind::Internal => self.add_children(child, &node, &mut children)?,
+                    NodeKind::Internal => {
+                        let from = children.len();
+                        self.add_children(child, &node, &mut children)?;
+                        self.progress.children_before.store(are_before(&children[from..], child), Relaxed);
+                        self.visit_leaves_in(&read, from, &mut children, &mut visit)?;
+                    }
                 }
             }
         }
         Ok(children)
+    }
+
+    fn read_blocks<'b>(&self, request: &Request<'_>, buffer: &'b mut AlignedBuffer) -> ThinResult<ReadBlocks<'b>> {
+        let mut read = |range: &Range<u64>| {
+            let count = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+            self.reader.read(MetaBlock::new(range.start), count, buffer).map(|_| range.start)
+        };
+        // A block that may not belong to the tree may be unreadable.
+        let first = match read(&request.blocks) {
+            Err(_) if request.blocks != request.needed => read(&request.needed)?,
+            first => first?,
+        };
+        Ok(ReadBlocks { first, blocks: buffer.bytes().as_chunks().0 })
+    }
+
+    /// The node that `child` points to, whose block was read, and whose level has nodes of `kind`.
+    fn parse<'b>(
+        &self,
+        child: &ChildNode,
+        read: &ReadBlocks<'b>,
+        kind: &OnceLock<NodeKind>,
+    ) -> ThinResult<TreeNode<'b>> {
+        let block = read.get(child.block).ok_or(ThinError::Damaged(child.block, Damage::Pointer))?;
+        let node = self.tree.parse(child, block)?;
+        if *kind.get_or_init(|| node.kind()) != node.kind() {
+            return Err(ThinError::Damaged(child.block, Damage::Kind));
+        }
+        Ok(node)
     }
 
     fn add_children(&self, parent: &ChildNode, node: &TreeNode<'_>, children: &mut Vec<ChildNode>) -> ThinResult<()> {
@@ -221,17 +309,61 @@ impl LevelWalk<'_> {
         Ok(())
     }
 
-    /// The nodes of the next read request.
-    fn next_request(&self, next: &Mutex<usize>) -> Option<&[ChildNode]> {
-        let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);
-        let rest = self.nodes.get(*next..)?;
+    /// Calls `visit` for each leaf of `children[from..]` whose block was read, and removes it from `children`. Internal
+    /// nodes remain, to be read with their level.
+    fn visit_leaves_in(
+        &self,
+        read: &ReadBlocks<'_>,
+        from: usize,
+        children: &mut Vec<ChildNode>,
+        visit: &mut impl FnMut(&TreeNode<'_>),
+    ) -> ThinResult<()> {
+        let Some(kind) = self.kinds.1 else { return Ok(()) };
+        let mut kept = from;
+        for index in from..children.len() {
+            let child = children[index];
+            if read.get(child.block).is_some() {
+                let node = self.parse(&child, read, kind)?;
+                if node.kind() == NodeKind::Leaf {
+                    visit(&node);
+                    continue;
+                }
+            }
+            children[kept] = child;
+            kept += 1;
+        }
+        children.truncate(kept);
+        Ok(())
+    }
+
+    /// Takes the nodes of the next read request.
+    fn next_request(&self) -> Option<Request<'_>> {
+        let mut next = self.progress.next.lock().unwrap_or_else(PoisonError::into_inner);
+        self.request_at(&mut next, self.progress.children_before.load(Relaxed))
+    }
+
+    /// The request for the nodes from `next` on, which becomes the index of the first node that it is not for. With
+    /// `children_before`, it also reads the blocks before each of its nodes.
+    fn request_at(&self, next: &mut usize, children_before: bool) -> Option<Request<'_>> {
+        let (done, rest) = self.nodes.split_at_checked(*next)?;
         let first = rest.first()?.block.get();
+        // What is before the preceding node of the level are its own children.
+        let limit = done.last().map_or(1, |preceding| preceding.block.get() + 1);
+        let (before, gap) = if children_before { (BEFORE, BEFORE) } else { (0, GAP) };
+        let start = first.saturating_sub(before).max(limit).min(first);
         let together = rest.windows(2).take_while(|pair| {
             let (this, following) = (pair[0].block.get(), pair[1].block.get());
-            following - this <= GAP + 1 && following - first < REQUEST as u64
+            following - this <= gap + 1 && following - start < REQUEST as u64
         });
-        let count = 1 + together.count();
-        *next += count;
-        Some(&rest[..count])
+        let nodes = &rest[..=together.count()];
+        *next += nodes.len();
+        let end = nodes.last()?.block.get() + 1;
+        Some(Request { nodes, needed: first..end, blocks: start..end })
     }
+}
+
+/// Whether many of the blocks before the node at `parent` are some of its `children`.
+fn are_before(children: &[ChildNode], parent: &ChildNode) -> bool {
+    let near = |child: &&ChildNode| (1..=BEFORE).contains(&parent.block.get().wrapping_sub(child.block.get()));
+    children.iter().filter(near).count() >= MANY
 }
