@@ -219,7 +219,7 @@ impl Handle {
 
     /// As [`Handle::fresh_answer`], for a question that `known` may answer from the stack before its extents are loaded.
     fn fresh_answer_of<T>(&self, known: impl Fn(&Stack) -> Option<T>, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
-        let request = SequenceNumber::next();
+        let request = SequenceNumber::last();
         let mut resolved = self.current().filter(|current| current.fits);
         let mut newer_than = request;
         for tries_left in (0..MAX_TRIES).rev() {
