@@ -12,10 +12,7 @@ use super::buffer::AlignedBuffer;
 use super::file::{read_direct_below, read_full};
 use crate::units::Bytes;
 
-/// No block device has larger logical blocks. `blk_validate_block_size` of `include/linux/blkdev.h` refuses them, since
-/// Linux 6.15 above `BLK_MAX_BLOCK_SIZE` (64 KiB), and before that above the size of a page, which is 64 KiB at most where
-/// there are 64-bit processors. Linux 5.10 has the same test in the drivers (`loop_validate_block_size`,
-/// `nbd_is_valid_blksize`, `sd_read_capacity`, `nvme_update_disk_info`).
+/// No block device has larger logical blocks (docs/correctness.md, "Every block device").
 const LARGEST_LOGICAL_BLOCK: Bytes = Bytes::new(64 << 10);
 
 /// How often the page cache of a partial last sector is dropped before a read of it fails.
