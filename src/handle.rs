@@ -148,8 +148,13 @@ impl Handle {
     /// When the device is gone.
     pub fn seek(&self, offset: Bytes, whence: Whence) -> Result<Option<Bytes>> {
         let align = self.export.align();
+        // With each answer, whether it holds whatever the lengths of the layers are now.
+        let ask = |map: &dyn HoleMap| match view::seek_inside(map, align, offset, whence) {
+            Some(found) => (Some(found), true),
+            None => (view::seek(map, align, offset, whence), false),
+        };
         // Extents that are used are as long as the device.
-        if let Some(found) = self.fresh_answer(|map| view::seek(map, align, offset, whence)) {
+        if let Some((found, _)) = self.fresh_answer_of(|_| None, ask, |&(_, inside)| inside) {
             return Ok(found);
         }
         let len = self.export.len()?;
@@ -188,7 +193,7 @@ impl Handle {
     pub fn has_hole(&self) -> Result<bool> {
         let align = self.export.align();
         let known = |stack: &Stack| view::has_hole_of(stack.is_sparse(), align);
-        match self.fresh_answer_of(known, |map| view::has_hole(map, align)) {
+        match self.fresh_answer_of(known, |map| view::has_hole(map, align), |_| false) {
             Some(has_hole) => Ok(has_hole),
             None => self.export.len().map(|_| false),
         }
@@ -214,11 +219,17 @@ impl Handle {
     /// first if necessary. `None` if no result passes the check: the device changes too often, is suspended, or cannot
     /// write back its dirty pages.
     fn fresh_answer<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
-        self.fresh_answer_of(|_| None, ask)
+        self.fresh_answer_of(|_| None, ask, |_| false)
     }
 
     /// As [`Handle::fresh_answer`], for a question that `known` may answer from the stack before its extents are loaded.
-    fn fresh_answer_of<T>(&self, known: impl Fn(&Stack) -> Option<T>, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
+    /// The length of no layer is checked for an answer of which `inside` is true.
+    fn fresh_answer_of<T>(
+        &self,
+        known: impl Fn(&Stack) -> Option<T>,
+        ask: impl Fn(&dyn HoleMap) -> T,
+        inside: impl Fn(&T) -> bool,
+    ) -> Option<T> {
         let request = SequenceNumber::last();
         let mut resolved = self.current().filter(|current| current.fits);
         let mut newer_than = request;
@@ -244,7 +255,7 @@ impl Handle {
                 None if tries_left > 0 && !now.is_loaded() && !now.stack.unchanged() => continue,
                 None => ask(self.load(&now).map()),
             };
-            if now.is_fresh(request) {
+            if now.is_fresh(request, inside(&answer)) {
                 return Some(answer);
             }
         }
