@@ -7,15 +7,23 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-/// The time after which a FUSE request stops waiting for servers.
+/// How long a FUSE request waits for servers, from the begin of its first wait.
 pub const REQUEST: Duration = Duration::from_secs(30);
 
+/// The deadline of a thread. Most requests never wait for a server, and need not know the time.
+#[derive(Clone, Copy)]
+enum Deadline {
+    /// So long after the first wait begins.
+    After(Duration),
+    At(Instant),
+}
+
 thread_local! {
-    static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
+    static DEADLINE: Cell<Option<Deadline>> = const { Cell::new(None) };
 }
 
 /// Restores an earlier deadline of the thread when it is dropped, also by a panic.
-struct Restore(Option<Instant>);
+struct Restore(Option<Deadline>);
 
 impl Drop for Restore {
     fn drop(&mut self) {
@@ -23,16 +31,26 @@ impl Drop for Restore {
     }
 }
 
-/// Calls `work` with a deadline that is `limit` from now, or with the current deadline of the thread if that is earlier.
+/// Calls `work` with a deadline that is `limit` after its first call of [`no_later_than`]. Within another deadline it is
+/// `limit` from now, or the other one if that is earlier.
 pub fn within<T>(limit: Duration, work: impl FnOnce() -> T) -> T {
-    let _restore = Restore(DEADLINE.get());
-    DEADLINE.set(Some(no_later_than(Instant::now() + limit)));
+    let deadline = match DEADLINE.get() {
+        None => Deadline::After(limit),
+        Some(_) => Deadline::At(no_later_than(Instant::now() + limit)),
+    };
+    let _restore = Restore(DEADLINE.replace(Some(deadline)));
     work()
 }
 
-/// The earlier of `at` and the deadline of the calling thread.
+/// The earlier of `at` and the deadline of the calling thread. Called when a wait begins.
 pub fn no_later_than(at: Instant) -> Instant {
-    DEADLINE.get().map_or(at, |deadline| deadline.min(at))
+    let deadline = match DEADLINE.get() {
+        None => return at,
+        Some(Deadline::At(deadline)) => deadline,
+        Some(Deadline::After(limit)) => Instant::now() + limit,
+    };
+    DEADLINE.set(Some(Deadline::At(deadline)));
+    deadline.min(at)
 }
 
 #[cfg(test)]

@@ -223,9 +223,10 @@ impl Filesystem for BlkHoleFs {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        self.answer(move |fs| {
-            let found = fs.handle(Fh(fh.0)).and_then(|handle| handle.seek(Bytes::new(offset), whence));
-            match found {
+        self.threads.run_then_reply(&self.fs, move |fs| {
+            let seek = || fs.handle(Fh(fh.0)).and_then(|handle| handle.seek(Bytes::new(offset), whence));
+            let found = deadline::within(deadline::REQUEST, seek);
+            move || match found {
                 Ok(Some(found)) => match i64::try_from(found.get()) {
                     Ok(found) => reply.offset(found),
                     Err(_) => reply.error(Errno::EOVERFLOW),

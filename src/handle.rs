@@ -161,8 +161,14 @@ impl Handle {
     /// When the device is gone.
     pub fn seek(&self, offset: Bytes, whence: Whence) -> Result<Option<Bytes>> {
         let align = self.export.align();
+        // With each answer, whether it holds whatever the lengths of the layers are now.
+        let ask = |map: &dyn HoleMap| match view::seek_inside(map, align, offset, whence) {
+            Some(found) => (Some(found), true),
+            None => (view::seek(map, align, offset, whence), false),
+        };
         // Extents that are used are as long as the device.
-        if let Some(found) = self.fresh_answer(|map| view::seek(map, align, offset, whence)) {
+        let known = None::<fn(&Stack) -> Option<(Option<Bytes>, bool)>>;
+        if let Some((found, _)) = self.fresh_answer_of(known, ask, |&(_, inside)| inside) {
             return Ok(found);
         }
         let len = self.export.len()?;
@@ -201,7 +207,7 @@ impl Handle {
     pub fn has_hole(&self) -> Result<bool> {
         let align = self.export.align();
         let known = |stack: &Stack| view::has_hole_of(stack.is_sparse(), align);
-        match self.fresh_answer_of(Some(known), |map| view::has_hole(map, align)) {
+        match self.fresh_answer_of(Some(known), |map| view::has_hole(map, align), |_| false) {
             Some(has_hole) => Ok(has_hole),
             None => self.export.len().map(|_| false),
         }
@@ -227,15 +233,21 @@ impl Handle {
     /// first if necessary. `None` if no result passes the check: the device changes too often, is suspended, or cannot
     /// write back its dirty pages.
     fn fresh_answer<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
-        self.fresh_answer_of(None::<fn(&Stack) -> Option<T>>, ask)
+        self.fresh_answer_of(None::<fn(&Stack) -> Option<T>>, ask, |_| false)
     }
 
     /// As [`Handle::fresh_answer`], for a question that `known` may answer from the stack before its extents are loaded.
-    fn fresh_answer_of<T, K>(&self, known: Option<K>, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T>
+    /// The length of no layer is checked for an answer of which `inside` is true.
+    fn fresh_answer_of<T, K>(
+        &self,
+        known: Option<K>,
+        ask: impl Fn(&dyn HoleMap) -> T,
+        inside: impl Fn(&T) -> bool,
+    ) -> Option<T>
     where
         K: Fn(&Stack) -> Option<T>,
     {
-        let (request, asked) = (SequenceNumber::next(), self.maps.clock.now());
+        let (request, asked) = (SequenceNumber::last(), self.maps.clock.now());
         let mut resolved = self.current().filter(|current| current.fits);
         let mut newer_than = request;
         let mut to_load = known.is_none();
@@ -271,7 +283,7 @@ impl Handle {
                 }
             };
             self.count_memory_again(&now, asked);
-            if now.is_fresh(request) {
+            if now.is_fresh(request, inside(&answer)) {
                 return Some(answer);
             }
         }

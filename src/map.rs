@@ -114,6 +114,17 @@ pub trait HoleMap: Send + Sync {
         next_hole_by_extents(self, offset)
     }
 
+    /// As [`HoleMap::next_data`], if the answer holds whatever the lengths of the layers are now: a look at the source below all
+    /// of them found data there. It is below [`HoleMap::len`].
+    fn data_inside(&self, _offset: Bytes) -> Option<Bytes> {
+        None
+    }
+
+    /// As [`HoleMap::next_hole`], if the answer holds whatever the lengths of the layers are now.
+    fn hole_inside(&self, _offset: Bytes) -> Option<Range<Bytes>> {
+        None
+    }
+
     /// Bytes of data within `range`, which must lie within the map. `None` where the map cannot count them faster than
     /// extent by extent.
     ///

@@ -91,6 +91,11 @@ pub trait Guard: Send + Sync {
         false
     }
 
+    /// Whether it guards the length of a device and nothing else.
+    fn is_of_length(&self) -> bool {
+        false
+    }
+
     /// Adds the guarded state to a hash, from which the times of a file are derived.
     fn trace(&self, _trace: &mut dyn Hasher) {}
 }

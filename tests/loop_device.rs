@@ -220,6 +220,47 @@ fn an_open_file_follows_the_growth_of_its_device() {
     source.check();
 }
 
+/// Without a stat in between, which asks for the length itself.
+#[test]
+fn each_seek_follows_the_length_of_its_device() {
+    needs!(root);
+    let source = LoopMount::new(4 * MIB, &[0..4096, 2 * MIB..2 * MIB + 4096]);
+    let file = open(source.file());
+    let ends = |data: &[u64], size: u64| {
+        for (at, found) in data.iter().enumerate() {
+            let from = if at == 0 { 0 } else { data[at - 1] + 4096 };
+            assert_eq!(seek_data(&file, from), Some(*found), "data from {from} on, {size} bytes");
+            assert_eq!(seek_hole(&file, *found), Some(found + 4096), "the hole behind {found}, {size} bytes");
+        }
+        let last = data.last().expect("there is data") + 4096;
+        assert_eq!(seek_data(&file, last), None, "no data from {last} on, {size} bytes");
+        assert_eq!((seek_data(&file, size), seek_hole(&file, size)), (None, None), "{size} bytes");
+    };
+    ends(&[0, 2 * MIB], 4 * MIB);
+    // Each time the last questions were about the end of the device, or about data inside of it.
+    for inside in [false, true] {
+        let asked = || {
+            if inside {
+                assert_eq!(seek_data(&file, 0), Some(0));
+            }
+        };
+        source.image.resize(8 * MIB);
+        source.image.write(6 * MIB..6 * MIB + 4096);
+        source.device.losetup(&["--set-capacity"]);
+        ends(&[0, 2 * MIB, 6 * MIB], 8 * MIB);
+        asked();
+        source.image.resize(MIB);
+        source.device.losetup(&["--set-capacity"]);
+        ends(&[0], MIB);
+        asked();
+        source.image.resize(4 * MIB);
+        source.image.write(2 * MIB..2 * MIB + 4096);
+        source.device.losetup(&["--set-capacity"]);
+        ends(&[0, 2 * MIB], 4 * MIB);
+    }
+    source.check();
+}
+
 /// Beyond the end of a truncated image, the device returns errors and not zeros, so this range is not a hole.
 #[test]
 fn the_range_behind_the_end_of_a_truncated_image_is_data() {

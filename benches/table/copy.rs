@@ -88,7 +88,7 @@ pub fn all(bench: &Bench, table: &mut Table) {
         let mut contenders = vec![
             Contender::new("ours", || copier.copy(ours.file(), &to)),
             Contender::new("the sparse image itself", || copier.copy(&image, &to)),
-            Contender::new("the floor, zeros from memory", || copier.copy(&floor.file(), &to)),
+            Contender::new("the floor, bytes from memory", || copier.copy(&floor.file(), &to)),
         ];
         let mut targets = vec![Some(1.5), copier.target];
         if copier.reads_devices {

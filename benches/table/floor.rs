@@ -1,7 +1,8 @@
 //! The floor: a FUSE file system that does nothing but answer.
 //!
 //! Files whose extents follow from a formula: each pitch begins with data, and the rest of it is a hole. It answers
-//! lseek without looking at anything and reads zeros from memory: what it costs is FUSE's own cost.
+//! lseek without looking at anything and reads bytes from memory: what it costs is FUSE's own cost. They are not zeros,
+//! which programs that copy would not write.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -31,7 +32,7 @@ pub const WORD: &str = "--floor";
 
 struct FloorFs {
     shape: Shape,
-    zeros: Vec<u8>,
+    bytes: Vec<u8>,
 }
 
 impl FloorFs {
@@ -93,7 +94,7 @@ impl Filesystem for FloorFs {
         reply: ReplyData,
     ) {
         let left = usize::try_from(self.shape.size.saturating_sub(offset)).unwrap_or(MAX_READ);
-        reply.data(&self.zeros[..usize::try_from(size).unwrap_or(MAX_READ).min(MAX_READ).min(left)]);
+        reply.data(&self.bytes[..usize::try_from(size).unwrap_or(MAX_READ).min(MAX_READ).min(left)]);
     }
 
     fn lseek(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
@@ -123,7 +124,7 @@ pub fn serve(arguments: &[String]) {
     config.mount_options = vec![MountOption::RO, MountOption::FSName("floor".to_owned())];
     config.n_threads = Some(threads.parse().expect("a number of threads"));
     config.clone_fd = CLONE_DESCRIPTOR;
-    let floor = FloorFs { shape: Shape::parse(shape), zeros: vec![0; MAX_READ] };
+    let floor = FloorFs { shape: Shape::parse(shape), bytes: vec![1; MAX_READ] };
     fuser::mount(floor, directory, &config).expect("the floor mounts");
 }
 

@@ -80,7 +80,7 @@ pub fn all(bench: &Bench, table: &mut Table) {
                 targets.push(Some(1.0));
             }
             if !cold {
-                contenders.push(Contender::new("the floor, zeros from memory", || one(&floor.file())));
+                contenders.push(Contender::new("the floor, bytes from memory", || one(&floor.file())));
                 targets.push(None);
             }
             let measured = rounds(bench.rounds(), contenders);

@@ -1,6 +1,6 @@
 //! The table of open files.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Fh, Ino};
@@ -16,7 +16,7 @@ pub struct OpenFile {
 
 /// All open files, by number.
 #[derive(Default)]
-pub struct OpenFiles(RwLock<HashMap<Fh, OpenFile>>);
+pub struct OpenFiles(RwLock<BTreeMap<Fh, OpenFile>>);
 
 impl OpenFiles {
     /// Adds an open file.
@@ -44,11 +44,11 @@ impl OpenFiles {
         self.read().len()
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, HashMap<Fh, OpenFile>> {
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<Fh, OpenFile>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, HashMap<Fh, OpenFile>> {
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<Fh, OpenFile>> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -124,6 +124,30 @@ impl Threads {
         self.run_postponed();
     }
 
+    /// As [`Threads::run`], for a request that is refused if there is no thread for it. It returns the function that sends its
+    /// reply, which must not block.
+    ///
+    /// The session thread does not count as busy while it sends the reply. The sender of the request may run before this
+    /// thread does again, and send its next request, which must not be handed to a worker thread for that.
+    pub(super) fn run_then_reply<C, R>(&self, context: &Arc<C>, request: impl FnOnce(&C) -> R + Send + 'static)
+    where
+        C: Send + Sync + 'static,
+        R: FnOnce(),
+    {
+        match BusyGuard::new(&self.busy, self.max_busy) {
+            Some(busy) => run_caught(|| {
+                let reply = request(context);
+                drop(busy);
+                reply();
+            }),
+            None => {
+                let context = context.clone();
+                Workers::run(&self.workers, IfNoThread::Refuse, Box::new(move || request(&context)()));
+            }
+        }
+        self.run_postponed();
+    }
+
     /// Runs the postponed requests. If all other session threads are busy it returns, and the first of them that is done
     /// calls this function.
     fn run_postponed(&self) {

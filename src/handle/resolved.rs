@@ -123,16 +123,16 @@ impl Resolved {
     /// Whether an answer that was given between `request` and now is true now.
     ///
     /// A stack that was resolved within the request contains every write that completed before the request. It is then
-    /// enough that the layers are still built as they were.
-    pub(super) fn is_fresh(&self, request: SequenceNumber) -> bool {
+    /// enough that the layers are still built as they were. With `inside` the answer holds whatever their lengths are now.
+    pub(super) fn is_fresh(&self, request: SequenceNumber, inside: bool) -> bool {
         if !self.fits {
             return false;
         }
         if self.born > request {
             return self.stack.same_shape();
         }
-        let is_temporary = self.loaded.get().is_some_and(|(loaded, _)| loaded.is_temporary);
-        !is_temporary && self.stack.unchanged()
+        let is_temporary = self.loaded().is_some_and(|loaded| loaded.is_temporary);
+        !is_temporary && if inside { self.stack.unchanged_inside() } else { self.stack.unchanged() }
     }
 
     /// Notes that a question was answered from the description of the stack, without its extents.

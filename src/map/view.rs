@@ -42,6 +42,20 @@ pub fn seek(map: &dyn HoleMap, align: Bytes, offset: Bytes, whence: Whence) -> O
     found.map(|found| found.max(offset))
 }
 
+/// As [`seek`], if the answer lies inside of the device and holds whatever the lengths of its layers are now.
+pub fn seek_inside(map: &dyn HoleMap, align: Bytes, offset: Bytes, whence: Whence) -> Option<Bytes> {
+    let align = align.max(Bytes::new(1));
+    let unit = offset.align_down(align);
+    let found = match whence {
+        Whence::Data => map.data_inside(unit).filter(|&data| unit <= data)?.align_down(align),
+        Whence::Hole => {
+            let hole = map.hole_inside(unit).filter(|hole| unit <= hole.start)?;
+            hole.start.align_up(align).filter(|unit| unit.checked_add(align).is_some_and(|end| end <= hole.end))?
+        }
+    };
+    (found.max(offset) < map.len()).then(|| found.max(offset))
+}
+
 /// The first unit, from `unit` on, that is a hole; the length if there is none.
 fn first_hole_unit(map: &dyn HoleMap, align: Bytes, unit: Bytes) -> Bytes {
     let len = map.len();

@@ -91,6 +91,10 @@ impl Guard for SizeGuard {
             && block::whole_blocks(&self.file, self.len).ok() == self.whole
     }
 
+    fn is_of_length(&self) -> bool {
+        true
+    }
+
     fn trace(&self, mut trace: &mut dyn Hasher) {
         self.len.hash(&mut trace);
     }

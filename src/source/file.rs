@@ -103,6 +103,14 @@ impl HoleMap for FileMap {
         self.quick_hole(offset).or_else(|| map::next_hole_by_extents(self, offset))
     }
 
+    fn data_inside(&self, offset: Bytes) -> Option<Bytes> {
+        self.quick_data(offset).filter(|&data| data < self.len)
+    }
+
+    fn hole_inside(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        self.quick_hole(offset)
+    }
+
     fn allocated(&self) -> Option<Bytes> {
         // st_blocks counts sectors of 512 bytes on every Linux file system, and the file system's own blocks too.
         let blocks = self.file.metadata().ok()?.blocks();

@@ -12,13 +12,14 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::hash::{Hash, Hasher};
 use std::io;
+use std::ops::Range;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::shown;
-use crate::map::Clip;
+use crate::map::{Clip, Extent, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard};
 use crate::source::file::Reads;
@@ -92,10 +93,72 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
             name: device.name(),
             kind: "loop".to_owned(),
             holes_from: "its backing file".to_owned(),
-            map: Arc::new(Clip { inner: below.map.clone(), start: status.offset, len: device.len }),
+            map: window(Clip { inner: below.map.clone(), start: status.offset, len: device.len }, &status),
             device: None,
             below: vec![below],
         },
+    }
+}
+
+/// The map of a loop device that is this part of what it is bound to.
+fn window(clip: Clip, status: &LoopStatus) -> Arc<dyn HoleMap> {
+    if status.block_device.is_some() { Arc::new(clip) } else { Arc::new(FileWindow(clip)) }
+}
+
+/// The part of a regular file that a loop device shows.
+///
+/// The length of a loop device is that of its file at the time of the binding, or at the last request to take it over
+/// (`loop_set_capacity` of `drivers/block/loop.c`). Where the file has data or a hole, it is at least as long. So an answer
+/// that a look at the file gave is right for a device that has become longer or shorter since: there is no need to ask for
+/// its length. The only exception is a device whose file was cut short, taken over, and made longer again. An answer may
+/// then lie behind the end of the device; the bytes up to there that the device has are as it says.
+struct FileWindow(Clip);
+
+impl FileWindow {
+    /// The offset in the file, if it is there.
+    fn in_file(&self, offset: Bytes) -> Option<Bytes> {
+        self.0.start.checked_add(offset).filter(|&at| at < self.0.inner.len())
+    }
+}
+
+impl HoleMap for FileWindow {
+    fn len(&self) -> Bytes {
+        self.0.len()
+    }
+
+    fn extent_at(&self, offset: Bytes) -> Extent {
+        self.0.extent_at(offset)
+    }
+
+    fn next_data(&self, offset: Bytes) -> Bytes {
+        self.0.next_data(offset)
+    }
+
+    fn next_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        self.0.next_hole(offset)
+    }
+
+    fn data_inside(&self, offset: Bytes) -> Option<Bytes> {
+        let data = self.0.inner.data_inside(self.in_file(offset)?)?.checked_sub(self.0.start)?;
+        (data < self.0.len).then_some(data)
+    }
+
+    fn hole_inside(&self, offset: Bytes) -> Option<Range<Bytes>> {
+        let hole = self.0.inner.hole_inside(self.in_file(offset)?)?;
+        let (start, end) = (hole.start.checked_sub(self.0.start)?, hole.end.checked_sub(self.0.start)?);
+        (end <= self.0.len).then_some(start..end)
+    }
+
+    fn allocated(&self) -> Option<Bytes> {
+        self.0.allocated()
+    }
+
+    fn dense_because(&self) -> Option<DenseReason> {
+        self.0.dense_because()
+    }
+
+    fn memory(&self) -> Bytes {
+        self.0.memory()
     }
 }
 
@@ -130,4 +193,45 @@ fn open_if_same(path: &Path, status: &LoopStatus) -> io::Result<Option<File>> {
     let metadata = file.metadata()?;
     let same = DeviceId::from_dev(metadata.dev()) == status.device && metadata.ino() == status.inode;
     Ok((same && metadata.file_type().is_file()).then_some(file))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::map::view::{self, Whence};
+    use crate::source::file::FileMap;
+
+    /// For windows of any offset and length in a file, and at any offset in them.
+    #[test]
+    fn answers_inside_equal_the_answers_that_look_at_the_length() {
+        const UNIT: u64 = 4096;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(16 * UNIT).unwrap();
+        for unit in [1, 2, 5, 9, 12] {
+            file.write_all_at(&[1; UNIT as usize], unit * UNIT).unwrap();
+        }
+        let inner: Arc<dyn HoleMap> = Arc::new(FileMap::new(file, Bytes::new(16 * UNIT)));
+        let mut inside = 0;
+        for (start, len) in [(0, 16 * UNIT), (UNIT, 8 * UNIT), (512, 11 * UNIT), (3 * UNIT, 40 * UNIT), (0, 7 * 512)] {
+            let clip = Clip { inner: inner.clone(), start: Bytes::new(start), len: Bytes::new(len) };
+            let map = FileWindow(clip);
+            for offset in (0..len + 2 * UNIT).step_by(512).map(Bytes::new) {
+                for whence in [Whence::Data, Whence::Hole] {
+                    let align = Bytes::new(UNIT);
+                    if let Some(found) = view::seek_inside(&map, align, offset, whence) {
+                        assert_eq!(
+                            Some(found),
+                            view::seek(&map, align, offset, whence),
+                            "{whence:?} {offset} of {start}"
+                        );
+                        assert!(found < map.len());
+                        inside += 1;
+                    }
+                }
+            }
+        }
+        assert!(inside > 100, "most answers lie inside, and not {inside}");
+    }
 }

@@ -12,6 +12,9 @@ use super::buffer::AlignedBuffer;
 use super::file::{read_direct_below, read_full};
 use crate::units::Bytes;
 
+/// No block device has larger logical blocks (docs/correctness.md, "Every block device").
+const LARGEST_LOGICAL_BLOCK: Bytes = Bytes::new(64 << 10);
+
 /// How often the page cache of a partial last sector is dropped before a read of it fails.
 const DROPS: usize = 8;
 
@@ -79,11 +82,15 @@ pub fn write_back(device: &File) -> io::Result<()> {
 }
 
 /// The end of the last whole logical block of a device of `len` bytes. A remainder that is shorter than a logical block can
-/// be read through the page cache only, and not with every kernel.
+/// be read through the page cache only, and not with every kernel. The device is asked only where its logical block size
+/// makes a difference.
 ///
 /// # Errors
 /// As [`logical_block`].
 pub fn whole_blocks(device: &File, len: Bytes) -> io::Result<Bytes> {
+    if len == len.align_down(LARGEST_LOGICAL_BLOCK) {
+        return Ok(len);
+    }
     logical_block(device).map(|block| len.align_down(block))
 }
 

@@ -40,6 +40,30 @@ fn one_session_thread_is_always_free() {
     assert_eq!(receiver.recv().unwrap(), gettid(), "one of two session threads may be busy");
 }
 
+/// The sender of a request may send the next one before the session thread has done anything after the reply.
+#[test]
+fn a_session_thread_that_sends_a_reply_is_not_busy() {
+    let threads = Threads::new(2);
+    let (replied, reply) = channel();
+    let (done, wait) = channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            threads.run_then_reply(&Arc::new(()), move |()| {
+                move || {
+                    replied.send(()).unwrap();
+                    wait.recv().unwrap();
+                }
+            });
+        });
+        reply.recv().unwrap();
+        let (sender, receiver) = channel();
+        threads.run(Refuse, move || sender.send(gettid()).unwrap());
+        assert_eq!(receiver.recv().unwrap(), gettid(), "no worker thread is needed");
+        done.send(()).unwrap();
+    });
+    assert_eq!(threads.busy.load(Ordering::SeqCst), 0);
+}
+
 /// With a single session thread, which hands every request over.
 #[test]
 fn a_worker_thread_takes_the_next_request_unless_it_is_busy() {
