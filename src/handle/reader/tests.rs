@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
@@ -29,6 +30,9 @@ struct SparseExport {
     longest: Bytes,
     /// Beginning reads panics.
     panics: AtomicBool,
+    /// The handle, and its generation when it resolved the stack last.
+    handle: OnceLock<Weak<Handle>>,
+    resolved_in: AtomicU64,
 }
 
 impl Export for SparseExport {
@@ -53,6 +57,8 @@ impl Export for SparseExport {
     }
 
     fn resolve(&self, context: &Context) -> Stack {
+        let handle = self.handle.get().and_then(Weak::upgrade).expect("the handle is kept");
+        self.resolved_in.store(handle.generation(), Ordering::Relaxed);
         Stack::build(context, |resolver| {
             let map = resolver.stored(LEN, BLOCK, None, FirstBlocks);
             let (name, kind) = ("sparse".to_owned(), "test".to_owned());
@@ -113,9 +119,10 @@ impl Fixture {
         std::fs::remove_file(path).unwrap();
         file.set_len(LEN.get()).unwrap();
         let queue = AioQueue::new(256).unwrap();
-        let (begun, longest_begun, panics) = Default::default();
-        let export = Arc::new(SparseExport { file, queue, begun, longest_begun, longest, panics });
+        let (begun, longest_begun, panics, handle, resolved_in) = Default::default();
+        let export = Arc::new(SparseExport { file, queue, begun, longest_begun, longest, panics, handle, resolved_in });
         let handle = Arc::new(Handle::new(export.clone(), Arc::default(), Arc::default()));
+        export.handle.set(Arc::downgrade(&handle)).expect("it is the first handle");
         let ahead = ReadAhead::new(Some(Bytes::new(memory)), None);
         let reader = Reader::new(handle.clone(), ahead.clone());
         let fixture = Self { export, handle, ahead, reader };
@@ -178,6 +185,17 @@ fn bytes_from_before_an_open_or_a_change_are_not_used_after_it() {
     fixture.handle.drop_map();
     let later: Vec<_> = (20..30).map(|index| fixture.read_extent(index)).collect();
     assert!(later.iter().all(|byte| byte.is_none_or(|byte| byte == 3)), "{later:?}");
+}
+
+/// A change between the two would be found by no guard, since those of the new stack are made after it.
+#[test]
+fn what_was_fetched_before_a_new_stack_was_made_is_not_used_with_it() {
+    let fixture = Fixture::new(32 * MIB);
+    for _ in 0..3 {
+        fixture.handle.drop_map();
+        fixture.handle.seek(Bytes::ZERO, Whence::Hole).unwrap();
+        assert!(fixture.handle.generation() > fixture.export.resolved_in.load(Ordering::Relaxed));
+    }
 }
 
 #[test]
