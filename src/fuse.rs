@@ -202,12 +202,16 @@ impl Filesystem for BlkHoleFs {
         offset: u64,
         size: u32,
         flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
+        lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         let (offset, size) = (Bytes::new(offset), usize::try_from(size).unwrap_or(usize::MAX));
         let buffers = self.buffers.clone();
-        let is_direct = self.open_flags.contains(FopenFlags::FOPEN_DIRECT_IO) || flags.0 & libc::O_DIRECT != 0;
+        // The kernel may read directly without the flag, as the loop driver does (`lo_rw_aio` of `drivers/block/loop.c`). Only
+        // direct reads have an owner of locks (`fuse_send_read` and `fuse_send_readpages` of `fs/fuse/file.c`).
+        let is_direct = self.open_flags.contains(FopenFlags::FOPEN_DIRECT_IO)
+            || flags.0 & libc::O_DIRECT != 0
+            || lock_owner.is_some();
         self.answer(move |fs| match fs.reader(Fh(fh.0)) {
             Err(error) => reply.error(errno("read", &error)),
             Ok(reader) => read(&reader, &buffers, offset, size, !is_direct, reply),

@@ -314,9 +314,9 @@ impl Handle {
         if of_evicted > Duration::ZERO {
             self.log_evicted();
         }
-        // What was fetched ahead may be older than the change that a guard found.
-        self.begin_generation();
         if !waits.take(rest, now) {
+            // What was fetched ahead may be older than the change that a guard found.
+            self.begin_generation();
             if of_evicted == Duration::ZERO {
                 self.log_busy();
             }
@@ -326,6 +326,9 @@ impl Handle {
         clock.sleep(rest);
         let len = || self.export.len().ok();
         let resolved = Arc::new(Resolved::new(clock, evicted, || self.export.stack(&self.context), len));
+        // What was fetched ahead may be older than the change that a guard found. This is done after the guards of the new
+        // stack were made, so that they find each change since.
+        self.begin_generation();
         self.slot.set(Content::Stack(resolved.clone()));
         Some(resolved)
     }

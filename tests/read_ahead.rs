@@ -249,3 +249,26 @@ fn extents_of_a_slow_server_are_fetched_several_at_a_time_for_programs_that_read
         assert!(most >= 6, "{program}: {most} reads at once");
     }
 }
+
+#[test]
+fn a_loop_device_with_direct_reads_of_a_file_gets_each_write_at_once() {
+    needs!(root, programs["losetup"]);
+    let source = source();
+    let device = writable(source.device.path());
+    let upper = Loop::with_options(source.file(), &["--read-only"]);
+    // The kernel sets this for its own reads, and leaves the flags of the open file as they are.
+    upper.losetup(&["--direct-io=on"]);
+    let is_direct = fs::read_to_string(format!("/sys/block/{}/loop/dio", upper.name())).expect("the device is bound");
+    assert_eq!(is_direct.trim(), "1", "the kernel reads the file directly");
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(upper.path()).unwrap();
+    let mut buffer = vec![0; usize::try_from(EXTENT).unwrap() + PAGE];
+    let aligned = buffer.as_ptr().align_offset(PAGE);
+    let place = &mut buffer[aligned..][..usize::try_from(EXTENT).unwrap()];
+    for version in 1..200_u64 {
+        let at = version % (SIZE / EXTENT) * EXTENT;
+        device.write_all_at(&stamped(version), at).unwrap();
+        file.read_exact_at(place, at).unwrap();
+        assert!(versions(place).all(|found| found == version), "at {at}");
+    }
+    drop(file);
+}

@@ -11,9 +11,8 @@ use crate::sys::aio::{AioQueue, AioRead};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
-/// The longest read that is begun as one request. Twice as much gains nothing on a disk or a server, and a client waits
-/// longer for the first byte of it.
-const LONGEST: Bytes = Bytes::new(1 << 20);
+/// The longest direct read that is begun as one request. The kernel divides it as the device needs.
+const LONGEST: Bytes = Bytes::new(2 << 20);
 
 /// Reads of one device that are begun first and waited for later.
 pub trait ReadQueue: Send + Sync {
@@ -89,7 +88,7 @@ impl ReadQueue for DirectQueue {
 
 impl ReadQueue for Client {
     fn longest(&self) -> Bytes {
-        self.longest_read().min(LONGEST)
+        self.longest_read()
     }
 
     fn begin(&self, reads: Vec<(Bytes, AlignedBuffer)>) -> Vec<PendingRead> {

@@ -28,10 +28,10 @@ pub(super) fn read(
         }
         None => Some(reply),
     });
-    match reply {
-        None => reader.fetch_more(),
-        Some(reply) => read_now(reader.handle(), buffers, offset, size, reply),
+    if let Some(reply) = reply {
+        read_now(reader.handle(), buffers, offset, size, reply);
     }
+    reader.fetch_more();
 }
 
 /// Replies to a read request with bytes that are read from the device now.

@@ -17,6 +17,7 @@
 //! A client that reads with `O_DIRECT` gets nothing that was fetched, and neither does any client of a mount with
 //! `direct_io`.
 
+mod duties;
 mod pattern;
 #[cfg(test)]
 mod tests;
@@ -24,13 +25,14 @@ mod window;
 
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Handle;
-use crate::export::ReadQueue;
+use crate::export::{MIN_ALIGN, ReadQueue};
 use crate::map::view::Whence;
 use crate::sys::buffer::{AlignedBuffer, BufferPool};
 use crate::units::Bytes;
+use duties::{Filling, Waiting};
 use pattern::{Pattern, Step};
 use window::{Found, Part, Window};
 
@@ -51,6 +53,13 @@ const SHORTEST_PIECE: Bytes = Bytes::new(128 << 10);
 /// How far behind an extent is fetched at most. The kernel's own reading ahead does not know where an extent ends, and
 /// asks for more than the extent in one request.
 const LONGEST_EXCESS: Bytes = Bytes::new(128 << 10);
+
+/// The longest piece, where the reads of the device may be as long. Twice as much gains nothing on a disk or a server, and a
+/// client waits longer for the first byte of it.
+const LONGEST_PIECE: Bytes = Bytes::new(1 << 20);
+
+/// How long the last close of a device waits for a thread that begins reads.
+const FINISH: Duration = Duration::from_secs(1);
 
 /// The extents that are looked at for one plan, for each piece: neighbours need not differ in kind.
 const EXTENTS_PER_PIECE: usize = 4;
@@ -83,6 +92,11 @@ impl ReadAhead {
         self.depth
     }
 
+    /// Whether anything can be fetched: whether a buffer of one page may be made, which takes twice as much memory.
+    fn is_used(&self) -> bool {
+        self.per_file >= MIN_ALIGN
+    }
+
     /// Bytes of all buffers.
     pub fn memory(&self) -> usize {
         self.pool.bytes()
@@ -93,8 +107,10 @@ impl ReadAhead {
         self.pool.trim();
     }
 
-    /// A buffer, for which pieces of other files that are too old to be used give way.
-    fn buffer(&self, len: usize) -> Option<AlignedBuffer> {
+    /// A buffer, for which pieces of other files that are too old to be used give way. These files are added to `others`.
+    /// They may have been closed in between, and dropping one may wait for its device. So the caller drops them when it
+    /// holds no lock, and has begun its own reads: the device may be one that reads the file of the caller.
+    fn buffer(&self, len: usize, others: &mut Vec<Arc<Reader>>) -> Option<AlignedBuffer> {
         self.pool.take(len).or_else(|| {
             let readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner).clone();
             for reader in readers.iter().filter_map(Weak::upgrade) {
@@ -102,6 +118,7 @@ impl ReadAhead {
                 if let Ok(mut state) = reader.state.try_lock() {
                     state.window.drop_stale(reader.handle.generation(), Instant::now());
                 }
+                others.push(reader);
             }
             self.pool.take(len)
         })
@@ -136,6 +153,10 @@ struct State {
     excess: Bytes,
     /// Some thread plans and begins reads.
     is_filling: bool,
+    /// That thread begins reads.
+    is_beginning: bool,
+    /// The device is being closed. No reads are begun any more.
+    is_closed: bool,
     /// The pieces are for something that the client no longer does.
     is_stopped: bool,
     /// Whether the file is in [`ReadAhead::readers`].
@@ -180,7 +201,7 @@ impl Reader {
         offset: Bytes,
         size: usize,
     ) -> Option<ReadBytes<'a>> {
-        let queue = self.handle.export().read_queue()?;
+        let queue = self.queue()?;
         let len = self.handle.export().len().ok()?;
         let end = offset.saturating_add(Bytes::new(size as u64)).min(len);
         let range = (offset < end).then_some(offset..end)?;
@@ -198,26 +219,43 @@ impl Reader {
         };
         let parts = self.parts(&range);
         if parts.is_none() && step != Step::Elsewhere {
-            // Before the caller's read, so that both are in progress at the same time.
-            self.fetch_more_from(queue);
+            // Before the caller's read, so that both are in progress at the same time. That read does not wait for a map.
+            self.fetch_more_from(queue, Unknown::Ends);
         }
         parts.map(|parts| copied(parts, buffer))
     }
 
     /// Fetches what the client will read next. Called after the reply to a read.
     pub fn fetch_more(self: &Arc<Self>) {
-        if let Some(queue) = self.handle.export().read_queue() {
-            self.fetch_more_from(queue);
+        if let Some(queue) = self.queue() {
+            self.fetch_more_from(queue, Unknown::IsAsked);
         }
     }
 
-    /// Gives up what is being fetched, and waits for it for a limited time. Called when the device is closed, by a thread
-    /// that holds no lock.
+    /// Gives up what is being fetched, and waits for it for a limited time. Nothing is fetched after that. Called when the
+    /// device is closed, by a thread that holds no lock.
     pub fn finish(&self) {
-        self.lock().window.clear();
-        if let Some(queue) = self.handle.export().read_queue() {
+        let until = Instant::now() + FINISH;
+        let mut state = self.lock();
+        state.is_closed = true;
+        state.window.clear();
+        // The client may close the file as soon as it has its last bytes, while more are fetched.
+        while state.is_beginning {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        if let Some(queue) = self.queue() {
             queue.finish();
         }
+    }
+
+    /// What reads are begun with, if anything can be fetched.
+    fn queue(&self) -> Option<&dyn ReadQueue> {
+        self.handle.export().read_queue().filter(|_| self.ahead.is_used())
     }
 
     /// The parts of a range in the pieces, if these have all of it.
@@ -235,10 +273,10 @@ impl Reader {
                 Found::Busy => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Found::Wait(id, read) => {
                     drop(state);
-                    let read = read.wait();
+                    let mut waiting = Waiting { reader: self, id, read: None };
+                    waiting.read = Some(read.wait());
+                    drop(waiting);
                     state = self.lock();
-                    state.window.complete(id, read);
-                    self.changed.notify_all();
                 }
             }
         }
@@ -251,32 +289,45 @@ impl Reader {
         exceeds.then(|| range.end.saturating_sub(data.end))
     }
 
-    fn fetch_more_from(self: &Arc<Self>, queue: &dyn ReadQueue) {
-        let Some(next) = self.begin_filling() else { return };
+    fn fetch_more_from(self: &Arc<Self>, queue: &dyn ReadQueue, unknown: Unknown) {
+        // Dropped last.
+        let mut others = Vec::new();
+        let Some(next) = self.begin_filling(unknown) else { return };
+        let mut filling = Filling { reader: self, ids: Vec::new(), begun: Vec::new() };
         if self.handle.expected_extent(next).is_none() {
             // A client that never looked for data has asked for no map. What comes of it is a hint, so a failure is none.
             let _ = self.handle.seek(next, Whence::Hole);
         }
         // Before the reads begin: a change from here on makes their bytes useless.
         let generation = self.handle.generation();
-        let planned = self.plan(&mut self.lock(), queue.longest(), generation);
-        // Without the lock: a connection may have to be made first.
+        let mut state = self.lock();
+        if state.is_closed {
+            return;
+        }
+        state.is_beginning = true;
+        let planned = self.plan(&mut state, queue.longest(), generation, &mut others);
         let (ids, reads): (Vec<u64>, Vec<_>) =
             planned.into_iter().map(|(id, offset, buffer)| (id, (offset, buffer))).unzip();
-        let mut begun = if reads.is_empty() { Vec::new() } else { queue.begin(reads) }.into_iter();
-        let mut state = self.lock();
-        for id in ids {
-            state.window.begun(id, begun.next());
+        filling.ids = ids;
+        // Without the lock: a connection may have to be made first.
+        drop(state);
+        if !reads.is_empty() {
+            filling.begun = queue.begin(reads);
         }
-        state.is_filling = false;
-        self.changed.notify_all();
+        drop(filling);
+        if self.lock().is_closed {
+            queue.finish();
+        }
     }
 
     /// Whether this thread is to plan and begin reads: the offset from which on. One thread does so at a time.
-    fn begin_filling(self: &Arc<Self>) -> Option<Bytes> {
+    fn begin_filling(self: &Arc<Self>, unknown: Unknown) -> Option<Bytes> {
         let mut state = self.lock();
         let state = &mut *state;
-        if state.is_filling || !state.pattern.is_in_order() || !state.wants_more(self.ahead.depth, self.ahead.per_file)
+        if state.is_closed
+            || state.is_filling
+            || !state.pattern.is_in_order()
+            || !state.wants_more(self.ahead.depth, self.ahead.per_file)
         {
             return None;
         }
@@ -285,7 +336,8 @@ impl Reader {
         }
         state.window.drop_stale(self.handle.generation(), Instant::now());
         let next = state.window.planned.max(state.pattern.position());
-        if self.handle.expected_extent(next).is_none() && !state.pattern.reads(None) {
+        let is_unknown = self.handle.expected_extent(next).is_none();
+        if is_unknown && (unknown == Unknown::Ends || !state.pattern.reads(None)) {
             return None;
         }
         state.is_filling = true;
@@ -297,11 +349,18 @@ impl Reader {
     }
 
     /// Decides what is fetched next, and adds its pieces. Returns the number, the offset and the buffer of each.
-    fn plan(&self, state: &mut State, longest: Bytes, generation: u64) -> Vec<(u64, Bytes, AlignedBuffer)> {
+    fn plan(
+        &self,
+        state: &mut State,
+        longest: Bytes,
+        generation: u64,
+        others: &mut Vec<Arc<Reader>>,
+    ) -> Vec<(u64, Bytes, AlignedBuffer)> {
         let align = self.handle.export().align();
+        let longest = longest.align_down(align);
         let mut planned = Vec::new();
         let (mut count, mut bytes) = state.window.ahead(state.pattern.position());
-        let piece_len = state.longest_read.max(SHORTEST_PIECE).min(longest).align_down(align);
+        let piece_len = state.longest_read.max(SHORTEST_PIECE).min(LONGEST_PIECE).min(longest).align_down(align);
         let mut at = state.window.planned.max(state.pattern.position());
         let mut looks = state.goal_pieces * EXTENTS_PER_PIECE;
         while count < state.goal_pieces && bytes < state.goal_bytes && looks > 0 && piece_len > Bytes::ZERO {
@@ -318,10 +377,12 @@ impl Reader {
             // Pieces begin where reads do, so that most reads are of one piece.
             let piece_end = at.saturating_add(piece_len);
             let end = if extent_end > piece_end { piece_end } else { extent_end.saturating_add(state.excess) };
-            let Some(end) = self.handle.readable_end(end.align_up(align).unwrap_or(end)) else { break };
             let start = at.align_down(align);
+            let end = end.align_up(align).unwrap_or(end).min(start.saturating_add(longest));
+            let Some(end) = self.handle.readable_end(end) else { break };
             let len = end.saturating_sub(start).get();
-            let Some(buffer) = usize::try_from(len).ok().filter(|&len| len > 0).and_then(|len| self.ahead.buffer(len))
+            let Some(buffer) =
+                usize::try_from(len).ok().filter(|&len| len > 0).and_then(|len| self.ahead.buffer(len, others))
             else {
                 state.window.planned = at;
                 break;
@@ -358,6 +419,15 @@ impl State {
         self.goal_bytes = Bytes::new(self.goal_bytes.get() * 2).max(first).min(per_file);
         true
     }
+}
+
+/// What is done where no extent is expected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unknown {
+    /// Nothing is fetched from there on.
+    Ends,
+    /// The map is asked, which may take long.
+    IsAsked,
 }
 
 /// The bytes of parts that follow each other.

@@ -1,7 +1,7 @@
 //! NBD exports that are mounted.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -97,4 +97,39 @@ fn a_copy_continues_when_the_server_is_restarted() {
     }
     assert!(cp.wait().unwrap().success(), "{}", mount.log());
     check_same_bytes(&copy, &disk);
+}
+
+/// A program that reads a file, and looks for no holes, needs no block status.
+#[test]
+fn a_read_does_not_wait_for_block_status() {
+    needs!(root);
+    let (silent, closing) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (is_silent, is_closing) = (Arc::clone(&silent), Arc::clone(&closing));
+    let hook = move |message: &mut Message| match message.step {
+        Step::Status if is_silent.load(Ordering::Relaxed) => {
+            message.bytes.clear();
+            Action::Continue
+        }
+        Step::Read if is_closing.swap(false, Ordering::Relaxed) => Action::Close,
+        _ => Action::Continue,
+    };
+    let disk = vec![7; 8 << 20];
+    let fake = FakeServer::new(Dialect::Structured, &disk, Arc::new(hook));
+    let mount = Mount::new(fake.uri.as_ref());
+    let file = fs::File::open(mount.directory().join("nbd")).unwrap();
+    silent.store(true, Ordering::Relaxed);
+    let begin = Instant::now();
+    let (mut buffer, mut at) = (vec![0; 64 << 10], 0);
+    while at < disk.len() {
+        let count = file.read_at(&mut buffer, at as u64).unwrap_or_else(|error| panic!("at {at}: {error}"));
+        assert!(count > 0 && buffer[..count].iter().all(|byte| *byte == 7), "at {at}");
+        at += count;
+    }
+    let took = begin.elapsed();
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    // The query for reading ahead ends with its connection, so that the daemon can end.
+    silent.store(false, Ordering::Relaxed);
+    closing.store(true, Ordering::Relaxed);
+    nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    assert_eq!(file.read_at(&mut buffer[..BLOCK], 0).unwrap(), BLOCK);
 }

@@ -2,9 +2,14 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blkholefs::testing::sys::buffer::AlignedBuffer;
+use blkholefs::testing::units::Bytes;
 
 use crate::common::nbd::{Server, directory, image};
 use crate::common::{KIB, MIB, needs};
+use crate::fake::{Action, Dialect, FakeServer, Message};
 use crate::{default_client, read};
 
 const SIZE: u64 = 8 * MIB + 4 * KIB;
@@ -113,4 +118,27 @@ fn a_missing_export_is_an_error_with_exit_code_32() {
     let error = blkholefs::testing::source::nbd::Client::open(&uri).unwrap_err();
     assert!(error.to_string().contains("no such export"), "{error}");
     assert_eq!(error.exit_code(), 32);
+}
+
+/// A server that handles one request at a time receives none while it sends a reply, and the client receives no reply
+/// while it sends requests.
+#[test]
+fn reads_that_are_begun_do_not_fill_the_connection() {
+    let disk = vec![7; 1 << 20];
+    let fake = FakeServer::new(Dialect::Structured, &disk, Arc::new(|_: &mut Message| Action::Continue));
+    let client = default_client(&fake.uri);
+    let begin = Instant::now();
+    let reads = (0..2000).map(|_| {
+        let mut buffer = AlignedBuffer::new();
+        buffer.resize(64 << 10);
+        (Bytes::ZERO, buffer)
+    });
+    let begun = client.begin_reads(reads.collect());
+    assert!(!begun.is_empty() && begin.elapsed() < Duration::from_millis(900), "{:?}", begin.elapsed());
+    assert!(!client.has_lost_connection());
+    for read in begun {
+        assert!(read.wait().unwrap().bytes() == &disk[..64 << 10]);
+    }
+    assert_eq!(read(&client, 0, 4096), Ok(disk[..4096].to_vec()));
+    assert!(!client.has_lost_connection());
 }

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
 use crate::export::{Export, HostNode, MIN_ALIGN, PendingRead};
@@ -24,6 +25,14 @@ struct SparseExport {
     queue: Arc<AioQueue>,
     /// Bytes of reads that were begun.
     begun: AtomicU64,
+    /// The longest of these reads.
+    longest_begun: AtomicU64,
+    longest: Bytes,
+    /// Beginning reads panics.
+    panics: AtomicBool,
+    /// The handle, and its generation when it resolved the stack last.
+    handle: OnceLock<Weak<Handle>>,
+    resolved_in: AtomicU64,
 }
 
 impl Export for SparseExport {
@@ -48,6 +57,8 @@ impl Export for SparseExport {
     }
 
     fn resolve(&self, context: &Context) -> Stack {
+        let handle = self.handle.get().and_then(Weak::upgrade).expect("the handle is kept");
+        self.resolved_in.store(handle.generation(), Ordering::Relaxed);
         Stack::build(context, |resolver| {
             let map = resolver.stored(LEN, BLOCK, None, FirstBlocks);
             let (name, kind) = ("sparse".to_owned(), "test".to_owned());
@@ -62,12 +73,15 @@ impl Export for SparseExport {
 
 impl ReadQueue for SparseExport {
     fn longest(&self) -> Bytes {
-        Bytes::new(MIB)
+        self.longest
     }
 
     fn begin(&self, reads: Vec<(Bytes, AlignedBuffer)>) -> Vec<PendingRead> {
         let bytes: usize = reads.iter().map(|(_, buffer)| buffer.bytes().len()).sum();
+        assert!(!self.panics.load(Ordering::Relaxed), "on purpose");
         self.begun.fetch_add(bytes as u64, Ordering::Relaxed);
+        let longest = reads.iter().map(|(_, buffer)| buffer.bytes().len()).max().unwrap_or(0);
+        self.longest_begun.fetch_max(longest as u64, Ordering::Relaxed);
         self.queue.begin(&self.file, reads).into_iter().map(PendingRead::Direct).collect()
     }
 
@@ -95,13 +109,20 @@ struct Fixture {
 
 impl Fixture {
     fn new(memory: u64) -> Self {
+        Self::with_longest(memory, Bytes::new(MIB))
+    }
+
+    fn with_longest(memory: u64, longest: Bytes) -> Self {
         let mut path = std::env::temp_dir();
         path.push(format!("blkholefs-reader-{}-{:?}", std::process::id(), std::thread::current().id()));
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
         std::fs::remove_file(path).unwrap();
         file.set_len(LEN.get()).unwrap();
-        let export = Arc::new(SparseExport { file, queue: AioQueue::new(256).unwrap(), begun: AtomicU64::new(0) });
+        let queue = AioQueue::new(256).unwrap();
+        let (begun, longest_begun, panics, handle, resolved_in) = Default::default();
+        let export = Arc::new(SparseExport { file, queue, begun, longest_begun, longest, panics, handle, resolved_in });
         let handle = Arc::new(Handle::new(export.clone(), Arc::default(), Arc::default()));
+        export.handle.set(Arc::downgrade(&handle)).expect("it is the first handle");
         let ahead = ReadAhead::new(Some(Bytes::new(memory)), None);
         let reader = Reader::new(handle.clone(), ahead.clone());
         let fixture = Self { export, handle, ahead, reader };
@@ -166,6 +187,17 @@ fn bytes_from_before_an_open_or_a_change_are_not_used_after_it() {
     assert!(later.iter().all(|byte| byte.is_none_or(|byte| byte == 3)), "{later:?}");
 }
 
+/// A change between the two would be found by no guard, since those of the new stack are made after it.
+#[test]
+fn what_was_fetched_before_a_new_stack_was_made_is_not_used_with_it() {
+    let fixture = Fixture::new(32 * MIB);
+    for _ in 0..3 {
+        fixture.handle.drop_map();
+        fixture.handle.seek(Bytes::ZERO, Whence::Hole).unwrap();
+        assert!(fixture.handle.generation() > fixture.export.resolved_in.load(Ordering::Relaxed));
+    }
+}
+
 #[test]
 fn a_client_that_does_something_else_has_nothing_fetched() {
     let fixture = Fixture::new(32 * MIB);
@@ -200,7 +232,7 @@ fn pieces_that_are_too_old_give_way_to_another_file() {
     fixture.read_extents(8);
     // As a second later.
     fixture.handle.begin_generation();
-    let taken: Vec<_> = std::iter::from_fn(|| fixture.ahead.buffer(64 << 10)).collect();
+    let taken: Vec<_> = std::iter::from_fn(|| fixture.ahead.buffer(64 << 10, &mut Vec::new())).collect();
     assert!(taken.len() >= 14, "{} of 15 buffers", taken.len());
 }
 
@@ -264,4 +296,65 @@ fn what_the_kernel_reads_behind_each_extent_is_fetched_with_the_extent() {
         }
     }
     assert!(hits[10..].iter().all(|hit| *hit), "{hits:?}");
+}
+
+#[test]
+fn no_piece_is_longer_than_a_read_may_be() {
+    for longest in [4 << 10, 64 << 10, (64 << 10) + 512] {
+        let fixture = Fixture::with_longest(32 * MIB, Bytes::new(longest));
+        for index in 0..30 {
+            let start = Bytes::new(index * MIB);
+            assert_eq!(fixture.handle.seek(start, Whence::Data).unwrap(), Some(start));
+            // The kernel reads more than the extent.
+            let mut buffer = AlignedBuffer::new();
+            if let Some(bytes) = fixture.reader.fetched(&mut buffer, start, 100 << 10) {
+                assert!((0..).zip(bytes.as_ref()).all(|(at, byte)| *byte == u8::from(at < 64 << 10)));
+            }
+            fixture.reader.fetch_more();
+        }
+        assert!(fixture.begun() > 0 && fixture.export.longest_begun.load(Ordering::Relaxed) <= longest, "{longest}");
+    }
+}
+
+#[test]
+fn without_memory_no_map_is_asked_for_a_client_that_looks_for_none() {
+    for (memory, asks) in [(0, false), (1, false), (4096, false), (32 * MIB, true)] {
+        let fixture = Fixture::new(memory);
+        for start in (0..4 * MIB).step_by(64 << 10) {
+            fixture.reader.fetched(&mut AlignedBuffer::new(), Bytes::new(start), 64 << 10);
+            fixture.reader.fetch_more();
+        }
+        assert_eq!(fixture.handle.current().is_some(), asks, "{memory}");
+    }
+}
+
+#[test]
+fn a_read_begins_others_without_a_wait_for_the_map() {
+    let fixture = Fixture::new(32 * MIB);
+    for start in (0..4 * MIB).step_by(64 << 10) {
+        assert!(fixture.reader.fetched(&mut AlignedBuffer::new(), Bytes::new(start), 64 << 10).is_none());
+    }
+    assert!(fixture.handle.current().is_none(), "only after the reply");
+}
+
+#[test]
+fn nothing_is_fetched_after_the_close() {
+    let fixture = Fixture::new(32 * MIB);
+    fixture.read_extents(8);
+    // The thread that replied to the last read fetches more at the same time.
+    let before = fixture.begun();
+    fixture.reader.finish();
+    fixture.read_extents(30);
+    assert_eq!((fixture.begun(), fixture.reader.lock().window.ahead(Bytes::ZERO)), (before, (0, Bytes::ZERO)));
+}
+
+#[test]
+fn after_a_panic_no_thread_waits_for_its_pieces() {
+    let fixture = Fixture::new(32 * MIB);
+    fixture.export.panics.store(true, Ordering::Relaxed);
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| fixture.read_extents(8)));
+    assert!(panicked.is_err());
+    fixture.export.panics.store(false, Ordering::Relaxed);
+    let fetched: Vec<_> = (0..30).map(|index| fixture.read_extent(index)).collect();
+    assert!(fetched[10..].iter().all(|byte| *byte == Some(1)), "{fetched:?}");
 }

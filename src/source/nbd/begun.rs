@@ -14,6 +14,10 @@ use crate::units::Bytes;
 /// are needed.
 const CONNECT: Duration = Duration::from_secs(1);
 
+/// How long a request may take to be sent, from the beginning of all reads on. It does not wait where the connection
+/// [accepts more](Connection::accepts_more), except that several threads may send at once.
+const SEND: Duration = Duration::from_secs(5);
+
 /// A read that was sent to the server. Dropping it gives its bytes up.
 #[derive(Debug)]
 pub struct BegunRead {
@@ -50,13 +54,18 @@ impl Drop for BegunRead {
 impl Client {
     /// Sends reads, each from its offset on and as long as its buffer: at most [`Client::longest_read`], aligned to
     /// [`Client::minimum_block`], and before the end of the export. The results are in the same order; after the first
-    /// one that cannot be sent there are no more.
+    /// one that cannot be sent without a wait there are no more.
     pub fn begin_reads(&self, reads: Vec<(Bytes, AlignedBuffer)>) -> Vec<BegunRead> {
         let until = crate::deadline::no_later_than(Instant::now() + CONNECT);
+        let sent_by = crate::deadline::no_later_than(Instant::now() + SEND);
         let timeout = self.timeouts().request;
         let send = |(offset, buffer)| {
             let connection = self.connection(until)?;
-            let id = connection.submit_read(offset, buffer, until).map_err(|failure| failure.to_string())?;
+            // While this thread sends, it receives no replies. A server that cannot send them may receive no requests.
+            if !connection.accepts_more() {
+                return Err("the server receives no more requests".to_owned());
+            }
+            let id = connection.submit_read(offset, buffer, sent_by).map_err(|failure| failure.to_string())?;
             Ok::<_, String>(BegunRead { connection, id: Some(id), timeout })
         };
         reads.into_iter().map_while(|read| send(read).ok()).collect()

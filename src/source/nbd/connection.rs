@@ -113,6 +113,11 @@ impl Connection {
         self.pending().broken.is_some()
     }
 
+    /// Whether a request can be sent without a wait for the server, which may itself wait until its replies are received.
+    pub fn accepts_more(&self) -> bool {
+        self.stream.accepts_more()
+    }
+
     /// Sends a request.
     ///
     /// # Errors

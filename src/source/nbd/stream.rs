@@ -231,6 +231,13 @@ impl Stream {
         send(&mut tls, &mut until)
     }
 
+    /// Whether a short message can be sent without waiting, if no other thread sends. A Unix socket has room for three times
+    /// as much as was sent and not received then (`unix_writable` of `net/unix/af_unix.c`).
+    pub fn accepts_more(&self) -> bool {
+        let mut sockets = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut sockets, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Writes the bytes that the socket accepts without waiting, and drops the rest. For the last message of a
     /// connection.
     pub fn write_without_waiting(&self, bytes: &[u8]) {
