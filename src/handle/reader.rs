@@ -19,29 +19,25 @@
 
 mod duties;
 mod pattern;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod window;
 
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Handle;
-use crate::export::{MIN_ALIGN, ReadQueue};
+use crate::export::ReadQueue;
 use crate::map::view::Whence;
-use crate::sys::buffer::{AlignedBuffer, BufferPool};
+use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 use duties::{Filling, Waiting};
 use pattern::{Pattern, Step};
 use window::{Found, Part, Window};
 
-/// The default of `-o read_ahead`: the memory of all that is fetched ahead in a mount.
-pub const DEFAULT_READ_AHEAD: Bytes = Bytes::new(32 << 20);
-
-/// The default of `-o queue_depth`: the reads of one open file that are in progress at the same time. Disks, arrays and
-/// servers gain nothing from more.
-pub const DEFAULT_QUEUE_DEPTH: u16 = 64;
+pub use shared::ReadAhead;
 
 /// What is fetched ahead first, in pieces and in bytes. Each time the client has used half of it, twice as much is fetched.
 const FIRST_PIECES: usize = 8;
@@ -63,73 +59,6 @@ const FINISH: Duration = Duration::from_secs(1);
 
 /// The extents that are looked at for one plan, for each piece: neighbours need not differ in kind.
 const EXTENTS_PER_PIECE: usize = 4;
-
-/// What the open files of a mount share for reading ahead.
-pub struct ReadAhead {
-    pool: Arc<BufferPool>,
-    /// The most bytes that one open file may have fetched.
-    per_file: Bytes,
-    depth: usize,
-    /// Open files that have something fetched.
-    readers: Mutex<Vec<Weak<Reader>>>,
-}
-
-impl ReadAhead {
-    /// At most `memory` bytes for all open files together, and a half of it for one; at most `depth` reads in progress for
-    /// one open file. Nothing is read ahead with a `memory` of zero.
-    pub fn new(memory: Option<Bytes>, depth: Option<u16>) -> Arc<Self> {
-        let memory = memory.unwrap_or(DEFAULT_READ_AHEAD).get();
-        Arc::new(Self {
-            pool: BufferPool::new(usize::try_from(memory).unwrap_or(usize::MAX)),
-            per_file: Bytes::new(memory / 2),
-            depth: usize::from(depth.unwrap_or(DEFAULT_QUEUE_DEPTH)),
-            readers: Mutex::default(),
-        })
-    }
-
-    /// The number of reads of one open file that are in progress at the same time, at most.
-    pub fn depth(&self) -> usize {
-        self.depth
-    }
-
-    /// Whether anything can be fetched: whether a buffer of one page may be made, which takes twice as much memory.
-    fn is_used(&self) -> bool {
-        self.per_file >= MIN_ALIGN
-    }
-
-    /// Bytes of all buffers.
-    pub fn memory(&self) -> usize {
-        self.pool.bytes()
-    }
-
-    /// Gives the memory that nothing uses back to the system.
-    pub fn trim(&self) {
-        self.pool.trim();
-    }
-
-    /// A buffer, for which pieces of other files that are too old to be used give way. These files are added to `others`.
-    /// They may have been closed in between, and dropping one may wait for its device. So the caller drops them when it
-    /// holds no lock, and has begun its own reads: the device may be one that reads the file of the caller.
-    fn buffer(&self, len: usize, others: &mut Vec<Arc<Reader>>) -> Option<AlignedBuffer> {
-        self.pool.take(len).or_else(|| {
-            let readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            for reader in readers.iter().filter_map(Weak::upgrade) {
-                // A file that is used at this moment keeps what it has.
-                if let Ok(mut state) = reader.state.try_lock() {
-                    state.window.drop_stale(reader.handle.generation(), Instant::now());
-                }
-                others.push(reader);
-            }
-            self.pool.take(len)
-        })
-    }
-
-    fn add(&self, reader: &Arc<Reader>) {
-        let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
-        readers.retain(|other| other.strong_count() > 0);
-        readers.push(Arc::downgrade(reader));
-    }
-}
 
 /// One open of a device.
 pub struct Reader {
@@ -327,7 +256,7 @@ impl Reader {
         if state.is_closed
             || state.is_filling
             || !state.pattern.is_in_order()
-            || !state.wants_more(self.ahead.depth, self.ahead.per_file)
+            || !state.wants_more(self.ahead.depth(), self.ahead.per_file)
         {
             return None;
         }
@@ -356,42 +285,49 @@ impl Reader {
         generation: u64,
         others: &mut Vec<Arc<Reader>>,
     ) -> Vec<(u64, Bytes, AlignedBuffer)> {
-        let align = self.handle.export().align();
-        let longest = longest.align_down(align);
         let mut planned = Vec::new();
         let (mut count, mut bytes) = state.window.ahead(state.pattern.position());
-        let piece_len = state.longest_read.max(SHORTEST_PIECE).min(LONGEST_PIECE).min(longest).align_down(align);
         let mut at = state.window.planned.max(state.pattern.position());
         let mut looks = state.goal_pieces * EXTENTS_PER_PIECE;
-        while count < state.goal_pieces && bytes < state.goal_bytes && looks > 0 && piece_len > Bytes::ZERO {
+        while count < state.goal_pieces && bytes < state.goal_bytes && looks > 0 {
             looks -= 1;
-            let expected = self.handle.expected_extent(at);
-            let extent_end = expected.map_or(Bytes::MAX, |extent| extent.end);
-            if !state.pattern.reads(expected.map(|extent| extent.kind)) {
-                if expected.is_none() {
-                    break;
+            match self.next_piece(state, at, longest) {
+                NextPiece::None => break,
+                NextPiece::Behind(end) => at = end,
+                NextPiece::Range(range) => {
+                    let len = range.end.saturating_sub(range.start);
+                    let buffer = usize::try_from(len.get()).ok().and_then(|len| self.ahead.buffer(len, others));
+                    let Some(buffer) = buffer else { break };
+                    (count, bytes, at) = (count + 1, bytes.saturating_add(len), range.end);
+                    planned.push((state.window.push(range.clone(), generation), range.start, buffer));
                 }
-                (at, state.window.planned) = (extent_end, extent_end);
-                continue;
             }
-            // Pieces begin where reads do, so that most reads are of one piece.
-            let piece_end = at.saturating_add(piece_len);
-            let end = if extent_end > piece_end { piece_end } else { extent_end.saturating_add(state.excess) };
-            let start = at.align_down(align);
-            let end = end.align_up(align).unwrap_or(end).min(start.saturating_add(longest));
-            let Some(end) = self.handle.readable_end(end) else { break };
-            let len = end.saturating_sub(start).get();
-            let Some(buffer) =
-                usize::try_from(len).ok().filter(|&len| len > 0).and_then(|len| self.ahead.buffer(len, others))
-            else {
-                state.window.planned = at;
-                break;
-            };
-            planned.push((state.window.push(start..end, generation), start, buffer));
-            (count, bytes, at) = (count + 1, bytes.saturating_add(Bytes::new(len)), end);
-            state.window.planned = end;
+            state.window.planned = at;
         }
         planned
+    }
+
+    /// The next piece from `at` on, of at most `longest` bytes.
+    fn next_piece(&self, state: &State, at: Bytes, longest: Bytes) -> NextPiece {
+        let expected = self.handle.expected_extent(at);
+        let extent_end = expected.map_or(Bytes::MAX, |extent| extent.end);
+        if !state.pattern.reads(expected.map(|extent| extent.kind)) {
+            return if expected.is_some() { NextPiece::Behind(extent_end) } else { NextPiece::None };
+        }
+        let align = self.handle.export().align();
+        let longest = longest.align_down(align);
+        // Pieces begin where reads do, so that most reads are of one piece.
+        let piece_len = state.longest_read.max(SHORTEST_PIECE).min(LONGEST_PIECE).min(longest).align_down(align);
+        let piece_end = at.saturating_add(piece_len);
+        let end = if extent_end > piece_end { piece_end } else { extent_end.saturating_add(state.excess) };
+        // The last piece may end within the unit in which this extent begins.
+        let start = at.align_down(align).max(state.window.end());
+        let end = end.align_up(align).unwrap_or(end).min(start.saturating_add(longest));
+        match self.handle.readable_end(end) {
+            Some(end) if start < end => NextPiece::Range(start..end),
+            Some(end) if at < end => NextPiece::Behind(end),
+            Some(_) | None => NextPiece::None,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -419,6 +355,16 @@ impl State {
         self.goal_bytes = Bytes::new(self.goal_bytes.get() * 2).max(first).min(per_file);
         true
     }
+}
+
+/// What is planned from an offset on.
+enum NextPiece {
+    /// A piece.
+    Range(Range<Bytes>),
+    /// Nothing before this offset.
+    Behind(Bytes),
+    /// Nothing at all.
+    None,
 }
 
 /// What is done where no extent is expected.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, Weak};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
@@ -357,4 +357,23 @@ fn after_a_panic_no_thread_waits_for_its_pieces() {
     fixture.export.panics.store(false, Ordering::Relaxed);
     let fetched: Vec<_> = (0..30).map(|index| fixture.read_extent(index)).collect();
     assert!(fetched[10..].iter().all(|byte| *byte == Some(1)), "{fetched:?}");
+}
+
+#[test]
+fn extents_that_share_a_unit_have_one_piece_for_it() {
+    let fixture = Fixture::new(32 * MIB);
+    let mut state = fixture.reader.lock();
+    fixture.handle.seek(Bytes::ZERO, Whence::Data).unwrap();
+    let unit = MIN_ALIGN.get();
+    // A piece that ends within the next extent, at its second unit.
+    state.window.push(Bytes::ZERO..Bytes::new(MIB + unit), 0);
+    let next = |state: &State, at| match fixture.reader.next_piece(state, Bytes::new(at), Bytes::new(MIB)) {
+        NextPiece::Range(range) => Some((range.start.get(), range.end.get())),
+        NextPiece::Behind(_) | NextPiece::None => None,
+    };
+    assert_eq!(next(&state, MIB + 5), Some((MIB + unit, MIB + (64 << 10))));
+    assert_eq!(next(&state, 2 * MIB + 5), Some((2 * MIB, 2 * MIB + (64 << 10))));
+    assert_eq!(next(&state, 2 * MIB + (64 << 10)), None, "a hole");
+    state.window.push(Bytes::new(2 * MIB)..Bytes::new(4 * MIB), 0);
+    assert_eq!(next(&state, 2 * MIB + 5), None, "it is there");
 }

@@ -86,6 +86,11 @@ impl Window {
         });
     }
 
+    /// The end of the last piece.
+    pub(super) fn end(&self) -> Bytes {
+        self.pieces.back().map_or(Bytes::ZERO, |piece| piece.range.end)
+    }
+
     /// The number of pieces, and their bytes, that are at or behind `position`.
     pub(super) fn ahead(&self, position: Bytes) -> (usize, Bytes) {
         let ahead = self.pieces.iter().filter(|piece| piece.range.end > position);
