@@ -16,6 +16,7 @@ pub use compose::{Clip, Concat, Overlay, Uniform};
 pub use fill::{Block, FillBuilder, FillMap};
 pub use stripe::{Stripe, Unstripe};
 
+use std::convert::Infallible;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Once;
@@ -157,24 +158,42 @@ pub trait HoleMap: Send + Sync {
 /// [`HoleMap::extent_at`] with a check of the answer. An extent that does not advance or that ends beyond the device is
 /// replaced by data up to the end of the device. At and beyond the end of the map there is data without end.
 fn checked_extent(map: &dyn HoleMap, offset: Bytes) -> Extent {
+    let Ok(extent) = ask_now(map, offset);
+    extent
+}
+
+/// Asks a part of a composition for the extent that is true now: [`checked_extent`].
+fn ask_now(map: &dyn HoleMap, offset: Bytes) -> Result<Extent, Infallible> {
+    checked(map, offset, || Ok(map.extent_at(offset)))
+}
+
+/// Nothing is known of an offset without a query.
+struct NothingExpected;
+
+/// Asks a part of a composition for [`HoleMap::expected_extent`], with the check of [`checked_extent`].
+fn ask_expected(map: &dyn HoleMap, offset: Bytes) -> Result<Extent, NothingExpected> {
+    checked(map, offset, || map.expected_extent(offset).ok_or(NothingExpected))
+}
+
+fn checked<E>(map: &dyn HoleMap, offset: Bytes, ask: impl FnOnce() -> Result<Extent, E>) -> Result<Extent, E> {
     let len = map.len();
-    if offset >= len {
-        return Extent { end: Bytes::MAX, kind: ExtentKind::Data };
+    match offset < len {
+        true => ask().map(|extent| valid_or_data(extent, offset, len)),
+        false => Ok(Extent { end: Bytes::MAX, kind: ExtentKind::Data }),
     }
-    valid_or_data(map.extent_at(offset), offset, len)
 }
 
-/// [`HoleMap::expected_extent`] of an `offset` below the length, with the check of [`checked_extent`].
-fn checked_expected(map: &dyn HoleMap, offset: Bytes) -> Option<Extent> {
-    let extent = map.expected_extent(offset)?;
-    (offset < map.len()).then(|| valid_or_data(extent, offset, map.len()))
+/// The extent of a device of `len` bytes all of which are bytes of `inner`: what `ask` says of `inner` at `at`, whose end
+/// `back` moves to the device. Data up to the end of the device where `inner` has no such byte.
+fn extent_of_inner<E>(
+    (inner, at): (&dyn HoleMap, Option<Bytes>),
+    len: Bytes,
+    back: impl FnOnce(Bytes) -> Bytes,
+    ask: impl Fn(&dyn HoleMap, Bytes) -> Result<Extent, E>,
+) -> Result<Extent, E> {
+    let Some(at) = at.filter(|&at| at < inner.len()) else { return Ok(Extent { end: len, kind: ExtentKind::Data }) };
+    ask(inner, at).map(|extent| Extent { end: back(extent.end).min(len), kind: extent.kind })
 }
-
-/// What a composition asks its parts: [`checked_extent`] or [`checked_expected`].
-type AskPart = fn(&dyn HoleMap, Bytes) -> Option<Extent>;
-
-/// Asks a part for an extent that is true now.
-const ASK_NOW: AskPart = |map, offset| Some(checked_extent(map, offset));
 
 /// `extent` if it keeps the contract of [`HoleMap::extent_at`], else data up to the end of the device.
 fn valid_or_data(extent: Extent, offset: Bytes, len: Bytes) -> Extent {

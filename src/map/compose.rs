@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{ASK_NOW, AskPart, Extent, ExtentKind, HoleMap, checked_expected, checked_next_data, checked_next_hole};
+use super::{
+    Extent, ExtentKind, HoleMap, ask_expected, ask_now, checked_next_data, checked_next_hole, extent_of_inner,
+};
 use crate::reason::DenseReason;
 use crate::units::Bytes;
 
@@ -42,17 +44,12 @@ pub struct Clip {
 }
 
 impl Clip {
-    fn extent_by(&self, offset: Bytes, ask: AskPart) -> Option<Extent> {
+    fn extent_by<E>(&self, offset: Bytes, ask: impl Fn(&dyn HoleMap, Bytes) -> Result<Extent, E>) -> Result<Extent, E> {
         if offset >= self.len {
-            return Some(Extent::outside(offset));
+            return Ok(Extent::outside(offset));
         }
-        match self.start.checked_add(offset).filter(|&at| at < self.inner.len()) {
-            Some(at) => {
-                let extent = ask(&*self.inner, at)?;
-                Some(Extent { end: extent.end.saturating_sub(self.start).min(self.len), kind: extent.kind })
-            }
-            None => Some(Extent { end: self.len, kind: ExtentKind::Data }),
-        }
+        let at = self.start.checked_add(offset);
+        extent_of_inner((&*self.inner, at), self.len, |end| end.saturating_sub(self.start), ask)
     }
 }
 
@@ -62,11 +59,12 @@ impl HoleMap for Clip {
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        self.extent_by(offset, ASK_NOW).unwrap_or(Extent { end: self.len, kind: ExtentKind::Data })
+        let Ok(extent) = self.extent_by(offset, ask_now);
+        extent
     }
 
     fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
-        self.extent_by(offset, checked_expected)
+        self.extent_by(offset, ask_expected).ok()
     }
 
     fn next_data(&self, offset: Bytes) -> Bytes {
@@ -127,11 +125,11 @@ impl Concat {
         Some(Self { segments: placed })
     }
 
-    fn extent_by(&self, offset: Bytes, ask: AskPart) -> Option<Extent> {
+    fn extent_by<E>(&self, offset: Bytes, ask: impl Fn(&dyn HoleMap, Bytes) -> Result<Extent, E>) -> Result<Extent, E> {
         let index = self.segments.partition_point(|segment| segment.end <= offset);
-        let Some(segment) = self.segments.get(index) else { return Some(Extent::outside(offset)) };
+        let Some(segment) = self.segments.get(index) else { return Ok(Extent::outside(offset)) };
         let extent = ask(&*segment.map, offset.saturating_sub(segment.start))?;
-        Some(Extent { end: segment.start.saturating_add(extent.end).min(segment.end), kind: extent.kind })
+        Ok(Extent { end: segment.start.saturating_add(extent.end).min(segment.end), kind: extent.kind })
     }
 
     fn maps(&self) -> impl Iterator<Item = &dyn HoleMap> {
@@ -145,11 +143,12 @@ impl HoleMap for Concat {
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        self.extent_by(offset, ASK_NOW).unwrap_or(Extent { end: self.len(), kind: ExtentKind::Data })
+        let Ok(extent) = self.extent_by(offset, ask_now);
+        extent
     }
 
     fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
-        self.extent_by(offset, checked_expected)
+        self.extent_by(offset, ask_expected).ok()
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -180,15 +179,13 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    fn extent_by(&self, offset: Bytes, ask: AskPart) -> Option<Extent> {
+    fn extent_by<E>(&self, offset: Bytes, ask: impl Fn(&dyn HoleMap, Bytes) -> Result<Extent, E>) -> Result<Extent, E> {
         if offset >= self.len {
-            return Some(Extent::outside(offset));
+            return Ok(Extent::outside(offset));
         }
         let mut answer: Option<Extent> = None;
         for layer in self.maps() {
-            // Beyond its end a layer is data.
-            let beyond = Extent { end: self.len, kind: ExtentKind::Data };
-            let extent = if offset < layer.len() { ask(layer, offset)? } else { beyond };
+            let extent = ask(layer, offset)?;
             if extent.kind.is_data() {
                 answer = Some(extent);
                 break;
@@ -199,7 +196,7 @@ impl Overlay {
             });
         }
         let answer = answer.unwrap_or(Extent { end: self.len, kind: ExtentKind::Data });
-        Some(Extent { end: answer.end.min(self.len), kind: answer.kind })
+        Ok(Extent { end: answer.end.min(self.len), kind: answer.kind })
     }
 
     fn maps(&self) -> impl Iterator<Item = &dyn HoleMap> {
@@ -213,11 +210,12 @@ impl HoleMap for Overlay {
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        self.extent_by(offset, ASK_NOW).unwrap_or(Extent { end: self.len, kind: ExtentKind::Data })
+        let Ok(extent) = self.extent_by(offset, ask_now);
+        extent
     }
 
     fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
-        self.extent_by(offset, checked_expected)
+        self.extent_by(offset, ask_expected).ok()
     }
 
     fn allocated(&self) -> Option<Bytes> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::compose::{all_dense, allocated_within, memory_of};
-use super::{ASK_NOW, AskPart, Extent, ExtentKind, HoleMap, checked_expected};
+use super::{Extent, ExtentKind, HoleMap, ask_expected, ask_now, extent_of_inner};
 use crate::reason::DenseReason;
 use crate::units::Bytes;
 
@@ -63,27 +63,23 @@ impl Stripe {
     /// Queries each leg once, at its first byte at or after `offset`, in the order of these bytes on the device. The
     /// answer ends where the first extent of any leg ends, or where a leg with an extent of another kind begins. A leg
     /// that begins behind this end is not queried.
-    fn extent_by(&self, offset: Bytes, ask: AskPart) -> Option<Extent> {
+    fn extent_by<E>(&self, offset: Bytes, ask: impl Fn(&dyn HoleMap, Bytes) -> Result<Extent, E>) -> Result<Extent, E> {
         if offset >= self.len {
-            return Some(Extent::outside(offset));
+            return Ok(Extent::outside(offset));
         }
         let mut kind: Option<ExtentKind> = None;
         let mut end = self.len;
         for (leg, map) in self.legs_from(self.geometry.leg_of(offset)) {
             let at = self.geometry.on_leg(leg, offset);
             let Some(begin) = self.geometry.on_device(leg, at).filter(|&begin| begin < end) else { break };
-            let extent = match at < map.len() {
-                true => ask(map, at)?,
-                // What a leg is too short for is data.
-                false => Extent { end: Bytes::MAX, kind: ExtentKind::Data },
-            };
+            let extent = ask(map, at)?;
             if extent.kind != *kind.get_or_insert(extent.kind) {
                 end = begin;
                 break;
             }
             end = self.geometry.on_device(leg, extent.end).map_or(end, |extent_end| end.min(extent_end));
         }
-        Some(Extent { end, kind: kind.unwrap_or(ExtentKind::Data) })
+        Ok(Extent { end, kind: kind.unwrap_or(ExtentKind::Data) })
     }
 
     /// All legs with their numbers: from leg `first` to the last one, then from leg 0 on.
@@ -99,11 +95,12 @@ impl HoleMap for Stripe {
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        self.extent_by(offset, ASK_NOW).unwrap_or(Extent { end: self.len, kind: ExtentKind::Data })
+        let Ok(extent) = self.extent_by(offset, ask_now);
+        extent
     }
 
     fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
-        self.extent_by(offset, checked_expected)
+        self.extent_by(offset, ask_expected).ok()
     }
 
     fn allocated(&self) -> Option<Bytes> {
@@ -143,17 +140,12 @@ impl Unstripe {
 }
 
 impl Unstripe {
-    fn extent_by(&self, offset: Bytes, ask: AskPart) -> Option<Extent> {
+    fn extent_by<E>(&self, offset: Bytes, ask: impl Fn(&dyn HoleMap, Bytes) -> Result<Extent, E>) -> Result<Extent, E> {
         if offset >= self.len {
-            return Some(Extent::outside(offset));
+            return Ok(Extent::outside(offset));
         }
-        match self.geometry.on_device(self.index, offset).filter(|&at| at < self.inner.len()) {
-            Some(at) => {
-                let extent = ask(&*self.inner, at)?;
-                Some(Extent { end: self.geometry.on_leg(self.index, extent.end).min(self.len), kind: extent.kind })
-            }
-            None => Some(Extent { end: self.len, kind: ExtentKind::Data }),
-        }
+        let at = self.geometry.on_device(self.index, offset);
+        extent_of_inner((&*self.inner, at), self.len, |end| self.geometry.on_leg(self.index, end), ask)
     }
 }
 
@@ -163,11 +155,12 @@ impl HoleMap for Unstripe {
     }
 
     fn extent_at(&self, offset: Bytes) -> Extent {
-        self.extent_by(offset, ASK_NOW).unwrap_or(Extent { end: self.len, kind: ExtentKind::Data })
+        let Ok(extent) = self.extent_by(offset, ask_now);
+        extent
     }
 
     fn expected_extent(&self, offset: Bytes) -> Option<Extent> {
-        self.extent_by(offset, checked_expected)
+        self.extent_by(offset, ask_expected).ok()
     }
 
     fn dense_because(&self) -> Option<DenseReason> {
