@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::client::Client;
 use super::connection::{Connection, RequestId};
 use super::reply::ReplyContent;
+use crate::deadline;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
@@ -36,7 +37,7 @@ impl BegunRead {
     pub fn wait(mut self) -> io::Result<AlignedBuffer> {
         let failed = || io::Error::from_raw_os_error(libc::EIO);
         let id = self.id.take().ok_or_else(failed)?;
-        match self.connection.wait(id, crate::deadline::no_later_than(Instant::now() + self.timeout)) {
+        match self.connection.wait(id, deadline::no_later_than(Instant::now() + self.timeout)) {
             Ok(ReplyContent::Bytes(bytes)) => Ok(bytes),
             Ok(ReplyContent::Extents(_) | ReplyContent::Flushed) | Err(_) => Err(failed()),
         }
@@ -56,8 +57,8 @@ impl Client {
     /// [`Client::minimum_block`], and before the end of the export. The results are in the same order; after the first
     /// one that cannot be sent without a wait there are no more.
     pub fn begin_reads(&self, reads: Vec<(Bytes, AlignedBuffer)>) -> Vec<BegunRead> {
-        let until = crate::deadline::no_later_than(Instant::now() + CONNECT);
-        let sent_by = crate::deadline::no_later_than(Instant::now() + SEND);
+        let until = deadline::no_later_than(Instant::now() + CONNECT);
+        let sent_by = deadline::no_later_than(Instant::now() + SEND);
         let timeout = self.timeouts().request;
         let send = |(offset, buffer)| {
             let connection = self.connection(until)?;

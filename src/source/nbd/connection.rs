@@ -203,25 +203,8 @@ impl Connection {
     /// before that: nbdkit 1.32 ends with a failed assertion.
     pub fn drain(&self, deadline: Instant) {
         let mut pending = self.pending();
-        while !pending.requests.is_empty() && pending.broken.is_none() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            if pending.has_reader {
-                pending = self.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
-                continue;
-            }
-            pending.has_reader = true;
-            drop(pending);
-            let mut read_ahead = self.read_ahead.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Err(reason) = self.read_reply(&mut read_ahead, deadline) {
-                self.end(reason);
-            }
-            drop(read_ahead);
-            pending = self.pending();
-            pending.has_reader = false;
-            self.changed.notify_all();
+        while !pending.requests.is_empty() && pending.broken.is_none() && Instant::now() < deadline {
+            pending = self.receive_or_wait(pending, deadline, |_completed| true);
         }
     }
 
@@ -237,27 +220,37 @@ impl Connection {
                 pending.requests.remove(&cookie);
                 return Err(RequestError::Broken(reason));
             }
-            if pending.has_reader {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    drop(pending);
-                    self.end("the server does not answer in time".to_owned());
-                    pending = self.pending();
-                } else {
-                    pending = self.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
-                }
+            if pending.has_reader && Instant::now() >= deadline {
+                drop(pending);
+                self.end("the server does not answer in time".to_owned());
+                pending = self.pending();
                 continue;
             }
-            pending.has_reader = true;
-            drop(pending);
-            let read = self.read_until(cookie, deadline);
-            if let Err(reason) = read {
-                self.end(reason);
-            }
-            pending = self.pending();
-            pending.has_reader = false;
-            self.changed.notify_all();
+            pending = self.receive_or_wait(pending, deadline, |completed| completed == Some(cookie));
         }
+    }
+
+    /// Waits for a change by the thread that receives replies. If there is none, this thread receives them, until
+    /// `is_enough`, which gets the cookie of the request that a reply or chunk completed. An error ends the connection.
+    fn receive_or_wait<'a>(
+        &'a self,
+        mut pending: MutexGuard<'a, PendingRequests>,
+        deadline: Instant,
+        is_enough: impl Fn(Option<u64>) -> bool,
+    ) -> MutexGuard<'a, PendingRequests> {
+        if pending.has_reader {
+            let left = deadline.saturating_duration_since(Instant::now());
+            return self.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        pending.has_reader = true;
+        drop(pending);
+        if let Err(reason) = self.read_until(is_enough, deadline) {
+            self.end(reason);
+        }
+        pending = self.pending();
+        pending.has_reader = false;
+        self.changed.notify_all();
+        pending
     }
 
     /// Ends the connection for all threads. The reason of the first call is kept.
@@ -286,10 +279,10 @@ impl Connection {
         }
     }
 
-    /// Receives replies until the one to `cookie` is complete. An error ends the connection.
-    fn read_until(&self, cookie: u64, deadline: Instant) -> Result<(), String> {
+    /// Receives replies and chunks until `is_enough`: see [`Connection::receive_or_wait`].
+    fn read_until(&self, is_enough: impl Fn(Option<u64>) -> bool, deadline: Instant) -> Result<(), String> {
         let mut read_ahead = self.read_ahead.lock().unwrap_or_else(PoisonError::into_inner);
-        while self.read_reply(&mut read_ahead, deadline)? != Some(cookie) {}
+        while !is_enough(self.read_reply(&mut read_ahead, deadline)?) {}
         Ok(())
     }
 
