@@ -58,6 +58,9 @@ const EXTENTS_AT_ONCE: usize = 256;
 /// Loading or dropping extents of this size or more is followed by a call that gives free memory back to the system.
 const LARGE: Bytes = Bytes::new(256 << 10);
 
+/// Answers a question from a stack whose extents are not loaded, if it can.
+type KnownAnswer<'a, T> = &'a dyn Fn(&Stack) -> Option<T>;
+
 /// An open device, shared by all opens of its file.
 pub struct Handle {
     export: Arc<dyn Export>,
@@ -167,8 +170,7 @@ impl Handle {
             None => (view::seek(map, align, offset, whence), false),
         };
         // Extents that are used are as long as the device.
-        let known = None::<fn(&Stack) -> Option<(Option<Bytes>, bool)>>;
-        if let Some((found, _)) = self.fresh_answer_of(known, ask, |&(_, inside)| inside) {
+        if let Some((found, _)) = self.fresh_answer_of(None, ask, |&(_, inside)| inside) {
             return Ok(found);
         }
         let len = self.export.len()?;
@@ -207,7 +209,7 @@ impl Handle {
     pub fn has_hole(&self) -> Result<bool> {
         let align = self.export.align();
         let known = |stack: &Stack| view::has_hole_of(stack.is_sparse(), align);
-        match self.fresh_answer_of(Some(known), |map| view::has_hole(map, align), |_| false) {
+        match self.fresh_answer_of(Some(&known), |map| view::has_hole(map, align), |_| false) {
             Some(has_hole) => Ok(has_hole),
             None => self.export.len().map(|_| false),
         }
@@ -233,20 +235,17 @@ impl Handle {
     /// first if necessary. `None` if no result passes the check: the device changes too often, is suspended, or cannot
     /// write back its dirty pages.
     fn fresh_answer<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
-        self.fresh_answer_of(None::<fn(&Stack) -> Option<T>>, ask, |_| false)
+        self.fresh_answer_of(None, ask, |_| false)
     }
 
     /// As [`Handle::fresh_answer`], for a question that `known` may answer from the stack before its extents are loaded.
     /// The length of no layer is checked for an answer of which `inside` is true.
-    fn fresh_answer_of<T, K>(
+    fn fresh_answer_of<T>(
         &self,
-        known: Option<K>,
+        known: Option<KnownAnswer<'_, T>>,
         ask: impl Fn(&dyn HoleMap) -> T,
         inside: impl Fn(&T) -> bool,
-    ) -> Option<T>
-    where
-        K: Fn(&Stack) -> Option<T>,
-    {
+    ) -> Option<T> {
         let (request, asked) = (SequenceNumber::last(), self.maps.clock.now());
         let mut resolved = self.current().filter(|current| current.fits);
         let mut newer_than = request;
@@ -260,7 +259,7 @@ impl Handle {
             if !now.stack.write_back() {
                 return None;
             }
-            let answer = match (now.is_loaded(), &known) {
+            let answer = match (now.is_loaded(), known) {
                 (false, Some(known)) => known(&now.stack),
                 _ => None,
             };

@@ -199,6 +199,15 @@ impl State {
             Slot::Free | Slot::Reading { .. } => None,
         }
     }
+
+    /// Frees a slot now if its read is complete, and otherwise when it is.
+    fn abandon(&mut self, index: usize) {
+        match &mut self.slots[index] {
+            Slot::Reading { abandoned, .. } => *abandoned = true,
+            Slot::Done { .. } => self.release(index),
+            Slot::Free => {}
+        }
+    }
 }
 
 impl AioRead {
@@ -240,17 +249,6 @@ impl AioRead {
                     return Err(error);
                 }
             }
-        }
-    }
-}
-
-impl State {
-    /// Frees a slot now if its read is complete, and otherwise when it is.
-    fn abandon(&mut self, index: usize) {
-        match &mut self.slots[index] {
-            Slot::Reading { abandoned, .. } => *abandoned = true,
-            Slot::Done { .. } => self.release(index),
-            Slot::Free => {}
         }
     }
 }
