@@ -35,26 +35,30 @@ struct FloorFs {
     bytes: Vec<u8>,
 }
 
+/// The attributes of a file of `size` bytes that looks sparse, or of a directory.
+pub fn attributes(ino: INodeNo, is_file: bool, size: u64) -> FileAttr {
+    FileAttr {
+        ino,
+        size,
+        blocks: 1,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: if is_file { FileType::RegularFile } else { FileType::Directory },
+        perm: 0o555,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
 impl FloorFs {
     fn attr(&self, ino: INodeNo) -> FileAttr {
-        let kind = if ino.0 >= FIRST { FileType::RegularFile } else { FileType::Directory };
-        FileAttr {
-            ino,
-            size: self.shape.size,
-            blocks: 1,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind,
-            perm: 0o555,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
+        attributes(ino, ino.0 >= FIRST, self.shape.size)
     }
 }
 

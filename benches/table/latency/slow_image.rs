@@ -6,16 +6,16 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyLseek,
-    ReplyOpen, Request,
+    BackgroundSession, Config, Errno, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyLseek, ReplyOpen, Request,
 };
 use nix::unistd::{Whence, lseek};
 
 use crate::common::wait_until;
+use crate::floor::attributes;
 
 const NAME: &str = "image";
 const IMAGE: INodeNo = INodeNo(2);
@@ -33,23 +33,7 @@ struct SlowFs {
 
 impl SlowFs {
     fn attr(&self, ino: INodeNo) -> FileAttr {
-        FileAttr {
-            ino,
-            size: self.size,
-            blocks: 1,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind: if ino == IMAGE { FileType::RegularFile } else { FileType::Directory },
-            perm: 0o555,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
+        attributes(ino, ino == IMAGE, self.size)
     }
 }
 
