@@ -129,10 +129,9 @@ impl Handle {
         (offset < map.len()).then(|| map.expected_extent(offset)).flatten().filter(|extent| extent.end > offset)
     }
 
-    /// `end`, or the end of the last whole unit of the device, if that is before.
-    fn readable_end(&self, end: Bytes) -> Option<Bytes> {
-        let len = self.export.len().ok()?;
-        Some(end.min(len.align_down(self.export.align())))
+    /// The end of the last whole unit of the device.
+    fn readable_end(&self) -> Option<Bytes> {
+        Some(self.export.len().ok()?.align_down(self.export.align()))
     }
 
     /// Shares the bound on the memory of reads with `other`, which is the same device by another name.

@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 
 use super::Handle;
 use crate::export::ReadQueue;
+use crate::map::Extent;
 use crate::map::view::Whence;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -134,13 +135,16 @@ impl Reader {
         let len = self.handle.export().len().ok()?;
         let end = offset.saturating_add(Bytes::new(size as u64)).min(len);
         let range = (offset < end).then_some(offset..end)?;
+        // Looked up once: it may take system calls.
+        let first = self.handle.expected_extent(range.start);
+        let expected = |at: Bytes| if at == range.start { first } else { self.handle.expected_extent(at) };
         let step = {
             let mut state = self.lock();
-            let step = state.pattern.note_read(&range, |offset| self.handle.expected_extent(offset));
+            let step = state.pattern.note_read(&range, expected);
             if step == Step::Elsewhere {
                 state.stop();
             }
-            if let Some(excess) = self.excess(&range).filter(|&excess| excess <= LONGEST_EXCESS) {
+            if let Some(excess) = self.excess(&range, first).filter(|&excess| excess <= LONGEST_EXCESS) {
                 state.excess = state.excess.max(excess);
             }
             state.longest_read = state.longest_read.max(range.end.saturating_sub(range.start));
@@ -211,9 +215,9 @@ impl Reader {
         }
     }
 
-    /// By how much a read that begins in data exceeds it, where a hole follows.
-    fn excess(&self, range: &Range<Bytes>) -> Option<Bytes> {
-        let data = self.handle.expected_extent(range.start).filter(|extent| extent.kind.is_data())?;
+    /// By how much a read that begins in data exceeds it, where a hole follows. `first` is the extent at its start.
+    fn excess(&self, range: &Range<Bytes>, first: Option<Extent>) -> Option<Bytes> {
+        let data = first.filter(|extent| extent.kind.is_data())?;
         let exceeds = data.end < range.end && self.handle.expected_extent(data.end)?.kind.is_hole();
         exceeds.then(|| range.end.saturating_sub(data.end))
     }
@@ -221,9 +225,9 @@ impl Reader {
     fn fetch_more_from(self: &Arc<Self>, queue: &dyn ReadQueue, unknown: Unknown) {
         // Dropped last.
         let mut others = Vec::new();
-        let Some(next) = self.begin_filling(unknown) else { return };
+        let Some(begin) = self.begin_filling(unknown) else { return };
         let mut filling = Filling { reader: self, ids: Vec::new(), begun: Vec::new() };
-        if self.handle.expected_extent(next).is_none() {
+        if let Begin::Unknown(next) = begin {
             // A client that never looked for data has asked for no map. What comes of it is a hint, so a failure is none.
             let _ = self.handle.seek(next, Whence::Hole);
         }
@@ -249,8 +253,8 @@ impl Reader {
         }
     }
 
-    /// Whether this thread is to plan and begin reads: the offset from which on. One thread does so at a time.
-    fn begin_filling(self: &Arc<Self>, unknown: Unknown) -> Option<Bytes> {
+    /// Whether this thread is to plan and begin reads. One thread does so at a time.
+    fn begin_filling(self: &Arc<Self>, unknown: Unknown) -> Option<Begin> {
         let mut state = self.lock();
         let state = &mut *state;
         if state.is_closed
@@ -274,7 +278,7 @@ impl Reader {
             state.is_listed = true;
             self.ahead.add(self);
         }
-        Some(next)
+        Some(if is_unknown { Begin::Unknown(next) } else { Begin::Known })
     }
 
     /// Decides what is fetched next, and adds its pieces. Returns the number, the offset and the buffer of each.
@@ -286,12 +290,13 @@ impl Reader {
         others: &mut Vec<Arc<Reader>>,
     ) -> Vec<(u64, Bytes, AlignedBuffer)> {
         let mut planned = Vec::new();
+        let Some(limit) = self.handle.readable_end() else { return planned };
         let (mut count, mut bytes) = state.window.ahead(state.pattern.position());
         let mut at = state.window.planned.max(state.pattern.position());
         let mut looks = state.goal_pieces * EXTENTS_PER_PIECE;
         while count < state.goal_pieces && bytes < state.goal_bytes && looks > 0 {
             looks -= 1;
-            match self.next_piece(state, at, longest) {
+            match self.next_piece(state, at, longest, limit) {
                 NextPiece::None => break,
                 NextPiece::Behind(end) => at = end,
                 NextPiece::Range(range) => {
@@ -307,8 +312,8 @@ impl Reader {
         planned
     }
 
-    /// The next piece from `at` on, of at most `longest` bytes.
-    fn next_piece(&self, state: &State, at: Bytes, longest: Bytes) -> NextPiece {
+    /// The next piece from `at` on, of at most `longest` bytes, which ends at `limit` at the latest.
+    fn next_piece(&self, state: &State, at: Bytes, longest: Bytes, limit: Bytes) -> NextPiece {
         let expected = self.handle.expected_extent(at);
         let extent_end = expected.map_or(Bytes::MAX, |extent| extent.end);
         if !state.pattern.reads(expected.map(|extent| extent.kind)) {
@@ -322,11 +327,13 @@ impl Reader {
         let end = if extent_end > piece_end { piece_end } else { extent_end.saturating_add(state.excess) };
         // The last piece may end within the unit in which this extent begins.
         let start = at.align_down(align).max(state.window.end());
-        let end = end.align_up(align).unwrap_or(end).min(start.saturating_add(longest));
-        match self.handle.readable_end(end) {
-            Some(end) if start < end => NextPiece::Range(start..end),
-            Some(end) if at < end => NextPiece::Behind(end),
-            Some(_) | None => NextPiece::None,
+        let end = end.align_up(align).unwrap_or(end).min(start.saturating_add(longest)).min(limit);
+        if start < end {
+            NextPiece::Range(start..end)
+        } else if at < end {
+            NextPiece::Behind(end)
+        } else {
+            NextPiece::None
         }
     }
 
@@ -365,6 +372,14 @@ enum NextPiece {
     Behind(Bytes),
     /// Nothing at all.
     None,
+}
+
+/// Where a plan begins.
+enum Begin {
+    /// At an extent that is expected.
+    Known,
+    /// At this offset, of which nothing is known.
+    Unknown(Bytes),
 }
 
 /// What is done where no extent is expected.

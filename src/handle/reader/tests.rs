@@ -367,7 +367,7 @@ fn extents_that_share_a_unit_have_one_piece_for_it() {
     let unit = MIN_ALIGN.get();
     // A piece that ends within the next extent, at its second unit.
     state.window.push(Bytes::ZERO..Bytes::new(MIB + unit), 0);
-    let next = |state: &State, at| match fixture.reader.next_piece(state, Bytes::new(at), Bytes::new(MIB)) {
+    let next = |state: &State, at| match fixture.reader.next_piece(state, Bytes::new(at), Bytes::new(MIB), LEN) {
         NextPiece::Range(range) => Some((range.start.get(), range.end.get())),
         NextPiece::Behind(_) | NextPiece::None => None,
     };
