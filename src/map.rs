@@ -3,6 +3,7 @@
 //! This module knows no devices. Each source in [`crate::source`] makes the map of one device or image. The types here
 //! compose such maps the same way as the devices are stacked, and [`view`] computes the answers of lseek(2) from a map.
 
+mod change;
 mod compose;
 mod fill;
 #[cfg(test)]
@@ -12,6 +13,7 @@ mod stripe;
 mod tests;
 pub mod view;
 
+pub use change::ChangeMap;
 pub use compose::{Clip, Concat, Overlay, Uniform};
 pub use fill::{Block, FillBuilder, FillMap};
 pub use stripe::{Stripe, Unstripe};

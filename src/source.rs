@@ -18,6 +18,7 @@
 //! | export of an NBD server | [`nbd`] | block status (base:allocation) |
 //! | anything else | [`dense`] | none |
 
+pub mod changes;
 pub mod dense;
 pub mod device;
 pub mod dm;

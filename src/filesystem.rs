@@ -1,0 +1,22 @@
+//! The used and the free space of file systems, from their own metadata.
+//!
+//! A range is free only if the file system is clean, its metadata is understood to the last flag, and each checksum that the
+//! format has was verified. Anything else is an error with its reason, and all of the device is data.
+//!
+//! Nobody else writes to the device meanwhile: the caller holds it exclusively.
+
+use std::io;
+
+use crate::units::Bytes;
+
+/// Reads the bytes of a device.
+pub trait ReadBytes: Sync {
+    /// The length of the device.
+    fn len(&self) -> Bytes;
+
+    /// Fills `buffer` with the bytes at `offset`.
+    ///
+    /// # Errors
+    /// As pread(2); and when the device ends before the end of the buffer.
+    fn read_exact(&self, offset: Bytes, buffer: &mut [u8]) -> io::Result<()>;
+}
