@@ -22,6 +22,9 @@ pub mod mount {
         pub use crate::mount::session::CLONE_DESCRIPTOR;
     }
 }
+pub mod qcow2 {
+    pub use crate::qcow2::{Backing, BackingFormat, Builder, ClusterSize, Content, Error, Layout, Part};
+}
 pub mod source {
     pub use crate::source::{BlockDevice, Context, Stack};
     pub mod dm {

@@ -3,8 +3,10 @@
 //! Blocks are grouped into chunks of 32 768. A chunk without a mapped block is not stored. Neighbouring chunks in which
 //! every block is mapped are stored as one range. A mixed chunk is stored with one bit per block, and with two bits of
 //! summary for every 64 blocks: whether any of them is mapped, and whether all of them are. A lookup is a binary search
-//! over the stored ranges and chunks, and a search in at most three chunks. The map takes at most 1.04 bits per block of
-//! the device's virtual size, and next to nothing for a large empty device.
+//! over the stored ranges and chunks, and a search in at most three chunks. Each stored range and chunk has the number of
+//! mapped blocks before it, so that counting the mapped blocks before a block, and finding the n-th mapped block, are binary
+//! searches too. The map takes at most 1.05 bits per block of the device's virtual size, and next to nothing for a large
+//! empty device.
 
 mod chunk;
 
@@ -83,14 +85,14 @@ impl FillBuilder {
         let mut mapped = 0;
         for (at, chunk) in self.mixed.into_inner().unwrap_or_else(PoisonError::into_inner) {
             while let Some(whole) = full.next_if(|whole| whole.end <= at) {
-                mapped += push(&mut spans, Span { chunks: whole, fill: Fill::Full });
+                mapped += push(&mut spans, Span { chunks: whole, before: mapped, fill: Fill::Full });
             }
             if full.peek().is_none_or(|whole| at < whole.start) {
-                mapped += push(&mut spans, Span { chunks: at..at + 1, fill: Fill::of(&chunk) });
+                mapped += push(&mut spans, Span { chunks: at..at + 1, before: mapped, fill: Fill::of(&chunk) });
             }
         }
         for whole in full {
-            mapped += push(&mut spans, Span { chunks: whole, fill: Fill::Full });
+            mapped += push(&mut spans, Span { chunks: whole, before: mapped, fill: Fill::Full });
         }
         spans.shrink_to_fit();
         Some(FillMap { len: self.len, block_size: self.block_size, blocks: self.blocks, mapped, spans })
@@ -223,6 +225,8 @@ impl Fill {
 struct Span {
     /// Indexes of chunks.
     chunks: Range<u64>,
+    /// The number of mapped blocks of all spans before this one.
+    before: u64,
     fill: Fill,
 }
 
@@ -253,7 +257,7 @@ pub struct FillMap {
 
 impl FillMap {
     /// The first mapped block at or after `from`.
-    fn next_mapped(&self, from: Block) -> Option<Block> {
+    pub fn next_mapped(&self, from: Block) -> Option<Block> {
         let from = from.get();
         let start = self.spans.partition_point(|span| span.chunks.end <= from / CHUNK);
         // All mapped blocks of a mixed span may lie before `from`. Then the answer is in the next span.
@@ -269,7 +273,7 @@ impl FillMap {
     }
 
     /// The first block at or after `from` that is not mapped. It may lie beyond the end of the device.
-    fn next_unmapped(&self, from: Block) -> Block {
+    pub fn next_unmapped(&self, from: Block) -> Block {
         let mut block = from.get();
         let start = self.spans.partition_point(|span| span.chunks.end <= block / CHUNK);
         for span in &self.spans[start..] {
@@ -287,15 +291,45 @@ impl FillMap {
         Block(block)
     }
 
+    /// How many of the blocks before `block` are mapped.
+    pub fn mapped_before(&self, block: Block) -> u64 {
+        let block = block.get();
+        let after = self.spans.partition_point(|span| span.chunks.start * CHUNK < block);
+        let Some(span) = after.checked_sub(1).map(|last| &self.spans[last]) else { return 0 };
+        span.before + span.count_mapped(&(span.chunks.start * CHUNK..block.min(span.chunks.end * CHUNK)))
+    }
+
+    /// The mapped block before which exactly `count` blocks are mapped, or `None` if no more than `count` are mapped at all.
+    pub fn nth_mapped(&self, count: u64) -> Option<Block> {
+        let after = self.spans.partition_point(|span| span.before <= count);
+        let span = &self.spans[after.checked_sub(1).filter(|_| count < self.mapped)?];
+        let (first, within) = (span.chunks.start * CHUNK, count - span.before);
+        match &span.fill {
+            Fill::Full => Some(Block(first + within)),
+            Fill::Mixed(chunk) => chunk.nth_mapped(within).map(|at| Block(first + at)),
+        }
+    }
+
+    /// The number of mapped blocks.
+    pub fn mapped(&self) -> u64 {
+        self.mapped
+    }
+
+    /// Which of the 64 blocks from block `64 * word` on are mapped, the first of them in the lowest bit.
+    pub fn word(&self, word: u64) -> u64 {
+        let at = word / WORDS as u64;
+        match self.spans.get(self.spans.partition_point(|span| span.chunks.end <= at)) {
+            Some(Span { chunks, fill, .. }) if chunks.start <= at => match fill {
+                Fill::Full => u64::MAX,
+                Fill::Mixed(chunk) => chunk.word((word % WORDS as u64) as usize),
+            },
+            _ => 0,
+        }
+    }
+
     /// How many of the blocks in `range` are mapped.
     fn count_mapped(&self, range: Range<u64>) -> u64 {
-        let start = self.spans.partition_point(|span| span.chunks.end <= range.start / CHUNK);
-        let within = |span: &Span| {
-            let first = range.start.max(span.chunks.start * CHUNK);
-            first..range.end.min(span.chunks.end * CHUNK).max(first)
-        };
-        let spans = self.spans[start..].iter().take_while(|span| span.chunks.start * CHUNK < range.end);
-        spans.map(|span| span.count_mapped(&within(span))).sum()
+        self.mapped_before(Block(range.end)) - self.mapped_before(Block(range.start))
     }
 
     /// The position of `block`, limited to the length of the device.

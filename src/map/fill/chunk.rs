@@ -60,8 +60,29 @@ impl MixedChunk {
 
     /// How many of the blocks in `range`, counted from the start of the chunk, are mapped.
     pub(super) fn count_mapped(&self, range: &Range<u64>) -> u64 {
-        let words = self.words.iter().zip((0..).step_by(64));
+        let within = (range.start / 64) as usize..range.end.div_ceil(64) as usize;
+        let words = self.words[within.clone()].iter().zip((within.start as u64 * 64..).step_by(64));
         words.map(|(word, at)| u64::from((word & bits_within(at, range)).count_ones())).sum()
+    }
+
+    /// The mapped block of the chunk before which exactly `count` blocks of the chunk are mapped.
+    pub(super) fn nth_mapped(&self, count: u64) -> Option<u64> {
+        let mut left = count;
+        for (word, at) in self.words.iter().zip((0..).step_by(64)) {
+            let mapped = u64::from(word.count_ones());
+            if left < mapped {
+                let mut bits = *word;
+                (0..left).for_each(|_| bits &= bits - 1);
+                return Some(at + u64::from(bits.trailing_zeros()));
+            }
+            left -= mapped;
+        }
+        None
+    }
+
+    /// The blocks of one word.
+    pub(super) fn word(&self, word: usize) -> u64 {
+        self.words[word]
     }
 
     /// The first mapped block of the chunk at or after `from`.

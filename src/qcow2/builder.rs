@@ -1,0 +1,154 @@
+//! Makes a layout from the extents of a device.
+
+use std::ops::Range;
+
+use super::header::Backing;
+use super::layout::Layout;
+use super::shape::{self, ENTRY, Shape};
+use super::{ClusterSize, Error};
+use crate::map::{Block, ExtentKind, FillBuilder};
+use crate::units::Bytes;
+
+/// What an image says of a cluster of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// It is stored in the image.
+    Data,
+    /// It reads as zeros, whatever the backing file holds.
+    Zero,
+    /// It is what the backing file holds, or zeros if there is none.
+    Unallocated,
+}
+
+/// Takes the extents of a device, and makes the [`Layout`] of its image.
+///
+/// A cluster that is data in part, or of which one part is zeros and another is unchanged, is stored as data. "Unchanged" has
+/// a meaning only above a backing file; without one it is data.
+pub struct Builder {
+    len: Bytes,
+    cluster: ClusterSize,
+    backing: Option<Backing>,
+    data: FillBuilder,
+    zero: FillBuilder,
+    tables: FillBuilder,
+    /// The end of the extents so far.
+    at: Bytes,
+    /// The state of the cluster that holds `at`, as far as it is known.
+    partial: Option<State>,
+    /// Clusters of one state that are not in the maps yet.
+    run: (Range<u64>, State),
+    /// Whether an extent did not begin at the end of the one before it, or ended beyond the device.
+    gap: bool,
+}
+
+impl Builder {
+    /// A builder for a device of `len` bytes.
+    pub fn new(len: Bytes, cluster: ClusterSize, backing: Option<Backing>) -> Self {
+        let clusters = Bytes::new(len.get().div_ceil(cluster.get()));
+        let tables = Bytes::new(shape::l1_entries(len, cluster));
+        let map = |blocks| FillBuilder::new(blocks, Bytes::new(1));
+        Self {
+            len,
+            cluster,
+            backing,
+            data: map(clusters),
+            zero: map(clusters),
+            tables: map(tables),
+            at: Bytes::ZERO,
+            partial: None,
+            run: (0..0, State::Unallocated),
+            gap: false,
+        }
+    }
+
+    /// Adds the extent of `range`, which begins where the extent before it ended. The first one begins at 0, and the last one
+    /// ends at the length of the device. Anything else is an error of [`Builder::finish`].
+    pub fn push(&mut self, range: Range<Bytes>, kind: ExtentKind) {
+        self.gap |= range.start != self.at || range.end < range.start || range.end > self.len;
+        if self.gap || range.start == range.end {
+            return;
+        }
+        let state = match (kind, &self.backing) {
+            (ExtentKind::Data, _) | (ExtentKind::Unchanged, None) => State::Data,
+            (ExtentKind::Hole | ExtentKind::Free, Some(_)) => State::Zero,
+            (ExtentKind::Hole | ExtentKind::Free, None) | (ExtentKind::Unchanged, Some(_)) => State::Unallocated,
+        };
+        self.add(range.end.get(), state);
+    }
+
+    /// Adds the bytes up to `end`, of one state.
+    fn add(&mut self, end: u64, state: State) {
+        let size = self.cluster.get();
+        let mut cluster = self.at.get() / size;
+        self.at = Bytes::new(end);
+        if let Some(before) = self.partial.take() {
+            let merged = if before == state { state } else { State::Data };
+            if end / size == cluster {
+                self.partial = Some(merged);
+                return;
+            }
+            self.add_clusters(cluster..cluster + 1, merged);
+            cluster += 1;
+        }
+        self.add_clusters(cluster..end / size, state);
+        self.partial = (!end.is_multiple_of(size)).then_some(state);
+    }
+
+    /// Adds whole clusters.
+    fn add_clusters(&mut self, clusters: Range<u64>, state: State) {
+        if self.run.1 == state && self.run.0.end == clusters.start {
+            self.run.0.end = clusters.end;
+        } else if !clusters.is_empty() {
+            self.flush();
+            self.run = (clusters, state);
+        }
+    }
+
+    /// Enters the clusters of `run` into the maps.
+    fn flush(&mut self) {
+        let (clusters, state) = (self.run.0.clone(), self.run.1);
+        let map = match state {
+            State::Data => &self.data,
+            State::Zero => &self.zero,
+            State::Unallocated => return,
+        };
+        if clusters.is_empty() {
+            return;
+        }
+        let blocks = |range: Range<u64>| Block::new(range.start)..Block::new(range.end);
+        let per_table = self.cluster.get() / ENTRY;
+        let tables = clusters.start / per_table..clusters.end.div_ceil(per_table);
+        map.filler().set_range(blocks(clusters));
+        self.tables.filler().set_range(blocks(tables));
+    }
+
+    /// The layout of the image.
+    ///
+    /// # Errors
+    /// If the extents have gaps, if the image would be larger than QEMU allows, if the maps of the clusters would take too
+    /// much memory, or if the backing file has an impossible name.
+    pub fn finish(mut self) -> Result<Layout, Error> {
+        if let Some(backing) = &self.backing {
+            backing.check()?;
+        }
+        if self.gap || self.at != self.len {
+            return Err(Error::Gap { at: self.at });
+        }
+        let too_large = Error::TooLarge { len: self.len, cluster: self.cluster };
+        let size = shape::virtual_size(self.len).ok_or(too_large)?;
+        if size > self.len && self.backing.is_some() {
+            // The image is longer than the device by less than a sector, in which a backing file could have other bytes.
+            self.add(size.get(), State::Zero);
+        }
+        if let Some(state) = self.partial {
+            let last = self.len.get() / self.cluster.get();
+            self.add_clusters(last..last + 1, state);
+        }
+        self.flush();
+        let [data, zero, tables] =
+            [self.data, self.zero, self.tables].map(|map| map.finish().ok_or(Error::TooScattered));
+        let (data, zero, tables) = (data?, zero?, tables?);
+        let shape = Shape::new(self.len, self.cluster, tables.mapped(), data.mapped())?;
+        Ok(Layout::new((self.len, size), self.cluster, shape, self.backing.as_ref(), [data, zero, tables]))
+    }
+}
