@@ -5,6 +5,13 @@
 //!
 //! Nobody else writes to the device meanwhile: the caller holds it exclusively.
 
+pub mod btrfs;
+pub mod detect;
+mod fields;
+pub mod partitions;
+pub mod swap;
+mod window;
+
 use std::io;
 
 use crate::units::Bytes;

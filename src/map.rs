@@ -6,6 +6,7 @@
 mod change;
 mod compose;
 mod fill;
+mod free;
 #[cfg(test)]
 mod model;
 mod stripe;
@@ -16,6 +17,7 @@ pub mod view;
 pub use change::ChangeMap;
 pub use compose::{Clip, Concat, Overlay, Uniform};
 pub use fill::{Block, FillBuilder, FillMap};
+pub use free::FreeSpace;
 pub use stripe::{Stripe, Unstripe};
 
 use std::convert::Infallible;

@@ -10,6 +10,9 @@ pub mod deadline {
 pub mod export {
     pub use crate::export::{Export, VolumeExport};
 }
+pub mod filesystem {
+    pub use crate::filesystem::{ReadBytes, btrfs, detect, partitions, swap};
+}
 pub mod fuse {
     pub use crate::fuse::SESSION_THREADS;
 }

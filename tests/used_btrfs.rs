@@ -1,0 +1,265 @@
+//! The used space of btrfs file systems that mkfs.btrfs, btrfs-convert and the kernel wrote.
+//!
+//! A copy without the free space must pass `btrfs check`, and must hold all files as they were.
+
+mod common;
+#[path = "support/used_space.rs"]
+#[allow(dead_code, reason = "each test uses its own part")]
+mod used_space;
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use common::loop_device::Loop;
+use common::random::Random;
+use common::{MIB, needs, run};
+use used_space::{copy_without_free_space, flip, used_of};
+
+/// The position of the superblock.
+const SUPERBLOCK: u64 = 64 << 10;
+
+/// Fills a directory with files of many sizes. The second half of each second file is a hole.
+fn fill(directory: &Path, seed: u64, count: usize) {
+    let mut random = Random::new(seed);
+    for index in 0..count {
+        let subdirectory = directory.join(format!("{seed}-{}", index % 7));
+        fs::create_dir_all(&subdirectory).unwrap();
+        let size = [10, 3000, 5000, 70_000, 300_000][index % 5] + random.within(0..1000);
+        let bytes = random.bytes(size);
+        let file = File::create(subdirectory.join(format!("file-{index}"))).unwrap();
+        file.write_all_at(&bytes, 0).unwrap();
+        file.set_len(size * (1 + index as u64 % 2)).unwrap();
+    }
+}
+
+/// The checksums of all files below a directory.
+fn checksums(directory: &Path) -> String {
+    let list = "cd \"$1\" && find . -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum";
+    let sums = run("sh", ["-c", list, "sh", directory.to_str().unwrap()]);
+    assert!(sums.lines().count() > 3, "there are files");
+    sums
+}
+
+/// A mounted image.
+struct Mounted {
+    directory: tempfile::TempDir,
+    _device: Loop,
+}
+
+impl Mounted {
+    fn new(image: &Path, options: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let device = Loop::new(image);
+        run(
+            "mount",
+            ["-t".as_ref(), "btrfs".as_ref(), "-o".as_ref(), options.as_ref(), device.path(), directory.path()],
+        );
+        Self { directory, _device: device }
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        run("umount", [self.directory.path()]);
+    }
+}
+
+fn overlap(free: &[Range<u64>], range: &Range<u64>) -> bool {
+    free.iter().any(|free| free.start < range.end && range.start < free.end)
+}
+
+/// Checks a copy of an image without its free space. Returns how many bytes are free.
+fn check_copy(image: &Path, is_root: bool) -> u64 {
+    let copy = image.with_extension("copy");
+    let free = copy_without_free_space(image, &copy);
+    for position in [0, SUPERBLOCK, 64 * MIB] {
+        assert!(!overlap(&free, &(position..position + 4096)), "the superblock is no free space");
+    }
+    run("btrfs", ["check".as_ref(), "--check-data-csum".as_ref(), copy.as_os_str()]);
+    // Both file systems have the same UUID, so that the kernel can mount only one of them at a time.
+    let files = |image: &Path| match is_root {
+        true => checksums(Mounted::new(image, "ro").path()),
+        false => {
+            let restored = tempfile::tempdir().unwrap();
+            run("btrfs", ["restore".as_ref(), image.as_os_str(), restored.path().as_os_str()]);
+            checksums(restored.path())
+        }
+    };
+    assert!(files(image) == files(&copy), "the files differ");
+    fs::remove_file(copy).unwrap();
+    free.iter().map(|range| range.end - range.start).sum()
+}
+
+fn mkfs(directory: &Path, size: u64, options: &[&str]) -> PathBuf {
+    let image = directory.join("image");
+    File::create(&image).unwrap().set_len(size).unwrap();
+    run("mkfs.btrfs", ["-q"].iter().chain(options).copied().chain([image.to_str().unwrap()]));
+    image
+}
+
+#[test]
+fn file_systems_of_mkfs_with_many_options() {
+    needs!(programs["mkfs.btrfs", "btrfs"]);
+    for options in [
+        &[][..],
+        &["-m", "single"],
+        &["-m", "dup", "-d", "dup"],
+        &["--mixed"],
+        &["--mixed", "-m", "dup", "-d", "dup"],
+        &["-n", "4096"],
+        &["-n", "65536"],
+        &["-O", "^no-holes,^extref", "-R", "^free-space-tree"],
+        &["-O", "^skinny-metadata"],
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let source = directory.path().join("files");
+        fill(&source, 1, 200);
+        let options: Vec<_> = options.iter().copied().chain(["--rootdir", source.to_str().unwrap()]).collect();
+        let size = 400 * MIB + 4096 + 512;
+        let image = mkfs(directory.path(), size, &options);
+        assert_eq!(used_of(&image).map(|used| used.kind), Ok("btrfs"), "{options:?}");
+        let free = check_copy(&image, false);
+        assert!(free > 200 * MIB && free < 399 * MIB, "{options:?}: {free} bytes are free");
+    }
+}
+
+#[test]
+fn a_converted_ext4_file_system() {
+    needs!(programs["mkfs.ext4", "btrfs-convert", "btrfs"]);
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("files");
+    fill(&source, 2, 100);
+    let image = directory.path().join("image");
+    File::create(&image).unwrap().set_len(300 * MIB).unwrap();
+    run("mkfs.ext4", ["-q".as_ref(), "-d".as_ref(), source.as_os_str(), image.as_os_str()]);
+    run("btrfs-convert", ["-q".as_ref(), image.as_os_str()]);
+    assert!(check_copy(&image, false) > 100 * MIB);
+}
+
+/// Snapshots, deleted files, compression, files that were written several times, a balance, and each free space cache.
+#[test]
+fn file_systems_that_the_kernel_wrote() {
+    needs!(root, programs["mkfs.btrfs", "btrfs"]);
+    if !fs::read_to_string("/proc/filesystems").unwrap().contains("\tbtrfs\n") && !common::requires_modules(&["btrfs"])
+    {
+        return;
+    }
+    for (make, mount) in [
+        (&[][..], "compress=zstd"),
+        (&["--mixed"], "compress=lzo"),
+        (&["-R", "^free-space-tree"], "space_cache=v1"),
+        (&["-m", "single", "-n", "4096"], "compress=no"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let image = mkfs(directory.path(), 512 * MIB, make);
+        let mounted = Mounted::new(&image, mount);
+        let at = |name: &str| mounted.path().join(name);
+        let btrfs = |arguments: &[&str]| run("btrfs", arguments);
+        btrfs(&["subvolume", "create", at("volume").to_str().unwrap()]);
+        fill(&at("volume"), 3, 150);
+        let text = "the same words again and again\n".repeat(20_000);
+        fs::write(at("volume/text"), &text).unwrap();
+        btrfs(&["subvolume", "snapshot", at("volume").to_str().unwrap(), at("snapshot").to_str().unwrap()]);
+        btrfs(&["subvolume", "snapshot", "-r", at("volume").to_str().unwrap(), at("deleted").to_str().unwrap()]);
+        fs::remove_dir_all(at("volume/3-1")).unwrap();
+        fill(&at("volume"), 4, 150);
+        run("fallocate", ["-l", "5M", at("volume/preallocated").to_str().unwrap()]);
+        fs::remove_dir_all(at("volume/4-2")).unwrap();
+        run("sync", ["-f".as_ref(), mounted.path().as_os_str()]);
+        btrfs(&["subvolume", "delete", "-c", at("deleted").to_str().unwrap()]);
+        btrfs(&["balance", "start", "--full-balance", mounted.path().to_str().unwrap()]);
+        fill(&at("snapshot"), 5, 60);
+        drop(mounted);
+        let free = check_copy(&image, true);
+        assert!(free > 200 * MIB && free < 500 * MIB, "{make:?}: {free} bytes are free");
+    }
+}
+
+/// A copy of the device while it is in use, as after a crash: what `fsync` wrote is in the log tree.
+#[test]
+fn a_log_tree_is_refused_and_a_crash_without_one_is_not() {
+    needs!(root, programs["mkfs.btrfs", "btrfs"]);
+    if !fs::read_to_string("/proc/filesystems").unwrap().contains("\tbtrfs\n") && !common::requires_modules(&["btrfs"])
+    {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = mkfs(directory.path(), 300 * MIB, &[]);
+    let crashed = directory.path().join("crashed");
+    {
+        let mounted = Mounted::new(&image, "commit=300");
+        fill(mounted.path(), 6, 100);
+        run("sync", ["-f".as_ref(), mounted.path().as_os_str()]);
+        fs::copy(&image, &crashed).unwrap();
+        let synced = File::create(mounted.path().join("synced")).unwrap();
+        synced.write_all_at(&[1; 10_000], 0).unwrap();
+        synced.sync_all().unwrap();
+        let refused = used_of(&image).err();
+        assert!(refused.as_ref().is_some_and(|reason| reason.contains("log tree")), "{refused:?}");
+    }
+    check_copy(&image, true);
+    check_copy(&crashed, true);
+}
+
+/// Every byte of the superblock and of the nodes is covered by a checksum.
+#[test]
+fn a_flipped_bit_is_refused() {
+    needs!(programs["mkfs.btrfs", "btrfs"]);
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("files");
+    fill(&source, 7, 300);
+    let image =
+        mkfs(directory.path(), 300 * MIB, &["-m", "single", "-n", "4096", "--rootdir", source.to_str().unwrap()]);
+    assert!(used_of(&image).is_ok());
+    let mut random = Random::new(1);
+    // The checksum has 4 of the 32 bytes of its field.
+    let mut refuses = |start: u64, len: u64| {
+        let at = [0, 3, 32, len - 1].into_iter().chain([32; 8].map(|first| random.within(first..len)));
+        for at in at.collect::<Vec<_>>() {
+            let (at, bits) = (start + at, 1 << random.within(0..8));
+            flip(&image, at, bits);
+            assert!(used_of(&image).is_err(), "bits {bits} at {at}");
+            flip(&image, at, bits);
+        }
+    };
+    refuses(SUPERBLOCK, 4096);
+    let mut count = 0;
+    for tree in ["root", "chunk", "extent", "dev"] {
+        let dump = run("btrfs", ["inspect-internal", "dump-tree", "-t", tree, image.to_str().unwrap()]);
+        for line in dump.lines().filter(|line| line.starts_with("leaf ") || line.starts_with("node ")) {
+            let logical: u64 = line.split(' ').nth(1).and_then(|number| number.parse().ok()).unwrap();
+            let place = run("btrfs-map-logical", ["-l", &logical.to_string(), image.to_str().unwrap()]);
+            let physical = place.split("physical ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+            refuses(physical.parse().unwrap(), 4096);
+            count += 1;
+        }
+    }
+    assert!(count > 8, "the trees have {count} nodes");
+    assert!(used_of(&image).is_ok(), "all bits are as they were");
+}
+
+#[test]
+fn several_devices_and_other_checksums_are_refused() {
+    needs!(programs["mkfs.btrfs"]);
+    let directory = tempfile::tempdir().unwrap();
+    for kind in ["xxhash", "sha256", "blake2"] {
+        let image = mkfs(directory.path(), 300 * MIB, &["--csum", kind]);
+        assert!(used_of(&image).is_err_and(|reason| reason.contains("which is not supported")), "{kind}");
+    }
+    let image = mkfs(directory.path(), 300 * MIB, &[]);
+    // A device that is shorter than the file system.
+    File::options().write(true).open(&image).unwrap().set_len(299 * MIB).unwrap();
+    assert!(used_of(&image).is_err_and(|reason| reason.contains("longer than the device")));
+    let other = directory.path().join("other");
+    File::create(&other).unwrap().set_len(300 * MIB).unwrap();
+    let image = mkfs(directory.path(), 300 * MIB, &["-d", "single", "-m", "raid1", other.to_str().unwrap()]);
+    for image in [&image, &other] {
+        assert!(used_of(image).is_err_and(|reason| reason.contains("several devices")));
+    }
+}
