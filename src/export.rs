@@ -11,7 +11,9 @@ mod image;
 mod nbd;
 mod node;
 mod read_queue;
+mod shown;
 mod usage;
+mod view;
 mod volume;
 
 use std::fs::File;
@@ -21,11 +23,12 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
-pub use catalog::{Catalog, CatalogEntry, FileSource, KeptOpen};
+pub use catalog::Catalog;
 pub use device_directory::DeviceDirectory;
 pub use nbd::NbdExportFile;
 pub use node::{FileIdentity, HostNode};
 pub use read_queue::{PendingRead, ReadQueue};
+pub use shown::{CatalogEntry, FileSource, KeptOpen};
 pub use usage::Usage;
 pub use volume::VolumeExport;
 
@@ -99,6 +102,26 @@ pub trait Export: Send + Sync {
 
     /// The regular file that has the same bytes at any time; `None` for anything else.
     fn regular_file(&self) -> Option<&File> {
+        None
+    }
+
+    /// The unit in which it is allocated, where that is known.
+    fn unit(&self) -> Option<Bytes> {
+        None
+    }
+
+    /// Whether somebody may write to it while it is open.
+    fn may_change(&self) -> bool {
+        true
+    }
+
+    /// Whether nobody can write to it while it is open.
+    fn is_claimed(&self) -> bool {
+        false
+    }
+
+    /// The export that this one is a view of.
+    fn base(&self) -> Option<&Arc<dyn Export>> {
         None
     }
 

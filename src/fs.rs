@@ -14,13 +14,14 @@ pub use nodes::{Ino, ROOT};
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{debug, info};
 
 use crate::error::{Error, Result, shown};
-use crate::export::{Catalog, CatalogEntry, FileIdentity, FileKind, FileSource, HostNode, KeptOpen, Usage};
+use crate::export::{Catalog, CatalogEntry, Export, FileIdentity, FileKind, HostNode, KeptOpen, Usage};
 use crate::handle::{Handle, MapCache, ReadAhead, Reader};
 use crate::source::{Context, StaticDevices};
 use crate::spec::{SourceOptions, Spec};
@@ -79,7 +80,54 @@ struct OpenDirectory {
     _kept_open: KeptOpen,
 }
 
-type OpenDevices = HashMap<Ino, OpenDevice>;
+/// The open devices.
+#[derive(Default)]
+struct OpenDevices {
+    by_ino: HashMap<Ino, OpenDevice>,
+    /// Views that are being opened, and how often.
+    opening: HashMap<Ino, usize>,
+}
+
+impl OpenDevices {
+    fn is_in_use(&self, ino: Ino) -> bool {
+        self.by_ino.contains_key(&ino) || self.opening.contains_key(&ino)
+    }
+}
+
+/// A view that is being opened. Dropping it ends that.
+struct Opening<'a> {
+    devices: &'a Mutex<OpenDevices>,
+    ino: Ino,
+}
+
+impl<'a> Opening<'a> {
+    fn new(locked: &mut OpenDevices, devices: &'a Mutex<OpenDevices>, ino: Ino) -> Self {
+        *locked.opening.entry(ino).or_default() += 1;
+        Self { devices, ino }
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = devices.opening.get_mut(&self.ino) {
+            *count -= 1;
+            if *count == 0 {
+                devices.opening.remove(&self.ino);
+            }
+        }
+    }
+}
+
+/// How exact the attributes of a file must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    /// The length.
+    Exact,
+    /// For a view, a length that it does not exceed. The kernel asks for the exact attributes before it uses them, and a read
+    /// beyond the end is short.
+    Bound,
+}
 
 /// An open device, and how many open files it has.
 struct OpenDevice {
@@ -136,19 +184,27 @@ impl FileSystem {
     pub fn lookup(&self, parent: Ino, name: &OsStr) -> Result<Attributes> {
         let directory = self.nodes.path(parent)?;
         let path = self.catalog.child(&directory, name).ok_or_else(|| Error::from_errno(libc::ENOENT))?;
-        let target = self.catalog.find(&path)?;
+        let target = self.with_open_view(&path, self.catalog.find(&path)?);
         let ino = {
             let devices = self.lock_devices();
-            self.nodes.look_up(&path, target.node(), |ino| devices.contains_key(&ino))
+            self.nodes.look_up(&path, target.node(), |ino| devices.is_in_use(ino))
         };
         // The kernel counts a lookup only if it got an answer.
-        self.attributes(ino, &target).inspect_err(|_| self.forget(ino, 1))
+        self.attributes(ino, &target, Wanted::Bound).inspect_err(|_| self.forget(ino, 1))
+    }
+
+    /// What a lookup of `path` found. A view is the one that is open, if that shows what a new one would show.
+    fn with_open_view(&self, path: &Path, target: CatalogEntry) -> CatalogEntry {
+        let CatalogEntry::View(view, node) = target else { return target };
+        let open = self.handle_of(self.nodes.number(path)).filter(|handle| handle.export().is_current());
+        let identity = open.map_or(node.identity, |handle| handle.export().identity());
+        CatalogEntry::View(view, HostNode { identity, ..node })
     }
 
     /// Subtracts `lookups` from the lookup count of an inode, since the kernel dropped it.
     pub fn forget(&self, ino: Ino, lookups: u64) {
         let devices = self.lock_devices();
-        self.nodes.forget(ino, lookups, devices.contains_key(&ino));
+        self.nodes.forget(ino, lookups, devices.is_in_use(ino));
     }
 
     /// The attributes of a file or directory. An open file stays with its device, wherever its name leads by now.
@@ -166,22 +222,23 @@ impl FileSystem {
             None => {
                 let target = target?;
                 self.nodes.renew(ino, target.node())?;
-                self.attributes(ino, &target)
+                self.attributes(ino, &target, Wanted::Exact)
             }
         }
     }
 
-    fn attributes(&self, ino: Ino, target: &CatalogEntry) -> Result<Attributes> {
-        let (source, node) = match target {
+    fn attributes(&self, ino: Ino, target: &CatalogEntry, wanted: Wanted) -> Result<Attributes> {
+        let node = match target {
             CatalogEntry::Directory(node) => return Ok(Attributes::directory(ino, node, &self.ownership)),
-            CatalogEntry::File(source, node) => (source, *node),
+            CatalogEntry::File(_, node) => *node,
+            CatalogEntry::View(_, node) => Some(*node),
         };
         let identity = node.and_then(|node| node.identity);
         // An open device is used through its handle. Any other is opened only for this answer.
         let open = self.handle_of(ino).filter(|handle| is_same(handle, identity));
         let handle = match open {
             Some(handle) => handle,
-            None => match source.open() {
+            None => match self.open_for_attributes(target, wanted) {
                 Ok(export) if export.identity() == identity => {
                     Arc::new(Handle::for_attributes(export, self.context.clone()))
                 }
@@ -198,10 +255,39 @@ impl FileSystem {
         self.of_open(ino, &handle, node)
     }
 
+    fn open_target(&self, target: &CatalogEntry, wanted: Wanted) -> Result<Arc<dyn Export>> {
+        match target {
+            CatalogEntry::Directory(_) => Err(Error::from_errno(libc::EISDIR)),
+            CatalogEntry::File(source, _) => source.open(),
+            CatalogEntry::View(view, _) if wanted == Wanted::Bound => view.open_bound(),
+            CatalogEntry::View(view, _) => view.open(&self.context),
+        }
+    }
+
+    /// Opens a file for its attributes. A view that cannot be made has those of one that is not made yet.
+    fn open_for_attributes(&self, target: &CatalogEntry, wanted: Wanted) -> Result<Arc<dyn Export>> {
+        let opened = self.open_target(target, wanted);
+        match (opened, target) {
+            (Err(error), CatalogEntry::View(..)) => {
+                debug!("{error}");
+                self.open_target(target, Wanted::Bound)
+            }
+            (opened, _) => opened,
+        }
+    }
+
     /// The attributes of an open device, whose node was found to be `node` now.
     fn of_open(&self, ino: Ino, handle: &Arc<Handle>, node: Option<HostNode>) -> Result<Attributes> {
         let has_hole = handle.has_hole()?;
-        let changed = self.changes.observe(handle);
+        let changed = match handle.export().base() {
+            None => self.changes.observe(handle),
+            // A view has the times of the exact file.
+            Some(base) => {
+                let base = Handle::for_attributes(base.clone(), self.context.clone());
+                base.has_hole()?;
+                self.changes.observe(&base)
+            }
+        };
         let node = node.map_or_else(|| handle.export().node(), Ok)?;
         Attributes::file(ino, handle, &node, has_hole, changed, &self.ownership)
     }
@@ -265,24 +351,26 @@ impl FileSystem {
         if for_writing {
             return Err(Error::from_errno(libc::EROFS));
         }
-        let CatalogEntry::File(source, node) = self.catalog.find(&self.nodes.path(ino)?)? else {
-            return Err(Error::from_errno(libc::EISDIR));
+        let target = self.catalog.find(&self.nodes.path(ino)?)?;
+        let handle = match &target {
+            CatalogEntry::Directory(_) => return Err(Error::from_errno(libc::EISDIR)),
+            CatalogEntry::File(_, node) => self.share(ino, &target, node.as_ref())?,
+            CatalogEntry::View(_, node) => self.share_view(ino, &target, node)?,
         };
-        let handle = self.share(ino, &source, node.as_ref())?;
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
         self.open.insert(Fh(fh), OpenFile { ino, reader: Reader::new(handle, self.ahead.clone()) });
-        debug!("open {source:?} as {fh}");
+        debug!("open {} as {fh}", shown(self.handle(Fh(fh))?.export().name()));
         Ok(Fh(fh))
     }
 
     /// The handle for one more open of a device: that of its other opens, or a new one.
-    fn share(&self, ino: Ino, source: &FileSource, node: Option<&HostNode>) -> Result<Arc<Handle>> {
+    fn share(&self, ino: Ino, target: &CatalogEntry, node: Option<&HostNode>) -> Result<Arc<Handle>> {
         let identity = node.and_then(|node| node.identity);
         if let Some(handle) = self.join(&mut self.lock_devices(), ino, identity)? {
             return Ok(handle);
         }
         // Without the lock: opening a device may take long, and a device that uses a file of this mount sends requests to it.
-        let export = source.open()?;
+        let export = self.open_target(target, Wanted::Exact)?;
         if export.identity() != identity {
             return Err(Error::from_errno(libc::ESTALE));
         }
@@ -290,7 +378,7 @@ impl FileSystem {
         let mut devices = self.lock_devices();
         // The device may be open by another name.
         let same = |device: &&OpenDevice| identity.is_some() && device.handle.export().identity() == identity;
-        if let Some(other) = devices.values().find(same) {
+        if let Some(other) = devices.by_ino.values().find(same) {
             new.share_read_memory(&other.handle);
         }
         let new = Arc::new(new);
@@ -299,7 +387,7 @@ impl FileSystem {
             return Ok(handle);
         }
         self.nodes.renew(ino, node)?;
-        let replaced = devices.insert(ino, OpenDevice { handle: new.clone(), opens: 1 });
+        let replaced = devices.by_ino.insert(ino, OpenDevice { handle: new.clone(), opens: 1 });
         if let Some(device) = replaced {
             // Its open files share the page cache of the inode with the new ones.
             device.handle.begin_generation();
@@ -307,12 +395,50 @@ impl FileSystem {
         Ok(new)
     }
 
+    /// The handle for one more open of a view: that of the inode, if it is open, or a new one.
+    ///
+    /// A lookup found out that the path leads to this inode. While that is open the path leads to it only if the view shows
+    /// what a new one would show. So an open without a lookup, by a link of `/proc/PID/fd`, is one of the same open view.
+    ///
+    /// # Errors
+    /// EBUSY for a mount on a regular file, which has one inode, if a new view would show something else.
+    fn share_view(&self, ino: Ino, target: &CatalogEntry, node: &HostNode) -> Result<Arc<Handle>> {
+        let _opening = {
+            let mut devices = self.lock_devices();
+            if let Some(handle) = Self::join_view(&mut devices, ino)? {
+                return Ok(handle);
+            }
+            // From here on a lookup gives another inode: what it is to show may be newer.
+            Opening::new(&mut devices, &self.devices, ino)
+        };
+        let export = self.open_target(target, Wanted::Exact)?;
+        let new = Arc::new(Handle::new(export, self.context.clone(), self.maps.clone()));
+        let mut devices = self.lock_devices();
+        // Another request may have opened it in between.
+        if let Some(handle) = Self::join_view(&mut devices, ino)? {
+            return Ok(handle);
+        }
+        self.nodes.renew(ino, Some(node))?;
+        devices.by_ino.insert(ino, OpenDevice { handle: new.clone(), opens: 1 });
+        Ok(new)
+    }
+
+    fn join_view(devices: &mut OpenDevices, ino: Ino) -> Result<Option<Arc<Handle>>> {
+        let Some(device) = devices.by_ino.get_mut(&ino) else { return Ok(None) };
+        if ino == ROOT && !device.handle.export().is_current() {
+            return Err(Error::from_errno(libc::EBUSY));
+        }
+        device.opens += 1;
+        device.handle.begin_generation();
+        Ok(Some(device.handle.clone()))
+    }
+
     /// Counts one more open of the device of `ino`, if that is open.
     ///
     /// # Errors
     /// ESTALE when the name leads to another device.
     fn join(&self, devices: &mut OpenDevices, ino: Ino, identity: Option<FileIdentity>) -> Result<Option<Arc<Handle>>> {
-        match devices.get_mut(&ino) {
+        match devices.by_ino.get_mut(&ino) {
             Some(device) if is_same(&device.handle, identity) => {
                 device.opens += 1;
                 device.handle.begin_generation();
@@ -340,7 +466,7 @@ impl FileSystem {
     }
 
     fn handle_of(&self, ino: Ino) -> Option<Arc<Handle>> {
-        self.lock_devices().get(&ino).map(|device| device.handle.clone())
+        self.lock_devices().by_ino.get(&ino).map(|device| device.handle.clone())
     }
 
     fn lock_devices(&self) -> MutexGuard<'_, OpenDevices> {
@@ -352,7 +478,7 @@ impl FileSystem {
         let Some(open) = self.open.remove(fh) else { return false };
         let mut devices = self.lock_devices();
         // The path may lead to another device by now. Then the entry does not belong to this open file.
-        let last = match devices.get_mut(&open.ino) {
+        let last = match devices.by_ino.get_mut(&open.ino) {
             Some(device) if Arc::ptr_eq(&device.handle, open.reader.handle()) => {
                 device.opens -= 1;
                 device.opens == 0
@@ -360,11 +486,11 @@ impl FileSystem {
             _ => false,
         };
         if last {
-            devices.remove(&open.ino);
+            devices.by_ino.remove(&open.ino);
             // The kernel may have forgotten the inode before this close was handled.
             self.nodes.forget(open.ino, 0, false);
         }
-        let none_is_open = devices.is_empty();
+        let none_is_open = devices.by_ino.is_empty();
         drop(devices);
         if last {
             open.reader.finish();
@@ -390,8 +516,8 @@ impl FileSystem {
     /// Drops the extents of all open devices. They are loaded again at the next question.
     pub fn drop_maps(&self) {
         let devices = self.lock_devices();
-        devices.values().for_each(|device| device.handle.drop_map());
-        info!("dropped the maps of {} open devices", devices.len());
+        devices.by_ino.values().for_each(|device| device.handle.drop_map());
+        info!("dropped the maps of {} open devices", devices.by_ino.len());
     }
 
     /// Logs the number of open files, the open devices and their memory.
@@ -399,11 +525,11 @@ impl FileSystem {
         let opens = self.open.len();
         let devices = self.lock_devices();
         let (names, maps, ahead) = (self.nodes.len(), self.maps.used(), self.ahead.memory());
-        let devices_open = devices.len();
+        let devices_open = devices.by_ino.len();
         info!(
             "{opens} open files on {devices_open} devices, maps of {maps} bytes, {ahead} bytes of read-ahead, {names} names"
         );
-        for device in devices.values() {
+        for device in devices.by_ino.values() {
             info!("{}: {} opens", shown(device.handle.export().name()), device.opens);
         }
     }

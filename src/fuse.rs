@@ -163,7 +163,11 @@ impl Filesystem for BlkHoleFs {
         }
         let name = name.to_owned();
         self.answer(move |fs| match fs.lookup(Ino(parent.0), &name) {
-            Ok(found) => reply.entry_with_ttls(&ATTRIBUTE_TTL, &ENTRY_TTL, &file_attr(&found), GENERATION),
+            Ok(found) => {
+                // Each open of a view begins with a lookup, which finds out whether an open view is still what it is to show.
+                let entry_ttl = if found.is_view { Duration::ZERO } else { ENTRY_TTL };
+                reply.entry_with_ttls(&ATTRIBUTE_TTL, &entry_ttl, &file_attr(&found), GENERATION);
+            }
             Err(error) => reply.error(errno("lookup", &error)),
         });
     }

@@ -5,6 +5,7 @@
 
 mod change;
 mod compose;
+mod either;
 mod fill;
 mod free;
 #[cfg(test)]
@@ -16,6 +17,7 @@ pub mod view;
 
 pub use change::ChangeMap;
 pub use compose::{Clip, Concat, Overlay, Uniform};
+pub use either::Either;
 pub use fill::{Block, FillBuilder, FillMap};
 pub use free::FreeSpace;
 pub use stripe::{Stripe, Unstripe};
@@ -151,6 +153,12 @@ pub trait HoleMap: Send + Sync {
     /// Why the map can find no holes at all, if so. Some maps know it only after the first [`HoleMap::extent_at`].
     fn dense_because(&self) -> Option<DenseReason> {
         None
+    }
+
+    /// Whether the guards of the stack notice each change of the extents, as those of extents that are stored in metadata do.
+    /// A source that is queried at each question may have other extents at any time.
+    fn is_guarded(&self) -> bool {
+        false
     }
 
     /// The memory that the map occupies, which counts towards the limit of all maps of a mount.

@@ -28,7 +28,7 @@ use std::fmt;
 use crate::units::Bytes;
 
 pub use builder::Builder;
-pub use header::{Backing, BackingFormat};
+pub use header::{Backing, BackingFormat, LONGEST_BACKING_NAME};
 pub use layout::{Content, Layout, Part};
 
 /// The size of the clusters of an image: a power of two from 4 KiB to 2 MiB.

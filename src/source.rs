@@ -42,6 +42,7 @@ pub use live::StaticDevices;
 pub use resolve::{Context, Resolver};
 pub use stack::{Loaded, Stack};
 pub use stored::{LoadExtents, StoredExtents};
+pub use thin::guard::WriteGuard;
 
 use std::hash::Hasher;
 use std::sync::Arc;

@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result, shown};
+use crate::qcow2::ClusterSize;
 use crate::source::nbd::Uri;
 use crate::source::thin::ThinId;
 
@@ -36,6 +37,62 @@ pub struct SourceOptions {
     pub nbd: Option<Uri>,
     /// Whether nobody writes to the devices while they are mounted, by the word of the user. Only for mounts.
     pub is_static: bool,
+    /// The views that are shown beside each file.
+    pub views: ViewOptions,
+}
+
+/// Further files that are shown for each device, beside the exact one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ViewOptions {
+    /// A compact image of the device.
+    pub compact: bool,
+    /// What changed since this older snapshot.
+    pub since: Option<Older>,
+    /// The device with the free space of its file system as holes.
+    pub used: bool,
+    /// The cluster size of images; one that fits the device where `None`.
+    pub cluster_size: Option<ClusterSize>,
+    /// The name of the backing file that is written into an image of changes; one that is derived where `None`.
+    pub backing: Option<OsString>,
+}
+
+impl ViewOptions {
+    /// How many kinds of views are wanted.
+    pub fn count(&self) -> usize {
+        usize::from(self.compact) + usize::from(self.since.is_some()) + usize::from(self.used)
+    }
+}
+
+/// An older snapshot, as it is named in an option.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Older {
+    /// An absolute path of a device.
+    Path(PathBuf),
+    /// A name beside the newer device, the id of a volume of an offline pool, or the name of a dirty bitmap of an NBD export.
+    Name(OsString),
+}
+
+impl Older {
+    /// Parses the name of an older snapshot: a path if there is a slash in it, and a name otherwise. `None` for text that
+    /// names nothing, such as an empty one.
+    ///
+    /// # Errors
+    /// For a relative path when the current directory was removed.
+    pub fn parse(typed: &OsStr) -> Result<Option<Self>> {
+        if Path::new(typed).file_name().is_none() {
+            return Ok(None);
+        }
+        let is_path = typed.as_encoded_bytes().contains(&b'/');
+        Ok(Some(if is_path { Self::Path(absolute(Path::new(typed))?) } else { Self::Name(typed.to_owned()) }))
+    }
+
+    /// The name that stands in the name of the view.
+    pub fn shown(&self) -> &OsStr {
+        match self {
+            Self::Path(path) => path.file_name().unwrap_or(path.as_os_str()),
+            Self::Name(name) => name,
+        }
+    }
 }
 
 impl Spec {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::source::{BlockDevice, Context, Stack};
 use crate::sys::block::{self, Readable};
 use crate::sys::buffer::AlignedBuffer;
-use crate::sys::device;
+use crate::sys::{device, sysfs};
 use crate::units::Bytes;
 
 /// A block device.
@@ -75,6 +75,15 @@ impl Export for DeviceExport {
 
     fn host_node(&self) -> io::Result<HostNode> {
         HostNode::of_open(&self.device.file)
+    }
+
+    /// A thin volume discards whole blocks of its pool, and an array whole units of its own.
+    fn unit(&self) -> Option<Bytes> {
+        sysfs::number(self.device.id, "queue/discard_granularity").map(Bytes::new)
+    }
+
+    fn may_change(&self) -> bool {
+        sysfs::number(self.device.id, "ro") != Some(1)
     }
 
     fn device(&self) -> Option<&BlockDevice> {

@@ -1,134 +1,57 @@
-//! What a mount shows: one file, a directory of devices, or the volumes of an offline pool.
+//! What a mount shows: the exact files, and the views of them that the user asked for.
 
 use std::ffi::{OsStr, OsString};
-use std::fs;
-use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use log::error;
-
-use super::{DeviceDirectory, Export, FileKind, HostNode, NbdExportFile, VolumeExport};
+use super::FileKind;
+use super::shown::{CatalogEntry, FileSource, KeptOpen, Shown};
+use super::usage::Usage;
+use super::view::{OlderSource, View, ViewSource};
 use crate::error::{Error, Result};
-use crate::source::nbd::{NbdExport, SideExport, Uri};
+use crate::source::Context;
+use crate::source::nbd::{SideExport, Uri};
 use crate::source::thin::ThinId;
-use crate::source::thin::offline::{Found, OfflinePool, OfflinePools, Volume};
-use crate::spec::{SourceOptions, Spec, SpecKind};
-use crate::sys::device::{self, DeviceId};
-use crate::units::Bytes;
+use crate::spec::{Older, SourceOptions, Spec, ViewOptions};
 
 /// The files and directories of a mount.
-pub enum Catalog {
-    /// One file.
-    File {
-        /// Where its bytes are.
-        source: FileSource,
-        /// Its name.
-        name: OsString,
-        /// The length of an NBD export at the mount, for statfs(2): asking the server again takes a connection. Zero for
-        /// other files.
-        export_len: Bytes,
-    },
-    /// The block devices of a directory of the host.
-    Directory(DeviceDirectory),
-    /// The volumes of a pool that is not active. The name of each file is the id of its volume.
-    Pool(OfflinePools),
-}
-
-/// What stays open for as long as a directory of a mount is open: the offline pool.
-pub type KeptOpen = Option<Arc<OfflinePool>>;
-
-/// Where the bytes of a file are.
-#[derive(Clone, Debug)]
-pub enum FileSource {
-    /// A device or image of the host.
-    Path(PathBuf),
-    /// The export of an NBD server.
-    Export(Arc<NbdExport>),
-    /// A volume of the offline pool, which is open.
-    Volume(Arc<Volume>),
-}
-
-/// What a path inside the mount leads to.
-pub enum CatalogEntry {
-    /// A directory.
-    Directory(HostNode),
-    /// A file. Only a device or image of the host has a node.
-    File(FileSource, Option<HostNode>),
-}
-
-impl CatalogEntry {
-    /// The node of the host's directory, device or image.
-    pub fn node(&self) -> Option<&HostNode> {
-        match self {
-            Self::Directory(node) => Some(node),
-            Self::File(_, node) => node.as_ref(),
-        }
-    }
+pub struct Catalog {
+    shown: Shown,
+    views: Arc<ViewOptions>,
 }
 
 impl Catalog {
     /// Looks up what a SPEC names, and opens it once to find out whether it can be read.
     ///
     /// # Errors
-    /// When it does not exist, cannot be opened for reading, or is none of the things that can be shown.
+    /// When it does not exist, cannot be opened for reading, or is none of the things that can be shown. When a view of a single
+    /// file cannot be made.
     pub fn new(spec: &Spec, options: &SourceOptions) -> Result<Self> {
-        match (spec.kind(), &options.thin_metadata) {
-            (SpecKind::Nbd(uri), _) => Self::of_export(uri),
-            (SpecKind::Path(data), Some(metadata)) => Self::of_pool(metadata, data),
-            (SpecKind::Path(path), None) => Self::of_path(path),
+        let catalog = Self { shown: Shown::new(spec, options)?, views: Arc::new(options.views.clone()) };
+        if let Some(older) = &options.views.since {
+            catalog.older(older)?;
         }
-    }
-
-    fn of_export(uri: &Uri) -> Result<Self> {
-        let name = OsString::from(uri.file_name());
-        let export = NbdExport::new(uri.clone());
-        // This connection is closed again: the daemon that is forked later makes its own.
-        let export_len = export.client()?.size();
-        Ok(Self::File { source: FileSource::Export(Arc::new(export)), name, export_len })
-    }
-
-    fn of_pool(metadata: &Path, data: &Path) -> Result<Self> {
-        let pools = OfflinePools::new(metadata, data);
-        check_volumes(pools.open()?.volumes()?)?;
-        Ok(Self::Pool(pools))
-    }
-
-    fn of_path(path: &Path) -> Result<Self> {
-        let failed = |what: &str, error: io::Error| Error::failed(what).on(path).because(error);
-        let found = fs::metadata(path).map_err(|error| failed("cannot open", error))?;
-        let kind = found.file_type();
-        if kind.is_dir() {
-            fs::read_dir(path).map_err(|error| failed("cannot read the directory", error))?;
-            let file_system = DeviceId::from_dev(found.dev());
-            return Ok(Self::Directory(DeviceDirectory { path: path.to_owned(), file_system }));
+        if let Shown::File { source, .. } = &catalog.shown {
+            for view in [View::Since, View::Used] {
+                if let Some(view) = catalog.view(view, source)? {
+                    view.open(&Context::default())?;
+                }
+            }
         }
-        if !kind.is_block_device() && !kind.is_file() {
-            return Err(Error::failed("is neither a block device, nor a regular file, nor a directory").on(path));
-        }
-        device::open(path, false).map_err(|error| failed("cannot open", error))?;
-        let name = path.file_name().map(ToOwned::to_owned);
-        let name = name.ok_or_else(|| Error::failed("has no file name").on(path))?;
-        Ok(Self::File { name, source: FileSource::Path(path.to_owned()), export_len: Bytes::ZERO })
+        Ok(catalog)
     }
 
-    /// The path of the only file inside the mount; `None` for a directory and for a pool.
-    pub fn only_file(&self) -> Option<PathBuf> {
-        match self {
-            Self::File { name, .. } => Some(PathBuf::from(name)),
-            Self::Directory(_) | Self::Pool(_) => None,
-        }
-    }
-
-    /// Opens the only file.
+    /// The path of the only file inside the mount, for a mount on a regular file.
     ///
     /// # Errors
-    /// A usage error for a directory and for a pool. When it cannot be opened.
-    fn open_only(&self) -> Result<Arc<dyn Export>> {
-        match self {
-            Self::File { source, .. } => source.open(),
-            Self::Directory(_) | Self::Pool(_) => Err(SideExport::unclear("has more than one file")),
+    /// When there is more than one file.
+    pub fn only_file(&self) -> Result<PathBuf> {
+        let only = self.shown.only_file().ok_or_else(|| Error::failed("a directory cannot be mounted on a file"))?;
+        let views: Vec<_> = self.views.names_of(only.as_os_str()).collect();
+        match views.as_slice() {
+            [] => Ok(only),
+            [(_, name)] => Ok(PathBuf::from(name)),
+            _ => Err(Error::usage("several views cannot be mounted on one file: choose one, or mount on a directory")),
         }
     }
 
@@ -136,41 +59,36 @@ impl Catalog {
     /// shows, or one below it in its stack.
     ///
     /// # Errors
-    /// As [`Catalog::open_only`] and [`SideExport::new`].
+    /// When there is more than one file, or it cannot be opened; and as [`SideExport::new`].
     pub fn side_export(&self, uri: Uri) -> Result<SideExport> {
-        self.open_only()?.side_export(uri)
+        self.shown.side_export(uri)
     }
 
     /// The path of the entry `name` of a directory. `None` for a name that no entry can have, such as `..`.
     pub fn child(&self, directory: &Path, name: &OsStr) -> Option<PathBuf> {
-        let one = Path::new(name);
-        let plain = one.components().count() == 1 && one.file_name() == Some(name);
-        plain.then(|| directory.join(name))
+        self.shown.child(directory, name)
     }
 
-    /// Looks up a path inside the mount.
+    /// Looks up a path inside the mount. A view is found only where no exact file has its name.
     ///
     /// # Errors
     /// ENOENT when nothing is shown there.
     pub fn find(&self, path: &Path) -> Result<CatalogEntry> {
-        match self {
-            Self::File { source, name, .. } if path == Path::new(name) => source.clone().into_entry(),
-            Self::File { source, .. } if path.as_os_str().is_empty() => source.directory(),
-            Self::File { .. } => Err(Error::from_errno(libc::ENOENT)),
-            Self::Directory(root) => match root.shown(path).ok_or_else(|| Error::from_errno(libc::ENOENT))? {
-                FileKind::File => FileSource::Path(root.path.join(path)).into_entry(),
-                FileKind::Directory => directory(&root.path.join(path)),
-            },
-            Self::Pool(pools) if path.as_os_str().is_empty() => parent(pools.metadata()),
-            Self::Pool(pools) => {
-                let id = path.to_str().and_then(|name| name.parse().ok()).and_then(ThinId::new);
-                // There is one name for each volume: 01 is not a name of volume 1.
-                let id = id
-                    .filter(|id| Path::new(&id.to_string()) == path)
-                    .ok_or_else(|| Error::from_errno(libc::ENOENT))?;
-                FileSource::Volume(Arc::new(pools.open()?.volume(id)?)).into_entry()
+        let not_found = match self.shown.find(path) {
+            Err(error) if error.errno() == libc::ENOENT => error,
+            found => return found,
+        };
+        let name = path.file_name().unwrap_or_default();
+        for (view, base) in self.views.named(name) {
+            if let Ok(CatalogEntry::File(source, node)) = self.shown.find(&path.with_file_name(base))
+                && self.is_offered(view, &source)
+                && let Some(view) = self.view(view, &source)?
+            {
+                let node = view.node(node.map_or_else(|| source.node(), Ok)?);
+                return Ok(CatalogEntry::View(view, node));
             }
         }
+        Err(not_found)
     }
 
     /// Opens what stays open for as long as a directory is open, so that a listing with the attributes of all volumes reads
@@ -179,99 +97,93 @@ impl Catalog {
     /// # Errors
     /// When it cannot be opened.
     pub fn keep_open(&self) -> Result<KeptOpen> {
-        match self {
-            Self::File { .. } | Self::Directory(_) => Ok(None),
-            Self::Pool(pools) => pools.open().map(Some),
-        }
+        self.shown.keep_open()
     }
 
-    /// The entries of a directory of the mount as they are now, sorted by name or by volume id.
+    /// The entries of a directory of the mount as they are now, sorted by name or by volume id, each file followed by its
+    /// views.
     ///
     /// # Errors
     /// As readdir(3).
     pub fn entries(&self, directory: &Path) -> Result<Vec<(OsString, FileKind)>> {
-        let root = match self {
-            Self::File { name, .. } => return Ok(vec![(name.clone(), FileKind::File)]),
-            Self::Pool(pools) => {
-                // Damaged volumes are listed too: a copy of the directory must fail, and not lack them.
-                let ids = pools.open()?.ids()?.into_iter();
-                return Ok(ids.map(|id| (id.to_string().into(), FileKind::File)).collect());
+        let exact = self.shown.entries(directory)?;
+        if self.views.count() == 0 {
+            return Ok(exact);
+        }
+        let mut entries = Vec::with_capacity(exact.len() * 2);
+        for (name, kind) in &exact {
+            entries.push((name.clone(), *kind));
+            if *kind != FileKind::File {
+                continue;
             }
-            Self::Directory(root) => root,
-        };
-        let mut entries = root.entries(directory)?;
-        entries.sort();
+            let Ok(CatalogEntry::File(source, _)) = self.shown.find(&directory.join(name)) else { continue };
+            for (view, name) in self.views.names_of(name) {
+                let is_hidden = exact.iter().any(|(other, _)| *other == name);
+                if !is_hidden && self.is_offered(view, &source) {
+                    entries.push((name, FileKind::File));
+                }
+            }
+        }
         Ok(entries)
     }
-}
 
-impl FileSource {
-    /// Opens the file.
-    ///
-    /// # Errors
-    /// When it cannot be opened for reading.
-    pub fn open(&self) -> Result<Arc<dyn Export>> {
-        match self {
-            Self::Path(path) => super::open(path),
-            Self::Export(export) => Ok(Arc::new(NbdExportFile::open(export)?)),
-            Self::Volume(volume) => Ok(Arc::new(VolumeExport::new(volume.clone()))),
-        }
+    /// The sizes of everything that is shown.
+    pub fn usage(&self) -> Usage {
+        Usage::of(&self.shown)
     }
 
-    /// The directory of the host that the root of a mount with one file has its owner, permissions and times from.
-    fn directory(&self) -> Result<CatalogEntry> {
-        match self {
-            Self::Path(path) => parent(path),
-            Self::Export(_) => directory(Path::new("/")),
-            Self::Volume(_) => Err(Error::from_errno(libc::ENOENT)),
-        }
-    }
-
-    /// The entry of this file. It has the attributes of a device or image of the host, and none for an NBD export or a
-    /// volume.
+    /// A view of a file; `None` if no such view is wanted.
     ///
     /// # Errors
-    /// ENOENT when the device or image does not exist.
-    fn into_entry(self) -> Result<CatalogEntry> {
-        let node = match &self {
-            Self::Path(path) => Some(node(path)?),
-            Self::Export(_) | Self::Volume(_) => None,
+    /// When the older snapshot cannot be found.
+    fn view(&self, view: View, source: &FileSource) -> Result<Option<ViewSource>> {
+        let older = match (view, &self.views.since) {
+            (View::Since, Some(older)) => Some(self.older(older)?),
+            (View::Compact, _) if self.views.compact => None,
+            (View::Used, _) if self.views.used => None,
+            _ => return Ok(None),
         };
-        Ok(CatalogEntry::File(self, node))
+        Ok(Some(ViewSource::new(view, source.clone(), older, self.views.clone())))
     }
-}
 
-/// Logs which volumes of a pool cannot be read.
-///
-/// # Errors
-/// When none of them can be read.
-fn check_volumes(volumes: Vec<Found>) -> Result<()> {
-    let count = volumes.len();
-    let damaged: Vec<Error> = volumes.into_iter().filter_map(|found| found.volume.err()).collect();
-    for error in &damaged {
-        error!("{error}");
+    /// The older snapshot that an option names.
+    ///
+    /// # Errors
+    /// A usage error where it cannot name one.
+    fn older(&self, older: &Older) -> Result<OlderSource> {
+        let wrong = |what: &str| Error::usage(format!("since={}: {what}", older.shown().display()));
+        match (&self.shown, older) {
+            (Shown::Directory(root), Older::Name(name)) => Ok(OlderSource::Path(root.path.join(name))),
+            (Shown::File { source: FileSource::Path(path), .. }, Older::Name(name)) => {
+                Ok(OlderSource::Path(path.with_file_name(name)))
+            }
+            (Shown::Pool(pools), Older::Name(name)) => {
+                let id = name.to_str().and_then(ThinId::parse);
+                let id = id.ok_or_else(|| wrong("expected the id of a volume"))?;
+                Ok(OlderSource::Volume(Arc::new(pools.open()?.volume(id)?)))
+            }
+            (Shown::File { source: FileSource::Export(_), .. }, Older::Name(name)) => {
+                let bitmap = name.to_str().ok_or_else(|| wrong("expected the name of a dirty bitmap"))?;
+                Ok(OlderSource::Bitmap(bitmap.to_owned()))
+            }
+            (Shown::Directory(_) | Shown::File { source: FileSource::Path(_), .. }, Older::Path(path)) => {
+                Ok(OlderSource::Path(path.clone()))
+            }
+            (Shown::Pool(_), Older::Path(_)) => Err(wrong("expected the id of a volume")),
+            (Shown::File { .. }, Older::Path(_)) => Err(wrong("expected the name of a dirty bitmap")),
+            (Shown::File { .. }, Older::Name(_)) => Err(Error::from_errno(libc::ENOENT)),
+        }
     }
-    match count {
-        1.. if damaged.len() == count => Err(Error::failed("no volume of the pool can be read")),
-        _ => Ok(()),
+
+    /// Whether a view of that file is shown. Of a single file each view is: the mount found out that it can be made.
+    fn is_offered(&self, view: View, source: &FileSource) -> bool {
+        match (&self.shown, view) {
+            (Shown::File { .. }, _) | (_, View::Compact) => true,
+            (_, View::Since) => {
+                let older = self.views.since.as_ref().and_then(|older| self.older(older).ok());
+                older.is_some_and(|older| older.can_be_older_than(source))
+            }
+            (_, View::Used) => source.has_known_file_system(),
+        }
     }
-}
-
-/// The node of a device, image or directory of the host.
-///
-/// # Errors
-/// ENOENT only when it does not exist.
-fn node(path: &Path) -> Result<HostNode> {
-    HostNode::at(path).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Error::from_errno(libc::ENOENT),
-        _ => Error::failed("cannot stat").on(path).because(error),
-    })
-}
-
-fn directory(path: &Path) -> Result<CatalogEntry> {
-    node(path).map(CatalogEntry::Directory)
-}
-
-fn parent(path: &Path) -> Result<CatalogEntry> {
-    directory(path.parent().unwrap_or(Path::new("/")))
 }

@@ -61,9 +61,14 @@ impl Export for NbdExportFile {
     }
 
     fn host_node(&self) -> io::Result<HostNode> {
-        // Only the user who made the mount is known to have the right to read the export.
-        let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-        let mode = libc::S_IFREG | 0o400;
-        Ok(HostNode { identity: None, uid, gid, mode, mtime: self.opened, ctime: self.opened })
+        Ok(host_node(self.opened))
     }
+}
+
+/// The owner, permissions and times of an export that was opened at that time.
+pub(super) fn host_node(opened: SystemTime) -> HostNode {
+    // Only the user who made the mount is known to have the right to read the export.
+    let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
+    let mode = libc::S_IFREG | 0o400;
+    HostNode { identity: None, uid, gid, mode, mtime: opened, ctime: opened }
 }

@@ -21,6 +21,8 @@ pub enum FileIdentity {
         /// The file in it.
         number: u64,
     },
+    /// A view of a file. Each open that may show something else has another number.
+    View(u64),
 }
 
 impl FileIdentity {

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use log::debug;
 
+use super::view::ImageRead;
 use crate::source::nbd::{BegunRead, Client};
 use crate::sys::aio::{AioQueue, AioRead};
 use crate::sys::buffer::AlignedBuffer;
@@ -36,6 +37,8 @@ pub enum PendingRead {
     Direct(AioRead),
     /// Of an NBD server.
     Nbd(BegunRead),
+    /// Of an image that is made as it is read.
+    Image(ImageRead),
 }
 
 impl PendingRead {
@@ -47,6 +50,7 @@ impl PendingRead {
         match self {
             Self::Direct(read) => read.wait(),
             Self::Nbd(read) => read.wait(),
+            Self::Image(read) => read.wait(),
         }
     }
 }

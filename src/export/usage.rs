@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::{Catalog, DeviceDirectory, FileKind, FileSource};
+use super::shown::Shown;
+use super::{DeviceDirectory, FileKind, FileSource};
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs;
 use crate::units::Bytes;
@@ -23,17 +24,17 @@ pub struct Usage {
 
 impl Usage {
     /// Opens no device: the lengths come from sysfs. A file whose length cannot be found counts as empty.
-    pub fn of(catalog: &Catalog) -> Self {
-        match catalog {
-            Catalog::File { source, export_len, .. } => {
+    pub(super) fn of(shown: &Shown) -> Self {
+        match shown {
+            Shown::File { source, export_len, .. } => {
                 let len = match source {
                     FileSource::Path(path) => len_at(path).map_or(Bytes::ZERO, |(_, len)| len),
                     FileSource::Export(_) | FileSource::Volume(_) => *export_len,
                 };
                 Self { bytes: len, entries: 2 }
             }
-            Catalog::Directory(root) => Self::of_directory(root),
-            Catalog::Pool(pools) => {
+            Shown::Directory(root) => Self::of_directory(root),
+            Shown::Pool(pools) => {
                 let found = pools.open().and_then(|pool| pool.volumes()).unwrap_or_default();
                 let lens = found.iter().filter_map(|found| found.volume.as_ref().ok()).map(|volume| volume.len());
                 Self { bytes: lens.fold(Bytes::ZERO, Bytes::saturating_add), entries: 1 + found.len() as u64 }

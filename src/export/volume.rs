@@ -87,6 +87,18 @@ impl Export for VolumeExport {
         Ok(HostNode { identity: None, mtime, ctime, ..data })
     }
 
+    fn unit(&self) -> Option<Bytes> {
+        Some(self.volume.block())
+    }
+
+    fn may_change(&self) -> bool {
+        false
+    }
+
+    fn is_claimed(&self) -> bool {
+        true
+    }
+
     fn is_current(&self) -> bool {
         self.pool().is_unchanged()
     }

@@ -42,6 +42,8 @@ pub struct Attributes {
     pub uid: u32,
     /// The group.
     pub gid: u32,
+    /// Whether it is a view: the next lookup of its name may give another inode.
+    pub is_view: bool,
 }
 
 /// Owner, group and permissions of all files, where options of the mount change those of the devices.
@@ -69,6 +71,7 @@ impl Attributes {
             mode: shown.mode & MAX_DIRECTORY_MODE,
             uid: ownership.uid.unwrap_or(shown.uid),
             gid: ownership.gid.unwrap_or(shown.gid),
+            is_view: false,
         }
     }
 
@@ -97,7 +100,8 @@ impl Attributes {
         let export = handle.export();
         let size = export.len()?;
         let blocks = blocks(size, has_hole, handle.allocated());
-        Ok(Self::new(ino, node, size, blocks, changed, ownership))
+        let is_view = export.base().is_some();
+        Ok(Self { is_view, ..Self::new(ino, node, size, blocks, changed, ownership) })
     }
 
     fn new(ino: Ino, shown: &HostNode, size: Bytes, blocks: u64, changed: FileTimes, ownership: &Ownership) -> Self {
@@ -112,6 +116,7 @@ impl Attributes {
             mode: shown.mode & MAX_FILE_MODE & ownership.mode,
             uid: ownership.uid.unwrap_or(shown.uid),
             gid: ownership.gid.unwrap_or(shown.gid),
+            is_view: false,
         }
     }
 }

@@ -127,9 +127,9 @@ impl Nodes {
     /// Makes the root the one file of the SPEC.
     ///
     /// # Errors
-    /// When the SPEC is a directory.
+    /// As [`Catalog::only_file`].
     pub fn root_is_file(&mut self, catalog: &Catalog) -> Result<()> {
-        let file = catalog.only_file().ok_or_else(|| Error::failed("a directory cannot be mounted on a file"))?;
+        let file = catalog.only_file()?;
         *self.0.get_mut().unwrap_or_else(PoisonError::into_inner) = Names::new(&file);
         Ok(())
     }

@@ -20,7 +20,7 @@ impl UsageCache {
             return usage;
         }
         // Without the lock: a directory of a network file system may take long.
-        let usage = Usage::of(catalog);
+        let usage = catalog.usage();
         *self.lock() = Some((Instant::now(), usage));
         usage
     }

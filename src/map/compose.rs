@@ -30,6 +30,10 @@ impl HoleMap for Uniform {
     fn allocated(&self) -> Option<Bytes> {
         Some(if self.kind.is_data() { self.len } else { Bytes::ZERO })
     }
+
+    fn is_guarded(&self) -> bool {
+        true
+    }
 }
 
 /// A range of another device, such as a partition of a disk or a segment of a device-mapper table. The part of the range
@@ -91,6 +95,10 @@ impl HoleMap for Clip {
             return Some("it lies beyond the end of the device below".into());
         }
         self.inner.dense_because()
+    }
+
+    fn is_guarded(&self) -> bool {
+        self.inner.is_guarded()
     }
 
     fn memory(&self) -> Bytes {
@@ -157,6 +165,10 @@ impl HoleMap for Concat {
 
     fn dense_because(&self) -> Option<DenseReason> {
         all_dense(self.maps())
+    }
+
+    fn is_guarded(&self) -> bool {
+        self.maps().all(HoleMap::is_guarded)
     }
 
     fn memory(&self) -> Bytes {
@@ -233,6 +245,10 @@ impl HoleMap for Overlay {
 
     fn dense_because(&self) -> Option<DenseReason> {
         self.maps().find_map(HoleMap::dense_because)
+    }
+
+    fn is_guarded(&self) -> bool {
+        self.maps().all(HoleMap::is_guarded)
     }
 
     fn memory(&self) -> Bytes {

@@ -113,6 +113,10 @@ impl HoleMap for Stripe {
         all_dense(self.legs_from(0).map(|(_, map)| map))
     }
 
+    fn is_guarded(&self) -> bool {
+        self.legs_from(0).all(|(_, map)| map.is_guarded())
+    }
+
     fn memory(&self) -> Bytes {
         memory_of(self.legs_from(0).map(|(_, map)| map))
     }
@@ -165,6 +169,10 @@ impl HoleMap for Unstripe {
 
     fn dense_because(&self) -> Option<DenseReason> {
         self.inner.dense_because()
+    }
+
+    fn is_guarded(&self) -> bool {
+        self.inner.is_guarded()
     }
 
     fn memory(&self) -> Bytes {

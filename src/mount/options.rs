@@ -13,8 +13,9 @@ use nix::mount::MsFlags;
 use crate::error::{Error, Result};
 use crate::fs::{Limits, Ownership};
 use crate::mount::words;
+use crate::qcow2::{ClusterSize, LONGEST_BACKING_NAME};
 use crate::source::nbd::Uri;
-use crate::spec::{SourceOptions, absolute};
+use crate::spec::{Older, SourceOptions, absolute};
 use crate::units::Bytes;
 
 /// The options of a mount.
@@ -115,9 +116,11 @@ pub fn parse_source(list: &OsStr, command: &str) -> Result<SourceOptions> {
     let mut options = ParsedOptions::default();
     for word in split(list.as_bytes())?.iter().filter(|word| !word.is_empty()) {
         let word = Word::new(word);
-        if !words::SOURCE.contains(&&*word.name) && words::is_known(&word.name) {
+        let is_of_source = [words::SOURCE, words::SOURCE_PLAIN].iter().any(|list| list.contains(&&*word.name));
+        if !is_of_source && words::is_known(&word.name) {
             let error = Error::usage(format!("option '{}' is for mounts, and means nothing to {command}", word.name));
-            return Err(error.hint(format!("{command} accepts {}", words::SOURCE.join("=, ") + "=")));
+            let (with_value, plain) = (words::SOURCE.join("=, ") + "=", words::SOURCE_PLAIN.join(", "));
+            return Err(error.hint(format!("{command} accepts {with_value}, {plain}")));
         }
         options.apply(0, &word).map_err(|(WordError::Unknown(error) | WordError::Invalid(error))| error)?;
     }
@@ -191,6 +194,8 @@ impl ParsedOptions {
             "direct_io" => self.mount.direct_io = true,
             "nofail" => self.mount.nofail = true,
             "static" => self.source.is_static = true,
+            "compact" => self.source.views.compact = true,
+            "used" => self.source.views.used = true,
             _ if words::IGNORED.contains(&name) => {}
             _ if words::MOUNT_WITH_VALUE.contains(&name) || words::SOURCE.contains(&name) => {
                 return Err(Error::usage(format!("option '{name}' needs a value: {name}=...")).into());
@@ -237,6 +242,18 @@ impl ParsedOptions {
                 let uri = text.filter(|text| !text.is_empty()).ok_or_else(|| wrong("an NBD URI"))?;
                 self.source.nbd = Some(Uri::parse(uri)?);
             }
+            "since" => {
+                let older = Older::parse(OsStr::from_bytes(value))?.ok_or_else(|| wrong("an older snapshot"))?;
+                self.source.views.since = Some(older);
+            }
+            "cluster_size" => {
+                let size = text.and_then(parse_size).and_then(ClusterSize::new);
+                self.source.views.cluster_size = Some(size.ok_or_else(|| wrong("a power of two from 4K to 2M"))?);
+            }
+            "backing" if value.is_empty() || value.len() > LONGEST_BACKING_NAME => {
+                return Err(wrong("the name of a file, of 1 to 1023 bytes"));
+            }
+            "backing" => self.source.views.backing = Some(OsString::from_vec(value.to_vec())),
             _ => return Err(WordError::Unknown(unknown_option(name))),
         }
         Ok(())

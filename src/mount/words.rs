@@ -75,8 +75,11 @@ pub const REFUSED: &[(&str, &str)] = &[
 pub const MOUNT_WITH_VALUE: &[&str] =
     &["uid", "gid", "mode", "umask", "max_read", "map_cache", "read_ahead", "queue_depth"];
 
-/// Options of what is shown. Each has a value.
-pub const SOURCE: &[&str] = &["thin_metadata", "nbd"];
+/// Options of what is shown, with a value.
+pub const SOURCE: &[&str] = &["thin_metadata", "nbd", "since", "cluster_size", "backing"];
+
+/// Options of what is shown, without a value.
+pub const SOURCE_PLAIN: &[&str] = &["compact", "used"];
 
 /// Options of a mount that have no value.
 pub const MOUNT_PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io", "nofail", "static"];
@@ -88,7 +91,7 @@ pub fn is_comment(name: &str) -> bool {
 
 /// Whether this program knows an option, whatever it does with it.
 pub fn is_known(name: &str) -> bool {
-    let lists = [IGNORED, IGNORED_WITH_VALUE, MOUNT_WITH_VALUE, SOURCE, MOUNT_PLAIN];
+    let lists = [IGNORED, IGNORED_WITH_VALUE, MOUNT_WITH_VALUE, SOURCE, SOURCE_PLAIN, MOUNT_PLAIN];
     let mut pairs = FLAGS.iter().map(|flag| flag.0).chain(REFUSED.iter().map(|refused| refused.0));
     is_comment(name) || lists.iter().any(|list| list.contains(&name)) || pairs.any(|known| known == name)
 }
@@ -100,7 +103,8 @@ pub fn near(word: &str) -> Vec<&'static str> {
         return Vec::new();
     }
     let flags = FLAGS.iter().map(|flag| flag.0);
-    let known = flags.chain([IGNORED, MOUNT_WITH_VALUE, SOURCE, MOUNT_PLAIN].into_iter().flatten().copied());
+    let known =
+        flags.chain([IGNORED, MOUNT_WITH_VALUE, SOURCE, SOURCE_PLAIN, MOUNT_PLAIN].into_iter().flatten().copied());
     let mut found: Vec<_> = known
         .filter(|name| !name.is_empty())
         .map(|name| (distance(word.as_bytes(), name.as_bytes()), name))
@@ -143,7 +147,11 @@ mod tests {
     fn the_man_page_has_every_option() {
         let page = include_str!("../../mount-helpers/man/mount.blkholefs.8");
         // `allow-other` is another spelling of `allow_other`.
-        for word in [MOUNT_WITH_VALUE, SOURCE, MOUNT_PLAIN].concat().into_iter().filter(|word| *word != "allow-other") {
+        for word in [MOUNT_WITH_VALUE, SOURCE, SOURCE_PLAIN, MOUNT_PLAIN]
+            .concat()
+            .into_iter()
+            .filter(|word| *word != "allow-other")
+        {
             let lists = |line: &str| line.split([' ', '=', '\\']).any(|part| part == word);
             assert!(page.lines().any(|line| line.starts_with(".B") && lists(line)), "{word}");
         }

@@ -14,7 +14,7 @@ const REFCOUNT_ORDER: u32 = 4;
 /// The extension with the format of the backing file. QEMU warns about images without it, as it would have to guess.
 const BACKING_FORMAT: u32 = 0xE279_2ACA;
 /// The longest name of a backing file.
-const LONGEST_NAME: usize = 1023;
+pub const LONGEST_BACKING_NAME: usize = 1023;
 
 /// The format of a backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ impl Backing {
     /// # Errors
     /// If QEMU would read another name than this, or none.
     pub(super) fn check(&self) -> Result<(), Error> {
-        let valid = (1..=LONGEST_NAME).contains(&self.name.len()) && !self.name.contains(&0);
+        let valid = (1..=LONGEST_BACKING_NAME).contains(&self.name.len()) && !self.name.contains(&0);
         valid.then_some(()).ok_or(Error::BackingName)
     }
 }

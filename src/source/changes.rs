@@ -32,3 +32,10 @@ pub enum IdentityValue {
     /// The source has no such value.
     None,
 }
+
+impl Changes {
+    /// Whether the same question has the same answer now. It is not known for any source yet.
+    pub fn is_current(&self) -> bool {
+        false
+    }
+}

@@ -34,6 +34,10 @@ impl HoleMap for Dense {
         Some(self.len)
     }
 
+    fn is_guarded(&self) -> bool {
+        true
+    }
+
     fn dense_because(&self) -> Option<DenseReason> {
         Some(self.reason.clone())
     }

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::map::HoleMap;
+use crate::map::{Either, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
 use crate::source::file::{self, Reads};
@@ -94,6 +94,32 @@ impl Stack {
         Self { top: Arc::new(Layer { below: vec![below], ..top }), stored: Vec::new(), ..self }
     }
 
+    /// The same device whose free space reads as zeros: the holes of `free` are free space of a file system of that kind, as
+    /// long as `guard` is unchanged.
+    #[must_use]
+    pub fn without_free_space(mut self, kind: &str, free: Arc<dyn HoleMap>, guard: impl Guard + 'static) -> Self {
+        let below = self.top;
+        let map = Either { zeroed: free, device: below.map.clone() };
+        self.guards.push(Box::new(guard));
+        let top = Layer {
+            name: below.name.clone(),
+            kind: format!("used space of {kind}"),
+            holes_from: format!("the free space of {kind}, and the device"),
+            map: Arc::new(map),
+            device: None,
+            below: vec![below],
+        };
+        Self { top: Arc::new(top), ..self }
+    }
+
+    /// The guards of the stack, without its extents: they take no memory.
+    #[must_use]
+    pub fn without_extents(self) -> Self {
+        const DROPPED: &str = "its extents were dropped";
+        let top = dense::layer(self.top.name.clone(), self.top.kind.clone(), self.top.len(), DROPPED);
+        Self { top: Arc::new(top), stored: Vec::new(), ..self }
+    }
+
     /// The length of the device.
     pub fn len(&self) -> Bytes {
         self.top.len()
@@ -135,6 +161,11 @@ impl Stack {
     /// As [`Stack::unchanged`], for an answer that holds whatever the lengths of the devices are now.
     pub fn unchanged_inside(&self) -> bool {
         self.guards.iter().all(|guard| guard.is_of_length() || guard.unchanged())
+    }
+
+    /// Whether [`Stack::unchanged`] notices each change of the extents. It does not where a source is queried at each question.
+    pub fn is_guarded(&self) -> bool {
+        self.top.map.is_guarded()
     }
 
     /// Whether every layer is still built as it was; what is stored may have changed.

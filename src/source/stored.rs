@@ -100,6 +100,10 @@ impl HoleMap for StoredExtents {
         self.loaded.get()?.as_ref().err().cloned()
     }
 
+    fn is_guarded(&self) -> bool {
+        true
+    }
+
     fn memory(&self) -> Bytes {
         self.map().map_or(Bytes::ZERO, HoleMap::memory)
     }

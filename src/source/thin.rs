@@ -76,6 +76,11 @@ impl ThinId {
         if id <= Self::MAX { Some(Self(id)) } else { None }
     }
 
+    /// The device that a decimal number without leading zeros names.
+    pub fn parse(text: &str) -> Option<Self> {
+        text.parse().ok().and_then(Self::new).filter(|id| id.to_string() == text)
+    }
+
     /// The number.
     pub const fn get(self) -> u32 {
         self.0

@@ -85,6 +85,15 @@ pub fn reopen_direct(file: &File) -> io::Result<File> {
     open(&own_path(file), true)
 }
 
+/// Opens the block device of an open descriptor again, exclusively (`O_EXCL` without `O_CREAT`, open(2)).
+///
+/// # Errors
+/// As open(2): `EBUSY` if the device is mounted, or claimed by another user of it.
+pub fn reopen_exclusive(file: &File) -> io::Result<File> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_EXCL;
+    OpenOptions::new().read(true).custom_flags(flags).open(own_path(file))
+}
+
 /// A path of an open file, for this process, that is valid as long as `file` is open. It stays valid if the file is
 /// renamed or removed.
 pub fn own_path(file: &File) -> PathBuf {

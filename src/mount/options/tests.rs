@@ -198,7 +198,10 @@ fn a_command_without_a_mount_refuses_options_of_mounts() {
         for list in [name.to_owned(), format!("{name}=1"), format!("thin_metadata=/m,{name}")] {
             let error = source(&list).unwrap_err();
             assert_eq!(error.to_string(), format!("option '{name}' is for mounts, and means nothing to map"));
-            assert_eq!((error.exit_code(), error.hint_text()), (1, Some("map accepts thin_metadata=, nbd=")));
+            assert_eq!(
+                (error.exit_code(), error.hint_text()),
+                (1, Some("map accepts thin_metadata=, nbd=, since=, cluster_size=, backing=, compact, used"))
+            );
         }
     }
     assert_eq!(source("frob").unwrap_err().to_string(), "unknown option 'frob'");

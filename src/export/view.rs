@@ -1,0 +1,130 @@
+//! Views: further files for one device, beside the exact file. Each wraps another export.
+//!
+//! | view | name | what it is |
+//! |---|---|---|
+//! | [`View::Compact`] | `NAME.qcow2` | an image of the device that has its data and no holes |
+//! | [`View::Since`] | `NAME.since-OLDER.qcow2` | an image of what changed since an older snapshot |
+//! | [`View::Used`] | `NAME.used` | the device with the free space of its file system as holes |
+//!
+//! A view is made when it is opened. What it shows is fixed from then on, so each open of a device that may have changed in
+//! between is a file of its own, with an inode number of its own while the other one is open: the kernel keeps the bytes of
+//! a file by inode.
+
+mod claim;
+mod image;
+mod older;
+mod queue;
+mod used;
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{Export, FileIdentity, FileSource, HostNode};
+use crate::error::Result;
+use crate::source::Context;
+use crate::spec::ViewOptions;
+
+pub use older::OlderSource;
+pub use queue::ImageRead;
+pub use used::has_known_file_system;
+
+/// The kinds of views.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum View {
+    /// A compact image of the device.
+    Compact,
+    /// An image of what changed since an older snapshot.
+    Since,
+    /// The device with the free space of its file system as holes.
+    Used,
+}
+
+/// The ending of the name of an image.
+const IMAGE: &[u8] = b".qcow2";
+/// The ending of the name of a view of the used space.
+const USED: &[u8] = b".used";
+
+impl ViewOptions {
+    /// The views that are wanted, each with the ending of its name.
+    fn endings(&self) -> impl Iterator<Item = (View, Vec<u8>)> {
+        let since = self.since.as_ref().map(|older| [b".since-", older.shown().as_bytes(), IMAGE].concat());
+        // The longest ending first: each ending of an image of changes is one of a compact image too.
+        let since = since.map(|ending| (View::Since, ending));
+        let compact = self.compact.then(|| (View::Compact, IMAGE.to_vec()));
+        let used = self.used.then(|| (View::Used, USED.to_vec()));
+        since.into_iter().chain(compact).chain(used)
+    }
+
+    /// The names of the views of the file `name`.
+    pub fn names_of(&self, name: &OsStr) -> impl Iterator<Item = (View, OsString)> {
+        let name = name.as_bytes().to_vec();
+        self.endings().map(move |(view, ending)| (view, OsString::from_vec([&*name, &ending].concat())))
+    }
+
+    /// Which view of which file has that name, in the order in which they are to be tried.
+    pub fn named<'a>(&self, name: &'a OsStr) -> impl Iterator<Item = (View, &'a OsStr)> {
+        self.endings().filter_map(|(view, ending)| {
+            let base = name.as_bytes().strip_suffix(&*ending).filter(|base| !base.is_empty())?;
+            Some((view, OsStr::from_bytes(base)))
+        })
+    }
+}
+
+/// A view of a file, which is not open.
+#[derive(Clone, Debug)]
+pub struct ViewSource {
+    /// The kind of view.
+    pub view: View,
+    /// The file that it is a view of.
+    pub base: FileSource,
+    /// The older snapshot, for [`View::Since`].
+    pub older: Option<OlderSource>,
+    /// How it is made.
+    pub options: Arc<ViewOptions>,
+    identity: FileIdentity,
+}
+
+impl ViewSource {
+    /// A view that is different from all others: what it shows is not the same at each open.
+    pub fn new(view: View, base: FileSource, older: Option<OlderSource>, options: Arc<ViewOptions>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let identity = FileIdentity::View(NEXT.fetch_add(1, Ordering::Relaxed));
+        Self { view, base, older, options, identity }
+    }
+
+    /// The node of the view: that of the file, with an identity of its own.
+    pub fn node(&self, base: HostNode) -> HostNode {
+        HostNode { identity: Some(self.identity), ..base }
+    }
+
+    /// Opens the view: finds out what it shows.
+    ///
+    /// # Errors
+    /// When a device cannot be opened, or the view cannot be made.
+    pub fn open(&self, context: &Context) -> Result<Arc<dyn Export>> {
+        let base = self.base.open()?;
+        Ok(match (self.view, &self.older) {
+            (View::Used, _) => Arc::new(used::UsedExport::open(base, self.identity, context)?),
+            (View::Since, Some(older)) => {
+                let changes = older.changes_to(&self.base, context)?;
+                Arc::new(image::ImageExport::of_changes(base, changes, &self.options, older.name(), self.identity)?)
+            }
+            _ => Arc::new(image::ImageExport::compact(base, &self.options, self.identity, context)?),
+        })
+    }
+
+    /// Opens the file in place of the view, with a length that is not below that of the view: for an answer that must not take
+    /// long.
+    ///
+    /// # Errors
+    /// When the device cannot be opened.
+    pub fn open_bound(&self) -> Result<Arc<dyn Export>> {
+        let base = self.base.open()?;
+        Ok(match self.view {
+            View::Used => Arc::new(used::UsedExport::dense(base, self.identity)),
+            View::Compact | View::Since => Arc::new(image::ImageExport::dense(base, &self.options, self.identity)?),
+        })
+    }
+}

@@ -1,0 +1,88 @@
+//! The sole use of a device or image, as long as its free space is shown as holes.
+
+use std::fs::File;
+use std::io;
+
+use crate::error::{Error, Result};
+use crate::export::Export;
+use crate::source::{Context, Guard, Stack, WriteGuard};
+use crate::sys::device;
+use crate::sys::stamp::Stamp;
+
+/// A device that nobody else may use exclusively, or an image whose times are watched.
+///
+/// A block device is opened with O_EXCL, as a mount does it (`bd_prepare_to_claim` of `block/bdev.c`): a mounted device is
+/// refused, and cannot be mounted while it is open here. A program that writes to the device without O_EXCL is not kept
+/// from it, but its writes are counted, and are found by [`Claim::holds`].
+pub(super) struct Claim {
+    kind: Kind,
+    /// The writes of a device. One without counters is guarded by the claim alone.
+    writes: Option<WriteGuard>,
+    /// The stack at the open: the table of a device-mapper device, or the binding of a loop device, may change.
+    stack: Stack,
+}
+
+enum Kind {
+    /// The descriptor holds the claim.
+    Device {
+        _claimed: File,
+    },
+    Image {
+        file: File,
+        stamp: Stamp,
+    },
+    /// A volume of a pool that is not active: its metadata is claimed while the pool is open.
+    Volume,
+}
+
+impl Claim {
+    /// Claims a device.
+    ///
+    /// # Errors
+    /// EBUSY when it is mounted, or claimed otherwise. When there is no way to claim it.
+    pub(super) fn new(export: &dyn Export, context: &Context) -> Result<Self> {
+        let kind = Kind::of(export)?;
+        // Its dirty pages are written back before its metadata is read past its page cache, and before its writes are counted.
+        let stack = export.stack(context);
+        if !stack.write_back() {
+            return Err(Error::failed("cannot write back the dirty pages").on(export.name()));
+        }
+        let writes = export.device().and_then(|device| WriteGuard::new(device).ok());
+        Ok(Self { kind, writes, stack: stack.without_extents() })
+    }
+
+    /// Whether nobody wrote to the device since it was claimed.
+    pub(super) fn holds(&self) -> bool {
+        let unwritten = match &self.kind {
+            Kind::Image { file, stamp } => stamp.proves_unchanged(file),
+            Kind::Device { .. } | Kind::Volume => self.writes.as_ref().is_none_or(Guard::unchanged),
+        };
+        unwritten && self.stack.same_shape()
+    }
+}
+
+impl Kind {
+    fn of(export: &dyn Export) -> Result<Self> {
+        let refused = |error: io::Error| {
+            let busy = error.raw_os_error() == Some(libc::EBUSY);
+            let refused = Error::failed("its used space cannot be shown").on(export.name()).because(error);
+            if busy { refused.hint("it is mounted or in use: unmount it, or show a snapshot of it") } else { refused }
+        };
+        if let Some(device) = export.device() {
+            let claimed = device::reopen_exclusive(&device.file).map_err(refused)?;
+            return Ok(Self::Device { _claimed: claimed });
+        }
+        if export.is_claimed() {
+            return Ok(Self::Volume);
+        }
+        let no_claim = || refused(io::Error::other("nothing keeps other hosts from writing to it"));
+        let file = export.regular_file().ok_or_else(no_claim)?.try_clone().map_err(refused)?;
+        let stamp = Stamp::settled(&file).map_err(refused)?;
+        if !stamp.proves_unchanged(&file) {
+            const WRITTEN: &str =
+                "it is open for writing, or its file system has no times that prove that it is unchanged";
+            return Err(refused(io::Error::other(WRITTEN)));
+        }
+        Ok(Self::Image { file, stamp })
+    }
+}

@@ -1,0 +1,267 @@
+//! A qcow2 image of a device, made as it is read.
+
+use std::ffi::OsString;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use log::{info, warn};
+
+use crate::error::{Error, Result, shown};
+use crate::export::read_queue::ReadQueue;
+use crate::export::{Export, FileIdentity, HostNode, MIN_ALIGN};
+use crate::map::{Extent, ExtentKind, HoleMap, view};
+use crate::qcow2::{Backing, BackingFormat, Builder, ClusterSize, Content, Layout};
+use crate::source::changes::Changes;
+use crate::source::{Context, Stack, dense};
+use crate::spec::ViewOptions;
+use crate::sys::buffer::AlignedBuffer;
+use crate::units::Bytes;
+
+/// How often the extents are read again because the device changed while they were read. After that all of it is data.
+const MAX_TRIES: usize = 3;
+
+/// Why an image has no holes.
+const NO_HOLES: &str = "an image holds what is data, and nothing else";
+
+/// The layout of an image, and what it was made from.
+pub struct ImageLayout {
+    /// Where each byte of the image comes from.
+    pub layout: Layout,
+    /// The stack of the device when its extents were read, if its guards notice each change of them.
+    guarded: Option<Guarded>,
+}
+
+/// What notices that a new layout would be another one.
+enum Guarded {
+    Device(Stack),
+    Changes(Changes),
+}
+
+/// An image of a device.
+pub(super) struct ImageExport {
+    name: PathBuf,
+    base: Arc<dyn Export>,
+    image: ImageLayout,
+    identity: FileIdentity,
+}
+
+impl ImageExport {
+    /// An image that has all data of `base`, as it is now.
+    ///
+    /// # Errors
+    /// When the device is gone, or it is too large for an image.
+    pub(super) fn compact(
+        base: Arc<dyn Export>,
+        options: &ViewOptions,
+        identity: FileIdentity,
+        context: &Context,
+    ) -> Result<Self> {
+        let image = ImageLayout::compact(&*base, options, context)?;
+        let name = named(&base, ".qcow2");
+        log_open(&name, &*base, &image.layout);
+        Ok(Self { name, base, image, identity })
+    }
+
+    /// An image of `changes`, which were found in `base` since the snapshot `older`.
+    ///
+    /// # Errors
+    /// When the device is too large for an image.
+    pub(super) fn of_changes(
+        base: Arc<dyn Export>,
+        changes: Changes,
+        options: &ViewOptions,
+        older: OsString,
+        identity: FileIdentity,
+    ) -> Result<Self> {
+        let name = named(&base, &format!(".since-{}.qcow2", shown(Path::new(&older))));
+        let image = ImageLayout::of_changes(&*base, changes, options, older)?;
+        log_open(&name, &*base, &image.layout);
+        Ok(Self { name, base, image, identity })
+    }
+
+    /// An image in which all of the device is data. It is not shorter than any other image of the device.
+    ///
+    /// # Errors
+    /// When the device is gone, or it is too large for an image.
+    pub(super) fn dense(base: Arc<dyn Export>, options: &ViewOptions, identity: FileIdentity) -> Result<Self> {
+        let len = base.len()?;
+        let layout = build(&*base, options, None, [(Bytes::ZERO, Extent { end: len, kind: ExtentKind::Data })], len)?;
+        Ok(Self { name: named(&base, ".qcow2"), base, image: ImageLayout { layout, guarded: None }, identity })
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.image.layout
+    }
+
+    pub(super) fn device(&self) -> &dyn Export {
+        &*self.base
+    }
+
+    /// Fills `part` with the bytes of the device from `offset` on.
+    fn read_device(&self, part: &mut [u8], offset: Bytes) -> io::Result<()> {
+        let mut own = AlignedBuffer::new();
+        let range = self.base.read_at(&mut own, offset, part.len())?;
+        let bytes = &own.bytes()[range];
+        if bytes.len() < part.len() {
+            return Err(shorter());
+        }
+        part.copy_from_slice(&bytes[..part.len()]);
+        Ok(())
+    }
+}
+
+impl ImageLayout {
+    /// The layout of an image of `base` as it is now.
+    ///
+    /// # Errors
+    /// When the device is gone, or it is too large for an image.
+    pub fn compact(base: &dyn Export, options: &ViewOptions, context: &Context) -> Result<Self> {
+        for _ in 0..MAX_TRIES {
+            let stack = base.stack(context);
+            if !stack.write_back() {
+                continue;
+            }
+            let loaded = stack.load();
+            let len = loaded.map().len();
+            let runs = view::runs(loaded.map(), base.align(), Bytes::ZERO..len);
+            let layout = build(base, options, None, runs, len)?;
+            if stack.unchanged() && base.len()? == len {
+                let is_guarded = stack.is_guarded() && !loaded.is_temporary;
+                return Ok(Self { layout, guarded: is_guarded.then(|| Guarded::Device(stack.without_extents())) });
+            }
+        }
+        warn!("{}: it is suspended or changes too fast: all of it is data in the image", shown(base.name()));
+        let len = base.len()?;
+        let all = [(Bytes::ZERO, Extent { end: len, kind: ExtentKind::Data })];
+        Ok(Self { layout: build(base, options, None, all, len)?, guarded: None })
+    }
+
+    /// The layout of an image of what changed in `base` since the snapshot `older`.
+    ///
+    /// # Errors
+    /// When the device is too large for an image.
+    pub fn of_changes(base: &dyn Export, changes: Changes, options: &ViewOptions, older: OsString) -> Result<Self> {
+        let name = options.backing.clone().unwrap_or(older).into_encoded_bytes();
+        let format = if name.ends_with(b".qcow2") { BackingFormat::Qcow2 } else { BackingFormat::Raw };
+        let len = changes.map.len();
+        let runs = view::runs(&changes.map, base.align(), Bytes::ZERO..len);
+        let layout = build(base, options, Some(Backing { name, format }), runs, len)?;
+        Ok(Self { layout, guarded: Some(Guarded::Changes(changes)) })
+    }
+
+    /// Whether a layout that is made now would be the same.
+    fn is_current(&self) -> bool {
+        match &self.guarded {
+            Some(Guarded::Device(stack)) => stack.write_back() && stack.unchanged(),
+            Some(Guarded::Changes(changes)) => changes.is_current(),
+            None => false,
+        }
+    }
+}
+
+fn build(
+    base: &dyn Export,
+    options: &ViewOptions,
+    backing: Option<Backing>,
+    runs: impl IntoIterator<Item = (Bytes, Extent)>,
+    len: Bytes,
+) -> Result<Layout> {
+    let failed = |what: &str| Error::failed(what).on(base.name());
+    let unit = base.unit().unwrap_or(MIN_ALIGN);
+    let cluster = options.cluster_size.or_else(|| ClusterSize::for_block(unit, len));
+    let cluster = cluster.ok_or_else(|| failed("is too large for a qcow2 image"))?;
+    let mut builder = Builder::new(len, cluster, backing);
+    for (start, extent) in runs {
+        builder.push(start..extent.end, extent.kind);
+    }
+    builder.finish().map_err(|error| failed("cannot be shown as a qcow2 image").because(error))
+}
+
+/// The name of a view in messages.
+fn named(base: &Arc<dyn Export>, ending: &str) -> PathBuf {
+    let mut name = base.name().as_os_str().to_owned();
+    name.push(ending);
+    PathBuf::from(name)
+}
+
+fn log_open(name: &Path, base: &dyn Export, layout: &Layout) {
+    let live = if base.may_change() { "; the device can change: an image of a snapshot is consistent" } else { "" };
+    info!("{}: an image of {} bytes{live}", shown(name), layout.len());
+}
+
+fn shorter() -> io::Error {
+    io::Error::other("the device has become shorter since the image was opened")
+}
+
+impl Export for ImageExport {
+    fn name(&self) -> &Path {
+        &self.name
+    }
+
+    fn size(&self) -> io::Result<Bytes> {
+        Ok(self.image.layout.len())
+    }
+
+    fn align(&self) -> Bytes {
+        MIN_ALIGN
+    }
+
+    fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
+        let layout = &self.image.layout;
+        let end = offset.saturating_add(Bytes::new(size as u64)).min(layout.len());
+        let first = layout.part_at(offset);
+        // Mostly it is one range of the device, and no byte needs to be copied.
+        if let Content::Device(at) = first.content
+            && end <= first.range.end
+        {
+            let range = self.base.read_at(buffer, at, size)?;
+            return if range.len() < size { Err(shorter()) } else { Ok(range) };
+        }
+        let bytes = buffer.resize(size);
+        let mut at = offset;
+        while at < end {
+            let part = layout.part_at(at);
+            let part_end = part.range.end.min(end);
+            let inside = index(at, offset)..index(part_end, offset);
+            match part.content {
+                Content::Metadata => layout.fill_metadata(at, &mut bytes[inside]),
+                Content::Zeros => bytes[inside].fill(0),
+                Content::Device(device) => self.read_device(&mut bytes[inside], device)?,
+            }
+            at = part_end;
+        }
+        Ok(0..index(end, offset))
+    }
+
+    fn read_queue(&self) -> Option<&dyn ReadQueue> {
+        self.base.read_queue().map(|_| self as &dyn ReadQueue)
+    }
+
+    fn resolve(&self, context: &Context) -> Stack {
+        let (name, len) = (shown(&self.name).to_string(), self.image.layout.len());
+        Stack::build(context, |_| Arc::new(dense::layer(name, "qcow2", len, NO_HOLES)))
+    }
+
+    fn host_node(&self) -> io::Result<HostNode> {
+        Ok(HostNode { identity: Some(self.identity), ..self.base.host_node()? })
+    }
+
+    fn identity(&self) -> Option<FileIdentity> {
+        Some(self.identity)
+    }
+
+    fn base(&self) -> Option<&Arc<dyn Export>> {
+        Some(&self.base)
+    }
+
+    fn is_current(&self) -> bool {
+        self.image.is_current()
+    }
+}
+
+/// The index of the byte at `position` in a buffer that begins at `start`, which is not behind it by more than a request.
+fn index(position: Bytes, start: Bytes) -> usize {
+    usize::try_from(position.saturating_sub(start).get()).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,50 @@
+//! The older snapshot of a view of changes.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::export::FileSource;
+use crate::source::Context;
+use crate::source::changes::Changes;
+use crate::source::thin::offline::Volume;
+
+/// Where an older snapshot is found.
+#[derive(Clone, Debug)]
+pub enum OlderSource {
+    /// A device.
+    Path(PathBuf),
+    /// A volume of an offline pool.
+    Volume(Arc<Volume>),
+    /// The state of an NBD export at the time from which this dirty bitmap records writes.
+    Bitmap(String),
+}
+
+impl OlderSource {
+    /// The name that stands in the name of the view, and that is the default for the name of the backing file.
+    pub(super) fn name(&self) -> OsString {
+        match self {
+            Self::Path(path) => path.file_name().unwrap_or(path.as_os_str()).to_owned(),
+            Self::Volume(volume) => volume.id().to_string().into(),
+            Self::Bitmap(name) => name.into(),
+        }
+    }
+
+    /// What changed in `newer` since this snapshot.
+    ///
+    /// # Errors
+    /// When the two cannot be compared, with the reason.
+    pub(super) fn changes_to(&self, newer: &FileSource, context: &Context) -> Result<Changes> {
+        let _ = (newer, context);
+        Err(Error::failed("cannot be compared with another device").on(Path::new(&self.name())))
+    }
+
+    /// Whether `newer` is another volume of the same pool. Nothing is read of the metadata.
+    pub fn can_be_older_than(&self, newer: &FileSource) -> bool {
+        match (self, newer) {
+            (Self::Volume(older), FileSource::Volume(newer)) => older.id() != newer.id(),
+            _ => false,
+        }
+    }
+}
