@@ -1,0 +1,1 @@
+//! The used space of a device.
