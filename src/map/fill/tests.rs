@@ -39,22 +39,23 @@ fn model(blocks: u64, ranges: &[Range<u64>]) -> Vec<bool> {
     model
 }
 
-/// Compares counts, the n-th mapped block, and words of 64 blocks with the model.
+/// Compares counts, the n-th mapped block, and words of 64 blocks with the model: near each edge of it, and at many others.
 fn check_ranks(map: &FillMap, model: &[bool]) {
     let mut rank = 0;
     for (block, mapped) in (0..).zip(model) {
-        assert_eq!(map.mapped_before(Block(block)), rank, "before {block}");
-        if *mapped {
-            assert_eq!(map.nth_mapped(rank), Some(Block(block)));
-            rank += 1;
+        let near_edge = model[(block as usize).saturating_sub(1)..].iter().take(3).any(|other| other != mapped);
+        if near_edge || block % 1009 == 0 || block % CHUNK == 0 {
+            assert_eq!(map.mapped_before(Block(block)), rank, "before {block}");
+            assert!(!mapped || map.nth_mapped(rank) == Some(Block(block)), "block {block} is number {rank}");
         }
+        rank += u64::from(*mapped);
     }
     assert_eq!((map.mapped(), map.nth_mapped(rank), map.nth_mapped(u64::MAX)), (rank, None, None));
     let end = model.len() as u64;
     for beyond in [end, end + 1, end + 3 * CHUNK, u64::MAX] {
         assert_eq!(map.mapped_before(Block(beyond)), rank, "before {beyond}");
     }
-    for (word, blocks) in (0..).zip(model.chunks(64)) {
+    for (word, blocks) in (0..).zip(model.chunks(64)).step_by(5) {
         let bits = blocks.iter().rev().fold(0, |bits, mapped| bits << 1 | u64::from(*mapped));
         assert_eq!(map.word(word), bits, "word {word}");
     }
