@@ -158,7 +158,7 @@ fn qemu_reads_the_image_of_a_device() {
     let folder = tempfile::tempdir().unwrap();
     for seed in seeds(0, 24) {
         let random = &mut Random::new(seed);
-        let size = 4 * KIB << random.within(0..10);
+        let size = (4 * KIB) << random.within(0..10);
         let lengths = lengths(size);
         let len = lengths[random.within(0..lengths.len() as u64) as usize];
         let kinds: &[ExtentKind] = [&[Data, Hole, Free][..], &[Data], &[Hole]][random.within(0..3) as usize];
@@ -179,7 +179,7 @@ fn qemu_reads_an_increment_over_a_raw_file_and_over_an_image() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     for seed in seeds(0, 12) {
         let random = &mut Random::new(seed);
-        let size = 4 * KIB << random.within(0..10);
+        let size = (4 * KIB) << random.within(0..10);
         let lengths = lengths(size);
         let len = lengths[random.within(0..lengths.len() as u64) as usize];
         println!("seed {seed}: clusters of {size}, {len} bytes");
@@ -256,7 +256,7 @@ fn a_device_without_bytes_and_a_very_large_one_are_images_for_qemu() {
 fn reading_in_pieces_equals_reading_the_whole() {
     for seed in seeds(0, 24) {
         let random = &mut Random::new(seed);
-        let size = 4 * KIB << random.within(0..3);
+        let size = (4 * KIB) << random.within(0..3);
         // More than one L2 table in some: a table of 4 KiB covers 2 MiB.
         let len = random.within(1..5 * MIB);
         let with_backing = random.one_in(2);
