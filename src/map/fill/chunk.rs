@@ -31,12 +31,18 @@ impl ChunkBuilder {
 
     /// The finished chunk.
     pub(super) fn finish(&self) -> Box<MixedChunk> {
-        let mut chunk = Box::new(MixedChunk { words: [0; WORDS], any: [0; SUMMARY], all: [0; SUMMARY] });
+        let mut chunk =
+            Box::new(MixedChunk { words: [0; WORDS], any: [0; SUMMARY], all: [0; SUMMARY], before: [0; SUMMARY] });
         for (at, word) in self.0.iter().enumerate() {
             let word = word.load(Relaxed);
             chunk.words[at] = word;
             chunk.any[at / 64] |= u64::from(word != 0) << (at % 64);
             chunk.all[at / 64] |= u64::from(word == u64::MAX) << (at % 64);
+        }
+        let mut before = 0;
+        for (group, words) in chunk.before.iter_mut().zip(chunk.words.chunks(64)) {
+            *group = before;
+            before += words.iter().map(|word| word.count_ones() as u16).sum::<u16>();
         }
         chunk
     }
@@ -50,6 +56,8 @@ pub(super) struct MixedChunk {
     any: [u64; SUMMARY],
     /// One bit per word: all of its blocks are mapped.
     all: [u64; SUMMARY],
+    /// For each group of 64 words: the number of mapped blocks of the chunk before it.
+    before: [u16; SUMMARY],
 }
 
 impl MixedChunk {
@@ -60,15 +68,23 @@ impl MixedChunk {
 
     /// How many of the blocks in `range`, counted from the start of the chunk, are mapped.
     pub(super) fn count_mapped(&self, range: &Range<u64>) -> u64 {
-        let within = (range.start / 64) as usize..range.end.div_ceil(64) as usize;
-        let words = self.words[within.clone()].iter().zip((within.start as u64 * 64..).step_by(64));
-        words.map(|(word, at)| u64::from((word & bits_within(at, range)).count_ones())).sum()
+        self.mapped_before(range.end) - self.mapped_before(range.start)
+    }
+
+    /// How many of the blocks of the chunk before `block` are mapped. `block` may be the end of the chunk.
+    fn mapped_before(&self, block: u64) -> u64 {
+        let word = (block / 64) as usize;
+        let group = (word / 64).min(SUMMARY - 1);
+        let words = self.words[group * 64..word].iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+        let last = self.words.get(word).map_or(0, |word| (word & ((1 << (block % 64)) - 1)).count_ones());
+        u64::from(self.before[group]) + words + u64::from(last)
     }
 
     /// The mapped block of the chunk before which exactly `count` blocks of the chunk are mapped.
     pub(super) fn nth_mapped(&self, count: u64) -> Option<u64> {
-        let mut left = count;
-        for (word, at) in self.words.iter().zip((0..).step_by(64)) {
+        let group = self.before.partition_point(|before| u64::from(*before) <= count) - 1;
+        let mut left = count - u64::from(self.before[group]);
+        for (word, at) in self.words.iter().zip((0..).step_by(64)).skip(group * 64) {
             let mapped = u64::from(word.count_ones());
             if left < mapped {
                 let mut bits = *word;
@@ -116,13 +132,4 @@ fn next_bit(bits: &[u64; SUMMARY], from: usize, invert: u64) -> Option<usize> {
         mask = u64::MAX;
     }
     None
-}
-
-/// The bits of those blocks that are in `range`, in the word whose first block is `at`.
-fn bits_within(at: u64, range: &Range<u64>) -> u64 {
-    let below = |limit: u64| match limit.saturating_sub(at) {
-        count @ 0..64 => (1 << count) - 1,
-        _ => u64::MAX,
-    };
-    below(range.end) & !below(range.start)
 }

@@ -39,6 +39,29 @@ fn model(blocks: u64, ranges: &[Range<u64>]) -> Vec<bool> {
     model
 }
 
+/// Compares counts, the n-th mapped block, and words of 64 blocks with the model: near each edge of it, and at many others.
+fn check_ranks(map: &FillMap, model: &[bool]) {
+    let mut rank = 0;
+    for (block, mapped) in (0..).zip(model) {
+        let near_edge = model[(block as usize).saturating_sub(1)..].iter().take(3).any(|other| other != mapped);
+        if near_edge || block % 1009 == 0 || block % CHUNK == 0 {
+            assert_eq!(map.mapped_before(Block(block)), rank, "before {block}");
+            assert!(!mapped || map.nth_mapped(rank) == Some(Block(block)), "block {block} is number {rank}");
+        }
+        rank += u64::from(*mapped);
+    }
+    assert_eq!((map.mapped(), map.nth_mapped(rank), map.nth_mapped(u64::MAX)), (rank, None, None));
+    let end = model.len() as u64;
+    for beyond in [end, end + 1, end + 3 * CHUNK, u64::MAX] {
+        assert_eq!(map.mapped_before(Block(beyond)), rank, "before {beyond}");
+    }
+    for (word, blocks) in (0..).zip(model.chunks(64)).step_by(5) {
+        let bits = blocks.iter().rev().fold(0, |bits, mapped| bits << 1 | u64::from(*mapped));
+        assert_eq!(map.word(word), bits, "word {word}");
+    }
+    assert_eq!((map.word(end.div_ceil(64)), map.word(u64::MAX / 64)), (0, 0));
+}
+
 /// Compares every lookup at the edges of the model's runs, one to each side, with the model.
 fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
     let allocated: u64 = (0u64..)
@@ -48,6 +71,7 @@ fn check(map: &FillMap, model: &[bool], len: u64, block_size: u64) {
         .sum();
     assert_eq!(map.allocated(), Some(Bytes::new(allocated)));
     assert_eq!(map.mapped, model.iter().filter(|mapped| **mapped).count() as u64);
+    check_ranks(map, model);
     let mut want = Vec::new();
     let mut at = 0;
     for run in model.chunk_by(|a, b| a == b) {

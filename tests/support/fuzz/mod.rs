@@ -8,6 +8,7 @@ pub mod kernel_texts;
 pub mod mount_words;
 pub mod nbd;
 pub mod nbd_client;
+pub mod qcow2;
 pub mod scsi_pages;
 pub mod thin_metadata;
 pub mod thin_params;
