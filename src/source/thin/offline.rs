@@ -20,7 +20,7 @@ use super::lookup::NodeCache;
 use super::metadata::Metadata;
 use super::reader::MetadataReader;
 use super::walk::Tree;
-use super::{MetaBlock, ThinId};
+use super::{MetaBlock, TIME_BITS, ThinId};
 use crate::error::{Error, Result};
 use crate::map::FillMap;
 use crate::sys::buffer::AlignedBuffer;
@@ -35,9 +35,6 @@ const NODES: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 const DIRECT_ALIGN: Bytes = Bytes::new(4096);
 /// The number of threads that read a mapping tree.
 const THREADS: usize = 2;
-/// The low bits of a mapping's value, which are a time. The bits above are the data block (`unpack_block_time` of
-/// `drivers/md/dm-thin-metadata.c`).
-const TIME_BITS: u32 = 24;
 
 /// The metadata and the data of a pool that is not active.
 pub struct OfflinePool {
