@@ -244,7 +244,8 @@ impl<'a> Comparison<'a> {
         let block = |index: &usize| pointers[*index].block.get();
         let mut rest = &order[..];
         while let Some(first) = rest.first().map(block) {
-            let fits = |pair: &&[usize]| block(&pair[1]) - block(&pair[0]) <= GAP + 1 && block(&pair[1]) - first < REQUEST;
+            let fits =
+                |pair: &&[usize]| block(&pair[1]) - block(&pair[0]) <= GAP + 1 && block(&pair[1]) - first < REQUEST;
             let (request, others) = rest.split_at(1 + rest.windows(2).take_while(fits).count());
             rest = others;
             let count = request.last().map_or(1, block) - first + 1;
