@@ -23,7 +23,7 @@ pub mod mount {
     }
 }
 pub mod source {
-    pub use crate::source::{BlockDevice, Context, Stack};
+    pub use crate::source::{BlockDevice, Context, Stack, changes};
     pub mod dm {
         pub use crate::source::dm::{exceptions, params};
     }

@@ -5,14 +5,18 @@
 //! `docs/correctness.md`. The time in the value of a mapping does not count.
 
 mod compare;
+mod live;
+
+pub use live::between;
 
 use std::ops::Range;
 
 use self::compare::{Comparison, Difference};
-use super::ThinId;
 use super::error::{ThinError, ThinResult};
 use super::metadata::Metadata;
+use super::{DeviceDetails, ThinId};
 use crate::map::{Block, ChangeMap, FillBuilder, Filler, HoleMap};
+use crate::source::changes::{Identity, IdentityValue};
 use crate::units::Bytes;
 
 /// One of two devices that are compared.
@@ -22,6 +26,48 @@ pub struct Compared {
     pub id: ThinId,
     /// Its length. Mappings past it are left out.
     pub len: Bytes,
+}
+
+/// The changes between two devices, and what identifies the devices.
+pub struct DeviceChanges {
+    /// The changes.
+    pub map: ChangeMap,
+    older: (ThinId, DeviceDetails),
+    newer: (ThinId, DeviceDetails),
+    block: Bytes,
+}
+
+impl DeviceChanges {
+    /// The changes from `older` to `newer`, as [`Metadata::changes`].
+    ///
+    /// # Errors
+    /// As [`Metadata::changes`].
+    pub fn read(metadata: &Metadata, older: Compared, newer: Compared, over_origin: bool) -> ThinResult<Self> {
+        let map = metadata.changes(older, newer, over_origin)?;
+        let details = |id| Ok((id, metadata.details(id)?));
+        let block = metadata.superblock().data_block_size.bytes();
+        Ok(Self { map, older: details(older.id)?, newer: details(newer.id)?, block })
+    }
+
+    /// The identity of the devices. `pool` is the pool's uuid, which the metadata does not have.
+    ///
+    /// The transaction is that in which the newer device was created: it stays the same for the life of the device, while
+    /// that of the pool grows with each volume that is created or removed.
+    pub fn identity(&self, pool: Option<String>) -> Identity {
+        let number = |number: u64| IdentityValue::Number(number);
+        let ((older, older_details), (newer, newer_details)) = (self.older, self.newer);
+        let fields = vec![
+            ("pool", pool.map_or(IdentityValue::None, IdentityValue::Text)),
+            ("older", number(older.get().into())),
+            ("newer", number(newer.get().into())),
+            ("older-created", number(older_details.created.into())),
+            ("newer-created", number(newer_details.created.into())),
+            ("transaction", number(newer_details.transaction)),
+            ("size", number(self.map.len().get())),
+            ("block-size", number(self.block.get())),
+        ];
+        Identity { kind: "thin", fields }
+    }
 }
 
 /// Collects neighbouring blocks, so that they are marked as one range.
