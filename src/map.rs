@@ -18,7 +18,7 @@ pub mod view;
 pub use change::ChangeMap;
 pub use compose::{Clip, Concat, Overlay, Uniform};
 pub use either::Either;
-pub use fill::{Block, FillBuilder, FillMap};
+pub use fill::{Block, FillBuilder, FillMap, Filler};
 pub use free::FreeSpace;
 pub use stripe::{Stripe, Unstripe};
 

@@ -17,7 +17,7 @@ pub mod fuse {
     pub use crate::fuse::SESSION_THREADS;
 }
 pub mod map {
-    pub use crate::map::{Extent, ExtentKind, FillMap, HoleMap, view};
+    pub use crate::map::{ChangeMap, Extent, ExtentKind, FillMap, HoleMap, view};
 }
 pub mod mount {
     pub use crate::mount::{argv, mountinfo, options, record};
@@ -29,7 +29,7 @@ pub mod qcow2 {
     pub use crate::qcow2::{Backing, BackingFormat, Builder, ClusterSize, Content, Error, Layout, Part};
 }
 pub mod source {
-    pub use crate::source::{BlockDevice, Context, Stack};
+    pub use crate::source::{BlockDevice, Context, Stack, changes};
     pub mod dm {
         pub use crate::source::dm::{exceptions, params};
     }
@@ -45,7 +45,7 @@ pub mod source {
     }
     pub mod thin {
         pub use crate::source::thin::{DataBlockSize, MetaBlock, RawBlock, ThinId};
-        pub use crate::source::thin::{error, lookup, metadata, node, offline, params, reader, record};
+        pub use crate::source::thin::{changes, error, lookup, metadata, node, offline, params, reader, record};
     }
 }
 pub mod spec {

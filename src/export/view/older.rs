@@ -1,13 +1,13 @@
 //! The older snapshot of a view of changes.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::export::FileSource;
 use crate::source::Context;
-use crate::source::changes::Changes;
+use crate::source::changes::{self, Changes};
 use crate::source::thin::offline::Volume;
 
 /// Where an older snapshot is found.
@@ -36,13 +36,19 @@ impl OlderSource {
     /// # Errors
     /// When the two cannot be compared, with the reason.
     pub(super) fn changes_to(&self, newer: &FileSource, context: &Context) -> Result<Changes> {
-        let _ = (newer, context);
-        Err(Error::failed("cannot be compared with another device").on(Path::new(&self.name())))
+        match (self, newer) {
+            (Self::Path(older), FileSource::Path(newer)) => {
+                changes::between(&changes::open(older)?, &changes::open(newer)?, context)
+            }
+            (Self::Volume(older), FileSource::Volume(newer)) => newer.pool().changes(older.id(), newer.id()),
+            _ => Err(Error::usage("the two devices are not of one kind")),
+        }
     }
 
     /// Whether `newer` is another volume of the same pool. Nothing is read of the metadata.
     pub fn can_be_older_than(&self, newer: &FileSource) -> bool {
         match (self, newer) {
+            (Self::Path(older), FileSource::Path(newer)) => changes::look_comparable(older, newer, &Context::default()),
             (Self::Volume(older), FileSource::Volume(newer)) => older.id() != newer.id(),
             _ => false,
         }
