@@ -8,6 +8,11 @@ mod common;
 mod compact;
 #[path = "views/names.rs"]
 mod names;
+#[path = "views/since.rs"]
+mod since;
+#[path = "support/thin_image.rs"]
+#[allow(dead_code, reason = "only the makers of images are needed here")]
+mod thin_image;
 #[path = "views/used.rs"]
 mod used;
 

@@ -11,7 +11,8 @@ use crate::common::mount::Mount;
 use crate::common::nbd::directory;
 use crate::common::{MIB, needs};
 
-fn names(directory: &Path) -> Vec<String> {
+/// The names in a directory, sorted.
+pub fn names(directory: &Path) -> Vec<String> {
     let mut names: Vec<_> =
         fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();

@@ -1,0 +1,112 @@
+//! What changed since an older snapshot, as an image over a copy of that.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use super::names::names;
+use crate::common::image::Image;
+use crate::common::mount::Mount;
+use crate::common::nbd::directory;
+use crate::common::{KIB, MIB, needs, run};
+use crate::thin_image::{self, Device};
+
+const BLOCK: u64 = 64 * KIB;
+
+/// Three volumes. 2 is a snapshot of 1 in which block 1 was written, 3 was discarded, 20 and 21 are new. 3 is 1 without its end.
+fn pool() -> (tempfile::TempPath, Image) {
+    let older: Vec<_> = [(0, 0), (1, 1), (2, 2), (3, 3), (9, 4), (15, 5)].into();
+    let newer: Vec<_> = [(0, 0), (1, 6), (2, 2), (9, 4), (15, 5), (20, 7), (21, 8)].into();
+    let shorter: Vec<_> = [(0, 0), (1, 1)].into();
+    let devices = [(1, older), (2, newer), (3, shorter)].map(|(id, mappings)| Device { id, mappings });
+    let metadata = tempfile::Builder::new().prefix("blkholefs-").tempfile().expect("a temporary file").into_temp_path();
+    thin_image::restore(&thin_image::xml(&devices), 1024, &metadata);
+    (metadata, Image::with_data(MIB, &[0..MIB]))
+}
+
+fn mount(metadata: &Path, data: &Path, more: &str) -> Mount {
+    Mount::with_options(data, &["-o", &format!("thin_metadata={},{more}", metadata.display())])
+}
+
+#[test]
+fn an_increment_over_a_copy_of_the_older_volume_is_the_newer_one() {
+    needs!(root, programs["thin_restore", "qemu-img", "cp", "cmp"]);
+    let (metadata, data) = pool();
+    for (older, newer) in [(1, 2), (2, 1), (1, 3), (3, 1), (3, 2)] {
+        let mount = mount(&metadata, data.path(), &format!("since={older}"));
+        let file = |name: &str| mount.directory().join(name).into_os_string().into_string().unwrap();
+        let copies = directory();
+        let copy = |name: &str| copies.path().join(name).into_os_string().into_string().unwrap();
+        let increment = format!("{newer}.since-{older}.qcow2");
+        run("cp", ["--sparse=always", &file(&older.to_string()), &copy(&older.to_string())]);
+        run("cp", [file(&increment), copy(&increment)]);
+        run("qemu-img", ["check", "-q", &copy(&increment)]);
+        // The name of the backing file is that of the copy beside it.
+        let newer = file(&newer.to_string());
+        run("qemu-img", ["compare", "-q", "-F", "raw", &copy(&increment), &newer]);
+        run("qemu-img", ["convert", "-O", "raw", &copy(&increment), &copy("restored")]);
+        run("cmp", [&copy("restored"), &newer]);
+        run("qemu-img", ["rebase", "-q", "-b", "", "-F", "raw", &copy(&increment)]);
+        run("qemu-img", ["compare", "-q", "-F", "raw", &copy(&increment), &newer]);
+    }
+}
+
+#[test]
+fn committed_into_the_copy_it_is_the_newer_volume() {
+    needs!(root, programs["thin_restore", "qemu-img", "cp", "cmp"]);
+    let (metadata, data) = pool();
+    let mount = mount(&metadata, data.path(), "since=1,backing=full.raw");
+    let copies = directory();
+    let copy = |name: &str| copies.path().join(name).into_os_string().into_string().unwrap();
+    run("cp", [mount.directory().join("1").as_os_str(), copy("full.raw").as_ref()]);
+    run("cp", [mount.directory().join("2.since-1.qcow2").as_os_str(), copy("increment").as_ref()]);
+    run("qemu-img", ["commit", "-q", &copy("increment")]);
+    run("cmp", [mount.directory().join("2").as_os_str(), copy("full.raw").as_ref()]);
+}
+
+#[test]
+fn an_increment_holds_what_changed_and_no_more() {
+    needs!(root, programs["thin_restore", "qemu-img"]);
+    let (metadata, data) = pool();
+    let mount = mount(&metadata, data.path(), "compact,since=1");
+    let expected = ["1", "1.qcow2", "2", "2.qcow2", "2.since-1.qcow2", "3", "3.qcow2", "3.since-1.qcow2"];
+    assert_eq!(names(mount.directory()), expected);
+    let increment = mount.directory().join("2.since-1.qcow2");
+    // The copy is beside an empty file of the name of its backing file.
+    let copies = directory();
+    fs::write(copies.path().join("1"), []).unwrap();
+    fs::copy(&increment, copies.path().join("increment")).unwrap();
+    let map = run("qemu-img", ["map", "--output=json", copies.path().join("increment").to_str().unwrap()]);
+    let map: Vec<serde_json::Value> = serde_json::from_str(&map).unwrap();
+    let own = |kind: &str| {
+        let mut found = Vec::new();
+        for extent in
+            map.iter().filter(|extent| extent["depth"] == 0 && extent["present"] == true && extent[kind] == true)
+        {
+            let start = extent["start"].as_u64().unwrap();
+            found.push((start / BLOCK, (start + extent["length"].as_u64().unwrap()) / BLOCK));
+        }
+        found
+    };
+    assert_eq!(own("data"), [(1, 2), (20, 22)]);
+    assert!(own("zero").contains(&(3, 4)), "{map:?}");
+    assert!(fs::metadata(&increment).unwrap().len() <= 9 * BLOCK);
+}
+
+#[test]
+fn what_cannot_be_compared_is_refused_with_the_reason() {
+    needs!(root, programs["thin_restore"]);
+    let (metadata, data) = pool();
+    let refused = |options: &str, spec: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blkholefs"));
+        let output = command.args(["mount", "-f", "-o", options]).arg(spec).arg(std::env::temp_dir()).output().unwrap();
+        assert!(!output.status.success(), "{options}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let offline = format!("thin_metadata={}", metadata.display());
+    let error = refused(&format!("{offline},since=9"), data.path());
+    assert!(error.contains("9"), "{error}");
+    assert!(refused(&format!("{offline},since=x"), data.path()).contains("expected the id of a volume"));
+    let error = refused("since=other", data.path());
+    assert!(error.contains("other"), "{error}");
+}
