@@ -14,7 +14,7 @@ pub mod fuse {
     pub use crate::fuse::SESSION_THREADS;
 }
 pub mod map {
-    pub use crate::map::{Extent, ExtentKind, FillMap, HoleMap, view};
+    pub use crate::map::{ChangeMap, Extent, ExtentKind, FillMap, HoleMap, view};
 }
 pub mod mount {
     pub use crate::mount::{argv, mountinfo, options, record};
@@ -23,7 +23,7 @@ pub mod mount {
     }
 }
 pub mod source {
-    pub use crate::source::{BlockDevice, Context, Stack};
+    pub use crate::source::{BlockDevice, Context, Stack, changes};
     pub mod dm {
         pub use crate::source::dm::{exceptions, params};
     }
@@ -39,7 +39,7 @@ pub mod source {
     }
     pub mod thin {
         pub use crate::source::thin::{DataBlockSize, MetaBlock, RawBlock, ThinId};
-        pub use crate::source::thin::{error, lookup, metadata, node, offline, params, reader, record};
+        pub use crate::source::thin::{changes, error, lookup, metadata, node, offline, params, reader, record};
     }
 }
 pub mod spec {

@@ -27,7 +27,7 @@ pub struct Stack {
     /// From the bottom up.
     pub(super) dirty: Vec<Dirty>,
     pub(super) suspendable: Vec<SuspendFile>,
-    pub(super) stored: Vec<Arc<StoredExtents>>,
+    pub(in crate::source) stored: Vec<Arc<StoredExtents>>,
 }
 
 /// Something with a page cache that may hold writes which the layers below it have not received.

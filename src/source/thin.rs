@@ -10,6 +10,7 @@
 //! are the mapped blocks, which are data. Blocks without a key read as zeros, or as the external origin. A key that is
 //! overlooked would be a false hole, so a tree that fails any check is an error and not a shorter list of mappings.
 
+pub mod changes;
 pub mod error;
 pub mod guard;
 pub mod held;
@@ -111,11 +112,19 @@ impl DataBlockSize {
     }
 }
 
+/// The low bits of a mapping's value, which are a time. The bits above are the data block (`unpack_block_time` of
+/// `drivers/md/dm-thin-metadata.c`).
+const TIME_BITS: u32 = 24;
+
 /// An entry of the details tree (`struct disk_device_details`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceDetails {
     /// The number of blocks that the device has mapped, including those past its end.
     pub mapped_blocks: u64,
+    /// The transaction of the pool in which the device was created, as the program that manages the pool counts them.
+    pub transaction: u64,
+    /// The time of the pool at which the device was created: the number of snapshots that were made before.
+    pub created: u32,
 }
 
 /// The `N` bytes at `at`.

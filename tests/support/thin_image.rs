@@ -1,6 +1,7 @@
 //! Makes images of thin metadata: with `thin_restore`, an independent implementation of the format, or by hand,
 //! where a test needs shapes and damage that no tool makes.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::ops::Range;
@@ -124,32 +125,90 @@ pub fn stamp(image: &mut [u8], number: usize, salt: u32) {
 /// An image made by hand: devices in trees with at most `fill` entries to a node.
 pub fn build(devices: &[Device], fill: usize) -> Vec<u8> {
     let mut image = vec![0; BLOCK];
-    let (mut top, mut details) = (Vec::new(), Vec::new());
-    for device in devices {
-        let values = device.mappings.iter().map(|(key, data)| (*key, (data << 24).to_le_bytes().to_vec()));
-        let root = tree(&mut image, values.collect(), 8, fill);
-        top.push((u64::from(device.id), root.to_le_bytes().to_vec()));
-        let mut value = (device.mappings.len() as u64).to_le_bytes().to_vec();
-        value.resize(24, 0);
-        details.push((u64::from(device.id), value));
-    }
-    let top = tree(&mut image, top, 8, fill);
-    let details = tree(&mut image, details, 24, fill);
-    let blocks = (image.len() / BLOCK) as u64;
-    for (at, value, size) in [
-        (32, 27_022_010, 8),
-        (40, 2, 4),
-        (64, 1 << 30, 8),
-        (320, top, 8),
-        (328, details, 8),
-        (336, u64::from(DATA_BLOCK_SECTORS), 4),
-        (340, 8, 4),
-        (344, blocks, 8),
-    ] {
+    let roots = devices.iter().map(|device| {
+        let mapped = device.mappings.len() as u64;
+        (device.id, mapping_tree(&mut image, &device.mappings, fill), mapped)
+    });
+    let roots: Vec<_> = roots.collect();
+    for (at, value, size) in
+        [(32, 27_022_010, 8), (40, 2, 4), (64, 1 << 30, 8), (336, u64::from(DATA_BLOCK_SECTORS), 4), (340, 8, 4)]
+    {
         put(&mut image, at, value, size);
     }
+    set_devices(&mut image, &roots, fill);
+    let blocks = (image.len() / BLOCK) as u64;
+    put(&mut image, 344, blocks, 8);
     stamp(&mut image, 0, SUPERBLOCK);
     image
+}
+
+/// Appends a mapping tree; the block of its root.
+pub fn mapping_tree(image: &mut Vec<u8>, mappings: &[(u64, u64)], fill: usize) -> u64 {
+    let values = mappings.iter().map(|(key, data)| (*key, (data << 24).to_le_bytes().to_vec()));
+    tree(image, values.collect(), 8, fill)
+}
+
+/// Makes these the devices of an image: ids, roots of mapping trees, and numbers of mappings.
+pub fn set_devices(image: &mut Vec<u8>, devices: &[(u32, u64, u64)], fill: usize) {
+    let top = devices.iter().map(|(id, root, _)| (u64::from(*id), root.to_le_bytes().to_vec())).collect();
+    let details = devices.iter().map(|(id, _, mapped)| {
+        let mut value = mapped.to_le_bytes().to_vec();
+        value.resize(24, 0);
+        (u64::from(*id), value)
+    });
+    let details = details.collect();
+    let (top, details) = (tree(image, top, 8, fill), tree(image, details, 24, fill));
+    put(image, 320, top, 8);
+    put(image, 328, details, 8);
+    stamp(image, 0, SUPERBLOCK);
+}
+
+/// Appends the nodes of a tree that has other values than the one with the given root, and shares all other nodes with it:
+/// the block of its root. `None` takes a mapping away.
+pub fn changed_tree(image: &mut Vec<u8>, root: u64, changes: &[(u64, Option<u64>)], fill: usize) -> u64 {
+    let mut nodes = changed_nodes(image, root, changes, fill);
+    while nodes.len() > 1 {
+        let entries: Vec<_> = nodes.iter().map(|(key, node)| (*key, node.to_le_bytes().to_vec())).collect();
+        nodes = append_nodes(image, 1, &entries, fill);
+    }
+    nodes.first().map_or_else(|| node(image, 2, 8, &[]), |(_, root)| *root)
+}
+
+/// The nodes that take the place of a node: the first key and the block of each.
+fn changed_nodes(image: &mut Vec<u8>, number: u64, changes: &[(u64, Option<u64>)], fill: usize) -> Vec<(u64, u64)> {
+    let base = usize::try_from(number).unwrap() * BLOCK;
+    let (kind, count) = (get(image, base + 4, 4), usize::try_from(get(image, base + 16, 4)).unwrap());
+    let values = base + 32 + 8 * usize::try_from(get(image, base + 20, 4)).unwrap();
+    let old: Vec<(u64, u64)> =
+        (0..count).map(|at| (get(image, base + 32 + 8 * at, 8), get(image, values + 8 * at, 8))).collect();
+    if kind == 2 {
+        let mut entries: BTreeMap<u64, u64> = old.into_iter().collect();
+        for (key, value) in changes {
+            match value {
+                Some(value) => entries.insert(*key, *value),
+                None => entries.remove(key),
+            };
+        }
+        let entries: Vec<_> = entries.iter().map(|(key, value)| (*key, value.to_le_bytes().to_vec())).collect();
+        return append_nodes(image, 2, &entries, fill);
+    }
+    let mut entries = Vec::new();
+    for (at, (key, child)) in old.iter().enumerate() {
+        let start = if at == 0 { 0 } else { changes.partition_point(|(changed, _)| changed < key) };
+        let end = old.get(at + 1).map_or(changes.len(), |(next, _)| changes.partition_point(|(key, _)| key < next));
+        match &changes[start..end] {
+            [] => entries.push((*key, *child)),
+            these => entries.extend(changed_nodes(image, *child, these, fill)),
+        }
+    }
+    let entries: Vec<_> = entries.iter().map(|(key, child)| (*key, child.to_le_bytes().to_vec())).collect();
+    append_nodes(image, 1, &entries, fill)
+}
+
+/// Appends nodes of one level, as few as hold these entries; none for no entries.
+fn append_nodes(image: &mut Vec<u8>, kind: u64, entries: &[(u64, Vec<u8>)], fill: usize) -> Vec<(u64, u64)> {
+    let each = entries.len().div_ceil(entries.len().div_ceil(fill).max(1)).max(1);
+    entries.chunks(each).map(|these| (these[0].0, node(image, kind, 8, these))).collect()
 }
 
 /// Appends a tree's nodes; the block of its root.

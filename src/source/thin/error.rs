@@ -28,6 +28,13 @@ pub enum ThinError {
         /// The number in the details tree.
         stated: u64,
     },
+    /// The mapping trees of two devices do not differ by as many mappings as their details state.
+    OtherDifference {
+        /// One device.
+        older: ThinId,
+        /// The other one.
+        newer: ThinId,
+    },
     /// The kernel marked the metadata as inconsistent.
     NeedsCheck,
     /// The metadata has another size of data blocks than the pool's table.
@@ -100,6 +107,9 @@ impl fmt::Display for ThinError {
             Self::Unknown(id) => write!(f, "the pool has no thin device {id}"),
             Self::Miscounted { id, found, stated } => {
                 write!(f, "thin device {id} maps {found} blocks, but its details state {stated}")
+            }
+            Self::OtherDifference { older, newer } => {
+                write!(f, "thin devices {older} and {newer} do not differ by as many blocks as their details state")
             }
             Self::NeedsCheck => f.write_str("the metadata needs a check (thin_check)"),
             Self::OtherBlockSize => f.write_str("the metadata is of another block size than its pool"),

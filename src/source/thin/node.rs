@@ -159,8 +159,12 @@ impl<'a> TreeNode<'a> {
 
     /// The value of entry `index` of a leaf with [`LeafValues::Details`].
     pub fn details(&self, index: usize) -> Option<DeviceDetails> {
-        (index < self.shape.entries)
-            .then(|| DeviceDetails { mapped_blocks: u64_at(self.block, self.shape.values + 24 * index) })
+        let at = self.shape.values + 24 * index;
+        (index < self.shape.entries).then(|| DeviceDetails {
+            mapped_blocks: u64_at(self.block, at),
+            transaction: u64_at(self.block, at + 8),
+            created: u32_at(self.block, at + 16),
+        })
     }
 }
 
@@ -203,7 +207,7 @@ pub(super) mod tests {
 
         let details = node(2, 9, 126, 24, &[(1, 11), (2, 22)]);
         let details = TreeNode::parse(&details, MetaBlock::new(9), LeafValues::Details).unwrap();
-        assert_eq!(details.details(1), Some(DeviceDetails { mapped_blocks: 22 }));
+        assert_eq!(details.details(1), Some(DeviceDetails { mapped_blocks: 22, transaction: 0, created: 0 }));
         assert_eq!(details.details(2), None);
     }
 

@@ -15,14 +15,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::SystemTime;
 
+use super::changes::{Compared, DeviceChanges};
 use super::error::ThinError;
 use super::lookup::NodeCache;
 use super::metadata::Metadata;
 use super::reader::MetadataReader;
 use super::walk::Tree;
-use super::{MetaBlock, ThinId};
+use super::{MetaBlock, TIME_BITS, ThinId};
 use crate::error::{Error, Result};
 use crate::map::FillMap;
+use crate::source::changes::Changes;
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::stamp::{Stamp, increasing_now};
 use crate::sys::{block, device, file};
@@ -35,9 +37,6 @@ const NODES: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
 const DIRECT_ALIGN: Bytes = Bytes::new(4096);
 /// The number of threads that read a mapping tree.
 const THREADS: usize = 2;
-/// The low bits of a mapping's value, which are a time. The bits above are the data block (`unpack_block_time` of
-/// `drivers/md/dm-thin-metadata.c`).
-const TIME_BITS: u32 = 24;
 
 /// The metadata and the data of a pool that is not active.
 pub struct OfflinePool {
@@ -238,6 +237,30 @@ impl OfflinePool {
         let len = blocks.checked_mul(block.get()).filter(|len| i64::try_from(*len).is_ok());
         let len = Bytes::new(len.ok_or_else(|| damaged("it is longer than a file can be"))?);
         Ok(FoundVolume { tree, len, mapped: details.mapped_blocks })
+    }
+
+    /// What changed from one volume to another one. Each ends with its last mapped block, and blocks that are not mapped
+    /// read as zeros, as in [`OfflinePool::volume`].
+    ///
+    /// # Errors
+    /// When it is one volume twice, the pool has no such volume, its metadata is damaged, or it is not proven that the
+    /// metadata was not written since it was opened.
+    pub fn changes(self: &Arc<Self>, older: ThinId, newer: ThinId) -> Result<Changes> {
+        let failed = |what: String| Error::failed(what).on(&self.metadata_path);
+        if older == newer {
+            return Err(Error::usage(format!("cannot compare volume {newer} with itself")).on(&self.metadata_path));
+        }
+        let compared = |id| Ok(Compared { id, len: self.volume(id)?.len() });
+        let (older, newer) = (compared(older)?, compared(newer)?);
+        let changes = DeviceChanges::read(&self.metadata, older, newer, false);
+        // A wrong image may look damaged, so that this is checked first.
+        if !self.is_unchanged() {
+            return Err(failed("it is not proven that the metadata was not written since it was opened".to_owned()));
+        }
+        let what = || failed(format!("cannot compare volumes {} and {}", older.id, newer.id));
+        let changes = changes.map_err(|error| what().because(error))?;
+        let pool = self.clone();
+        Ok(Changes::new(changes.identity(None), changes.map, move || pool.is_unchanged()))
     }
 
     /// Whether it is proven that the metadata has not changed since it was opened. This is always so for a device: it

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use log::debug;
 
 use super::MetaBlock;
+use super::changes::{Compared, DeviceChanges};
 use super::error::{ThinError, ThinResult};
 use super::held::MetadataSnapshot;
 use super::metadata::{Metadata, read_superblock};
@@ -65,11 +66,25 @@ struct LivePoolState {
 }
 
 /// The outcome of one attempt to read the last committed transaction.
-enum ReadAttempt {
-    /// No commit happened during the read, so its results, including the failures, are valid.
-    Valid(Maps),
-    /// A commit may have happened during the read, so its results are not valid.
+enum ReadAttempt<T> {
+    /// No commit happened during the read, so its result is valid, also if it is a failure.
+    Valid(ThinResult<T>),
+    /// A commit may have happened during the read, so its result is not valid.
     Interrupted,
+}
+
+/// What is read from the metadata of one transaction.
+type Question<'a, T> = &'a dyn Fn(&LivePoolState, &Metadata) -> ThinResult<T>;
+
+/// Two devices whose mapping trees are compared, with their lengths and the sizes of their mapped blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct WantedChanges {
+    /// The older device.
+    pub older: Wanted,
+    /// The newer one.
+    pub newer: Wanted,
+    /// Whether one of them has an external origin.
+    pub over_origin: bool,
 }
 
 impl LivePool {
@@ -86,36 +101,63 @@ impl LivePool {
     /// often.
     pub fn map(&self, wanted: &Wanted) -> Result<FillMap, DenseReason> {
         let map = self.reads.take(*wanted, |wanted| self.maps(wanted))?;
-        Ok(map.ok_or_else(|| DenseReason::NotNow("its pool commits faster than its metadata can be read".into()))??)
+        Ok(map.ok_or_else(too_fast)??)
+    }
+
+    /// What changed from one thin device to another one. Both are read from one transaction, which includes each block
+    /// that was written by a write that completed before the call.
+    ///
+    /// # Errors
+    /// As [`LivePool::map`].
+    pub fn changes(&self, wanted: &WantedChanges) -> Result<DeviceChanges, DenseReason> {
+        let read = |state: &LivePoolState, metadata: &Metadata| {
+            state.check(metadata, &wanted.older)?;
+            state.check(metadata, &wanted.newer)?;
+            let [older, newer] =
+                [&wanted.older, &wanted.newer].map(|device| Compared { id: device.id, len: device.len });
+            DeviceChanges::read(metadata, older, newer, wanted.over_origin)
+        };
+        Ok(self.reads.alone(|| self.read(&read))?.ok_or_else(too_fast)??)
     }
 
     /// The maps of several devices from one read. There are none when the pool commits too often.
     fn maps(&self, wanted: &[Wanted]) -> Result<Maps, DenseReason> {
-        if let Some(maps) = self.read_committed(FIRST_TRIES, wanted)? {
-            return Ok(maps);
+        let read = |state: &LivePoolState, metadata: &Metadata| {
+            Ok(wanted.iter().map(|wanted| state.read(metadata, wanted)).collect())
+        };
+        match self.read(&read)? {
+            Some(Err(error)) => Ok(vec![Err(error)]),
+            maps => Ok(maps.transpose()?.unwrap_or_default()),
         }
-        if let Some(maps) = self.read_snapshot(wanted)? {
-            return Ok(maps);
+    }
+
+    /// Reads from one transaction. `None` when the pool commits too often.
+    fn read<T>(&self, read: Question<'_, T>) -> Result<Option<ThinResult<T>>, DenseReason> {
+        if let Some(result) = self.read_committed(FIRST_TRIES, read)? {
+            return Ok(Some(result));
         }
-        Ok(self.read_committed(MORE_TRIES, wanted)?.unwrap_or_default())
+        if let Some(result) = self.read_snapshot(read)? {
+            return Ok(Some(result));
+        }
+        self.read_committed(MORE_TRIES, read)
     }
 
     /// Reads the last committed transaction, in up to `tries` attempts. `None` when the pool may have committed during
     /// each of them.
-    fn read_committed(&self, tries: usize, wanted: &[Wanted]) -> Result<Option<Maps>, DenseReason> {
+    fn read_committed<T>(&self, tries: usize, read: Question<'_, T>) -> Result<Option<ThinResult<T>>, DenseReason> {
         let start = Instant::now();
         for _ in (0..tries).take_while(|_| start.elapsed() < TRIES_TIME) {
             // The pool commits for this status, so that the metadata on disk has all writes that completed before.
             let state = self.state(Commit::Yes)?;
-            match self.try_read(&state, wanted)? {
-                ReadAttempt::Valid(maps) => return Ok(Some(maps)),
+            match self.try_read(&state, read)? {
+                ReadAttempt::Valid(result) => return Ok(Some(result)),
                 ReadAttempt::Interrupted => debug!("{}: committed while its metadata was read", state.name),
             }
         }
         Ok(None)
     }
 
-    fn try_read(&self, state: &LivePoolState, wanted: &[Wanted]) -> Result<ReadAttempt, DenseReason> {
+    fn try_read<T>(&self, state: &LivePoolState, read: Question<'_, T>) -> Result<ReadAttempt<T>, DenseReason> {
         let unreadable = |error| DenseReason::cannot("read the I/O counters of the metadata device", &error);
         let reader = state.open_metadata()?;
         let Some(idle) = IdleDevice::new(state.table.metadata).map_err(unreadable)? else {
@@ -127,19 +169,19 @@ impl LivePool {
             // A superblock that is written during its read looks damaged, and is not.
             Err(error) => {
                 let still_idle = idle.is_still_idle().map_err(unreadable)?;
-                return Ok(if still_idle { ReadAttempt::Valid(vec![Err(error)]) } else { ReadAttempt::Interrupted });
+                return Ok(if still_idle { ReadAttempt::Valid(Err(error)) } else { ReadAttempt::Interrupted });
             }
         };
         if idle.stat.sectors_read().map_err(unreadable)?.get() < reads_before.get() + SUPERBLOCK_SECTORS {
             debug!("{}: its metadata device does not count reads", state.name);
             return Ok(ReadAttempt::Interrupted);
         }
-        let maps = wanted.iter().map(|wanted| state.read(&metadata, wanted)).collect();
+        let result = read(state, &metadata);
         let same = read_superblock(metadata.reader(), MetaBlock::SUPERBLOCK)
             .is_ok_and(|(_, raw)| *raw == *metadata.raw_superblock());
         // The pool's table is read again too: a pool that was suspended right before its status did not commit for it.
         let is_valid = same && idle.is_still_idle().map_err(unreadable)? && self.is_still(state);
-        Ok(if is_valid { ReadAttempt::Valid(maps) } else { ReadAttempt::Interrupted })
+        Ok(if is_valid { ReadAttempt::Valid(result) } else { ReadAttempt::Interrupted })
     }
 
     /// Whether the pool has the same table as in `state`, and is not suspended.
@@ -150,7 +192,7 @@ impl LivePool {
 
     /// Reads the metadata snapshot, which is taken for that. `None` when it cannot be taken, or was released by another
     /// program during the read.
-    fn read_snapshot(&self, wanted: &[Wanted]) -> Result<Option<Maps>, DenseReason> {
+    fn read_snapshot<T>(&self, read: Question<'_, T>) -> Result<Option<ThinResult<T>>, DenseReason> {
         let state = self.state(Commit::No)?;
         if self.no_snapshots || state.mode == Mode::ReadOnly {
             return Ok(None);
@@ -163,13 +205,13 @@ impl LivePool {
                 return Ok(None);
             }
         };
-        let maps = state.open_metadata().and_then(|reader| {
+        let result = state.open_metadata().and_then(|reader| {
             let metadata = Metadata::open(reader, snapshot.root())?;
-            Ok(wanted.iter().map(|wanted| state.read(&metadata, wanted)).collect())
+            Ok(read(&state, &metadata))
         });
         // If another program released the snapshot, its blocks were free and may have been written during the read.
         let is_held = self.state(Commit::No)?.held_root == Some(snapshot.root());
-        if is_held { Ok(Some(maps?)) } else { Ok(None) }
+        if is_held { Ok(Some(result?)) } else { Ok(None) }
     }
 
     /// The state of the pool now.
@@ -200,6 +242,10 @@ impl LivePool {
     }
 }
 
+fn too_fast() -> DenseReason {
+    DenseReason::NotNow("its pool commits faster than its metadata can be read".into())
+}
+
 /// The name of a pool, and the text of its only target.
 fn only_target(table: Table) -> Result<(String, String), DenseReason> {
     match <[_; 1]>::try_from(table.targets) {
@@ -217,6 +263,12 @@ impl LivePoolState {
     }
 
     fn read(&self, metadata: &Metadata, wanted: &Wanted) -> ThinResult<FillMap> {
+        self.check(metadata, wanted)?;
+        metadata.map(wanted.id, wanted.len, THREADS)
+    }
+
+    /// Checks that the metadata is of this pool, and has all that is mapped of a device.
+    fn check(&self, metadata: &Metadata, wanted: &Wanted) -> ThinResult<()> {
         let superblock = metadata.superblock();
         if superblock.data_block_size != self.table.block {
             return Err(ThinError::OtherBlockSize);
@@ -230,7 +282,7 @@ impl LivePoolState {
         if self.mode == Mode::ReadOnly && mapped != Some(wanted.mapped) {
             return Err(ThinError::Behind);
         }
-        metadata.map(wanted.id, wanted.len, THREADS)
+        Ok(())
     }
 }
 

@@ -94,7 +94,9 @@ fn device_named(name: &str) -> Option<DeviceId> {
 pub struct PoolIdentity {
     /// Its name.
     pub name: String,
-    uuid: String,
+    /// Its uuid, which is empty if the program that made the pool gave it none. LVM's begins with `LVM-`, and has the
+    /// uuids of the volume group and of the pool.
+    pub uuid: String,
 }
 
 impl PoolIdentity {

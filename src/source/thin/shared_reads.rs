@@ -88,6 +88,12 @@ impl SharedReads {
         }
         Ok(lock(&mine.result).take())
     }
+
+    /// The result of `read`, which runs while no other thread reads.
+    pub fn alone<T>(&self, read: impl FnOnce() -> T) -> T {
+        let _one_at_a_time = lock(&self.reading);
+        read()
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

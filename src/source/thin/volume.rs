@@ -12,8 +12,9 @@ use crate::map::{Clip, Concat, ExtentKind, FillMap, HoleMap, Overlay, Uniform};
 use crate::reason::DenseReason;
 use crate::source::target::{TargetContext, TargetLayer};
 use crate::source::{Layer, LoadExtents, Resolver, StoredExtents};
+use crate::sys::device::DeviceId;
 use crate::sys::dm::{Commit, Control};
-use crate::units::Bytes;
+use crate::units::{Bytes, Sectors};
 
 /// The layer of a device that is the target `thin`.
 ///
@@ -32,7 +33,7 @@ pub fn layer(target: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<
     if !is_single {
         return Err(DenseReason::State("the volume is active as another device too, or about to be".into()));
     }
-    let mapped = mapped(&control, target)?;
+    let mapped = mapped(&control, target.device.id, target.target.start)?;
     let block = pool_block(&control, &table)?;
     // A write to the device may wait for its pool, and reading its mapping tree waits for the pool's metadata device.
     // Neither is tried while one of them is suspended.
@@ -51,11 +52,11 @@ pub fn layer(target: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<
     }
 }
 
-/// How much of the device is mapped now, committed or not.
-fn mapped(control: &Control, target: &TargetContext<'_>) -> Result<Mapped, DenseReason> {
-    let table = control.status(target.device.id, Commit::No);
+/// How much of the device is mapped now, committed or not, by its target that starts at `start`.
+pub(super) fn mapped(control: &Control, device: DeviceId, start: Sectors) -> Result<Mapped, DenseReason> {
+    let table = control.status(device, Commit::No);
     let table = table.map_err(|error| DenseReason::cannot("read its status", &error))?;
-    let line = table.targets.iter().find(|line| line.start == target.target.start);
+    let line = table.targets.iter().find(|line| line.start == start);
     let line = line.map(|line| line.params.as_str()).unwrap_or_default();
     params::thin_status(line).ok_or_else(|| DenseReason::State(format!("its status is: {line}").into()))
 }

@@ -61,7 +61,7 @@ pub struct Tree {
 }
 
 /// A pointer to a node: its block, and the range of keys that its parent states for it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ChildNode {
     pub(super) block: MetaBlock,
     pub(super) low: u64,
