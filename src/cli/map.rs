@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, BufWriter};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::{HELP, MapArguments, parse, print, written};
@@ -12,7 +13,10 @@ use crate::handle::Handle;
 use crate::map::{Extent, HoleMap, view};
 use crate::mount::argv::CommandLine;
 use crate::report::{self, Extents, MapFormat, Subject, Totals};
-use crate::source::changes::Changes;
+use crate::source::Context;
+use crate::source::changes::{self, Changes};
+use crate::source::thin::ThinId;
+use crate::source::thin::offline::OfflinePool;
 use crate::spec::SpecKind;
 use crate::units::Bytes;
 
@@ -89,11 +93,20 @@ fn asked(handle: &Handle, range: Range<Bytes>) -> impl Iterator<Item = io::Resul
 /// # Errors
 /// A usage error where no source can compare the two; else as the source.
 fn changes(arguments: &MapArguments, older: &OsStr) -> Result<Changes> {
-    let refused = |what: &str| Err(Error::usage(format!("--since {}: {what}", shown(older))));
-    match (arguments.spec.kind(), &arguments.source.thin_metadata) {
-        (SpecKind::Nbd(_), _) => refused("the changes of an NBD export are not supported"),
-        (SpecKind::Path(_), _) if arguments.source.nbd.is_some() => refused("-o nbd is not possible with it"),
-        (SpecKind::Path(_), Some(_)) => refused("the changes of a pool that is not active are not supported"),
-        (SpecKind::Path(_), None) => refused("the changes of this device are not supported"),
+    let refused = |what: &str| Error::usage(format!("--since {}: {what}", shown(older)));
+    let source = &arguments.source;
+    let SpecKind::Path(newer) = arguments.spec.kind() else {
+        return Err(refused("the changes of an NBD export are not supported"));
+    };
+    if source.nbd.is_some() {
+        return Err(refused("the changes of an NBD device are not supported, so -o nbd is not possible"));
     }
+    let Some(metadata) = &source.thin_metadata else {
+        let (older, newer) = (changes::open(Path::new(older))?, changes::open(newer)?);
+        return changes::between(&older, &newer, &Context::default());
+    };
+    let id = older.to_str().and_then(|id| id.parse().ok()).and_then(ThinId::new);
+    let older = id.ok_or_else(|| refused("is no id of a volume"))?;
+    let newer_id = source.volume.ok_or_else(|| refused("the newer volume is missing: choose it with --volume"))?;
+    Arc::new(OfflinePool::open(metadata, newer)?).changes(older, newer_id)
 }
