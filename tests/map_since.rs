@@ -1,5 +1,7 @@
 //! `blkholefs map --since`: what it prints, and that stock programs make the newer volume of the older one with it.
 
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+
 mod common;
 #[path = "support/thin_image.rs"]
 #[allow(dead_code, reason = "only the makers of images are needed here")]
