@@ -1,21 +1,21 @@
 //! The commands `blkholefs map`, `info` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
 
 mod demo;
+mod map;
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use lexopt::ValueExt;
 use lexopt::prelude::{Long, Short, Value};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::export::{self, Export, NbdExportFile, VolumeExport};
-use crate::handle::Handle;
 use crate::mount::argv::CommandLine;
 use crate::mount::options;
-use crate::report::{self, MapFormat, MapPrinter};
+use crate::report::{self, MapFormat};
 use crate::source::Context;
 use crate::source::nbd::NbdExport;
 use crate::source::thin::ThinId;
@@ -29,7 +29,7 @@ Shows block devices as regular files whose holes are real.
 Usage:
   blkholefs mount [-f|--foreground] [-o OPTIONS] SPEC DIR
   blkholefs umount DIR
-  blkholefs map [--json|--totals] [--offset N] [--length N] [-o OPTIONS] DEVICE
+  blkholefs map [--json|--totals|--format FORM] [--since OLDER] [--offset N] [--length N] [-o OPTIONS] DEVICE
   blkholefs info [--json] [-o OPTIONS] DEVICE
   blkholefs demo
 
@@ -39,6 +39,13 @@ Commands:
   map      prints the data and holes of a device, without a mount
   info     prints the layers of a device, and where their holes come from
   demo     mounts and copies a sparse image that it makes, and removes everything
+
+Options of map:
+  --json                  prints JSON: as qemu-img map; with --since, an identity and extents
+  --totals                prints only the sums
+  --format FORM           prints a map that another program reads: borg, bmap (bmaptool), ddrescue, csi
+  --since OLDER           prints what changed in DEVICE since OLDER, an older snapshot of it; with thin_metadata, an id
+  --offset N, --length N  limit the range, in bytes
 
 Options of map and info:
   -o thin_metadata=META   DEVICE is the data of a thin pool that is not active
@@ -56,7 +63,7 @@ See blkholefs(8) and mount.blkholefs(8).
 pub fn main(words: &[OsString]) -> ExitCode {
     let (command, arguments) = words.split_first().map_or((None, words), |(first, rest)| (first.to_str(), rest));
     let result = match command {
-        Some("map") => map(arguments),
+        Some("map") => map::run(arguments),
         Some("info") => info(arguments),
         Some("demo") => demo::run(),
         Some("-h" | "--help" | "help") => print(HELP),
@@ -97,8 +104,9 @@ fn written(result: io::Result<()>) -> Result<()> {
 struct MapArguments {
     spec: Spec,
     source: SourceOptions,
-    json: bool,
-    totals: bool,
+    format: MapFormat,
+    /// The older device, or the older volume of a pool that is not active, as it was typed.
+    since: Option<OsString>,
     offset: Bytes,
     length: Option<Bytes>,
 }
@@ -125,14 +133,6 @@ impl MapArguments {
         };
         Ok(Arc::new(VolumeExport::new(pool.volume(id)?)))
     }
-
-    fn format(&self) -> MapFormat {
-        match (self.json, self.totals) {
-            (true, _) => MapFormat::Json,
-            (_, true) => MapFormat::Totals,
-            _ => MapFormat::Plain,
-        }
-    }
 }
 
 /// Parses the words after `map` or `info`.
@@ -142,13 +142,15 @@ impl MapArguments {
 fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArguments>> {
     let usage = |error: lexopt::Error| Error::usage(error.to_string()).hint("see blkholefs --help");
     let mut parser = lexopt::Parser::from_args(arguments.iter().cloned());
-    let (mut json, mut totals, mut offset, mut length) = (false, false, Bytes::ZERO, None);
+    let (mut formats, mut since, mut offset, mut length) = (Vec::new(), None, Bytes::ZERO, None);
     let (mut list, mut volume, mut devices) = (OsString::new(), None, Vec::new());
     let is_map = command == "map";
     while let Some(argument) = parser.next().map_err(usage)? {
         match argument {
-            Long("json") => json = true,
-            Long("totals") if is_map => totals = true,
+            Long("json") => formats.push(MapFormat::Json),
+            Long("totals") if is_map => formats.push(MapFormat::Totals),
+            Long("format") if is_map => formats.push(format_named(&parser.value().map_err(usage)?)?),
+            Long("since") if is_map => since = Some(parser.value().map_err(usage)?),
             Long("offset") if is_map => offset = size(&parser.value().map_err(usage)?)?,
             Long("length") if is_map => length = Some(size(&parser.value().map_err(usage)?)?),
             Short('o') => options::append(&mut list, &parser.value().map_err(usage)?),
@@ -161,8 +163,13 @@ fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArgumen
             other => return Err(usage(other.unexpected())),
         }
     }
-    if json && totals {
-        return Err(Error::usage("--json and --totals exclude each other"));
+    formats.dedup();
+    if formats.len() > 1 {
+        return Err(Error::usage("--json, --totals and --format exclude each other"));
+    }
+    let format = formats.pop().unwrap_or_default();
+    if format.needs_all() && (offset > Bytes::ZERO || length.is_some()) {
+        return Err(Error::usage("this form describes a whole device: --offset and --length are not possible with it"));
     }
     let source = SourceOptions { volume, ..options::parse_source(&list, command)? };
     if volume.is_some() && source.thin_metadata.is_none() {
@@ -171,11 +178,20 @@ fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArgumen
     match devices.as_slice() {
         [device] => {
             let spec = Spec::parse(device)?;
-            Ok(CommandLine::Run(MapArguments { spec, source, json, totals, offset, length }))
+            Ok(CommandLine::Run(MapArguments { spec, source, format, since, offset, length }))
         }
         [] => Err(Error::usage(format!("{command}: a device is missing")).hint("see blkholefs --help")),
         _ => Err(Error::usage(format!("{command}: one device at a time"))),
     }
+}
+
+/// Parses the name of a form.
+fn format_named(name: &OsStr) -> Result<MapFormat> {
+    let found = MapFormat::NAMED.into_iter().find(|(known, _)| name == *known);
+    let names = || MapFormat::NAMED.map(|(known, _)| known).join(", ");
+    found
+        .map(|(_, format)| format)
+        .ok_or_else(|| Error::usage(format!("no form is called {}: there are {}", shown(name), names())))
 }
 
 /// Parses a size in bytes: `4096`, `64K`, `1G`.
@@ -184,48 +200,20 @@ fn size(text: &OsStr) -> Result<Bytes> {
     size.ok_or_else(|| Error::usage(format!("not a size: {}", text.display())))
 }
 
-/// `blkholefs map`: prints the data and holes that lseek(2) would find in the file of a mount.
-fn map(arguments: &[OsString]) -> Result<()> {
-    let CommandLine::Run(arguments) = parse(arguments, "map")? else { return print(HELP) };
-    let export = arguments.open()?;
-    let context = arguments.context(&*export)?;
-    let handle = Handle::new(export, Arc::new(context), Arc::default());
-    let len = handle.export().len()?;
-    let end = arguments.length.and_then(|length| arguments.offset.checked_add(length)).unwrap_or(len).min(len);
-    let format = arguments.format();
-    let mut printer = MapPrinter::new(BufWriter::new(io::stdout().lock()), format);
-    let mut at = arguments.offset;
-    if format == MapFormat::Totals
-        && at < end
-        && let Some(data) = handle.count_data(&(at..end))
-    {
-        printer.add(data, end.saturating_sub(at).saturating_sub(data));
-        at = end;
-    }
-    while at < end {
-        for (start, extent) in handle.extents(at..end)? {
-            at = extent.end;
-            if printer.extent(start, extent).is_err() {
-                return written(printer.finish());
-            }
-        }
-    }
-    written(printer.finish())
-}
-
 /// `blkholefs info`: prints the layers of a device, and where the holes of each layer come from. It changes nothing on the
 /// system, apart from writing back dirty pages.
 fn info(arguments: &[OsString]) -> Result<()> {
     let CommandLine::Run(arguments) = parse(arguments, "info")? else { return print(HELP) };
+    let is_json = arguments.format == MapFormat::Json;
     if let (Some(metadata), None, Some(data)) =
         (&arguments.source.thin_metadata, arguments.source.volume, arguments.spec.path())
     {
         let volumes = Arc::new(OfflinePool::open(metadata, data)?).volumes()?;
-        return print(&if arguments.json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
+        return print(&if is_json { report::volumes_json(&volumes) } else { report::volumes(&volumes) });
     }
     let export = arguments.open()?;
     let context = Context { no_metadata_snapshots: true, ..arguments.context(&*export)? };
     let stack = export.stack(&context);
     stack.write_back();
-    print(&if arguments.json { report::json(&stack) } else { report::tree(&stack) })
+    print(&if is_json { report::json(&stack) } else { report::tree(&stack) })
 }

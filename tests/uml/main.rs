@@ -19,6 +19,7 @@ mod counters;
 mod differential;
 mod freshness;
 mod lvm;
+mod map_since;
 mod md;
 mod nbd;
 mod passing;
