@@ -113,4 +113,15 @@ macro_rules! targets {
     };
 }
 
-targets!(dm_tables, kernel_texts, mount_words, nbd, nbd_client, scsi_pages, thin_metadata, thin_params);
+targets!(
+    btrfs,
+    dm_tables,
+    kernel_texts,
+    mount_words,
+    nbd,
+    nbd_client,
+    partitions,
+    scsi_pages,
+    thin_metadata,
+    thin_params
+);
