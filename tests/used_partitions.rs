@@ -1,5 +1,7 @@
 //! The used space of disks with the tables of partitions that sfdisk writes.
 
+#![allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
+
 mod common;
 #[path = "support/used_space.rs"]
 #[allow(dead_code, reason = "each test uses its own part")]
@@ -167,4 +169,30 @@ fn one_partition_that_is_refused_is_data() {
     // Partitions of a GPT beside others in the boot record.
     file.write_all_at(&[0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0], 462 + 4).unwrap();
     assert!(used_of(&disk).is_err_and(|reason| reason.contains("beside")));
+}
+
+/// The file system of a partition is found at its place in the disk.
+#[test]
+fn a_partition_with_a_btrfs_file_system() {
+    needs!(programs["sfdisk", "mkfs.btrfs", "btrfs"]);
+    let directory = tempfile::tempdir().unwrap();
+    let disk = disk(directory.path(), 512, "label: gpt\nstart=3MiB, size=40MiB\n");
+    let image = directory.path().join("image");
+    let source = directory.path().join("files");
+    std::fs::create_dir(&source).unwrap();
+    std::fs::write(source.join("file"), Random::new(3).bytes(3 * MIB)).unwrap();
+    // The random bytes stay where mkfs.btrfs does not write.
+    let mut bytes = Random::new(4).bytes(MIB).repeat(40);
+    std::fs::write(&image, &bytes).unwrap();
+    run("mkfs.btrfs", ["--quiet", "--mixed", "--rootdir", source.to_str().unwrap(), image.to_str().unwrap()]);
+    bytes = std::fs::read(&image).unwrap();
+    File::options().write(true).open(&disk).unwrap().write_all_at(&bytes, 3 * MIB).unwrap();
+    assert_eq!(parts(&disk), named(&[(1, Some("btrfs"))]));
+    let copy = directory.path().join("copy");
+    let free = copy_without_free_space(&disk, &copy);
+    assert!(free.iter().map(|range| range.end - range.start).sum::<u64>() > 10 * MIB);
+    assert!(free.iter().all(|range| 4 * MIB <= range.start && range.end <= 43 * MIB), "{free:?}");
+    File::open(&copy).unwrap().read_exact_at(&mut bytes, 3 * MIB).unwrap();
+    std::fs::write(&image, &bytes).unwrap();
+    run("btrfs", ["check", "--check-data-csum", image.to_str().unwrap()]);
 }

@@ -27,7 +27,7 @@ struct Kind {
 }
 
 /// All kinds, apart from tables of partitions.
-const KINDS: [Kind; 2] = [
+const KINDS: &[Kind] = &[
     Kind { name: "swap", is: swap::is_swap, used: swap::used },
     Kind { name: "btrfs", is: btrfs::is_btrfs, used: btrfs::used },
 ];

@@ -99,8 +99,9 @@ impl Disk {
                 if self.0[at..at + 8] == *b"EFI PART" {
                     let number = |at: usize| u64::from_le_bytes(self.0[at..at + 8].try_into().expect("8 bytes"));
                     let array = usize::try_from(number(at + 72)).unwrap_or(usize::MAX).saturating_mul(sector);
-                    if let Some(array) = self.0.get(array..).and_then(|rest| rest.get(..4096)) {
-                        self.put(at + 88, &crc32(&array.to_owned()).to_le_bytes());
+                    let array = self.0.get(array..).and_then(|rest| rest.get(..4096));
+                    if let Some(checksum) = array.map(crc32) {
+                        self.put(at + 88, &checksum.to_le_bytes());
                     }
                     self.put(at + 16, &[0; 4]);
                     let checksum = crc32(&self.0[at..at + 92]);
