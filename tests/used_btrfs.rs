@@ -18,7 +18,7 @@ use blkholefs::testing::filesystem::detect::used_space;
 use btrfs_image::{CHUNK_TREE, DEVICE_TREE, EXTENT_LEAVES, EXTENT_ROOT, GROUP_TREE, HEADER, Image, ROOT_TREE};
 use common::loop_device::Loop;
 use common::random::Random;
-use common::{MIB, needs, run};
+use common::{GIB, MIB, needs, run};
 use used_space::{copy_without_free_space, flip, free_ranges, used_of};
 
 /// The position of the superblock.
@@ -147,6 +147,33 @@ fn a_converted_ext4_file_system() {
     );
     run("btrfs-convert", [&image]);
     assert!(check_copy(&image, false) > 100 * MIB);
+}
+
+/// All copies of the superblock are data, and nearly all else of a large empty file system is free.
+#[test]
+fn the_superblock_has_three_copies_on_a_large_device() {
+    needs!(programs["mkfs.btrfs"]);
+    let directory = tempfile::tempdir().unwrap();
+    let size = 300 * GIB;
+    let image = mkfs(directory.path(), size, &["-m", "single"]);
+    let free = free_ranges(&used_of(&image).unwrap_or_else(|reason| panic!("{reason}")));
+    for position in [SUPERBLOCK, 64 * MIB, 256 * GIB] {
+        let mut superblock = [0; 4096];
+        File::open(&image).unwrap().read_exact_at(&mut superblock, position).unwrap();
+        assert_eq!(superblock[64..72], *b"_BHRfS_M");
+        assert!(!overlap(&free, &(position..position + 4096)));
+        assert!(free.iter().any(|range| range.end == position) || position == SUPERBLOCK);
+    }
+    assert!(free.iter().map(|range| range.end - range.start).sum::<u64>() > size - 4 * MIB);
+    // A copy that is newer than the superblock.
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    let mut superblock = [0; 4096];
+    file.read_exact_at(&mut superblock, 256 * GIB).unwrap();
+    superblock[72] += 1;
+    let checksum = crc32c::crc32c(&superblock[32..]).to_le_bytes();
+    superblock[..4].copy_from_slice(&checksum);
+    file.write_all_at(&superblock, 256 * GIB).unwrap();
+    assert!(used_of(&image).is_err_and(|reason| reason.contains("newer than the superblock")));
 }
 
 /// Snapshots, deleted files, compression, files that were written several times, a balance, and each free space cache.
