@@ -14,6 +14,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use blkholefs::testing::filesystem::detect::recognise;
+use blkholefs::testing::filesystem::partitions;
 use common::loop_device::Loop;
 use common::random::Random;
 use common::{MIB, needs, run, run_with_input};
@@ -121,6 +122,51 @@ fn a_boot_record_with_logical_partitions() {
         let expected = [(1, SWAP), (5, DATA), (6, SWAP), (7, DATA), (3, DATA), (4, DATA)];
         assert_eq!(parts(&disk), named(&expected), "sectors of {sector}");
         assert_eq!(free(&disk), [MIB + 4096..9 * MIB, 21 * MIB + 4096..40 * MIB]);
+    }
+}
+
+#[test]
+fn swap_areas_with_pages_of_each_size() {
+    needs!(programs["mkswap"]);
+    for page in [4096, 8192, 16384, 32768, 65536] {
+        let directory = tempfile::tempdir().unwrap();
+        let area = directory.path().join("area");
+        std::fs::write(&area, Random::new(5).bytes(3 * MIB + 5000)).unwrap();
+        run("mkswap", ["--quiet", "--pagesize", &page.to_string(), area.to_str().unwrap()]);
+        assert_eq!(recognise(&ImageDevice::open(&area)), Some("swap"));
+        // What lies behind the last whole page is data.
+        assert_eq!(free(&area), [page..(3 * MIB + 5000) / page * page], "pages of {page} bytes");
+    }
+}
+
+/// The partitions that libblkid finds on a disk: the number, the start and the end. Its positions are in sectors of 512 bytes.
+fn partitions_of_partx(disk: &Path, sector: u64) -> Vec<(u64, u64, u64)> {
+    with_sectors(disk, sector, |device| {
+        let columns = ["--show", "--noheadings", "--output=NR,START,SECTORS"];
+        let lines = run("partx", columns.into_iter().chain([device.to_str().unwrap()]));
+        let numbers = |line: &str| line.split_whitespace().map(|word| word.parse().unwrap()).collect::<Vec<u64>>();
+        let place = |line: Vec<u64>| (line[0], line[1] * 512, (line[1] + line[2]) * 512);
+        let mut found: Vec<_> = lines.lines().map(|line| place(numbers(line))).collect();
+        found.sort_by_key(|(_, start, _)| *start);
+        found
+    })
+}
+
+#[test]
+fn libblkid_finds_the_same_partitions() {
+    needs!(root, programs["sfdisk", "partx"]);
+    let logical = "label: dos\nstart=1MiB, size=8MiB\nstart=10MiB, size=54MiB, type=5\nstart=9MiB, size=1MiB\n\n\
+        start=11MiB, size=9MiB\nstart=45MiB, size=15MiB\nstart=21MiB, size=19MiB\nstart=62MiB, size=2MiB\n";
+    for (sector, script) in [(512, GPT), (4096, GPT), (512, logical), (4096, logical)] {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = disk(directory.path(), sector, script);
+        let found = partitions::read(&ImageDevice::open(&disk)).unwrap_or_else(|reason| panic!("{script}: {reason}"));
+        let found: Vec<_> = found.iter().map(|p| (u64::from(p.number), p.start.get(), p.end.get())).collect();
+        let mut expected = partitions_of_partx(&disk, sector);
+        // The container of the logical partitions is no partition here.
+        expected.retain(|(number, ..)| script == GPT || *number != 2);
+        assert_eq!(found, expected, "sectors of {sector}: {script}");
+        assert!(found.len() >= 3);
     }
 }
 
