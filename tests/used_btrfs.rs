@@ -24,6 +24,11 @@ use used_space::{copy_without_free_space, flip, free_ranges, used_of};
 /// The position of the superblock.
 const SUPERBLOCK: u64 = 64 << 10;
 
+/// Whether the kernel has btrfs, in itself or as a module.
+fn kernel_has_btrfs() -> bool {
+    fs::read_to_string("/proc/filesystems").unwrap().contains("\tbtrfs\n") || common::requires_modules(&["btrfs"])
+}
+
 /// Fills a directory with files of many sizes. The second half of each second file is a hole.
 fn fill(directory: &Path, seed: u64, count: usize) {
     let mut random = Random::new(seed);
@@ -180,8 +185,7 @@ fn the_superblock_has_three_copies_on_a_large_device() {
 #[test]
 fn file_systems_that_the_kernel_wrote() {
     needs!(root, programs["mkfs.btrfs", "btrfs"]);
-    if !fs::read_to_string("/proc/filesystems").unwrap().contains("\tbtrfs\n") && !common::requires_modules(&["btrfs"])
-    {
+    if !kernel_has_btrfs() {
         return;
     }
     for (make, mount) in [
@@ -215,12 +219,44 @@ fn file_systems_that_the_kernel_wrote() {
     }
 }
 
+/// Files of many sizes until no space is left, a third of which are deleted again, several times.
+#[test]
+fn a_full_and_fragmented_file_system() {
+    needs!(root, programs["mkfs.btrfs", "btrfs"]);
+    if !kernel_has_btrfs() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = mkfs(directory.path(), 150 * MIB, &["-n", "4096"]);
+    let mounted = Mounted::new(&image, "discard=async");
+    let mut random = Random::new(8);
+    let bytes = random.bytes(200_000);
+    let mut number = 0;
+    for _ in 0..4 {
+        loop {
+            let len = random.within(1..8) * 4096 * if random.one_in(5) { 6 } else { 1 };
+            number += 1;
+            if fs::write(mounted.path().join(number.to_string()), &bytes[..len as usize]).is_err() {
+                break;
+            }
+        }
+        for index in (0..number).filter(|_| random.one_in(3)) {
+            // Not all of them are still there.
+            let _ = fs::remove_file(mounted.path().join(index.to_string()));
+        }
+        run("sync", ["-f".as_ref(), mounted.path().as_os_str()]);
+    }
+    drop(mounted);
+    let count = free_ranges(&used_of(&image).unwrap_or_else(|reason| panic!("{reason}"))).len();
+    assert!(count > 200, "{count} free ranges");
+    check_copy(&image, true);
+}
+
 /// A copy of the device while it is in use, as after a crash: what `fsync` wrote is in the log tree.
 #[test]
 fn a_log_tree_is_refused_and_a_crash_without_one_is_not() {
     needs!(root, programs["mkfs.btrfs", "btrfs"]);
-    if !fs::read_to_string("/proc/filesystems").unwrap().contains("\tbtrfs\n") && !common::requires_modules(&["btrfs"])
-    {
+    if !kernel_has_btrfs() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
