@@ -17,6 +17,7 @@ use std::io;
 use crate::units::Bytes;
 
 /// Reads the bytes of a device.
+#[allow(clippy::len_without_is_empty, reason = "no device that is read is empty")]
 pub trait ReadBytes: Sync {
     /// The length of the device.
     fn len(&self) -> Bytes;

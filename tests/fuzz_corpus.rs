@@ -113,4 +113,16 @@ macro_rules! targets {
     };
 }
 
-targets!(dm_tables, kernel_texts, mount_words, nbd, nbd_client, qcow2, scsi_pages, thin_metadata, thin_params);
+targets!(
+    btrfs,
+    dm_tables,
+    kernel_texts,
+    mount_words,
+    nbd,
+    nbd_client,
+    partitions,
+    qcow2,
+    scsi_pages,
+    thin_metadata,
+    thin_params
+);

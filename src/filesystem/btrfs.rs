@@ -53,22 +53,26 @@ pub fn is_btrfs(head: &[u8]) -> bool {
 pub fn used(device: &dyn ReadBytes) -> Result<FillMap, DenseReason> {
     let superblock = superblock::read(device)?;
     let builder = FillBuilder::new(device.len(), Bytes::new(superblock.sector_size));
-    mark(&builder, 0, RESERVED);
-    mark(&builder, superblock.device.len, u64::MAX);
-    for position in superblock::POSITIONS {
-        mark(&builder, position, superblock::SIZE as u64);
-    }
-    let (nodes, chunks) = read_trees(device, &superblock, &builder)?;
+    let mut filler = builder.filler();
+    // Blocks that are partly in the range are used too.
+    let mut mark = |start: u64, len: u64| {
+        let end = start.saturating_add(len).div_ceil(superblock.sector_size);
+        filler.set_range(Block::new(start / superblock.sector_size)..Block::new(end));
+    };
+    mark(0, RESERVED);
+    mark(superblock.device.len, u64::MAX);
+    superblock::POSITIONS.into_iter().for_each(|position| mark(position, superblock::SIZE as u64));
+    let (nodes, chunks) = read_trees(device, &superblock, &mut mark)?;
     let map = builder.finish().ok_or("it has too many used blocks")?;
     check_nodes(&map, &chunks, &nodes)?;
     Ok(map)
 }
 
-/// Reads all trees, and marks the used extents. Returns the positions of the nodes, and the chunks.
+/// Reads all trees, and calls `mark` with the position on the device and the length of each used extent. Returns the positions of the nodes, and the chunks.
 fn read_trees(
     device: &dyn ReadBytes,
     superblock: &Superblock,
-    builder: &FillBuilder,
+    mark: &mut dyn FnMut(u64, u64),
 ) -> Result<(Vec<u64>, Chunks), DenseReason> {
     let system = chunks::system_chunks(superblock)?;
     let mut trees = Trees::new(device, superblock, &system)?;
@@ -78,7 +82,7 @@ fn read_trees(
     let mut trees = Trees::new(device, superblock, &chunks)?;
     let roots = extents::read_roots(&mut trees)?;
     extents::check_device_tree(&mut trees, &roots)?;
-    let used = extents::mark_used(&mut trees, &roots, builder)?;
+    let used = extents::mark_used(&mut trees, &roots, mark)?;
     nodes.append(&mut trees.nodes);
     chunks.check_used(&used, superblock)?;
     Ok((nodes, chunks))
@@ -94,13 +98,6 @@ fn check_nodes(map: &FillMap, chunks: &Chunks, nodes: &[u64]) -> Result<(), Dens
         }
     }
     Ok(())
-}
-
-/// Marks a range of the device. Blocks that are partly in the range are marked too.
-fn mark(builder: &FillBuilder, start: u64, len: u64) {
-    let size = builder.block_size().get();
-    let blocks = Block::new(start / size)..Block::new(start.saturating_add(len).div_ceil(size));
-    builder.filler().set_range(blocks);
 }
 
 /// The reason for metadata that contradicts itself.

@@ -27,7 +27,7 @@ struct Kind {
 }
 
 /// All kinds, apart from tables of partitions.
-const KINDS: [Kind; 2] = [
+const KINDS: &[Kind] = &[
     Kind { name: "swap", is: swap::is_swap, used: swap::used },
     Kind { name: "btrfs", is: btrfs::is_btrfs, used: btrfs::used },
 ];
@@ -52,7 +52,7 @@ pub fn recognise(device: &dyn ReadBytes) -> Option<&'static str> {
     Some(kind.map_or(PARTITIONS, |kind| kind.name))
 }
 
-/// The used space of a device. Nobody else may write to it meanwhile.
+/// The used space of a device, to which nobody else may write.
 ///
 /// # Errors
 /// When it is not understood, not clean or damaged, when it has the signatures of several kinds, and when it cannot be read.

@@ -70,11 +70,6 @@ impl FillBuilder {
         }
     }
 
-    /// The size of a block.
-    pub const fn block_size(&self) -> Bytes {
-        self.block_size
-    }
-
     /// A filler for one thread.
     pub fn filler(&self) -> Filler<'_> {
         Filler { builder: self, chunk: None }

@@ -1,6 +1,6 @@
 //! The used space of images of disks and file systems, and copies of images without their free space.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
@@ -42,22 +42,24 @@ pub fn free_ranges(used: &UsedSpace) -> Vec<Range<u64>> {
     free.map(|(start, extent)| start.get()..extent.end.get()).collect()
 }
 
-/// Copies an image, and overwrites its free space in the copy: with zeros, as in the file that shows the used space only.
+/// Copies the data of an image, as a program copies the file that shows the used space only: the free space, whose ranges are
+/// returned, is a hole of the copy.
 pub fn copy_without_free_space(image: &Path, copy: &Path) -> Vec<Range<u64>> {
     let used = used_of(image).unwrap_or_else(|reason| panic!("{}: {reason}", image.display()));
-    let free = free_ranges(&used);
-    fs::copy(image, copy).expect("space for a copy");
-    let file = File::options().write(true).open(copy).expect("the copy");
-    let zeros = vec![0; 1 << 20];
-    for range in &free {
-        let mut at = range.start;
-        while at < range.end {
-            let count = (range.end - at).min(zeros.len() as u64);
-            file.write_all_at(&zeros[..count as usize], at).expect("a write");
+    let (source, target) = (File::open(image).expect("the image"), File::create(copy).expect("a copy"));
+    target.set_len(used.map.len().get()).expect("a length");
+    let mut buffer = vec![0; 1 << 20];
+    for (start, extent) in view::runs(&*used.map, Bytes::new(1), Bytes::ZERO..used.map.len()) {
+        let mut at = start.get();
+        while extent.kind.is_data() && at < extent.end.get() {
+            let count = (extent.end.get() - at).min(buffer.len() as u64);
+            let part = &mut buffer[..count as usize];
+            source.read_exact_at(part, at).expect("a read");
+            target.write_all_at(part, at).expect("a write");
             at += count;
         }
     }
-    free
+    free_ranges(&used)
 }
 
 /// Changes the byte at a position.

@@ -1,12 +1,11 @@
 //! The trees that are found through the root tree: what is in use, and the checks that they agree.
 
 use super::chunks::{CHUNKS_OBJECT, Chunks, DATA};
+use super::damaged;
 use super::node::Key;
 use super::superblock::{Root, Superblock};
 use super::tree::Trees;
-use super::{damaged, mark};
 use crate::filesystem::fields::{u8_at, u64_at};
-use crate::map::FillBuilder;
 use crate::reason::DenseReason;
 
 /// The numbers of trees (`BTRFS_*_TREE_OBJECTID`).
@@ -104,11 +103,11 @@ pub fn check_device_tree(trees: &mut Trees<'_>, roots: &Roots) -> Result<(), Den
     Ok(())
 }
 
-/// Marks the copies of all extents as used.
+/// Calls `mark` with the position on the device and the length of each copy of all extents.
 ///
 /// # Errors
 /// When extents overlap or lie in no chunk of their kind, and when a tree is damaged or cannot be read.
-pub fn mark_used(trees: &mut Trees<'_>, roots: &Roots, builder: &FillBuilder) -> Result<Used, DenseReason> {
+pub fn mark_used(trees: &mut Trees<'_>, roots: &Roots, mark: &mut dyn FnMut(u64, u64)) -> Result<Used, DenseReason> {
     let (chunks, superblock) = (trees.chunks, trees.superblock);
     let count = chunks.all().len();
     let mut used = Used { extents: vec![0; count], block_groups: vec![None; count] };
@@ -123,7 +122,7 @@ pub fn mark_used(trees: &mut Trees<'_>, roots: &Roots, builder: &FillBuilder) ->
             // The end fits, since the chunk holds the extent.
             end = key.object.saturating_add(len);
             used.extents[index] += len;
-            chunks.all()[index].copies_of(key.object).for_each(|copy| mark(builder, copy, len));
+            chunks.all()[index].copies_of(key.object).for_each(|copy| mark(copy, len));
             Ok(())
         }
         BLOCK_GROUP_ITEM if roots.block_groups.is_none() => used.add_block_group(chunks, key, item),

@@ -33,7 +33,7 @@ fn swap_area() -> MemoryDevice {
 fn one_kind_is_recognised() {
     let device = swap_area();
     assert_eq!(recognise(&device), Some("swap"));
-    let used = used_space(&device).ok().expect("a swap area");
+    let used = used_space(&device).unwrap_or_else(|reason| panic!("{reason}"));
     assert_eq!((used.kind, used.map.len(), used.parts.len()), ("swap", device.len(), 0));
     assert_eq!(used.map.extent_at(Bytes::new(4096)), crate::map::Extent { end: device.len(), kind: ExtentKind::Free });
 }

@@ -3,11 +3,13 @@
 //! `tests/fuzz` runs them under libFuzzer. `tests/fuzz_corpus.rs` runs them with the inputs that libFuzzer found, and with
 //! random changes of these (`mutate.rs`).
 
+pub mod btrfs;
 pub mod dm_tables;
 pub mod kernel_texts;
 pub mod mount_words;
 pub mod nbd;
 pub mod nbd_client;
+pub mod partitions;
 pub mod qcow2;
 pub mod scsi_pages;
 pub mod thin_metadata;
