@@ -24,6 +24,10 @@ pub mod mount {
 }
 pub mod source {
     pub use crate::source::{BlockDevice, Context, Stack};
+    pub mod changes {
+        pub use crate::source::changes::nbd;
+        pub use crate::source::changes::{Changes, Identity, IdentityValue};
+    }
     pub mod dm {
         pub use crate::source::dm::{exceptions, params};
     }

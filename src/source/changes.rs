@@ -3,6 +3,8 @@
 //! "Unchanged" is a promise as strong as "hole": a range is unchanged only if it is proven to read as the same bytes from the
 //! newer and from the older device. Any doubt about a range makes it data; any doubt about the pair of devices is an error.
 
+pub mod nbd;
+
 use crate::map::ChangeMap;
 
 /// The answer of a source: the changes, and between which states of which devices they lie.
