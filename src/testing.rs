@@ -25,8 +25,8 @@ pub mod mount {
 pub mod source {
     pub use crate::source::{BlockDevice, Context, Stack};
     pub mod changes {
-        pub use crate::source::changes::nbd;
         pub use crate::source::changes::{Changes, Identity, IdentityValue};
+        pub use crate::source::changes::{nbd, snapshot};
     }
     pub mod dm {
         pub use crate::source::dm::{exceptions, params};

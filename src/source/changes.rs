@@ -4,6 +4,7 @@
 //! newer and from the older device. Any doubt about a range makes it data; any doubt about the pair of devices is an error.
 
 pub mod nbd;
+pub mod snapshot;
 
 use crate::map::ChangeMap;
 
