@@ -19,7 +19,7 @@ pub struct Changes {
 /// Which devices were compared, so that a script can refuse to apply an increment to another base.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// The kind of source: `thin`, `dm-snapshot`, `dm-era` or `nbd`.
+    /// The kind of source: `thin`, `dm-snapshot` or `nbd`.
     pub kind: &'static str,
     /// Names and values, in the order in which they are printed. The names are lower-case words joined by hyphens.
     pub fields: Vec<(&'static str, IdentityValue)>,

@@ -1,6 +1,8 @@
 //! What changed since a dirty bitmap was made, from exports of qemu-nbd.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use blkholefs::testing::map::{ExtentKind, HoleMap as _};
 use blkholefs::testing::source::changes::nbd::since_bitmap;
@@ -11,6 +13,9 @@ use blkholefs::testing::units::Bytes;
 use crate::common::nbd::{Server, directory, image};
 use crate::common::random::Random;
 use crate::common::{KIB, MIB, needs, run};
+use crate::fake::{
+    Action, BLOCK, CONTEXT, Dialect, FakeServer, Message, Step, chunk, option_reply, refusal, set_export,
+};
 use crate::runs;
 
 const SIZE: u64 = 16 * MIB;
@@ -179,4 +184,126 @@ fn what_is_not_certain_is_refused() {
     let _server = Server::nbdkit(&kit, &["--readonly", "file", raw.to_str().expect("text")]);
     let error = since(&kit, "monday").err().expect("nbdkit has no bitmaps");
     assert!(error.contains("offers no bitmap 'monday'"), "{error}");
+}
+
+/// The number of the bitmap's context.
+const BITMAP: u32 = 5;
+
+/// Makes the reply of the fake server one of a server with a bitmap, in which the second and the third block are dirty.
+fn with_bitmap(dialect: Dialect, message: &mut Message) {
+    match message.step {
+        Step::Option(10) => {
+            let context = |id: u32, name: &[u8]| option_reply(10, 4, &[id.to_be_bytes().as_slice(), name].concat());
+            let contexts = [context(CONTEXT, b"base:allocation"), context(BITMAP, b"qemu:dirty-bitmap:b")].concat();
+            message.bytes = [contexts, option_reply(10, 1, &[])].concat();
+        }
+        Step::Option(7) => set_export(message, 6 * BLOCK as u64, 3),
+        Step::Status => {
+            let block = BLOCK as u64;
+            let ends = [(block, 0), (3 * block, 1), (6 * block, 0)];
+            let mut at = message.request.offset;
+            let mut extents = Vec::new();
+            for (end, flags) in ends.into_iter().filter(|(end, _)| *end > message.request.offset) {
+                extents.push((end - at, flags));
+                at = end;
+            }
+            let payload = payload(dialect, &extents);
+            let kind = if dialect == Dialect::Extended { 6 } else { 5 };
+            message.bytes.splice(0..0, chunk(dialect, 0, kind, message.request.cookie, &payload));
+        }
+        _ => {}
+    }
+}
+
+/// The payload of the bitmap's chunk: lengths and flags.
+fn payload(dialect: Dialect, extents: &[(u64, u32)]) -> Vec<u8> {
+    let mut payload = BITMAP.to_be_bytes().to_vec();
+    if dialect == Dialect::Extended {
+        payload.extend(u32::try_from(extents.len()).expect("few").to_be_bytes());
+    }
+    for (len, flags) in extents {
+        match dialect {
+            Dialect::Extended => payload.extend([len.to_be_bytes(), u64::from(*flags).to_be_bytes()].concat()),
+            _ => payload.extend([u32::try_from(*len).expect("small").to_be_bytes(), flags.to_be_bytes()].concat()),
+        }
+    }
+    payload
+}
+
+/// A change of the messages of a server.
+type Change = fn(&mut Message) -> Action;
+
+/// Changes of the messages of an honest server, and why there is no answer then.
+const VIOLATIONS: [(Change, &str); 5] = [
+    (cut, "cannot read the bitmap at byte 0"),
+    (refuse, "the server reports error 22"),
+    (without_bitmap, "answered a block status request without extents"),
+    (with_one_number, "chose a metadata context twice"),
+    (writable, "the export is not read-only"),
+];
+
+fn cut(message: &mut Message) -> Action {
+    if message.step != Step::Status {
+        return Action::Continue;
+    }
+    message.bytes.truncate(message.bytes.len() / 2);
+    Action::Close
+}
+
+fn refuse(message: &mut Message) -> Action {
+    if message.step == Step::Status {
+        let dialect = if message.bytes[0] == 0x6e { Dialect::Extended } else { Dialect::Structured };
+        message.bytes = refusal(dialect, message.request.cookie);
+    }
+    Action::Continue
+}
+
+/// Leaves the last chunk, which is that of `base:allocation`.
+fn without_bitmap(message: &mut Message) -> Action {
+    if message.step == Step::Status {
+        let second = message.bytes[4..].windows(4).position(|bytes| bytes == &message.bytes[..4]);
+        message.bytes.drain(..second.expect("two chunks") + 4);
+    }
+    Action::Continue
+}
+
+fn with_one_number(message: &mut Message) -> Action {
+    if message.step == Step::Option(10) {
+        let at = message.bytes.windows(4).rposition(|bytes| bytes == BITMAP.to_be_bytes()).expect("it is there");
+        message.bytes[at..at + 4].copy_from_slice(&CONTEXT.to_be_bytes());
+    }
+    Action::Continue
+}
+
+fn writable(message: &mut Message) -> Action {
+    set_export(message, 6 * BLOCK as u64, 1);
+    Action::Continue
+}
+
+/// A server that breaks the protocol, or ends a connection, gets no second connection, and gives no answer.
+#[test]
+fn an_answer_is_whole_and_from_one_connection() {
+    let mut disk = vec![1; 6 * BLOCK];
+    disk[2 * BLOCK..4 * BLOCK].fill(0);
+    for dialect in [Dialect::Structured, Dialect::Extended] {
+        let fake = |change: Change| {
+            let hook = move |message: &mut Message| {
+                with_bitmap(dialect, message);
+                change(message)
+            };
+            let fake = FakeServer::new(dialect, &disk, Arc::new(hook));
+            let uri = Uri::parse(&fake.uri).expect("a URI");
+            let answer = since_bitmap(&uri, "b").map_err(|error| error.to_string());
+            assert_eq!(fake.connections.load(Ordering::Relaxed), 1);
+            answer
+        };
+        let honest = fake(|_| Action::Continue).unwrap_or_else(|error| panic!("{error}"));
+        let ends = [1, 2, 3, 6].map(|block| block * BLOCK as u64);
+        let kinds = [ExtentKind::Unchanged, ExtentKind::Data, ExtentKind::Hole, ExtentKind::Unchanged];
+        assert_eq!(runs(&honest.map), ends.into_iter().zip(kinds).collect::<Vec<_>>());
+        for (change, reason) in VIOLATIONS {
+            let error = fake(change).err().expect("it is refused");
+            assert!(error.contains(reason), "{dialect:?}: {error}");
+        }
+    }
 }
