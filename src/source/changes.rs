@@ -3,6 +3,9 @@
 //! "Unchanged" is a promise as strong as "hole": a range is unchanged only if it is proven to read as the same bytes from the
 //! newer and from the older device. Any doubt about a range makes it data; any doubt about the pair of devices is an error.
 
+pub mod nbd;
+pub mod snapshot;
+
 use std::fmt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -67,7 +70,10 @@ pub fn between(older: &BlockDevice, newer: &BlockDevice, context: &Context) -> R
     if older.id == newer.id {
         return Err(Error::usage("cannot be compared with itself").on(&newer.path));
     }
-    thin::changes::between(older, newer, context)
+    match snapshot::between(older, newer, context)? {
+        Some(changes) => Ok(changes),
+        None => thin::changes::between(older, newer, context),
+    }
 }
 
 /// Whether two block devices look like volumes of one pool, for lists: [`between`] may refuse them nevertheless. Nothing is read of
@@ -86,7 +92,7 @@ pub fn look_comparable(older: &Path, newer: &Path, context: &Context) -> bool {
 /// Which devices were compared, so that a script can refuse to apply an increment to another base.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// The kind of source: `thin`, `dm-snapshot`, `dm-era` or `nbd`.
+    /// The kind of source: `thin`, `dm-snapshot` or `nbd`.
     pub kind: &'static str,
     /// Names and values, in the order in which they are printed. The names are lower-case words joined by hyphens.
     pub fields: Vec<(&'static str, IdentityValue)>,

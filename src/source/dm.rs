@@ -26,7 +26,7 @@ mod guard;
 mod lower;
 pub mod params;
 mod passing;
-mod snapshot;
+pub(super) mod snapshot;
 mod targets;
 
 use std::io;

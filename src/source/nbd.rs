@@ -8,6 +8,7 @@
 //! The protocol is that of `doc/proto.md` of the NBD project.
 
 mod begun;
+mod bitmap;
 mod client;
 mod connect;
 mod connection;
@@ -27,6 +28,7 @@ use std::io;
 use std::sync::Arc;
 
 pub use begun::BegunRead;
+pub use bitmap::{BitmapExport, BitmapStatus};
 pub use client::Client;
 pub use export::NbdExport;
 pub use pool::Timeouts;

@@ -7,6 +7,7 @@
 mod common;
 
 mod asked_once;
+mod bitmaps;
 mod fake;
 mod hostile;
 mod maps;

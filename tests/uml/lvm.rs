@@ -17,7 +17,7 @@ global { event_activation=0 }
 ";
 
 /// A volume group on one loop device.
-struct Group {
+pub struct Group {
     name: String,
     configuration: tempfile::TempDir,
     _device: Loop,
@@ -25,7 +25,7 @@ struct Group {
 }
 
 impl Group {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let configuration = tempfile::tempdir().expect("a temporary directory");
         std::fs::write(configuration.path().join("lvm.conf"), CONFIGURATION)
             .expect("the temporary directory is writable");
@@ -36,12 +36,12 @@ impl Group {
         group
     }
 
-    fn lvm(&self, arguments: &[&str]) {
+    pub fn lvm(&self, arguments: &[&str]) {
         let configuration = format!("LVM_SYSTEM_DIR={}", self.configuration.path().display());
         run("env", [&[configuration.as_str(), "LVM_SUPPRESS_FD_WARNINGS=1"], arguments].concat());
     }
 
-    fn volume(&self, name: &str) -> PathBuf {
+    pub fn volume(&self, name: &str) -> PathBuf {
         Path::new("/dev").join(&self.name).join(name)
     }
 }

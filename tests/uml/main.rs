@@ -24,6 +24,7 @@ mod md;
 mod nbd;
 mod passing;
 mod scsi;
+mod since_snapshot;
 mod suspended;
 mod systemd;
 mod tables;

@@ -41,6 +41,7 @@ impl OlderSource {
                 changes::between(&changes::open(older)?, &changes::open(newer)?, context)
             }
             (Self::Volume(older), FileSource::Volume(newer)) => newer.pool().changes(older.id(), newer.id()),
+            (Self::Bitmap(bitmap), FileSource::Export(export)) => changes::nbd::since_bitmap(export.uri(), bitmap),
             _ => Err(Error::usage("the two devices are not of one kind")),
         }
     }

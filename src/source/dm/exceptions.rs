@@ -23,11 +23,21 @@ pub struct StoreLayout {
     entries: u64,
 }
 
+/// One exception: a chunk of the snapshot that is not read from the origin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exception {
+    /// The chunk of the snapshot.
+    pub chunk: Block,
+    /// The chunk of the store that holds its bytes. The kernel gives each exception another one, in ascending order
+    /// (`persistent_prepare_exception`).
+    pub stored: u64,
+}
+
 /// The entries of one area.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Area {
-    /// The chunks of the snapshot that have an exception.
-    pub chunks: Vec<Block>,
+    /// The exceptions, in the order in which they were completed.
+    pub exceptions: Vec<Exception>,
     /// Whether the list goes on in the next area.
     pub is_full: bool,
 }
@@ -52,7 +62,7 @@ impl StoreLayout {
     }
 
     /// The number of exceptions of a store of which `allocated` is in use. `None` when no number of exceptions has that
-    /// size.
+    /// size. They are those whose chunks of the store lie below that size.
     ///
     /// The kernel allocates the chunks of an exception before it begins to copy, and the entries of an area as soon as
     /// the one before is full (`persistent_prepare_exception`).
@@ -79,12 +89,13 @@ impl StoreLayout {
 /// Parses the entries of an area.
 pub fn area(data: &[u8]) -> Area {
     let (entries, _) = data.as_chunks::<ENTRY>();
-    let chunks = entries.iter().map_while(|entry| {
+    let exceptions = entries.iter().map_while(|entry| {
         let (old, new) = entry.split_first_chunk::<8>()?;
-        (u64::from_le_bytes(*new.first_chunk()?) != 0).then(|| Block::new(u64::from_le_bytes(*old)))
+        let (chunk, stored) = (Block::new(u64::from_le_bytes(*old)), u64::from_le_bytes(*new.first_chunk()?));
+        (stored != 0).then_some(Exception { chunk, stored })
     });
-    let chunks: Vec<_> = chunks.collect();
-    Area { is_full: !entries.is_empty() && chunks.len() == entries.len(), chunks }
+    let exceptions: Vec<_> = exceptions.collect();
+    Area { is_full: !entries.is_empty() && exceptions.len() == entries.len(), exceptions }
 }
 
 #[cfg(test)]
@@ -146,13 +157,15 @@ mod tests {
 
     #[test]
     fn a_list_ends_with_the_first_entry_without_data() {
-        let blocks = |list: &[u64]| list.iter().copied().map(Block::new).collect::<Vec<_>>();
+        let of = |list: &[(u64, u64)]| -> Vec<Exception> {
+            list.iter().map(|(old, new)| Exception { chunk: Block::new(*old), stored: *new }).collect()
+        };
         let read = area(&entries(&[(7, 2), (0, 3), (5, 0), (6, 4)]));
-        assert_eq!(read, Area { chunks: blocks(&[7, 0]), is_full: false });
+        assert_eq!(read, Area { exceptions: of(&[(7, 2), (0, 3)]), is_full: false });
         let read = area(&entries(&[(7, 2), (u64::MAX, 3)]));
-        assert_eq!(read, Area { chunks: blocks(&[7, u64::MAX]), is_full: true });
-        assert_eq!(area(&[1; 15]), Area { chunks: vec![], is_full: false });
-        assert_eq!(area(&[]), Area { chunks: vec![], is_full: false });
+        assert_eq!(read, Area { exceptions: of(&[(7, 2), (u64::MAX, 3)]), is_full: true });
+        assert_eq!(area(&[1; 15]), Area { exceptions: vec![], is_full: false });
+        assert_eq!(area(&[]), Area { exceptions: vec![], is_full: false });
     }
 
     #[test]
@@ -162,8 +175,8 @@ mod tests {
         runner
             .run(&(proptest::collection::vec(any::<u8>(), 0..600), any::<u64>(), 0..19_u32), |(data, number, power)| {
                 let read = area(&data);
-                assert!(read.chunks.len() <= data.len() / ENTRY);
-                assert!(!read.is_full || read.chunks.len() == data.len() / ENTRY);
+                assert!(read.exceptions.len() <= data.len() / ENTRY);
+                assert!(!read.is_full || read.exceptions.len() == data.len() / ENTRY);
                 let layout = StoreLayout::new(Sectors::new(1_u64 << power)).unwrap();
                 let _ = (layout.is_header(&data), layout.area(number), layout.exceptions(Sectors::new(number)));
                 Ok(())

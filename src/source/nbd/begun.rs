@@ -39,7 +39,7 @@ impl BegunRead {
         let id = self.id.take().ok_or_else(failed)?;
         match self.connection.wait(id, deadline::no_later_than(Instant::now() + self.timeout)) {
             Ok(ReplyContent::Bytes(bytes)) => Ok(bytes),
-            Ok(ReplyContent::Extents(_) | ReplyContent::Flushed) | Err(_) => Err(failed()),
+            Ok(_) | Err(_) => Err(failed()),
         }
     }
 }

@@ -263,7 +263,7 @@ impl Client {
     ) -> std::result::Result<Vec<Extent>, RequestError> {
         let failure = match answer {
             Ok(ReplyContent::Extents(extents)) => return Ok(extents),
-            Ok(ReplyContent::Bytes(_) | ReplyContent::Flushed) => RequestError::NoContext,
+            Ok(_) => RequestError::NoContext,
             Err(failure) => failure,
         };
         if matches!(failure, RequestError::Violation(_) | RequestError::NoContext) {

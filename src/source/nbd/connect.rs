@@ -42,9 +42,12 @@ pub struct Agreement {
     pub dialect: Dialect,
     /// The number of the metadata context `base:allocation`, if the server offers it.
     pub context: Option<u32>,
+    /// The number of the metadata context of the dirty bitmap, if one was requested and the server offers it.
+    pub bitmap: Option<u32>,
 }
 
-/// Connects to the server of `uri` and opens its export.
+/// Connects to the server of `uri` and opens its export. `bitmap` is the name of the metadata context of a dirty bitmap,
+/// which is requested beside `base:allocation`.
 ///
 /// The host name lookup, the connection, TLS and the negotiation all end by `deadline`.
 ///
@@ -52,7 +55,12 @@ pub struct Agreement {
 ///
 /// The server cannot be reached, has no TLS where the URI demands it, has no such export, or does not follow the
 /// protocol.
-pub fn connect(uri: &Uri, tls: Option<&TlsSettings>, deadline: Instant) -> Result<(Stream, Agreement)> {
+pub fn connect(
+    uri: &Uri,
+    tls: Option<&TlsSettings>,
+    bitmap: Option<&str>,
+    deadline: Instant,
+) -> Result<(Stream, Agreement)> {
     let failed = |error: io::Error| Error::failed("cannot connect").on(uri.to_string()).because(error);
     let socket = open_socket(uri.transport(), deadline).and_then(|socket| socket.set_timeouts().map(|()| socket));
     let stream = Stream::new(socket.map_err(failed)?);
@@ -61,7 +69,7 @@ pub fn connect(uri: &Uri, tls: Option<&TlsSettings>, deadline: Instant) -> Resul
     if let Some(tls) = tls {
         negotiation = negotiation.encrypt(greeting, tls, uri)?;
     }
-    let agreement = negotiation.negotiate(greeting, uri.export()).map_err(|error| error.on(uri.to_string()))?;
+    let agreement = negotiation.negotiate(greeting, uri.export(), bitmap).map_err(|error| error.on(uri.to_string()))?;
     Ok((negotiation.stream, agreement))
 }
 
@@ -223,12 +231,13 @@ impl Negotiation {
     }
 
     /// Negotiates the options, and opens the export.
-    fn negotiate(&self, greeting: Greeting, export: &str) -> Result<Agreement> {
+    fn negotiate(&self, greeting: Greeting, export: &str, bitmap: Option<&str>) -> Result<Agreement> {
         let mut agreement = Agreement {
             export: ExportInfo { size: crate::units::Bytes::ZERO, read_only: true, multi_conn: false, flush: false },
             blocks: BlockSizes::default(),
             dialect: Dialect::Simple,
             context: None,
+            bitmap: None,
         };
         if !greeting.fixed {
             agreement.export = self.export_name(greeting, export)?;
@@ -236,7 +245,7 @@ impl Negotiation {
         }
         agreement.dialect = self.dialect()?;
         if agreement.dialect != Dialect::Simple {
-            agreement.context = self.context(export)?;
+            (agreement.context, agreement.bitmap) = self.contexts(export, bitmap)?;
         }
         let replies = self.send(NbdOption::Go, &proto::go(export))?;
         match replies.end {
@@ -282,17 +291,20 @@ impl Negotiation {
         Ok(Dialect::Simple)
     }
 
-    /// The number of `base:allocation`. A refusal is no error here: the reply to GO has the reason if the export is
-    /// unusable.
-    fn context(&self, export: &str) -> Result<Option<u32>> {
-        let replies = self.send(NbdOption::SetMetaContext, &proto::set_meta_context(export))?;
-        match (replies.end, replies.information.as_slice()) {
-            (OptionReply::Ack, [(OptionReply::MetaContext, payload)]) => {
-                Ok(Some(proto::meta_context(payload).map_err(bad_handshake)?))
-            }
-            (OptionReply::Ack, []) | (OptionReply::Error(_), _) => Ok(None),
-            _ => Err(bad_handshake(violation("chose more than one metadata context"))),
+    /// The numbers of `base:allocation` and of the context `bitmap`. A refusal is no error here: the reply to GO has the
+    /// reason if the export is unusable.
+    fn contexts(&self, export: &str, bitmap: Option<&str>) -> Result<(Option<u32>, Option<u32>)> {
+        let names: Vec<&str> = [proto::BASE_ALLOCATION].into_iter().chain(bitmap).collect();
+        let replies = self.send(NbdOption::SetMetaContext, &proto::set_meta_context(export, &names))?;
+        if matches!(replies.end, OptionReply::Error(_)) {
+            return Ok((None, None));
         }
+        if replies.information.iter().any(|(kind, _)| *kind != OptionReply::MetaContext) {
+            return Err(bad_handshake(violation("sent information that is not about metadata contexts")));
+        }
+        let payloads = replies.information.iter().map(|(_, payload)| payload.as_slice());
+        let numbers = proto::meta_contexts(payloads, &names).map_err(bad_handshake)?;
+        Ok((numbers[0], numbers.get(1).copied().flatten()))
     }
 
     /// `NBD_OPT_EXPORT_NAME`: the answer has no header, and a server that refuses it disconnects.

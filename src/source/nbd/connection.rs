@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use super::connect::Agreement;
 use super::frame::{Dialect, NbdCommand, REPLY_HEADER, ReplyHeader, encode_request};
-use super::reply::{PartialReply, ReplyContent, RequestError};
+use super::reply::{PartialReply, ReplyContent, RequestError, StatusContexts};
 use super::stream::Stream;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -269,12 +269,13 @@ impl Connection {
                 Ok((NbdCommand::Read, range.clone(), reply))
             }
             NbdRequest::Status(range) => {
-                let Agreement { dialect, context, export, .. } = self.agreement;
-                let context = context.ok_or(RequestError::NoContext)?;
+                let Agreement { dialect, context, bitmap, export, .. } = self.agreement;
+                let contexts = StatusContexts { allocation: context.ok_or(RequestError::NoContext)?, bitmap };
                 // The range may have been chosen for a connection with another dialect.
                 let end = range.end.min(range.start.saturating_add(dialect.longest_status()));
                 let range = range.start..end;
-                Ok((NbdCommand::BlockStatus, range.clone(), PartialReply::status(range, context, dialect, export.size)))
+                let reply = PartialReply::status(range.clone(), contexts, dialect, export.size);
+                Ok((NbdCommand::BlockStatus, range, reply))
             }
         }
     }

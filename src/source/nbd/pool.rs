@@ -97,7 +97,8 @@ impl ConnectionPool {
     /// The server cannot be reached, or the export cannot be opened. There is one attempt.
     pub fn open(uri: Uri, timeouts: Timeouts) -> Result<Self> {
         let tls = TlsSettings::of(&uri)?;
-        let (stream, first) = connect(&uri, tls.as_ref(), deadline::no_later_than(Instant::now() + timeouts.connect))?;
+        let (stream, first) =
+            connect(&uri, tls.as_ref(), None, deadline::no_later_than(Instant::now() + timeouts.connect))?;
         let several = first.export.multi_conn && first.export.read_only;
         let limit = if several { MAX_CONNECTIONS } else { 1 };
         let live = vec![Arc::new(Connection::new(stream, first))];
@@ -210,7 +211,7 @@ impl ConnectionPool {
     ///
     /// No connection is made before `deadline`, or the export has changed.
     fn open_another(&self, deadline: Instant) -> Result<Arc<Connection>> {
-        let (stream, agreement) = connect(&self.uri, self.tls.as_ref(), deadline)?;
+        let (stream, agreement) = connect(&self.uri, self.tls.as_ref(), None, deadline)?;
         let (now, before) = (agreement.export.size, self.first.export.size);
         if now != before {
             return Err(Error::failed(format!("the export has {now} bytes now, not {before} as before"))

@@ -34,6 +34,9 @@ pub const MAX_OPTION_REPLY: u32 = 4096 + 64;
 
 /// The metadata context whose extents have a bit for ranges that read as zeros.
 pub const BASE_ALLOCATION: &str = "base:allocation";
+/// The start of the name of a metadata context whose extents have a bit for ranges that a dirty bitmap of QEMU marks. The
+/// bitmap's name follows (`docs/interop/nbd.rst` of QEMU).
+pub const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 
 /// The longest read that a server without block size constraints must accept ("Block size constraints").
 pub const DEFAULT_MAX_PAYLOAD: Bytes = Bytes::new(32 << 20);
@@ -162,7 +165,8 @@ impl NbdOption {
     }
 }
 
-/// A length field. All strings of this client are parts of a [`super::Uri`], which limits their length.
+/// A length field. All strings of this client are parts of a [`super::Uri`], which limits their length, or names of
+/// metadata contexts, which are as short.
 fn length(data: &[u8]) -> [u8; 4] {
     u32::try_from(data.len()).expect("option data is a few KiB").to_be_bytes()
 }
@@ -175,13 +179,15 @@ pub fn go(export: &str) -> Vec<u8> {
     data
 }
 
-/// Data of [`NbdOption::SetMetaContext`]: the export and the one query [`BASE_ALLOCATION`].
-pub fn set_meta_context(export: &str) -> Vec<u8> {
+/// Data of [`NbdOption::SetMetaContext`]: the export, and one query for each of the contexts `names`.
+pub fn set_meta_context(export: &str, names: &[&str]) -> Vec<u8> {
     let mut data = length(export.as_bytes()).to_vec();
     data.extend(export.as_bytes());
-    data.extend(1_u32.to_be_bytes());
-    data.extend(length(BASE_ALLOCATION.as_bytes()));
-    data.extend(BASE_ALLOCATION.as_bytes());
+    data.extend(u32::try_from(names.len()).expect("a few queries").to_be_bytes());
+    for name in names {
+        data.extend(length(name.as_bytes()));
+        data.extend(name.as_bytes());
+    }
     data
 }
 
@@ -348,17 +354,27 @@ fn block_sizes(minimum: u32, maximum: u32) -> Result<BlockSizes> {
     Ok(BlockSizes { minimum, maximum })
 }
 
-/// Reads the data of a [`OptionReply::MetaContext`]: the number that stands for [`BASE_ALLOCATION`].
+/// Reads the data of the [`OptionReply::MetaContext`] replies to one option: the number that stands for each of the
+/// contexts `names`, which were requested. A context that the server does not offer has none.
 ///
 /// # Errors
 ///
-/// A context that was not requested.
-pub fn meta_context(payload: &[u8]) -> Result<u32> {
-    let mut fields = Fields::of(payload);
-    match fields.u32() {
-        Some(id) if fields.rest() == BASE_ALLOCATION.as_bytes() => Ok(id),
-        _ => Err(violation("chose a metadata context that was not requested")),
+/// A context that was not requested, or was chosen twice, or two contexts with the same number.
+pub fn meta_contexts<'a>(payloads: impl Iterator<Item = &'a [u8]>, names: &[&str]) -> Result<Vec<Option<u32>>> {
+    let mut numbers = vec![None; names.len()];
+    for payload in payloads {
+        let mut fields = Fields::of(payload);
+        let number = fields.u32();
+        let place = names.iter().position(|name| fields.rest() == name.as_bytes());
+        let (Some(number), Some(place)) = (number, place) else {
+            return Err(violation("chose a metadata context that was not requested"));
+        };
+        if numbers[place].is_some() || numbers.contains(&Some(number)) {
+            return Err(violation("chose a metadata context twice"));
+        }
+        numbers[place] = Some(number);
     }
+    Ok(numbers)
 }
 
 #[cfg(test)]

@@ -27,6 +27,9 @@ const OFFSET_LEN: u64 = 8;
 const CHUNK_ERROR: u16 = 1 << 15;
 /// `NBD_STATE_ZERO`: the extent reads as zeros. `NBD_STATE_HOLE` (bit 0) has no meaning for the content.
 const STATE_ZERO: u64 = 1 << 1;
+/// The flags of an extent that a dirty bitmap does not mark. Bit 0 (`NBD_STATE_DIRTY` of QEMU) is that it is dirty; the
+/// others have no meaning yet, so that an extent which has one of them counts as dirty too.
+const STATE_CLEAN: u64 = 0;
 
 /// The largest number of extents in one reply (`NBD_REPLY_TYPE_BLOCK_STATUS`).
 const MAX_EXTENTS: u64 = 1 << 20;
@@ -91,11 +94,23 @@ pub struct PartialReply {
     done: bool,
 }
 
+/// The numbers of the metadata contexts that a block status request is answered for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StatusContexts {
+    /// That of [`super::proto::BASE_ALLOCATION`].
+    pub allocation: u32,
+    /// That of a dirty bitmap, if the connection has one.
+    pub bitmap: Option<u32>,
+}
+
+/// The extents of one metadata context, once its chunk was received.
+type Extents = Option<Vec<Extent>>;
+
 /// The content so far, for each kind of request.
 #[derive(Debug)]
 enum ReplyKind {
     Read { bytes: AlignedBuffer, covered: CoveredBytes },
-    Status { context: u32, dialect: Dialect, limit: Bytes, extents: Option<Vec<Extent>> },
+    Status { contexts: StatusContexts, dialect: Dialect, limit: Bytes, allocation: Extents, bitmap: Extents },
     Flush,
 }
 
@@ -107,6 +122,13 @@ pub enum ReplyContent {
     /// Consecutive extents from the start of the range on, neighbours of different kinds. They may end before the range
     /// does, or after it.
     Extents(Vec<Extent>),
+    /// The same for a connection with a dirty bitmap: the extents of both contexts, each with ends of its own.
+    Bitmap {
+        /// Those of [`super::proto::BASE_ALLOCATION`].
+        allocation: Vec<Extent>,
+        /// Those of the bitmap: data where it is dirty, unchanged where it is not.
+        bitmap: Vec<Extent>,
+    },
     /// The flush is complete.
     Flushed,
 }
@@ -129,8 +151,9 @@ impl PartialReply {
     }
 
     /// The empty reply to a block status request for `range` of an export of `limit` bytes.
-    pub fn status(range: Range<Bytes>, context: u32, dialect: Dialect, limit: Bytes) -> Self {
-        Self { range, kind: ReplyKind::Status { context, dialect, limit, extents: None }, error: None, done: false }
+    pub fn status(range: Range<Bytes>, contexts: StatusContexts, dialect: Dialect, limit: Bytes) -> Self {
+        let kind = ReplyKind::Status { contexts, dialect, limit, allocation: None, bitmap: None };
+        Self { range, kind, error: None, done: false }
     }
 
     /// The empty reply to a flush.
@@ -224,8 +247,13 @@ impl PartialReply {
                 covered.add(place.clone())?;
                 bytes.bytes_mut()[place].fill(0);
             }
-            (STATUS | STATUS_EXT, ReplyKind::Status { context, dialect, limit, extents }) => {
-                let list = read_extents(payload, *dialect, *context)?;
+            (STATUS | STATUS_EXT, ReplyKind::Status { contexts, dialect, limit, allocation, bitmap }) => {
+                let (extents, kind_of): (_, fn(u64) -> ExtentKind) = match fields.u32() {
+                    Some(number) if number == contexts.allocation => (allocation, allocation_kind),
+                    Some(number) if Some(number) == contexts.bitmap => (bitmap, bitmap_kind),
+                    _ => return Err(violation("answered for a metadata context that was not chosen")),
+                };
+                let list = read_extents(fields, *dialect, kind_of)?;
                 if extents.replace(merge(list, &self.range, *limit)?).is_some() {
                     return Err(violation("sent two chunks for one metadata context"));
                 }
@@ -254,9 +282,12 @@ impl PartialReply {
             _ if !self.done => missing("did not finish its reply"),
             ReplyKind::Read { bytes, covered } if covered.all(bytes.bytes().len()) => Ok(ReplyContent::Bytes(bytes)),
             ReplyKind::Read { .. } => missing("left out a part of a read"),
-            ReplyKind::Status { extents: Some(extents), .. } => Ok(ReplyContent::Extents(extents)),
             ReplyKind::Flush => Ok(ReplyContent::Flushed),
-            ReplyKind::Status { extents: None, .. } => missing("answered a block status request without extents"),
+            ReplyKind::Status { contexts, allocation, bitmap, .. } => match (allocation, contexts.bitmap, bitmap) {
+                (Some(extents), None, _) => Ok(ReplyContent::Extents(extents)),
+                (Some(allocation), Some(_), Some(bitmap)) => Ok(ReplyContent::Bitmap { allocation, bitmap }),
+                _ => missing("answered a block status request without extents"),
+            },
         }
     }
 }
@@ -306,12 +337,23 @@ impl CoveredBytes {
     }
 }
 
-/// Reads the payload of a block status chunk: the length and kind of each extent, in order.
-fn read_extents(payload: &[u8], dialect: Dialect, context: u32) -> Result<Vec<(Bytes, ExtentKind)>> {
-    let mut fields = Fields::of(payload);
-    if fields.u32() != Some(context) {
-        return Err(violation("answered for a metadata context that was not chosen"));
-    }
+/// What the flags of an extent of [`super::proto::BASE_ALLOCATION`] mean.
+fn allocation_kind(flags: u64) -> ExtentKind {
+    if flags & STATE_ZERO != 0 { ExtentKind::Hole } else { ExtentKind::Data }
+}
+
+/// What the flags of an extent of a dirty bitmap mean.
+fn bitmap_kind(flags: u64) -> ExtentKind {
+    if flags == STATE_CLEAN { ExtentKind::Unchanged } else { ExtentKind::Data }
+}
+
+/// Reads the payload of a block status chunk behind the number of its context: the length and kind of each extent, in
+/// order.
+fn read_extents(
+    mut fields: Fields<'_>,
+    dialect: Dialect,
+    kind_of: fn(u64) -> ExtentKind,
+) -> Result<Vec<(Bytes, ExtentKind)>> {
     let extended = dialect == Dialect::Extended;
     let count = if extended { fields.u32() } else { None };
     let (found, left_over) = (fields.rest().len() / width(extended), fields.rest().len() % width(extended));
@@ -328,7 +370,7 @@ fn read_extents(payload: &[u8], dialect: Dialect, context: u32) -> Result<Vec<(B
         let (Some(len @ 1..), Some(flags)) = (len, flags) else {
             return Err(violation("sent an extent without a length"));
         };
-        extents.push((Bytes::new(len), if flags & STATE_ZERO != 0 { ExtentKind::Hole } else { ExtentKind::Data }));
+        extents.push((Bytes::new(len), kind_of(flags)));
     }
     Ok(extents)
 }

@@ -27,7 +27,7 @@ pub fn run(input: &[u8]) {
     let _ = (params::delay(&text), params::flakey_without_faults(&text), params::snapshot_origin(&text));
     let _ = (params::era_origin(&text), params::cloning(&text), params::clone_status(&text));
     let _ = (params::snapshot(&text), params::allocated(&text));
-    assert!(exceptions::area(input).chunks.len() <= input.len() / 16);
+    assert!(exceptions::area(input).exceptions.len() <= input.len() / 16);
     for power in 0..19 {
         let layout = exceptions::StoreLayout::new(Sectors::new(1_u64 << power)).expect("a power of two");
         let _ = layout.is_header(input);

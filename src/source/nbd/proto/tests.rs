@@ -18,7 +18,7 @@ fn a_greeting_is_answered_with_its_own_flags() {
 fn encoded_options() {
     assert_eq!(NbdOption::StructuredReply.encode(&[]), b"IHAVEOPT\0\0\0\x08\0\0\0\0");
     assert_eq!(NbdOption::Go.encode(&go("ab")), b"IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x02ab\0\x01\0\x03");
-    assert_eq!(set_meta_context("e"), b"\0\0\0\x01e\0\0\0\x01\0\0\0\x0fbase:allocation");
+    assert_eq!(set_meta_context("e", &[BASE_ALLOCATION]), b"\0\0\0\x01e\0\0\0\x01\0\0\0\x0fbase:allocation");
 }
 
 #[test]
@@ -76,10 +76,22 @@ fn export_information() {
 
 #[test]
 fn only_the_requested_context_is_accepted() {
-    assert_eq!(meta_context(b"\0\0\0\x07base:allocation").unwrap(), 7);
-    assert!(meta_context(b"\0\0\0\x07base:allocatio").is_err());
-    assert!(meta_context(b"\0\0\0\x07qemu:allocation-depth").is_err());
-    assert!(meta_context(b"\0\0").is_err());
+    let read = |payloads: &[&[u8]], names: &[&str]| meta_contexts(payloads.iter().copied(), names).ok();
+    let names = [BASE_ALLOCATION, "qemu:dirty-bitmap:b"];
+    let (base, bitmap) = (b"\0\0\0\x07base:allocation".as_slice(), b"\0\0\0\x08qemu:dirty-bitmap:b".as_slice());
+    assert_eq!(read(&[], &names), Some(vec![None, None]));
+    assert_eq!(read(&[base], &names[..1]), Some(vec![Some(7)]));
+    assert_eq!(read(&[bitmap, base], &names), Some(vec![Some(7), Some(8)]));
+    for payloads in [
+        vec![b"\0\0\0\x07base:allocatio".as_slice()],
+        vec![b"\0\0\0\x07qemu:dirty-bitmap:"],
+        vec![b"\0\0\0\x07qemu:dirty-bitmap:bb"],
+        vec![b"\0\0"],
+        vec![base, base],
+        vec![base, b"\0\0\0\x07qemu:dirty-bitmap:b"],
+    ] {
+        assert_eq!(read(&payloads, &names), None, "{payloads:?}");
+    }
 }
 
 proptest::proptest! {
@@ -106,6 +118,6 @@ proptest::proptest! {
             Ok(NbdInfo::Export(export)) => proptest::prop_assert!(i64::try_from(export.size.get()).is_ok()),
             Ok(NbdInfo::Other) | Err(_) => {}
         }
-        let _ = meta_context(&bytes);
+        let _ = meta_contexts([bytes.as_slice()].into_iter(), &[BASE_ALLOCATION]);
     }
 }

@@ -40,15 +40,19 @@ fn status(flags: u16, context: u32, extents: &[(u32, u32)]) -> Sent<'static> {
 fn read(start: u64, end: u64, chunks: &[Sent<'_>]) -> std::result::Result<Vec<u8>, RequestError> {
     feed(PartialReply::read(bytes(start, end)).unwrap(), chunks).map(|content| match content {
         ReplyContent::Bytes(bytes) => bytes.bytes().to_vec(),
-        ReplyContent::Extents(_) | ReplyContent::Flushed => panic!("a read has bytes"),
+        _ => panic!("a read has bytes"),
     })
 }
 
+fn only(allocation: u32) -> StatusContexts {
+    StatusContexts { allocation, bitmap: None }
+}
+
 fn read_status(chunks: &[Sent<'_>]) -> std::result::Result<Vec<(u64, ExtentKind)>, RequestError> {
-    let answer = PartialReply::status(bytes(4096, 16384), 9, Dialect::Structured, Bytes::new(20000));
+    let answer = PartialReply::status(bytes(4096, 16384), only(9), Dialect::Structured, Bytes::new(20000));
     feed(answer, chunks).map(|content| match content {
         ReplyContent::Extents(runs) => runs.iter().map(|run| (run.end.get(), run.kind)).collect(),
-        ReplyContent::Bytes(_) | ReplyContent::Flushed => panic!("a status has runs"),
+        _ => panic!("a status has runs"),
     })
 }
 
@@ -107,7 +111,7 @@ fn simple_replies() {
     assert_eq!(failed.simple(5, Dialect::Structured).unwrap(), None);
     assert_eq!(failed.finish(), Err(RequestError::Server(5)));
     assert!(answer().simple(0, Dialect::Structured).is_err());
-    let mut status = PartialReply::status(bytes(0, 4), 1, Dialect::Structured, Bytes::new(4));
+    let mut status = PartialReply::status(bytes(0, 4), only(1), Dialect::Structured, Bytes::new(4));
     assert!(status.simple(0, Dialect::Structured).is_err());
 }
 
@@ -125,6 +129,38 @@ fn a_hole_is_the_zero_bit_alone() {
         "longer than requested, up to the end of the export"
     );
     assert_eq!(done(&[(12288, 0xffff_fffc)]), Ok(vec![(16384, ExtentKind::Data)]), "bits of the future");
+}
+
+/// The ends and kinds of both contexts of a connection with a bitmap, whose numbers are 9 and 4.
+type BothRuns = [Vec<(u64, ExtentKind)>; 2];
+
+fn read_bitmap(chunks: &[Sent<'_>]) -> std::result::Result<BothRuns, RequestError> {
+    let contexts = StatusContexts { allocation: 9, bitmap: Some(4) };
+    let answer = PartialReply::status(bytes(4096, 16384), contexts, Dialect::Structured, Bytes::new(20000));
+    let runs = |extents: Vec<Extent>| extents.iter().map(|run| (run.end.get(), run.kind)).collect();
+    feed(answer, chunks).map(|content| match content {
+        ReplyContent::Bitmap { allocation, bitmap } => [runs(allocation), runs(bitmap)],
+        _ => panic!("a status with a bitmap has runs of both"),
+    })
+}
+
+#[test]
+fn only_an_extent_without_flags_is_unchanged() {
+    let both = [status(0, 4, &[(4096, 1), (4096, 0), (512, 2)]), status(FLAG_DONE, 9, &[(12288, 3)])];
+    let (data, unchanged) = (ExtentKind::Data, ExtentKind::Unchanged);
+    let expected = [vec![(16384, ExtentKind::Hole)], vec![(8192, data), (12288, unchanged), (12800, data)]];
+    assert_eq!(read_bitmap(&both), Ok(expected));
+    for chunks in [
+        vec![status(FLAG_DONE, 9, &[(4096, 0)])],
+        vec![status(FLAG_DONE, 4, &[(4096, 0)])],
+        vec![status(0, 4, &[(4096, 0)]), status(FLAG_DONE, 4, &[(4096, 0)])],
+        vec![status(0, 4, &[(4096, 0)]), status(0, 9, &[(4096, 0)])],
+        vec![status(0, 4, &[(4096, 0)]), status(0, 9, &[(4096, 0)]), status(FLAG_DONE, 5, &[(4096, 0)])],
+        vec![status(0, 4, &[(0, 0)]), status(FLAG_DONE, 9, &[(4096, 0)])],
+        vec![status(0, 4, &[(16384, 0), (4096, 0)]), status(FLAG_DONE, 9, &[(4096, 0)])],
+    ] {
+        assert!(matches!(read_bitmap(&chunks), Err(RequestError::Violation(_))), "{chunks:?}");
+    }
 }
 
 #[test]
@@ -152,7 +188,7 @@ fn a_block_status_that_is_wrong_is_no_answer() {
 #[test]
 fn extended_headers() {
     let status_of = |count: u32, extents: &[(u64, u64)]| {
-        let mut answer = PartialReply::status(bytes(0, 1 << 40), 3, Dialect::Extended, Bytes::new(1 << 41));
+        let mut answer = PartialReply::status(bytes(0, 1 << 40), only(3), Dialect::Extended, Bytes::new(1 << 41));
         let mut payload = [3_u32.to_be_bytes(), count.to_be_bytes()].concat();
         for (len, state) in extents {
             payload.extend([len.to_be_bytes(), state.to_be_bytes()].concat());
