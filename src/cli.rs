@@ -20,7 +20,7 @@ use crate::source::Context;
 use crate::source::nbd::NbdExport;
 use crate::source::thin::ThinId;
 use crate::source::thin::offline::OfflinePool;
-use crate::spec::{SourceOptions, Spec, SpecKind};
+use crate::spec::{Older, SourceOptions, Spec, SpecKind};
 use crate::units::Bytes;
 
 const HELP: &str = "\
@@ -44,13 +44,16 @@ Options of map:
   --json                  prints JSON: as qemu-img map; with --since, an identity and extents
   --totals                prints only the sums
   --format FORM           prints a map that another program reads: borg, bmap (bmaptool), ddrescue, csi
-  --since OLDER           prints what changed in DEVICE since OLDER, an older snapshot of it; with thin_metadata, an id
+  --since OLDER           prints what changed in DEVICE since OLDER, an older snapshot of it: a device; with thin_metadata, the
+                          id of a volume; with an NBD URI, the name of a dirty bitmap
   --offset N, --length N  limit the range, in bytes
 
 Options of map and info:
   -o thin_metadata=META   DEVICE is the data of a thin pool that is not active
       --volume ID         the volume of that pool
   -o nbd=URI              the export that the NBD device of the kernel is connected to
+  -o used                 the view of the used space, instead of the exact file
+  -o compact              the compact image, instead of the exact file
 
 Options of all commands:
   -h, --help              prints this text
@@ -172,6 +175,10 @@ fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArgumen
         return Err(Error::usage("this form describes a whole device: --offset and --length are not possible with it"));
     }
     let source = SourceOptions { volume, ..options::parse_source(&list, command)? };
+    let since = since.filter(|_| is_map).or_else(|| source.views.since.as_ref().map(Older::typed));
+    if since.is_some() && !is_map {
+        return Err(Error::usage("what changed since a snapshot is printed by map").hint("see blkholefs --help"));
+    }
     if volume.is_some() && source.thin_metadata.is_none() {
         return Err(Error::usage("--volume is the volume of a thin pool, and needs -o thin_metadata=META"));
     }
@@ -213,6 +220,7 @@ fn info(arguments: &[OsString]) -> Result<()> {
     }
     let export = arguments.open()?;
     let context = Context { no_metadata_snapshots: true, ..arguments.context(&*export)? };
+    let export = export::view_of(export, &arguments.source.views, &context)?;
     let stack = export.stack(&context);
     stack.write_back();
     print(&if is_json { report::json(&stack) } else { report::tree(&stack) })

@@ -86,6 +86,14 @@ impl Older {
         Ok(Some(if is_path { Self::Path(absolute(Path::new(typed))?) } else { Self::Name(typed.to_owned()) }))
     }
 
+    /// The path, or the name.
+    pub fn typed(&self) -> OsString {
+        match self {
+            Self::Path(path) => path.into(),
+            Self::Name(name) => name.clone(),
+        }
+    }
+
     /// The name that stands in the name of the view.
     pub fn shown(&self) -> &OsStr {
         match self {

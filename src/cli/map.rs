@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::{HELP, MapArguments, parse, print, written};
 use crate::error::{Error, Result, shown};
+use crate::export;
 use crate::handle::Handle;
 use crate::map::{Extent, HoleMap, view};
 use crate::mount::argv::CommandLine;
@@ -40,6 +41,7 @@ impl MapArguments {
 fn print_map(arguments: &MapArguments) -> Result<()> {
     let export = arguments.open()?;
     let context = arguments.context(&*export)?;
+    let export = export::view_of(export, &arguments.source.views, &context)?;
     let handle = Handle::new(export, Arc::new(context), Arc::default());
     let len = handle.export().len()?;
     let range = arguments.range(len);
@@ -95,8 +97,12 @@ fn asked(handle: &Handle, range: Range<Bytes>) -> impl Iterator<Item = io::Resul
 fn changes(arguments: &MapArguments, older: &OsStr) -> Result<Changes> {
     let refused = |what: &str| Error::usage(format!("--since {}: {what}", shown(older)));
     let source = &arguments.source;
-    let SpecKind::Path(newer) = arguments.spec.kind() else {
-        return Err(refused("the changes of an NBD export are not supported"));
+    let newer = match arguments.spec.kind() {
+        SpecKind::Path(newer) => newer,
+        SpecKind::Nbd(uri) => {
+            let bitmap = older.to_str().ok_or_else(|| refused("is no name of a dirty bitmap"))?;
+            return changes::nbd::since_bitmap(uri, bitmap);
+        }
     };
     if source.nbd.is_some() {
         return Err(refused("the changes of an NBD device are not supported, so -o nbd is not possible"));
@@ -105,7 +111,7 @@ fn changes(arguments: &MapArguments, older: &OsStr) -> Result<Changes> {
         let (older, newer) = (changes::open(Path::new(older))?, changes::open(newer)?);
         return changes::between(&older, &newer, &Context::default());
     };
-    let id = older.to_str().and_then(|id| id.parse().ok()).and_then(ThinId::new);
+    let id = older.to_str().and_then(ThinId::parse);
     let older = id.ok_or_else(|| refused("is no id of a volume"))?;
     let newer_id = source.volume.ok_or_else(|| refused("the newer volume is missing: choose it with --volume"))?;
     Arc::new(OfflinePool::open(metadata, newer)?).changes(older, newer_id)

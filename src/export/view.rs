@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Export, FileIdentity, FileSource, HostNode};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::source::Context;
 use crate::spec::ViewOptions;
 
@@ -72,6 +72,26 @@ impl ViewOptions {
     }
 }
 
+/// The view of an open file that a command without a mount is about: the used space, or a compact image; the file itself if
+/// neither is wanted.
+///
+/// # Errors
+/// When it cannot be made, or both are wanted.
+pub fn of_open(base: Arc<dyn Export>, options: &ViewOptions, context: &Context) -> Result<Arc<dyn Export>> {
+    let identity = next_identity();
+    match (options.compact, options.used) {
+        (false, false) => Ok(base),
+        (true, false) => Ok(Arc::new(image::ImageExport::compact(base, options, identity, context)?)),
+        (false, true) => Ok(Arc::new(used::UsedExport::open(base, identity, context)?)),
+        (true, true) => Err(Error::usage("one view at a time: compact or used")),
+    }
+}
+
+fn next_identity() -> FileIdentity {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    FileIdentity::View(NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
 /// A view of a file, which is not open.
 #[derive(Clone, Debug)]
 pub struct ViewSource {
@@ -89,9 +109,7 @@ pub struct ViewSource {
 impl ViewSource {
     /// A view that is different from all others: what it shows is not the same at each open.
     pub fn new(view: View, base: FileSource, older: Option<OlderSource>, options: Arc<ViewOptions>) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let identity = FileIdentity::View(NEXT.fetch_add(1, Ordering::Relaxed));
-        Self { view, base, older, options, identity }
+        Self { view, base, older, options, identity: next_identity() }
     }
 
     /// The node of the view: that of the file, with an identity of its own.

@@ -25,6 +25,9 @@ const MAX_TRIES: usize = 3;
 /// Why an image has no holes.
 const NO_HOLES: &str = "an image holds what is data, and nothing else";
 
+/// What the log and `info` say of a device that can be written.
+const CAN_CHANGE: &str = "the device can change: make an image of a snapshot for a consistent one";
+
 /// The layout of an image, and what it was made from.
 pub struct ImageLayout {
     /// Where each byte of the image comes from.
@@ -187,8 +190,12 @@ fn named(base: &Arc<dyn Export>, ending: &str) -> PathBuf {
 }
 
 fn log_open(name: &Path, base: &dyn Export, layout: &Layout) {
-    let live = if base.may_change() { "; the device can change: an image of a snapshot is consistent" } else { "" };
-    info!("{}: an image of {} bytes{live}", shown(name), layout.len());
+    info!("{}: an image of {} bytes{}", shown(name), layout.len(), warning(base));
+}
+
+/// What is added to a description of an image of that device.
+fn warning(base: &dyn Export) -> String {
+    if base.may_change() { format!("; {CAN_CHANGE}") } else { String::new() }
 }
 
 fn shorter() -> io::Error {
@@ -240,8 +247,12 @@ impl Export for ImageExport {
     }
 
     fn resolve(&self, context: &Context) -> Stack {
-        let (name, len) = (shown(&self.name).to_string(), self.image.layout.len());
-        Stack::build(context, |_| Arc::new(dense::layer(name, "qcow2", len, NO_HOLES)))
+        let layout = &self.image.layout;
+        let (name, len) = (shown(&self.name).to_string(), layout.len());
+        let (clusters, size) = (layout.data_clusters(), layout.cluster_size().bytes());
+        let kind = format!("qcow2 image with {clusters} data clusters of {size} bytes");
+        let reason = format!("{NO_HOLES}{}", warning(&*self.base));
+        Stack::build(context, |_| Arc::new(dense::layer(name, kind, len, reason)))
     }
 
     fn host_node(&self) -> io::Result<HostNode> {

@@ -67,6 +67,18 @@ impl UsedExport {
     }
 }
 
+/// The kind of file system; for a disk, the kind of each partition, or why it is data.
+fn described(space: &UsedSpace) -> String {
+    let part = |(name, kind): &(String, std::result::Result<&str, DenseReason>)| match kind {
+        Ok(kind) => format!("{name}: {kind}"),
+        Err(reason) => format!("{name}: data, since {reason}"),
+    };
+    match space.parts.as_slice() {
+        [] => space.kind.to_owned(),
+        parts => format!("{} ({})", space.kind, parts.iter().map(part).collect::<Vec<_>>().join("; ")),
+    }
+}
+
 fn name_of(base: &dyn Export) -> PathBuf {
     let mut name = base.name().as_os_str().to_owned();
     name.push(".used");
@@ -135,7 +147,7 @@ impl Export for UsedExport {
         if stack.len() != space.map.len() {
             return stack.shown_as_data("its length changed since the view was opened");
         }
-        stack.without_free_space(space.kind, space.map.clone(), ClaimGuard(claim.clone()))
+        stack.without_free_space(&described(space), space.map.clone(), ClaimGuard(claim.clone()))
     }
 
     fn host_node(&self) -> io::Result<HostNode> {
