@@ -15,7 +15,7 @@ pub mod view;
 
 pub use change::ChangeMap;
 pub use compose::{Clip, Concat, Overlay, Uniform};
-pub use fill::{Block, FillBuilder, FillMap};
+pub use fill::{Block, FillBuilder, FillMap, Filler};
 pub use stripe::{Stripe, Unstripe};
 
 use std::convert::Infallible;

@@ -10,6 +10,9 @@ pub mod deadline {
 pub mod export {
     pub use crate::export::{Export, VolumeExport};
 }
+pub mod filesystem {
+    pub use crate::filesystem::{ReadBytes, ext};
+}
 pub mod fuse {
     pub use crate::fuse::SESSION_THREADS;
 }
@@ -21,6 +24,9 @@ pub mod mount {
     pub mod session {
         pub use crate::mount::session::CLONE_DESCRIPTOR;
     }
+}
+pub mod reason {
+    pub use crate::reason::DenseReason;
 }
 pub mod source {
     pub use crate::source::{BlockDevice, Context, Stack};
