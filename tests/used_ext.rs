@@ -7,14 +7,10 @@ mod image;
 mod refusals;
 
 use std::fs;
-use std::path::Path;
 
 use blkholefs::testing::filesystem::ext;
-use common::loop_device::Loop;
 use common::{GIB, KIB, MIB, needs, run};
 use image::{Ext, files};
-
-const PROGRAMS: [&str; 4] = ["mke2fs", "e2fsck", "debugfs", "dumpe2fs"];
 
 macro_rules! tests_of_options {
     ($($name:ident: $size:expr, $options:expr;)*) => {
@@ -56,13 +52,22 @@ tests_of_options! {
     ext3: 300 * MIB, "-t ext3";
     sparse_super2: 600 * MIB, "-t ext4 -b 1024 -O sparse_super2,^resize_inode";
     sparse_super2_with_one_backup: 600 * MIB, "-t ext4 -O sparse_super2,^resize_inode -E num_backup_sb=1";
-    many_features: 300 * MIB, "-t ext4 -O mmp,inline_data,ea_inode,large_dir,quota,project,verity,encrypt,casefold,fast_commit,stable_inodes -I 512";
     orphan_file: 300 * MIB, "-t ext4 -O orphan_file";
     few_inodes: 300 * MIB, "-t ext4 -N 16";
     large_inodes: 300 * MIB, "-t ext4 -I 1024 -i 4096";
     small_groups: 64 * MIB, "-t ext4 -g 1024";
     odd_length: 77 * MIB + 3 * KIB, "-t ext4 -b 1024";
     one_short_group: MIB, "-t ext4 -b 1024 -O ^has_journal";
+}
+
+#[test]
+fn many_features() {
+    needs!(programs["mke2fs", "e2fsck", "debugfs", "dumpe2fs"]);
+    let features = "mmp,inline_data,ea_inode,large_dir,quota,project,verity,encrypt,casefold,fast_commit,stable_inodes";
+    let ext = Ext::filled(300 * MIB, &format!("-t ext4 -I 512 -O {features}"));
+    // mke2fs does not count the files of `-d` in the quotas. Exit status 1: errors were corrected.
+    let _ = common::try_run("e2fsck", ["-fy".as_ref(), ext.path().as_os_str()], "");
+    ext.check();
 }
 
 #[test]
@@ -78,19 +83,12 @@ fn bytes_behind_the_file_system_are_used() {
 fn nearly_full() {
     needs!(programs["mke2fs", "e2fsck", "debugfs", "dumpe2fs"]);
     let ext = Ext::filled(64 * MIB, "-t ext4 -m 0");
-    // The last file does not fit.
-    ext.debugfs(&(0..60).map(|at| format!("write {} more{at}\n", ext.large_file())).collect::<String>());
-    run(
-        "e2fsck",
-        ["-fy".as_ref(), ext.path().as_os_str()]
-            .iter()
-            .take(0)
-            .collect::<Vec<_>>()
-            .into_iter()
-            .chain(["-V"].map(AsRef::<std::ffi::OsStr>::as_ref)),
-    );
+    let free = |ext: &Ext| ext.free().iter().map(|free| free.end - free.start).sum::<u64>();
+    // debugfs leaves a damaged file system behind when a file does not fit.
+    let count = free(&ext) / MIB - 2;
+    ext.debugfs(&(0..count).map(|at| format!("write {} more{at}\n", ext.large_file())).collect::<String>());
     ext.check();
-    assert!(ext.free().iter().map(|free| free.end - free.start).sum::<u64>() < 4 * MIB);
+    assert!(free(&ext) < 3 * MIB);
 }
 
 #[test]
@@ -129,27 +127,13 @@ fn filled_by_the_kernel() {
         ["-t ext4", "-t ext4 -O bigalloc -C 65536", "-t ext4 -O ^metadata_csum,uninit_bg", "-t ext2", "-t ext3"]
     {
         let ext = Ext::new(400 * MIB, options);
-        ext.mounted(|mount, _| {
-            for at in 0..200_u64 {
+        ext.mounted(|mount| {
+            for at in 0..60_u64 {
                 files(&mount.join(format!("folder{at}")), at);
             }
-            for at in (0..200).step_by(3) {
+            for at in (0..60).step_by(3) {
                 fs::remove_dir_all(mount.join(format!("folder{at}"))).unwrap();
             }
-        });
-        ext.check();
-    }
-}
-
-#[test]
-fn grown_by_the_kernel() {
-    needs!(root, programs["mke2fs", "e2fsck", "debugfs", "dumpe2fs", "resize2fs"]);
-    for options in ["-t ext4", "-t ext4 -O ^resize_inode", "-t ext4 -b 1024 -E resize=400000"] {
-        let ext = Ext::filled(200 * MIB, options);
-        common::image::open_for_writing(ext.path()).set_len(900 * MIB).unwrap();
-        ext.mounted(|mount, device| {
-            run("resize2fs", [device.path()]);
-            files(&mount.join("later"), 5);
         });
         ext.check();
     }
@@ -160,7 +144,7 @@ fn a_frozen_file_system_is_clean() {
     needs!(root, programs["mke2fs", "e2fsck", "debugfs", "dumpe2fs", "fsfreeze"]);
     let ext = Ext::filled(200 * MIB, "-t ext4");
     let copy = ext.folder().join("copy");
-    ext.mounted(|mount, _| {
+    ext.mounted(|mount| {
         files(&mount.join("later"), 5);
         run("fsfreeze", ["--freeze".as_ref(), mount.as_os_str()]);
         fs::copy(ext.path(), &copy).unwrap();
@@ -190,5 +174,4 @@ fn the_magic_number() {
     let head = fs::read(ext.path()).unwrap();
     assert!(ext::is_ext(&head[..64 << 10]) && ext::is_ext(&head[..2048]));
     assert!(!ext::is_ext(&head[..1024]) && !ext::is_ext(&[]) && !ext::is_ext(&[0; 4096]));
-    let _ = (PROGRAMS, Path::new(""), None::<Loop>);
 }

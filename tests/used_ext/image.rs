@@ -13,6 +13,9 @@ use blkholefs::testing::map::{FillMap, HoleMap as _};
 use blkholefs::testing::reason::DenseReason;
 use blkholefs::testing::units::Bytes;
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::common::image::open_for_writing;
 use super::common::loop_device::Loop;
 use super::common::random::Random;
 use super::common::{run, run_with_input, try_run};
@@ -45,6 +48,13 @@ impl ReadBytes for Device {
         self.bytes.fetch_add(buffer.len() as u64, Relaxed);
         self.file.read_exact_at(buffer, offset.get())
     }
+}
+
+/// Fills a range with zeros, and does not allocate space where there is a hole.
+fn zero(file: &File, range: Range<u64>) {
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let length = i64::try_from(range.end - range.start).unwrap();
+    fallocate(file, mode, i64::try_from(range.start).unwrap(), length).unwrap();
 }
 
 /// A file system in an image file, in a temporary folder.
@@ -81,6 +91,10 @@ impl Ext {
         let image = folder.path().join("image");
         File::create(&image).unwrap().set_len(size).unwrap();
         let mut words: Vec<_> = options.split(' ').collect();
+        // mke2fs chooses blocks of 1 KiB for a small file system.
+        if !words.contains(&"-b") {
+            words.extend(["-b", "4096"]);
+        }
         if let Some(source) = source {
             words.extend(["-d", source.to_str().unwrap()]);
         }
@@ -124,12 +138,12 @@ impl Ext {
     }
 
     /// Runs `work` with the file system mounted.
-    pub fn mounted(&self, work: impl FnOnce(&Path, &Loop)) {
+    pub fn mounted(&self, work: impl FnOnce(&Path)) {
         let device = Loop::new(&self.image);
         let mount = self.folder().join("mount");
         fs::create_dir_all(&mount).unwrap();
         run("mount", [device.path(), &mount]);
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&mount, &device)));
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&mount)));
         run("umount", [&mount]);
         if let Err(panic) = result {
             std::panic::resume_unwind(panic);
@@ -180,22 +194,10 @@ impl Ext {
         self.check_free_ranges();
         let zeroed = self.folder().join("zeroed");
         fs::copy(&self.image, &zeroed).unwrap();
-        // What was free may hold anything: here, bytes that would show if a file or the checker read them.
-        let (file, free) = (super::common::image::open_for_writing(&zeroed), self.free());
-        for range in free {
-            super::common::run(
-                "fallocate",
-                [
-                    "-z",
-                    "-o",
-                    &range.start.to_string(),
-                    "-l",
-                    &(range.end - range.start).to_string(),
-                    zeroed.to_str().unwrap(),
-                ],
-            );
+        let file = open_for_writing(&zeroed);
+        for range in self.free() {
+            zero(&file, range);
         }
-        drop(file);
         if let Err(error) = try_run("e2fsck", ["-fn", zeroed.to_str().unwrap()], "") {
             panic!("{error}");
         }

@@ -4,6 +4,7 @@
 //! random changes of these (`mutate.rs`).
 
 pub mod dm_tables;
+pub mod ext;
 pub mod kernel_texts;
 pub mod mount_words;
 pub mod nbd;
