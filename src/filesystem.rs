@@ -7,6 +7,7 @@
 
 pub mod btrfs;
 pub mod detect;
+pub mod ext;
 mod fields;
 pub mod partitions;
 pub mod swap;

@@ -11,7 +11,7 @@ pub mod export {
     pub use crate::export::{Export, VolumeExport};
 }
 pub mod filesystem {
-    pub use crate::filesystem::{ReadBytes, btrfs, detect, partitions, swap};
+    pub use crate::filesystem::{ReadBytes, btrfs, detect, ext, partitions, swap};
 }
 pub mod fuse {
     pub use crate::fuse::SESSION_THREADS;
@@ -27,6 +27,9 @@ pub mod mount {
 }
 pub mod qcow2 {
     pub use crate::qcow2::{Backing, BackingFormat, Builder, ClusterSize, Content, Error, Layout, Part};
+}
+pub mod reason {
+    pub use crate::reason::DenseReason;
 }
 pub mod source {
     pub use crate::source::{BlockDevice, Context, Stack, changes};

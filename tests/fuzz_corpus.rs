@@ -116,6 +116,7 @@ macro_rules! targets {
 targets!(
     btrfs,
     dm_tables,
+    ext,
     kernel_texts,
     mount_words,
     nbd,

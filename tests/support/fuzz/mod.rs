@@ -5,6 +5,7 @@
 
 pub mod btrfs;
 pub mod dm_tables;
+pub mod ext;
 pub mod kernel_texts;
 pub mod mount_words;
 pub mod nbd;
