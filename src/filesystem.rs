@@ -5,6 +5,8 @@
 //!
 //! Nobody else writes to the device meanwhile: the caller holds it exclusively.
 
+pub mod xfs;
+
 use std::io;
 
 use crate::units::Bytes;

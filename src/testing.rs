@@ -10,6 +10,10 @@ pub mod deadline {
 pub mod export {
     pub use crate::export::{Export, VolumeExport};
 }
+pub mod filesystem {
+    pub use crate::filesystem::ReadBytes;
+    pub use crate::filesystem::xfs;
+}
 pub mod fuse {
     pub use crate::fuse::SESSION_THREADS;
 }
