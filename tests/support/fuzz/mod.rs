@@ -11,3 +11,4 @@ pub mod nbd_client;
 pub mod scsi_pages;
 pub mod thin_metadata;
 pub mod thin_params;
+pub mod xfs;
