@@ -12,6 +12,7 @@ mod fields;
 pub mod partitions;
 pub mod swap;
 mod window;
+pub mod xfs;
 
 use std::io;
 

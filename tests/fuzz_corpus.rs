@@ -125,5 +125,6 @@ targets!(
     qcow2,
     scsi_pages,
     thin_metadata,
-    thin_params
+    thin_params,
+    xfs
 );

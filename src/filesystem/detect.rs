@@ -9,7 +9,7 @@ mod foreign;
 use std::sync::Arc;
 
 use super::window::Window;
-use super::{ReadBytes, btrfs, ext, partitions, swap};
+use super::{ReadBytes, btrfs, ext, partitions, swap, xfs};
 use crate::map::{Concat, ExtentKind, FillMap, FreeSpace, HoleMap, Uniform};
 use crate::reason::DenseReason;
 use crate::units::Bytes;
@@ -29,6 +29,7 @@ struct Kind {
 /// All kinds, apart from tables of partitions.
 const KINDS: &[Kind] = &[
     Kind { name: "ext4", is: ext::is_ext, used: ext::used },
+    Kind { name: "XFS", is: xfs::is_xfs, used: xfs::used },
     Kind { name: "swap", is: swap::is_swap, used: swap::used },
     Kind { name: "btrfs", is: btrfs::is_btrfs, used: btrfs::used },
 ];

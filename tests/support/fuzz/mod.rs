@@ -15,3 +15,4 @@ pub mod qcow2;
 pub mod scsi_pages;
 pub mod thin_metadata;
 pub mod thin_params;
+pub mod xfs;
