@@ -113,4 +113,4 @@ macro_rules! targets {
     };
 }
 
-targets!(dm_tables, kernel_texts, mount_words, nbd, nbd_client, scsi_pages, thin_metadata, thin_params);
+targets!(dm_tables, kernel_texts, mount_words, nbd, nbd_client, scsi_pages, thin_changes, thin_metadata, thin_params);

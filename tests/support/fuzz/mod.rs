@@ -9,5 +9,6 @@ pub mod mount_words;
 pub mod nbd;
 pub mod nbd_client;
 pub mod scsi_pages;
+pub mod thin_changes;
 pub mod thin_metadata;
 pub mod thin_params;

@@ -218,7 +218,8 @@ impl<'a> Comparison<'a> {
                     if older_block != newer_block {
                         visit(key, Difference::Moved);
                     }
-                    (older.next(), newer.next());
+                    older.next();
+                    newer.next();
                 }
                 (Some((key, _)), other) if other.is_none_or(|(other, _)| key < other) => {
                     visit(key, Difference::OnlyOlder);
