@@ -206,7 +206,8 @@ fn only_nodes_that_differ_are_read() {
         let lens = (200_000 * BLOCK_SIZE, 200_000 * BLOCK_SIZE);
         let map = changes(&metadata, lens, false).unwrap();
         assert_eq!(map.allocated(), Some(Bytes::new(count * BLOCK_SIZE)));
-        // The trees of devices and of details; the height of both trees; the nodes that differ, in requests for several.
+        // The trees of devices and of details; the height of both trees; the nodes that differ, in requests for
+        // several.
         let most = 3 + 2 * 3 + 2 * own.len() as u64;
         assert!(metadata.reader().reads() <= most, "{count} changes: {} reads", metadata.reader().reads());
     }

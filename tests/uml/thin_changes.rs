@@ -1,5 +1,5 @@
-//! What changed between two thin volumes, on live pools and after they were deactivated: the older bytes and the changes
-//! give the newer bytes.
+//! What changed between two thin volumes, on live pools and after they were deactivated: the older bytes and the
+//! changes give the newer bytes.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;

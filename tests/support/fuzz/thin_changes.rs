@@ -1,17 +1,20 @@
-//! Images of thin metadata with devices that share nodes, as snapshots do, which are damaged but have correct checksums.
+//! Images of thin metadata with devices that share nodes, as snapshots do, which are damaged but have correct
+//! checksums.
 //!
-//! Invariant: comparing two devices returns an error or their changes, without a panic and in bounded memory. If both devices
-//! have a map, there is no error, and the changes are those of a reader without checks.
+//! Invariant: comparing two devices returns an error or their changes, without a panic and in bounded memory. If both
+//! devices have a map, there is no error, and the changes are those of a reader without checks.
 //!
-//! An input is the number of an image (one byte), a length to which the image is cut (two bytes; most values do not cut it),
-//! and edits of eight bytes each.
+//! An input is the number of an image (one byte), a length to which the image is cut (two bytes; most values do not cut
+//! it), and edits of eight bytes each.
 
 use std::cell::RefCell;
 
 #[path = "../thin_image.rs"]
 #[allow(dead_code)]
+#[allow(clippy::duplicate_mod, reason = "each target is a program of its own, and all of them are one test too")]
 mod thin_image;
 #[path = "../thin_mutation.rs"]
+#[allow(clippy::duplicate_mod, reason = "as above")]
 mod thin_mutation;
 use thin_mutation::Image;
 

@@ -5,10 +5,10 @@
 //! block in both trees maps the same, and it is skipped unread. It must have the same range of keys in both trees too:
 //! then everything in it is as valid in one tree as in the other one.
 //!
-//! Levels are counted from the leaves, which all have the same depth, so that trees of different height meet at nodes of
-//! one kind. The comparison goes down from the roots. Its unit is a part of the keys for which few nodes of each tree are
-//! needed. These are read together, in the order of their blocks. For each level there is one list of pointers in
-//! memory, and the leaves of one part.
+//! Levels are counted from the leaves, which all have the same depth, so that trees of different height meet at nodes
+//! of one kind. The comparison goes down from the roots. Its unit is a part of the keys for which few nodes of each
+//! tree are needed. These are read together, in the order of their blocks. For each level there is one list of pointers
+//! in memory, and the leaves of one part.
 //!
 //! Each node that is read passes the checks of a walk over the whole tree: see [`super::super::walk`]. A loop is no
 //! danger, because each step goes down by one level. A node cannot be read twice for two pointers of one tree: it has a
