@@ -6,6 +6,7 @@
 
 mod compare;
 mod live;
+mod nodes;
 
 pub use live::between;
 
