@@ -3,13 +3,18 @@
 #![allow(clippy::single_range_in_vec_init)]
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use blkholefs::testing::map::{ChangeMap, ExtentKind, HoleMap};
+use blkholefs::testing::source::changes::IdentityValue;
 use blkholefs::testing::source::thin::changes::Compared;
-use blkholefs::testing::source::thin::error::ThinResult;
+use blkholefs::testing::source::thin::error::{Damage, ThinError, ThinResult};
 use blkholefs::testing::source::thin::metadata::Metadata;
+use blkholefs::testing::source::thin::offline::OfflinePool;
 use blkholefs::testing::source::thin::reader::MetadataReader;
 use blkholefs::testing::source::thin::{MetaBlock, ThinId};
 use blkholefs::testing::units::Bytes;
@@ -21,7 +26,7 @@ mod random;
 #[allow(dead_code)]
 mod thin_image;
 use random::Random;
-use thin_image::BLOCK;
+use thin_image::{BLOCK, NODE, put, stamp};
 
 const BLOCK_SIZE: u64 = thin_image::DATA_BLOCK_SECTORS as u64 * 512;
 /// More than any key of these tests.
@@ -178,4 +183,125 @@ fn equal_trees_are_not_read() {
     assert_eq!(extents(&changes(&metadata, lens, false).unwrap()), [(0..lens.0, ExtentKind::Unchanged)]);
     // The top-level tree and the details.
     assert!(metadata.reader().reads() <= 4, "{}", metadata.reader().reads());
+}
+
+/// Volumes of 100 000 mappings, of which a few differ; the metadata, and the nodes that only the newer one has.
+fn some_changes(count: u64) -> (Vec<u8>, Range<usize>) {
+    let mut image = thin_image::build(&[], 100);
+    let mappings: Vec<_> = (0..100_000).map(|key| (2 * key, key)).collect();
+    let older = thin_image::mapping_tree(&mut image, &mappings, 252);
+    let changes: Vec<_> = (0..count).map(|at| (at * 2 * (100_000 / count), Some((200_000 + at) << 24))).collect();
+    let own = image.len() / BLOCK;
+    let newer = thin_image::changed_tree(&mut image, older, &changes, 252);
+    let own = own..image.len() / BLOCK;
+    thin_image::set_devices(&mut image, &[(1, older, 100_000), (2, newer, 100_000)], 100);
+    (image, own)
+}
+
+#[test]
+fn only_nodes_that_differ_are_read() {
+    for count in [1, 2, 10] {
+        let (image, own) = some_changes(count);
+        let metadata = of_bytes(&image);
+        let lens = (200_000 * BLOCK_SIZE, 200_000 * BLOCK_SIZE);
+        let map = changes(&metadata, lens, false).unwrap();
+        assert_eq!(map.allocated(), Some(Bytes::new(count * BLOCK_SIZE)));
+        // The trees of devices and of details; the height of both trees; the nodes that differ, in requests for
+        // several.
+        let most = 3 + 2 * 3 + 2 * own.len() as u64;
+        assert!(metadata.reader().reads() <= most, "{count} changes: {} reads", metadata.reader().reads());
+    }
+}
+
+#[test]
+fn damage_of_a_node_that_is_read_is_an_error() {
+    let (image, own) = some_changes(4);
+    let lens = (200_000 * BLOCK_SIZE, 200_000 * BLOCK_SIZE);
+    for block in own {
+        // One wrong byte, and with a right checksum: the block number, the kind, a key.
+        let mut rotten = image.clone();
+        rotten[block * BLOCK + 4000] ^= 4;
+        assert!(matches!(changes(&of_bytes(&rotten), lens, false), Err(ThinError::Damaged(_, Damage::Checksum))));
+        for (at, value, size, damage) in [
+            (8, 1, 8, Damage::Location),
+            (4, 3, 4, Damage::Kind),
+            (32, u64::MAX, 8, Damage::KeyOrder),
+            (16, 253, 4, Damage::Entries),
+        ] {
+            let mut wrong = image.clone();
+            put(&mut wrong, block * BLOCK + at, value, size);
+            stamp(&mut wrong, block, NODE);
+            match changes(&of_bytes(&wrong), lens, false) {
+                Err(ThinError::Damaged(_, found)) => assert_eq!(found, damage, "block {block}"),
+                other => panic!("block {block}, {damage}: {:?}", other.map(|map| map.allocated())),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_wrong_number_of_mappings_is_an_error() {
+    let (mut image, _) = some_changes(4);
+    let details = usize::try_from(thin_image::get(&image, 328, 8)).unwrap();
+    put(&mut image, details * BLOCK + 32 + 8 * 126 + 24, 100_001, 8);
+    stamp(&mut image, details, NODE);
+    let lens = (200_000 * BLOCK_SIZE, 200_000 * BLOCK_SIZE);
+    assert!(matches!(changes(&of_bytes(&image), lens, false), Err(ThinError::OtherDifference { .. })));
+}
+
+/// The image and some data as an offline pool.
+fn offline(image: &[u8], directory: &Path) -> (PathBuf, Arc<OfflinePool>) {
+    let (metadata, data) = (directory.join("metadata"), directory.join("data"));
+    std::fs::write(&metadata, image).unwrap();
+    File::create(&data).unwrap().set_len(1 << 20).unwrap();
+    (metadata.clone(), Arc::new(OfflinePool::open(&metadata, &data).unwrap()))
+}
+
+#[test]
+fn volumes_of_an_offline_pool_have_an_identity_and_are_watched() {
+    let (mut image, _) = some_changes(4);
+    let details = usize::try_from(thin_image::get(&image, 328, 8)).unwrap();
+    // The transaction and the time of the creation of both.
+    for (at, value) in [(8, 3), (16, 5), (24 + 8, 4), (24 + 16, 6)] {
+        put(&mut image, details * BLOCK + 32 + 8 * 126 + at, value, if at % 24 == 8 { 8 } else { 4 });
+    }
+    stamp(&mut image, details, NODE);
+    let directory = tempfile::tempdir().unwrap();
+    let (metadata, pool) = offline(&image, directory.path());
+    let found = pool.changes(id(1), id(2)).unwrap();
+    // The last mapping is that of block 199 998.
+    let size = 199_999 * BLOCK_SIZE;
+    let number = IdentityValue::Number;
+    let fields = [
+        ("pool", IdentityValue::None),
+        ("older", number(1)),
+        ("newer", number(2)),
+        ("older-created", number(5)),
+        ("newer-created", number(6)),
+        ("transaction", number(4)),
+        ("size", number(size)),
+        ("block-size", number(BLOCK_SIZE)),
+    ];
+    assert_eq!((found.identity.kind, &found.identity.fields[..]), ("thin", &fields[..]));
+    assert_eq!((found.map.len(), found.map.allocated()), (Bytes::new(size), Some(Bytes::new(4 * BLOCK_SIZE))));
+    assert!(found.is_current());
+
+    let refused = |older, newer| pool.changes(id(older), id(newer)).unwrap_err();
+    assert!(refused(2, 2).to_string().ends_with("cannot compare volume 2 with itself"));
+    for (older, newer) in [(1, 9), (9, 1)] {
+        assert_eq!(refused(older, newer).errno(), libc::ENOENT);
+    }
+    File::options().write(true).open(&metadata).unwrap().write_all_at(&[0], 0).unwrap();
+    assert!(!found.is_current(), "the metadata was written");
+    assert!(refused(1, 2).to_string().contains("it is not proven"));
+}
+
+#[test]
+fn an_offline_volume_with_damage_is_refused() {
+    let (mut image, own) = some_changes(4);
+    image[own.start * BLOCK + 4000] ^= 4;
+    let directory = tempfile::tempdir().unwrap();
+    let (_, pool) = offline(&image, directory.path());
+    let error = pool.changes(id(1), id(2)).unwrap_err();
+    assert!(error.to_string().contains("wrong checksum"), "{error}");
 }

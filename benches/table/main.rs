@@ -6,6 +6,7 @@
 #[path = "../../tests/common/mod.rs"]
 mod common;
 mod copy;
+mod delta;
 mod floor;
 mod latency;
 mod lseek;
@@ -29,11 +30,12 @@ use shape::Scratch;
 /// A case: the word that chooses it, and what it runs.
 type Case = (&'static str, fn(&Bench, &mut Table));
 
-const CASES: [Case; 13] = [
+const CASES: [Case; 14] = [
     ("lseek", lseek::one_client),
     ("clients", lseek::many_clients),
     ("thin", thin::lseek),
     ("walk", walk::all),
+    ("delta", delta::all),
     ("read", read::all),
     ("reads", read::many_clients),
     ("copy", copy::all),

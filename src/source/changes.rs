@@ -1,7 +1,8 @@
 //! What changed in a device since an older snapshot, for each kind of source that can prove it.
 //!
-//! "Unchanged" is a promise as strong as "hole": a range is unchanged only if it is proven to read as the same bytes from the
-//! newer and from the older device. Any doubt about a range makes it data; any doubt about the pair of devices is an error.
+//! "Unchanged" is a promise as strong as "hole": a range is unchanged only if it is proven to read as the same bytes
+//! from the newer and from the older device. Any doubt about a range makes it data; any doubt about the pair of devices
+//! is an error.
 
 pub mod nbd;
 pub mod snapshot;
@@ -47,8 +48,8 @@ impl fmt::Debug for Changes {
 /// Opens one of the devices that are to be compared.
 ///
 /// # Errors
-/// As [`BlockDevice::open`]. LVM does not activate snapshots of thin volumes by itself, so the error of a device that does
-/// not exist has a hint.
+/// As [`BlockDevice::open`]. LVM does not activate snapshots of thin volumes by itself, so the error of a device that
+/// does not exist has a hint.
 pub fn open(path: &Path) -> Result<BlockDevice> {
     BlockDevice::open(path).map_err(|error| match error.errno() {
         libc::ENOENT => error.hint(ACTIVATE),
@@ -61,8 +62,8 @@ pub const ACTIVATE: &str = "a volume must be active to be compared: lvchange -ay
 
 /// What changed from `older` to `newer`, two block devices.
 ///
-/// The dirty pages of both are written back first. The answer has each write that completed before the call. It is valid
-/// for as long as [`Changes::is_current`].
+/// The dirty pages of both are written back first. The answer has each write that completed before the call. It is
+/// valid for as long as [`Changes::is_current`].
 ///
 /// # Errors
 /// When the two devices are not known to have a common past, cannot be read, or are written too often.

@@ -128,6 +128,11 @@ impl Pool {
         Self::make(&Make::new(size, block))
     }
 
+    /// A pool that fills the part of a new block that is not written with zeros.
+    pub fn with_zeroing(size: u64, block: u64) -> Self {
+        Self::make(&Make { features: &["error_if_no_space"], ..Make::new(size, block) })
+    }
+
     /// A pool whose metadata is slow to read and fast to write.
     pub fn with_slow_metadata(size: u64, block: u64) -> Self {
         Self::make(&Make { metadata_reads: 10, ..Make::new(size, block) })
@@ -231,6 +236,14 @@ impl Pool {
         // start, length, target, transaction, used metadata, used data, held root
         let held = status.split(' ').nth(6).unwrap_or_else(|| panic!("{status}"));
         (held != "-").then(|| held.parse().expect("a block number"))
+    }
+
+    /// Removes the pool, and calls `work` with its metadata and its data.
+    pub fn offline<T>(self, work: impl FnOnce(&Path, &Path) -> T) -> T {
+        let Self { pool, slow, metadata, _data: data, .. } = self;
+        drop(pool);
+        drop(slow);
+        work(metadata.path(), data.expect("a pool with a data device of its own").path())
     }
 
     /// Removes the pool and checks its metadata with `thin_check`.

@@ -1,14 +1,16 @@
 //! Damages fields of thin metadata images, recomputes the checksums, and reads every device.
 //!
 //! Invariant: whatever the image, reading it ends, without a panic, in an error or in a map. Where a device has a map, it
-//! maps what a reader without any checks finds in the bytes, and look-ups of single blocks agree with it.
+//! maps what a reader without any checks finds in the bytes, and look-ups of single blocks agree with it. Where two devices
+//! have maps, the changes between them are those that this reader finds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 
-use blkholefs::testing::map::{FillMap, HoleMap};
+use blkholefs::testing::map::{ExtentKind, FillMap, HoleMap};
+use blkholefs::testing::source::thin::changes::Compared;
 use blkholefs::testing::source::thin::lookup::NodeCache;
 use blkholefs::testing::source::thin::metadata::Metadata;
 use blkholefs::testing::source::thin::reader::MetadataReader;
@@ -135,7 +137,37 @@ fn read_everything(file: File, bytes: &[u8]) -> usize {
             let _ = (held.mapping_tree(*id), held.details(*id));
         }
     }
-    ids.iter().filter(|id| read_device(&metadata, **id, bytes)).count()
+    let maps: BTreeSet<ThinId> = ids.iter().copied().filter(|id| read_device(&metadata, *id, bytes)).collect();
+    let ids: Vec<ThinId> = ids.into_iter().collect();
+    for pair in ids.windows(2) {
+        for (older, newer) in [(pair[0], pair[1]), (pair[1], pair[0])] {
+            read_changes(&metadata, older, newer, bytes, maps.contains(&older) && maps.contains(&newer));
+        }
+    }
+    maps.len()
+}
+
+/// Compares two devices. Where both have a map, the changes are those of a reader without checks.
+fn read_changes(metadata: &Metadata, older: ThinId, newer: ThinId, bytes: &[u8], have_maps: bool) {
+    let size = metadata.superblock().data_block_size.bytes();
+    let len = Bytes::new(size.get() * KEYS - 512);
+    let [of_older, of_newer] = [older, newer].map(|id| Compared { id, len });
+    let changes = metadata.changes(of_older, of_newer, false);
+    if !have_maps {
+        return;
+    }
+    let changes = changes.expect("two whole trees can be compared");
+    let entries_of = |id| entries(bytes, metadata.mapping_tree(id).expect("a map has a tree").root.get());
+    let (of_older, of_newer) = (entries_of(older), entries_of(newer));
+    for key in 0..KEYS {
+        let block = |entries: &BTreeMap<u64, u64>| entries.get(&key).map(|value| value >> 24);
+        let expected = match (block(&of_older), block(&of_newer)) {
+            (older, newer) if older == newer => ExtentKind::Unchanged,
+            (_, Some(_)) => ExtentKind::Data,
+            (_, None) => ExtentKind::Hole,
+        };
+        assert_eq!(changes.extent_at(Bytes::new(key * size.get())).kind, expected, "block {key}");
+    }
 }
 
 fn read_device(metadata: &Metadata, id: ThinId, bytes: &[u8]) -> bool {

@@ -2,8 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use blkholefs::testing::map::{ExtentKind, HoleMap as _};
+use blkholefs::testing::source::Context;
+use blkholefs::testing::source::changes::{self, IdentityValue};
+use blkholefs::testing::units::Bytes;
+
 use crate::common::check::{assert_map, check, map_of};
-use crate::common::image::{Image, write};
+use crate::common::image::{Image, discard, write};
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::{GIB, MIB, run};
@@ -82,6 +87,38 @@ fn thin_logical_volumes_have_their_unmapped_blocks_as_holes() {
     write(&data, 5 * GIB - 4096..5 * GIB);
     let expected = [GIB..GIB + MIB, 2 * GIB..2 * GIB + 65536, 5 * GIB - 65536..5 * GIB];
     assert_map(mount.file(), &map_of(5 * GIB, &expected));
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn thin_logical_volumes_are_compared_when_both_are_active() {
+    let group = Group::new("testsince");
+    let name = group.name.as_str();
+    group.lvm(&["lvcreate", "--quiet", "-T", "-L", "256M", "-c", "64k", &format!("{name}/pool")]);
+    group.lvm(&["lvcreate", "--quiet", "-T", "-V", "4G", "-n", "data", &format!("{name}/pool")]);
+    let data = group.volume("data");
+    write(&data, GIB..GIB + MIB);
+    group.lvm(&["lvcreate", "--quiet", "-s", "-n", "snap", &format!("{name}/data")]);
+    let snap = group.volume("snap");
+    // LVM does not activate a snapshot unless it is asked with -K.
+    let error = changes::open(&snap).expect_err("it is not active");
+    assert!(error.hint_text().is_some_and(|hint| hint.contains("lvchange -ay -K")), "{error}");
+    group.lvm(&["lvchange", "--quiet", "-ay", "-K", &format!("{name}/snap")]);
+    write(&data, 2 * GIB..2 * GIB + 4096);
+    discard(&data, GIB..GIB + 65536);
+    let [older, newer] = [&snap, &data].map(|path| changes::open(path).expect("it is active"));
+    let context = Context { no_metadata_snapshots: true, ..Context::default() };
+    let found = changes::between(&older, &newer, &context).expect("two volumes of one pool");
+    let kind_at = |at: u64| found.map.extent_at(Bytes::new(at)).kind;
+    assert_eq!(kind_at(2 * GIB), ExtentKind::Data);
+    assert_eq!(kind_at(GIB), ExtentKind::Hole);
+    assert_eq!([0, GIB + 65536, 2 * GIB + 65536].map(kind_at), [ExtentKind::Unchanged; 3]);
+    let field = |name: &str| found.identity.fields.iter().find(|(field, _)| *field == name).map(|(_, value)| value);
+    let pool = field("pool");
+    assert!(matches!(pool, Some(IdentityValue::Text(uuid)) if uuid.starts_with("LVM-")), "{pool:?}");
+    assert_eq!(field("older-created"), Some(&IdentityValue::Number(1)), "the pool's first snapshot");
+    assert_eq!(field("newer-created"), Some(&IdentityValue::Number(0)));
+    assert_eq!(field("size"), Some(&IdentityValue::Number(4 * GIB)));
 }
 
 #[test]

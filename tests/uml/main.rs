@@ -31,6 +31,7 @@ mod tables;
 mod tail;
 mod targets;
 mod thin;
+mod thin_changes;
 mod thin_held;
 mod thin_live;
 mod thin_stress;

@@ -6,6 +6,7 @@
 
 mod compare;
 mod live;
+mod nodes;
 
 pub use live::{are_of_one_pool, between};
 
@@ -51,8 +52,8 @@ impl DeviceChanges {
 
     /// The identity of the devices. `pool` is the pool's uuid, which the metadata does not have.
     ///
-    /// The transaction is that in which the newer device was created: it stays the same for the life of the device, while
-    /// that of the pool grows with each volume that is created or removed.
+    /// The transaction is that in which the newer device was created: it stays the same for the life of the device,
+    /// while that of the pool grows with each volume that is created or removed.
     pub fn identity(&self, pool: Option<String>) -> Identity {
         let number = |number: u64| IdentityValue::Number(number);
         let ((older, older_details), (newer, newer_details)) = (self.older, self.newer);

@@ -1,14 +1,13 @@
 //! Compares two mapping trees of one committed state, and reads only the nodes in which they differ.
 //!
-//! A metadata block that is in use by both trees is not written while either tree exists: the kernel copies it first
-//! (`dm_tm_shadow_block` of `drivers/md/persistent-data/dm-transaction-manager.c`). So a subtree whose root is the same
-//! block in both trees maps the same, and it is skipped unread. It must have the same range of keys in both trees too:
-//! then everything in it is as valid in one tree as in the other one.
+//! Within one committed state a metadata block has one content. So a subtree whose root is the same block in both trees
+//! maps the same in both, and it is skipped unread. It must have the same range of keys in both trees too: then
+//! everything in it is as valid in one tree as in the other one.
 //!
-//! Levels are counted from the leaves, which all have the same depth, so that trees of different height meet at nodes of
-//! one kind. The comparison goes down from the roots. Its unit is a part of the keys for which few nodes of each tree are
-//! needed. These are read together, in the order of their blocks. For each level there is one list of pointers in
-//! memory, and the leaves of one part.
+//! Levels are counted from the leaves, which all have the same depth, so that trees of different height meet at nodes
+//! of one kind. The comparison goes down from the roots. Its unit is a part of the keys for which few nodes of each
+//! tree are needed. These are read together, in the order of their blocks. For each level there is one list of pointers
+//! in memory, and the leaves of one part.
 //!
 //! Each node that is read passes the checks of a walk over the whole tree: see [`super::super::walk`]. A loop is no
 //! danger, because each step goes down by one level. A node cannot be read twice for two pointers of one tree: it has a
@@ -16,22 +15,17 @@
 
 use std::ops::Range;
 
-use super::super::TIME_BITS;
 use super::super::error::{Damage, ThinError, ThinResult};
-use super::super::node::{NodeKind, NodeShape, TreeNode};
+use super::super::node::NodeKind;
 use super::super::reader::MetadataReader;
 use super::super::walk::{ChildNode, MAX_DEPTH, Tree};
-use super::super::{METADATA_BLOCK, MetaBlock, RawBlock};
+use super::nodes::ReadNodes;
 use crate::sys::buffer::AlignedBuffer;
 
 /// The maximum number of leaves of one tree that are in memory at a time: 1 MiB.
 const LEAVES: usize = 256;
 /// The maximum number of internal nodes of one level of one tree whose children are in memory at a time.
 const INTERNAL_NODES: usize = 32;
-/// The maximum number of blocks of one read request.
-const REQUEST: u64 = 254;
-/// The maximum number of blocks between two nodes of one read request.
-const GAP: u64 = 8;
 
 /// How two trees differ at one key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,30 +69,6 @@ impl Nodes {
         };
         let pointers = self.pointers.iter().filter(|pointer| is_own(pointer)).copied().collect();
         Self { level: self.level, pointers }
-    }
-}
-
-/// Nodes that were read and checked, in the order of their keys.
-#[derive(Default)]
-struct ReadNodes {
-    blocks: Vec<RawBlock>,
-    shapes: Vec<Option<NodeShape>>,
-}
-
-impl ReadNodes {
-    fn nodes(&self) -> impl Iterator<Item = TreeNode<'_>> {
-        let both = self.blocks.iter().zip(&self.shapes);
-        both.filter_map(|(block, shape)| Some(TreeNode::checked(block, (*shape)?)))
-    }
-
-    /// The keys in `keys` and the data blocks of leaves.
-    fn mappings(&self, keys: &Range<u64>) -> impl Iterator<Item = (u64, u64)> {
-        let keys = keys.clone();
-        self.nodes().flat_map(move |node| {
-            let end = node.lower_bound(keys.end);
-            let entries = (node.lower_bound(keys.start)..end).map(move |index| (node.key(index), node.number(index)));
-            entries.filter_map(|(key, value)| Some((key?, value? >> TIME_BITS)))
-        })
     }
 }
 
@@ -186,7 +156,7 @@ impl<'a> Comparison<'a> {
         let Some(tree) = self.trees[which].filter(|_| side.level == level) else {
             return Ok(Nodes { level: side.level.min(level - 1), pointers: pointers.to_vec() });
         };
-        self.read_nodes(which, &tree, pointers, NodeKind::Internal)?;
+        self.read[which].read(self.reader, &tree, pointers, NodeKind::Internal)?;
         let mut children = Vec::new();
         for (parent, node) in pointers.iter().zip(self.read[which].nodes()) {
             for index in 0..node.len() {
@@ -206,8 +176,8 @@ impl<'a> Comparison<'a> {
     ) -> ThinResult<()> {
         for (which, side) in sides.iter().enumerate() {
             match self.trees[which] {
-                Some(tree) => self.read_nodes(which, &tree, side.overlapping(keys), NodeKind::Leaf)?,
-                None => self.read[which] = ReadNodes::default(),
+                Some(tree) => self.read[which].read(self.reader, &tree, side.overlapping(keys), NodeKind::Leaf)?,
+                None => self.read[which].clear(),
             }
         }
         let [mut older, mut newer] = [0, 1].map(|which| self.read[which].mappings(keys).peekable());
@@ -218,7 +188,8 @@ impl<'a> Comparison<'a> {
                     if older_block != newer_block {
                         visit(key, Difference::Moved);
                     }
-                    (older.next(), newer.next());
+                    older.next();
+                    newer.next();
                 }
                 (Some((key, _)), other) if other.is_none_or(|(other, _)| key < other) => {
                     visit(key, Difference::OnlyOlder);
@@ -231,38 +202,5 @@ impl<'a> Comparison<'a> {
                 (Some(_), None) => unreachable!("the arm before takes a key that has no other"),
             }
         }
-    }
-
-    /// Reads and checks nodes of one tree, in requests in the order of their blocks.
-    fn read_nodes(&mut self, which: usize, tree: &Tree, pointers: &[ChildNode], kind: NodeKind) -> ThinResult<()> {
-        let into = &mut self.read[which];
-        into.blocks.resize(pointers.len(), [0; METADATA_BLOCK]);
-        into.shapes.clear();
-        into.shapes.resize(pointers.len(), None);
-        let mut order: Vec<usize> = (0..pointers.len()).collect();
-        order.sort_unstable_by_key(|index| pointers[*index].block);
-        let block = |index: &usize| pointers[*index].block.get();
-        let mut rest = &order[..];
-        while let Some(first) = rest.first().map(block) {
-            let fits =
-                |pair: &&[usize]| block(&pair[1]) - block(&pair[0]) <= GAP + 1 && block(&pair[1]) - first < REQUEST;
-            let (request, others) = rest.split_at(1 + rest.windows(2).take_while(fits).count());
-            rest = others;
-            let count = request.last().map_or(1, block) - first + 1;
-            let count = usize::try_from(count).unwrap_or(usize::MAX);
-            let read = self.reader.read(MetaBlock::new(first), count, &mut self.buffer)?;
-            for index in request {
-                let pointer = &pointers[*index];
-                let at = usize::try_from(pointer.block.get() - first).unwrap_or(usize::MAX);
-                let block = read.get(at).ok_or(ThinError::Damaged(pointer.block, Damage::Pointer))?;
-                let node = tree.parse(pointer, block)?;
-                if node.kind() != kind {
-                    return Err(ThinError::Damaged(pointer.block, Damage::Kind));
-                }
-                into.shapes[*index] = Some(node.shape());
-                into.blocks[*index] = *block;
-            }
-        }
-        Ok(())
     }
 }

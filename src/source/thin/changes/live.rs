@@ -27,8 +27,8 @@ const TRIES: usize = 5;
 /// What changed from `older` to `newer`.
 ///
 /// # Errors
-/// When one of them is not an active thin device, both are not volumes of one pool, or are one volume. When the pool cannot
-/// be read: see [`LivePool::map`]. When one of them is written all the time.
+/// When one of them is not an active thin device, both are not volumes of one pool, or are one volume. When the pool
+/// cannot be read: see [`LivePool::map`]. When one of them is written all the time.
 pub fn between(older: &BlockDevice, newer: &BlockDevice, context: &Context) -> Result<Changes> {
     let control = context.dm.control().ok_or_else(|| {
         Error::failed("cannot be compared: reading its table needs root and /dev/mapper/control").on(&newer.path)
@@ -113,7 +113,8 @@ impl<'a> Side<'a> {
         let table = params::thin_table(&target.params).ok_or_else(|| {
             refused(DenseReason::NotUnderstood { what: "its arguments are".into(), text: target.params.clone() })
         })?;
-        // The stack has no mapping tree if the guards of the volume cannot be used, or it is active as another device too.
+        // The stack has no mapping tree if the guards of the volume cannot be used, or it is active as another device
+        // too.
         if stack.stored.is_empty() {
             let reason = stack.top.map.dense_because();
             return Err(refused(reason.unwrap_or_else(|| "its mapping tree is not used".into())));
