@@ -30,7 +30,7 @@ pub use node::{FileIdentity, HostNode};
 pub use read_queue::{PendingRead, ReadQueue};
 pub use shown::{CatalogEntry, FileSource, KeptOpen};
 pub use usage::Usage;
-pub use view::of_open as view_of;
+pub use view::{Wanted, of_open as view_of};
 pub use volume::VolumeExport;
 
 use crate::error::{Error, Result};

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use log::{debug, info};
 
 use crate::error::{Error, Result, shown};
-use crate::export::{Catalog, CatalogEntry, Export, FileIdentity, FileKind, HostNode, KeptOpen, Usage};
+use crate::export::{Catalog, CatalogEntry, Export, FileIdentity, FileKind, HostNode, KeptOpen, Usage, Wanted};
 use crate::handle::{Handle, MapCache, ReadAhead, Reader};
 use crate::source::{Context, StaticDevices};
 use crate::spec::{SourceOptions, Spec};
@@ -119,16 +119,6 @@ impl Drop for Opening<'_> {
     }
 }
 
-/// How exact the attributes of a file must be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wanted {
-    /// The length.
-    Exact,
-    /// For a view, a length that it does not exceed. The kernel asks for the exact attributes before it uses them, and a read
-    /// beyond the end is short.
-    Bound,
-}
-
 /// An open device, and how many open files it has.
 struct OpenDevice {
     handle: Arc<Handle>,
@@ -222,7 +212,7 @@ impl FileSystem {
             None => {
                 let target = target?;
                 self.nodes.renew(ino, target.node())?;
-                self.attributes(ino, &target, Wanted::Exact)
+                self.attributes(ino, &target, Wanted::Attributes)
             }
         }
     }
@@ -259,8 +249,7 @@ impl FileSystem {
         match target {
             CatalogEntry::Directory(_) => Err(Error::from_errno(libc::EISDIR)),
             CatalogEntry::File(source, _) => source.open(),
-            CatalogEntry::View(view, _) if wanted == Wanted::Bound => view.open_bound(),
-            CatalogEntry::View(view, _) => view.open(&self.context),
+            CatalogEntry::View(view, _) => view.open(wanted, &self.context),
         }
     }
 
@@ -370,7 +359,7 @@ impl FileSystem {
             return Ok(handle);
         }
         // Without the lock: opening a device may take long, and a device that uses a file of this mount sends requests to it.
-        let export = self.open_target(target, Wanted::Exact)?;
+        let export = self.open_target(target, Wanted::Contents)?;
         if export.identity() != identity {
             return Err(Error::from_errno(libc::ESTALE));
         }
@@ -411,7 +400,7 @@ impl FileSystem {
             // From here on a lookup gives another inode: what it is to show may be newer.
             Opening::new(&mut devices, &self.devices, ino)
         };
-        let export = self.open_target(target, Wanted::Exact)?;
+        let export = self.open_target(target, Wanted::Contents)?;
         let new = Arc::new(Handle::new(export, self.context.clone(), self.maps.clone()));
         let mut devices = self.lock_devices();
         // Another request may have opened it in between.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::FileKind;
 use super::shown::{CatalogEntry, FileSource, KeptOpen, Shown};
 use super::usage::Usage;
-use super::view::{OlderSource, View, ViewSource};
+use super::view::{OlderSource, View, ViewSource, Wanted};
 use crate::error::{Error, Result};
 use crate::source::Context;
 use crate::source::nbd::{SideExport, Uri};
@@ -34,7 +34,7 @@ impl Catalog {
         if let Shown::File { source, .. } = &catalog.shown {
             for view in [View::Since, View::Used] {
                 if let Some(view) = catalog.view(view, source)? {
-                    view.open(&Context::default())?;
+                    view.open(Wanted::Contents, &Context::default())?;
                 }
             }
         }

@@ -82,7 +82,7 @@ pub fn of_open(base: Arc<dyn Export>, options: &ViewOptions, context: &Context) 
     match (options.compact, options.used) {
         (false, false) => Ok(base),
         (true, false) => Ok(Arc::new(image::ImageExport::compact(base, options, identity, context)?)),
-        (false, true) => Ok(Arc::new(used::UsedExport::open(base, identity, context)?)),
+        (false, true) => Ok(Arc::new(used::UsedExport::open(base, identity, Wanted::Contents, context)?)),
         (true, true) => Err(Error::usage("one view at a time: compact or used")),
     }
 }
@@ -117,14 +117,16 @@ impl ViewSource {
         HostNode { identity: Some(self.identity), ..base }
     }
 
-    /// Opens the view: finds out what it shows.
+    /// Opens the view: finds out what it shows, as far as that is wanted.
     ///
     /// # Errors
     /// When a device cannot be opened, or the view cannot be made.
-    pub fn open(&self, context: &Context) -> Result<Arc<dyn Export>> {
+    pub fn open(&self, wanted: Wanted, context: &Context) -> Result<Arc<dyn Export>> {
         let base = self.base.open()?;
         Ok(match (self.view, &self.older) {
-            (View::Used, _) => Arc::new(used::UsedExport::open(base, self.identity, context)?),
+            (View::Used, _) if wanted == Wanted::Bound => Arc::new(used::UsedExport::dense(base, self.identity)),
+            (View::Used, _) => Arc::new(used::UsedExport::open(base, self.identity, wanted, context)?),
+            _ if wanted == Wanted::Bound => Arc::new(image::ImageExport::dense(base, &self.options, self.identity)?),
             (View::Since, Some(older)) => {
                 let changes = older.changes_to(&self.base, context)?;
                 Arc::new(image::ImageExport::of_changes(base, changes, &self.options, older.name(), self.identity)?)
@@ -132,17 +134,16 @@ impl ViewSource {
             _ => Arc::new(image::ImageExport::compact(base, &self.options, self.identity, context)?),
         })
     }
+}
 
-    /// Opens the file in place of the view, with a length that is not below that of the view: for an answer that must not take
-    /// long.
-    ///
-    /// # Errors
-    /// When the device cannot be opened.
-    pub fn open_bound(&self) -> Result<Arc<dyn Export>> {
-        let base = self.base.open()?;
-        Ok(match self.view {
-            View::Used => Arc::new(used::UsedExport::dense(base, self.identity)),
-            View::Compact | View::Since => Arc::new(image::ImageExport::dense(base, &self.options, self.identity)?),
-        })
-    }
+/// What a view is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Its contents.
+    Contents,
+    /// Its exact attributes. No device is claimed for them.
+    Attributes,
+    /// A length that it does not exceed, without much work. The kernel asks for the exact attributes before it uses them, and a
+    /// read beyond the end is short.
+    Bound,
 }

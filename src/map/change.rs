@@ -63,6 +63,7 @@ impl HoleMap for ChangeMap {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of ranges, some of them of one")]
 mod tests {
     use super::*;
     use crate::map::{Block, FillBuilder};

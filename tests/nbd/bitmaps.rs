@@ -162,7 +162,7 @@ fn what_is_not_certain_is_refused() {
     disk.add_bitmap("monday", "64K");
     let socket = disk.directory.path().join("socket");
     let refused = |name: &str, reason: &str| {
-        let error = since(&socket, name).err().expect("it is refused");
+        let error = since(&socket, name).expect_err("it is refused");
         assert!(error.contains(reason), "{error}");
     };
     {
@@ -182,7 +182,7 @@ fn what_is_not_certain_is_refused() {
     image(&raw, SIZE, &[0..1]);
     let kit = disk.directory.path().join("nbdkit");
     let _server = Server::nbdkit(&kit, &["--readonly", "file", raw.to_str().expect("text")]);
-    let error = since(&kit, "monday").err().expect("nbdkit has no bitmaps");
+    let error = since(&kit, "monday").expect_err("nbdkit has no bitmaps");
     assert!(error.contains("offers no bitmap 'monday'"), "{error}");
 }
 
@@ -302,7 +302,7 @@ fn an_answer_is_whole_and_from_one_connection() {
         let kinds = [ExtentKind::Unchanged, ExtentKind::Data, ExtentKind::Hole, ExtentKind::Unchanged];
         assert_eq!(runs(&honest.map), ends.into_iter().zip(kinds).collect::<Vec<_>>());
         for (change, reason) in VIOLATIONS {
-            let error = fake(change).err().expect("it is refused");
+            let error = fake(change).expect_err("it is refused");
             assert!(error.contains(reason), "{dialect:?}: {error}");
         }
     }

@@ -64,7 +64,7 @@ fn changes(older: &Path, newer: &Path) -> Changes {
 
 fn assert_refused(older: &Path, newer: &Path, reason: &str) {
     for (older, newer) in [(older, newer), (newer, older)] {
-        let error = between(older, newer).err().expect("it is refused");
+        let error = between(older, newer).expect_err("it is refused");
         assert!(error.contains(reason), "{error}");
     }
 }

@@ -99,7 +99,7 @@ fn what_cannot_be_compared_is_refused_with_the_reason() {
     let (metadata, data) = pool();
     let refused = |options: &str, spec: &Path| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_blkholefs"));
-        let output = command.args(["mount", "-f", "-o", options]).arg(spec).arg(std::env::temp_dir()).output().unwrap();
+        let output = command.args(["mount", "-f", "-o", options]).arg(spec).arg(directory().path()).output().unwrap();
         assert!(!output.status.success(), "{options}");
         String::from_utf8_lossy(&output.stderr).into_owned()
     };

@@ -1,12 +1,15 @@
 //! The sole use of a device or image, as long as its free space is shown as holes.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use super::Wanted;
 use crate::error::{Error, Result};
 use crate::export::Export;
-use crate::source::{Context, Guard, Stack, WriteGuard};
-use crate::sys::device;
+use crate::source::{BlockDevice, Context, Guard, Stack, WriteGuard};
+use crate::sys::device::{self, DeviceId};
 use crate::sys::stamp::Stamp;
 
 /// A device that nobody else may use exclusively, or an image whose times are watched.
@@ -23,9 +26,9 @@ pub(super) struct Claim {
 }
 
 enum Kind {
-    /// The descriptor holds the claim.
+    /// The descriptor holds the claim. There is none where only attributes are wanted.
     Device {
-        _claimed: File,
+        _claimed: Option<Arc<File>>,
     },
     Image {
         file: File,
@@ -40,8 +43,8 @@ impl Claim {
     ///
     /// # Errors
     /// EBUSY when it is mounted, or claimed otherwise. When there is no way to claim it.
-    pub(super) fn new(export: &dyn Export, context: &Context) -> Result<Self> {
-        let kind = Kind::of(export)?;
+    pub(super) fn new(export: &dyn Export, wanted: Wanted, context: &Context) -> Result<Self> {
+        let kind = Kind::of(export, wanted)?;
         // Its dirty pages are written back before its metadata is read past its page cache, and before its writes are counted.
         let stack = export.stack(context);
         if !stack.write_back() {
@@ -62,14 +65,14 @@ impl Claim {
 }
 
 impl Kind {
-    fn of(export: &dyn Export) -> Result<Self> {
+    fn of(export: &dyn Export, wanted: Wanted) -> Result<Self> {
         let refused = |error: io::Error| {
             let busy = error.raw_os_error() == Some(libc::EBUSY);
             let refused = Error::failed("its used space cannot be shown").on(export.name()).because(error);
             if busy { refused.hint("it is mounted or in use: unmount it, or show a snapshot of it") } else { refused }
         };
         if let Some(device) = export.device() {
-            let claimed = device::reopen_exclusive(&device.file).map_err(refused)?;
+            let claimed = (wanted == Wanted::Contents).then(|| claimed(device)).transpose().map_err(refused)?;
             return Ok(Self::Device { _claimed: claimed });
         }
         if export.is_claimed() {
@@ -85,4 +88,19 @@ impl Kind {
         }
         Ok(Self::Image { file, stamp })
     }
+}
+
+/// A descriptor with the claim of a device. All views of this process share it: close(2) of one view returns before this process
+/// gets the request for it, so that the next open may come first.
+fn claimed(device: &BlockDevice) -> io::Result<Arc<File>> {
+    static CLAIMED: Mutex<Option<HashMap<DeviceId, Weak<File>>>> = Mutex::new(None);
+    let mut claimed = CLAIMED.lock().unwrap_or_else(PoisonError::into_inner);
+    let claimed = claimed.get_or_insert_default();
+    claimed.retain(|_, file| file.strong_count() > 0);
+    if let Some(file) = claimed.get(&device.id).and_then(Weak::upgrade) {
+        return Ok(file);
+    }
+    let file = Arc::new(device::reopen_exclusive(&device.file)?);
+    claimed.insert(device.id, Arc::downgrade(&file));
+    Ok(file)
 }

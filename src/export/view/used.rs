@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use log::warn;
 
+use super::Wanted;
 use super::claim::Claim;
 use crate::error::{Error, Result, shown};
 use crate::export::read_queue::ReadQueue;
@@ -33,17 +34,24 @@ pub(super) struct UsedExport {
 }
 
 impl UsedExport {
-    /// Takes the device for itself, and reads the metadata of the file system on it.
+    /// Reads the metadata of the file system on a device. For the contents it takes the device for itself first.
     ///
     /// # Errors
     /// When the device is mounted or in use otherwise, is gone, or changed while it was read.
-    pub(super) fn open(base: Arc<dyn Export>, identity: FileIdentity, context: &Context) -> Result<Self> {
-        let claim = Claim::new(&*base, context)?;
+    pub(super) fn open(
+        base: Arc<dyn Export>,
+        identity: FileIdentity,
+        wanted: Wanted,
+        context: &Context,
+    ) -> Result<Self> {
+        let claim = Claim::new(&*base, wanted, context)?;
         let space = detect::used_space(&Bare { export: &*base, len: base.len()? });
         if !claim.holds() {
             return Err(Error::failed("was written while its file system was read").on(base.name()));
         }
-        if let Err(reason) = &space {
+        if let Err(reason) = &space
+            && wanted == Wanted::Contents
+        {
             warn!("{}: all of it is data in the view of the used space: {reason}", shown(base.name()));
         }
         Ok(Self { name: name_of(&*base), base, identity, claim: Some(Arc::new(claim)), space })

@@ -6,7 +6,6 @@
 
 mod compare;
 mod live;
-mod nodes;
 
 pub use live::{are_of_one_pool, between};
 

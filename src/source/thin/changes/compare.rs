@@ -15,17 +15,22 @@
 
 use std::ops::Range;
 
+use super::super::TIME_BITS;
 use super::super::error::{Damage, ThinError, ThinResult};
-use super::super::node::NodeKind;
+use super::super::node::{NodeKind, NodeShape, TreeNode};
 use super::super::reader::MetadataReader;
 use super::super::walk::{ChildNode, MAX_DEPTH, Tree};
-use super::nodes::ReadNodes;
+use super::super::{METADATA_BLOCK, MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
 
 /// The maximum number of leaves of one tree that are in memory at a time: 1 MiB.
 const LEAVES: usize = 256;
 /// The maximum number of internal nodes of one level of one tree whose children are in memory at a time.
 const INTERNAL_NODES: usize = 32;
+/// The maximum number of blocks of one read request.
+const REQUEST: u64 = 254;
+/// The maximum number of blocks between two nodes of one read request.
+const GAP: u64 = 8;
 
 /// How two trees differ at one key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +74,30 @@ impl Nodes {
         };
         let pointers = self.pointers.iter().filter(|pointer| is_own(pointer)).copied().collect();
         Self { level: self.level, pointers }
+    }
+}
+
+/// Nodes that were read and checked, in the order of their keys.
+#[derive(Default)]
+struct ReadNodes {
+    blocks: Vec<RawBlock>,
+    shapes: Vec<Option<NodeShape>>,
+}
+
+impl ReadNodes {
+    fn nodes(&self) -> impl Iterator<Item = TreeNode<'_>> {
+        let both = self.blocks.iter().zip(&self.shapes);
+        both.filter_map(|(block, shape)| Some(TreeNode::checked(block, (*shape)?)))
+    }
+
+    /// The keys in `keys` and the data blocks of leaves.
+    fn mappings(&self, keys: &Range<u64>) -> impl Iterator<Item = (u64, u64)> {
+        let keys = keys.clone();
+        self.nodes().flat_map(move |node| {
+            let end = node.lower_bound(keys.end);
+            let entries = (node.lower_bound(keys.start)..end).map(move |index| (node.key(index), node.number(index)));
+            entries.filter_map(|(key, value)| Some((key?, value? >> TIME_BITS)))
+        })
     }
 }
 
@@ -156,7 +185,7 @@ impl<'a> Comparison<'a> {
         let Some(tree) = self.trees[which].filter(|_| side.level == level) else {
             return Ok(Nodes { level: side.level.min(level - 1), pointers: pointers.to_vec() });
         };
-        self.read[which].read(self.reader, &tree, pointers, NodeKind::Internal)?;
+        self.read_nodes(which, &tree, pointers, NodeKind::Internal)?;
         let mut children = Vec::new();
         for (parent, node) in pointers.iter().zip(self.read[which].nodes()) {
             for index in 0..node.len() {
@@ -176,8 +205,8 @@ impl<'a> Comparison<'a> {
     ) -> ThinResult<()> {
         for (which, side) in sides.iter().enumerate() {
             match self.trees[which] {
-                Some(tree) => self.read[which].read(self.reader, &tree, side.overlapping(keys), NodeKind::Leaf)?,
-                None => self.read[which].clear(),
+                Some(tree) => self.read_nodes(which, &tree, side.overlapping(keys), NodeKind::Leaf)?,
+                None => self.read[which] = ReadNodes::default(),
             }
         }
         let [mut older, mut newer] = [0, 1].map(|which| self.read[which].mappings(keys).peekable());
@@ -202,5 +231,38 @@ impl<'a> Comparison<'a> {
                 (Some(_), None) => unreachable!("the arm before takes a key that has no other"),
             }
         }
+    }
+
+    /// Reads and checks nodes of one tree, in requests in the order of their blocks.
+    fn read_nodes(&mut self, which: usize, tree: &Tree, pointers: &[ChildNode], kind: NodeKind) -> ThinResult<()> {
+        let into = &mut self.read[which];
+        into.blocks.resize(pointers.len(), [0; METADATA_BLOCK]);
+        into.shapes.clear();
+        into.shapes.resize(pointers.len(), None);
+        let mut order: Vec<usize> = (0..pointers.len()).collect();
+        order.sort_unstable_by_key(|index| pointers[*index].block);
+        let block = |index: &usize| pointers[*index].block.get();
+        let mut rest = &order[..];
+        while let Some(first) = rest.first().map(block) {
+            let fits =
+                |pair: &&[usize]| block(&pair[1]) - block(&pair[0]) <= GAP + 1 && block(&pair[1]) - first < REQUEST;
+            let (request, others) = rest.split_at(1 + rest.windows(2).take_while(fits).count());
+            rest = others;
+            let count = request.last().map_or(1, block) - first + 1;
+            let count = usize::try_from(count).unwrap_or(usize::MAX);
+            let read = self.reader.read(MetaBlock::new(first), count, &mut self.buffer)?;
+            for index in request {
+                let pointer = &pointers[*index];
+                let at = usize::try_from(pointer.block.get() - first).unwrap_or(usize::MAX);
+                let block = read.get(at).ok_or(ThinError::Damaged(pointer.block, Damage::Pointer))?;
+                let node = tree.parse(pointer, block)?;
+                if node.kind() != kind {
+                    return Err(ThinError::Damaged(pointer.block, Damage::Kind));
+                }
+                into.shapes[*index] = Some(node.shape());
+                into.blocks[*index] = *block;
+            }
+        }
+        Ok(())
     }
 }
