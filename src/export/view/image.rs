@@ -270,7 +270,7 @@ impl Export for ImageExport {
     }
 
     fn is_current(&self) -> bool {
-        self.image.is_current()
+        super::is_at_its_path(&*self.base) && self.image.is_current()
     }
 }
 
