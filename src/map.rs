@@ -161,6 +161,12 @@ pub trait HoleMap: Send + Sync {
         false
     }
 
+    /// The extents as a bitmap, where they are stored as one: a mapped block is data, and every other block is a hole. So
+    /// they can be copied without a walk over all extents.
+    fn fill_map(&self) -> Option<&FillMap> {
+        None
+    }
+
     /// The memory that the map occupies, which counts towards the limit of all maps of a mount.
     fn memory(&self) -> Bytes {
         Bytes::ZERO

@@ -89,10 +89,10 @@ fn piped(program: &str, arguments: &[&str]) -> f64 {
 }
 
 /// Bytes of one read of [`read_extents`], as `cp` and `cat` have it.
-const PIECE: u64 = 128 << 10;
+pub const PIECE: u64 = 128 << 10;
 
 /// Reads the extents of a file one after another, each in pieces.
-fn read_extents(path: &Path) {
+pub fn read_extents(path: &Path) {
     let file = fs::File::open(path).expect("the file opens");
     let mut buffer = vec![0; usize::try_from(PIECE).expect("small")];
     let mut at = 0;

@@ -20,6 +20,8 @@ mod thin;
 #[path = "../../tests/support/thin_image.rs"]
 #[allow(dead_code, reason = "only the bytes of nodes are needed here")]
 mod thin_image;
+mod used;
+mod views;
 mod walk;
 
 use std::collections::HashSet;
@@ -30,12 +32,14 @@ use shape::Scratch;
 /// A case: the word that chooses it, and what it runs.
 type Case = (&'static str, fn(&Bench, &mut Table));
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 16] = [
     ("lseek", lseek::one_client),
     ("clients", lseek::many_clients),
     ("thin", thin::lseek),
     ("walk", walk::all),
     ("delta", delta::all),
+    ("views", views::all),
+    ("used", used::all),
     ("read", read::all),
     ("reads", read::many_clients),
     ("copy", copy::all),

@@ -87,6 +87,12 @@ pub fn of_open(base: Arc<dyn Export>, options: &ViewOptions, context: &Context) 
     }
 }
 
+/// Whether the path of a device or image still leads to it. Other files have no path of their own.
+fn is_at_its_path(base: &dyn Export) -> bool {
+    let found = || HostNode::at(base.name()).ok()?.identity;
+    base.identity().is_none_or(|identity| found() == Some(identity))
+}
+
 fn next_identity() -> FileIdentity {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     FileIdentity::View(NEXT.fetch_add(1, Ordering::Relaxed))

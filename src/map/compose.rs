@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{
-    Extent, ExtentKind, HoleMap, ask_expected, ask_now, checked_next_data, checked_next_hole, extent_of_inner,
+    Extent, ExtentKind, FillMap, HoleMap, ask_expected, ask_now, checked_next_data, checked_next_hole, extent_of_inner,
 };
 use crate::reason::DenseReason;
 use crate::units::Bytes;
@@ -169,6 +169,13 @@ impl HoleMap for Concat {
 
     fn is_guarded(&self) -> bool {
         self.maps().all(HoleMap::is_guarded)
+    }
+
+    fn fill_map(&self) -> Option<&FillMap> {
+        match self.segments.as_slice() {
+            [whole] => whole.map.fill_map(),
+            _ => None,
+        }
     }
 
     fn memory(&self) -> Bytes {

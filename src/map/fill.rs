@@ -52,6 +52,8 @@ pub struct FillBuilder {
     full: Mutex<Vec<Range<u64>>>,
     /// Whether a chunk was dropped, since there were `max_chunks` already.
     overflow: AtomicBool,
+    /// The chunk that [`FillBuilder::set_range`] used last, with its index.
+    last: Option<(u64, Arc<ChunkBuilder>)>,
 }
 
 impl FillBuilder {
@@ -67,7 +69,16 @@ impl FillBuilder {
             mixed: Mutex::new(BTreeMap::new()),
             full: Mutex::new(Vec::new()),
             overflow: AtomicBool::new(false),
+            last: None,
         }
+    }
+
+    /// Marks the blocks of `range`, as [`Filler::set_range`] does, for a builder that one thread uses alone.
+    pub fn set_range(&mut self, range: Range<Block>) {
+        let last = self.last.take();
+        let mut filler = Filler { builder: self, chunk: last };
+        filler.set_range(range);
+        self.last = filler.chunk;
     }
 
     /// A filler for one thread.
@@ -207,6 +218,7 @@ impl Filler<'_> {
 }
 
 /// What a span of chunks holds.
+#[derive(Clone)]
 enum Fill {
     /// All blocks are mapped.
     Full,
@@ -222,6 +234,7 @@ impl Fill {
 }
 
 /// Neighbouring chunks with mapped blocks: any number of full chunks, or one mixed chunk.
+#[derive(Clone)]
 struct Span {
     /// Indexes of chunks.
     chunks: Range<u64>,
@@ -244,6 +257,7 @@ impl Span {
 }
 
 /// The mapped blocks of one device. As a [`HoleMap`] it returns maximal extents: mapped blocks are data, others holes.
+#[derive(Clone)]
 pub struct FillMap {
     len: Bytes,
     block_size: Bytes,
@@ -256,39 +270,24 @@ pub struct FillMap {
 }
 
 impl FillMap {
+    /// The length of a block.
+    pub fn block_size(&self) -> Bytes {
+        self.block_size
+    }
+
+    /// The spans from the first one on that does not end before `block`.
+    fn spans_from(&self, block: u64) -> &[Span] {
+        &self.spans[self.spans.partition_point(|span| span.chunks.end <= block / CHUNK)..]
+    }
+
     /// The first mapped block at or after `from`.
     pub fn next_mapped(&self, from: Block) -> Option<Block> {
-        let from = from.get();
-        let start = self.spans.partition_point(|span| span.chunks.end <= from / CHUNK);
-        // All mapped blocks of a mixed span may lie before `from`. Then the answer is in the next span.
-        self.spans[start..].iter().find_map(|span| {
-            let first = from.max(span.chunks.start * CHUNK);
-            match &span.fill {
-                Fill::Full => Some(Block(first)),
-                Fill::Mixed(chunk) => {
-                    chunk.next_mapped((first % CHUNK) as usize).map(|at| Block(span.chunks.start * CHUNK + at as u64))
-                }
-            }
-        })
+        next_mapped(self.spans_from(from.get()), from.get())
     }
 
     /// The first block at or after `from` that is not mapped. It may lie beyond the end of the device.
     pub fn next_unmapped(&self, from: Block) -> Block {
-        let mut block = from.get();
-        let start = self.spans.partition_point(|span| span.chunks.end <= block / CHUNK);
-        for span in &self.spans[start..] {
-            if span.chunks.start > block / CHUNK {
-                break;
-            }
-            match &span.fill {
-                Fill::Full => block = span.chunks.end * CHUNK,
-                Fill::Mixed(chunk) => match chunk.next_unmapped((block % CHUNK) as usize) {
-                    Some(at) => return Block(span.chunks.start * CHUNK + at as u64),
-                    None => block = span.chunks.end * CHUNK,
-                },
-            }
-        }
-        Block(block)
+        next_unmapped(self.spans_from(from.get()), from.get())
     }
 
     /// How many of the blocks before `block` are mapped.
@@ -338,6 +337,38 @@ impl FillMap {
     }
 }
 
+/// The first mapped block at or after `from` in `spans`, none of which ends before `from`.
+fn next_mapped(spans: &[Span], from: u64) -> Option<Block> {
+    // All mapped blocks of a mixed span may lie before `from`. Then the answer is in the next span.
+    spans.iter().find_map(|span| {
+        let first = from.max(span.chunks.start * CHUNK);
+        match &span.fill {
+            Fill::Full => Some(Block(first)),
+            Fill::Mixed(chunk) => {
+                chunk.next_mapped((first % CHUNK) as usize).map(|at| Block(span.chunks.start * CHUNK + at as u64))
+            }
+        }
+    })
+}
+
+/// The first block at or after `from` that is not mapped, where `spans` are all spans that do not end before `from`.
+fn next_unmapped(spans: &[Span], from: u64) -> Block {
+    let mut block = from;
+    for span in spans {
+        if span.chunks.start > block / CHUNK {
+            break;
+        }
+        match &span.fill {
+            Fill::Full => block = span.chunks.end * CHUNK,
+            Fill::Mixed(chunk) => match chunk.next_unmapped((block % CHUNK) as usize) {
+                Some(at) => return Block(span.chunks.start * CHUNK + at as u64),
+                None => block = span.chunks.end * CHUNK,
+            },
+        }
+    }
+    Block(block)
+}
+
 impl HoleMap for FillMap {
     fn len(&self) -> Bytes {
         self.len
@@ -348,9 +379,11 @@ impl HoleMap for FillMap {
             return Extent::outside(offset);
         }
         let block = Block(offset.get() / self.block_size.get());
-        match self.next_mapped(block) {
+        // One search for both ends: a walk over many extents spends most of its time in it.
+        let spans = self.spans_from(block.get());
+        match next_mapped(spans, block.get()) {
             Some(mapped) if mapped == block => {
-                Extent { end: self.start_of(self.next_unmapped(block)), kind: ExtentKind::Data }
+                Extent { end: self.start_of(next_unmapped(spans, block.get())), kind: ExtentKind::Data }
             }
             Some(mapped) => Extent { end: self.start_of(mapped), kind: ExtentKind::Hole },
             None => Extent { end: self.len, kind: ExtentKind::Hole },
@@ -394,6 +427,10 @@ impl HoleMap for FillMap {
             return Some(of_blocks(self.mapped - 1).saturating_add(tail));
         }
         Some(of_blocks(self.mapped))
+    }
+
+    fn fill_map(&self) -> Option<&FillMap> {
+        Some(self)
     }
 
     fn memory(&self) -> Bytes {

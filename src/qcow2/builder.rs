@@ -6,7 +6,7 @@ use super::header::Backing;
 use super::layout::Layout;
 use super::shape::{self, ENTRY, Shape};
 use super::{ClusterSize, Error};
-use crate::map::{Block, ExtentKind, FillBuilder};
+use crate::map::{Block, ExtentKind, FillBuilder, FillMap, HoleMap as _};
 use crate::units::Bytes;
 
 /// What an image says of a cluster of the device.
@@ -31,6 +31,8 @@ pub struct Builder {
     data: FillBuilder,
     zero: FillBuilder,
     tables: FillBuilder,
+    /// The end of the tables that are in the map.
+    tables_end: u64,
     /// The end of the extents so far.
     at: Bytes,
     /// The state of the cluster that holds `at`, as far as it is known.
@@ -54,6 +56,7 @@ impl Builder {
             data: map(clusters),
             zero: map(clusters),
             tables: map(tables),
+            tables_end: 0,
             at: Bytes::ZERO,
             partial: None,
             run: (0..0, State::Unallocated),
@@ -108,18 +111,19 @@ impl Builder {
     fn flush(&mut self) {
         let (clusters, state) = (self.run.0.clone(), self.run.1);
         let map = match state {
-            State::Data => &self.data,
-            State::Zero => &self.zero,
+            State::Data => &mut self.data,
+            State::Zero => &mut self.zero,
             State::Unallocated => return,
         };
         if clusters.is_empty() {
             return;
         }
-        let blocks = |range: Range<u64>| Block::new(range.start)..Block::new(range.end);
-        let per_table = self.cluster.get() / ENTRY;
-        let tables = clusters.start / per_table..clusters.end.div_ceil(per_table);
-        map.filler().set_range(blocks(clusters));
-        self.tables.filler().set_range(blocks(tables));
+        let tables = tables_of(&clusters, self.cluster);
+        map.set_range(blocks(clusters));
+        if tables.end > self.tables_end {
+            self.tables_end = tables.end;
+            self.tables.set_range(blocks(tables));
+        }
     }
 
     /// The layout of the image.
@@ -150,5 +154,109 @@ impl Builder {
         let (data, zero, tables) = (data?, zero?, tables?);
         let shape = Shape::new(self.len, self.cluster, tables.mapped(), data.mapped())?;
         Ok(Layout::new((self.len, size), self.cluster, shape, self.backing.as_ref(), [data, zero, tables]))
+    }
+}
+
+impl Layout {
+    /// The layout of an image, without a backing file, of a device whose blocks are clusters: the mapped blocks of `data` are
+    /// stored. It is the one that a [`Builder`] makes of the extents of `data`. `None` if the blocks have another length than
+    /// `cluster`.
+    ///
+    /// # Errors
+    /// If the image would be larger than QEMU allows.
+    pub fn of_blocks(data: &FillMap, cluster: ClusterSize) -> Option<Result<Self, Error>> {
+        (data.block_size() == cluster.bytes()).then(|| Self::of_clusters(data, cluster))
+    }
+
+    fn of_clusters(data: &FillMap, cluster: ClusterSize) -> Result<Self, Error> {
+        let len = data.len();
+        let size = shape::virtual_size(len).ok_or(Error::TooLarge { len, cluster })?;
+        let new = |len: u64| FillBuilder::new(Bytes::new(len), Bytes::new(1));
+        let mut tables = new(shape::l1_entries(len, cluster));
+        let mut next = data.next_mapped(Block::new(0));
+        while let Some(first) = next {
+            let of_run = tables_of(&(first.get()..data.next_unmapped(first).get()), cluster);
+            // No table is looked at twice.
+            next = data.next_mapped(Block::new(of_run.end * (cluster.get() / ENTRY)));
+            tables.set_range(blocks(of_run));
+        }
+        let tables = tables.finish().ok_or(Error::TooScattered)?;
+        let zero = new(len.get().div_ceil(cluster.get())).finish().ok_or(Error::TooScattered)?;
+        let shape = Shape::new(len, cluster, tables.mapped(), data.mapped())?;
+        Ok(Self::new((len, size), cluster, shape, None, [data.clone(), zero, tables]))
+    }
+}
+
+/// The indexes of the L2 tables of clusters of the device.
+fn tables_of(clusters: &Range<u64>, cluster: ClusterSize) -> Range<u64> {
+    let per_table = cluster.get() / ENTRY;
+    clusters.start / per_table..clusters.end.div_ceil(per_table)
+}
+
+fn blocks(range: Range<u64>) -> Range<Block> {
+    Block::new(range.start)..Block::new(range.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::map::{Concat, HoleMap, Uniform, view};
+    use crate::qcow2::Part;
+
+    const CLUSTER: Bytes = Bytes::new(4096);
+
+    /// All metadata of an image, and all of its parts.
+    fn described(layout: &Layout) -> (Bytes, Vec<u8>, Vec<Part>) {
+        let (mut at, mut parts) = (Bytes::ZERO, Vec::new());
+        while at < layout.len() {
+            let part = layout.part_at(at);
+            at = part.range.end;
+            parts.push(part);
+        }
+        let mut metadata = vec![0; usize::try_from(parts[0].range.end.get()).unwrap()];
+        layout.fill_metadata(Bytes::ZERO, &mut metadata);
+        (layout.virtual_size(), metadata, parts)
+    }
+
+    fn by_extents(map: &dyn HoleMap, cluster: ClusterSize) -> Layout {
+        let mut builder = Builder::new(map.len(), cluster, None);
+        for (start, extent) in view::runs(map, Bytes::new(512), Bytes::ZERO..map.len()) {
+            builder.push(start..extent.end, extent.kind);
+        }
+        builder.finish().unwrap()
+    }
+
+    proptest! {
+        /// A table has 512 entries, and a chunk of the map has 32 768 blocks.
+        #[test]
+        fn an_image_of_blocks_is_that_of_their_extents(
+            runs in vec((0_u64..100_000, 1_u64..2000), 0..12),
+            tail in 0..4096_u64,
+        ) {
+            let cluster = ClusterSize::new(CLUSTER).unwrap();
+            let mut builder = FillBuilder::new(Bytes::new(100_000 * 4096 + tail), CLUSTER);
+            for (start, len) in runs {
+                builder.set_range(blocks(start..start + len));
+            }
+            let map = builder.finish().unwrap();
+            let of_blocks = Layout::of_blocks(&map, cluster).unwrap().unwrap();
+            prop_assert!(described(&of_blocks) == described(&by_extents(&map, cluster)));
+        }
+    }
+
+    #[test]
+    fn only_blocks_that_are_clusters_are_taken_as_they_are() {
+        let map = FillBuilder::new(Bytes::new(1 << 20), CLUSTER).finish().unwrap();
+        assert!(Layout::of_blocks(&map, ClusterSize::new(Bytes::new(8192)).unwrap()).is_none());
+        let map: Arc<dyn HoleMap> = Arc::new(map);
+        let whole = Concat::new(vec![map.clone()]).unwrap();
+        assert_eq!(whole.fill_map().map(HoleMap::len), Some(map.len()));
+        let rest = Uniform { len: CLUSTER, kind: ExtentKind::Data };
+        assert!(Concat::new(vec![map, Arc::new(rest)]).unwrap().fill_map().is_none());
     }
 }

@@ -104,6 +104,10 @@ impl HoleMap for StoredExtents {
         true
     }
 
+    fn fill_map(&self) -> Option<&FillMap> {
+        self.map()
+    }
+
     fn memory(&self) -> Bytes {
         self.map().map_or(Bytes::ZERO, HoleMap::memory)
     }

@@ -168,6 +168,26 @@ fn a_directory_has_the_view_for_known_file_systems() {
 }
 
 #[test]
+fn a_name_that_leads_to_another_device_gives_the_view_of_that_one() {
+    needs!(root, programs["mke2fs"]);
+    let (one, _image) = ext4();
+    let other = Image::with_data(SIZE / 2, &[0..SIZE / 2]);
+    run("mke2fs", ["-q", "-F", "-t", "ext4", other.path().to_str().unwrap()]);
+    let two = Loop::new(other.path());
+    let devices = directory();
+    std::os::unix::fs::symlink(one.path(), devices.path().join("disk")).unwrap();
+    std::os::unix::fs::symlink(two.path(), devices.path().join("new")).unwrap();
+    let mount = Mount::with_options(devices.path(), USED);
+    let path = mount.directory().join("disk.used");
+    let view = open(&path);
+    assert_eq!(open(&path).metadata().unwrap().ino(), view.metadata().unwrap().ino(), "nothing has changed");
+    fs::rename(devices.path().join("new"), devices.path().join("disk")).unwrap();
+    let new = open(&path);
+    assert_ne!(new.metadata().unwrap().ino(), view.metadata().unwrap().ino());
+    assert_eq!((view.metadata().unwrap().len(), new.metadata().unwrap().len()), (SIZE, SIZE / 2));
+}
+
+#[test]
 fn a_disk_shows_the_union_over_its_partitions() {
     needs!(root, programs["mke2fs", "sfdisk", "cp"]);
     let image = Image::with_data(128 * MIB, &[0..128 * MIB]);

@@ -11,7 +11,7 @@ use log::{info, warn};
 use crate::error::{Error, Result, shown};
 use crate::export::read_queue::ReadQueue;
 use crate::export::{Export, FileIdentity, HostNode, MIN_ALIGN};
-use crate::map::{Extent, ExtentKind, HoleMap, view};
+use crate::map::{ExtentKind, HoleMap, Uniform, view};
 use crate::qcow2::{Backing, BackingFormat, Builder, ClusterSize, Content, Layout};
 use crate::source::changes::Changes;
 use crate::source::{Context, Stack, dense};
@@ -90,7 +90,7 @@ impl ImageExport {
     /// When the device is gone, or it is too large for an image.
     pub(super) fn dense(base: Arc<dyn Export>, options: &ViewOptions, identity: FileIdentity) -> Result<Self> {
         let len = base.len()?;
-        let layout = build(&*base, options, None, [(Bytes::ZERO, Extent { end: len, kind: ExtentKind::Data })], len)?;
+        let layout = build(&*base, options, None, &all_data(len))?;
         Ok(Self { name: named(&base, ".qcow2"), base, image: ImageLayout { layout, guarded: None }, identity })
     }
 
@@ -128,8 +128,7 @@ impl ImageLayout {
             }
             let loaded = stack.load();
             let len = loaded.map().len();
-            let runs = view::runs(loaded.map(), base.align(), Bytes::ZERO..len);
-            let layout = build(base, options, None, runs, len)?;
+            let layout = build(base, options, None, loaded.map())?;
             if stack.unchanged() && base.len()? == len {
                 let is_guarded = stack.is_guarded() && !loaded.is_temporary;
                 return Ok(Self { layout, guarded: is_guarded.then(|| Guarded::Device(stack.without_extents())) });
@@ -137,8 +136,7 @@ impl ImageLayout {
         }
         warn!("{}: it is suspended or changes too fast: all of it is data in the image", shown(base.name()));
         let len = base.len()?;
-        let all = [(Bytes::ZERO, Extent { end: len, kind: ExtentKind::Data })];
-        Ok(Self { layout: build(base, options, None, all, len)?, guarded: None })
+        Ok(Self { layout: build(base, options, None, &all_data(len))?, guarded: None })
     }
 
     /// The layout of an image of what changed in `base` since the snapshot `older`.
@@ -148,9 +146,7 @@ impl ImageLayout {
     pub fn of_changes(base: &dyn Export, changes: Changes, options: &ViewOptions, older: OsString) -> Result<Self> {
         let name = options.backing.clone().unwrap_or(older).into_encoded_bytes();
         let format = if name.ends_with(b".qcow2") { BackingFormat::Qcow2 } else { BackingFormat::Raw };
-        let len = changes.map.len();
-        let runs = view::runs(&changes.map, base.align(), Bytes::ZERO..len);
-        let layout = build(base, options, Some(Backing { name, format }), runs, len)?;
+        let layout = build(base, options, Some(Backing { name, format }), &changes.map)?;
         Ok(Self { layout, guarded: Some(Guarded::Changes(changes)) })
     }
 
@@ -164,22 +160,28 @@ impl ImageLayout {
     }
 }
 
-fn build(
-    base: &dyn Export,
-    options: &ViewOptions,
-    backing: Option<Backing>,
-    runs: impl IntoIterator<Item = (Bytes, Extent)>,
-    len: Bytes,
-) -> Result<Layout> {
+fn build(base: &dyn Export, options: &ViewOptions, backing: Option<Backing>, map: &dyn HoleMap) -> Result<Layout> {
+    let (len, align) = (map.len(), base.align());
     let failed = |what: &str| Error::failed(what).on(base.name());
     let unit = base.unit().unwrap_or(MIN_ALIGN);
     let cluster = options.cluster_size.or_else(|| ClusterSize::for_block(unit, len));
     let cluster = cluster.ok_or_else(|| failed("is too large for a qcow2 image"))?;
-    let mut builder = Builder::new(len, cluster, backing);
-    for (start, extent) in runs {
-        builder.push(start..extent.end, extent.kind);
-    }
-    builder.finish().map_err(|error| failed("cannot be shown as a qcow2 image").because(error))
+    // Clusters are whole units, so no hole of the map has to be rounded inwards.
+    let is_whole = cluster.bytes().align_down(align) == cluster.bytes();
+    let of_blocks = map.fill_map().filter(|blocks| backing.is_none() && is_whole && blocks.len() == len);
+    let layout = of_blocks.and_then(|blocks| Layout::of_blocks(blocks, cluster)).unwrap_or_else(|| {
+        let mut builder = Builder::new(len, cluster, backing);
+        for (start, extent) in view::runs(map, align, Bytes::ZERO..len) {
+            builder.push(start..extent.end, extent.kind);
+        }
+        builder.finish()
+    });
+    layout.map_err(|error| failed("cannot be shown as a qcow2 image").because(error))
+}
+
+/// The map of a device of which nothing is known.
+fn all_data(len: Bytes) -> Uniform {
+    Uniform { len, kind: ExtentKind::Data }
 }
 
 /// The name of a view in messages.
@@ -268,7 +270,7 @@ impl Export for ImageExport {
     }
 
     fn is_current(&self) -> bool {
-        self.image.is_current()
+        super::is_at_its_path(&*self.base) && self.image.is_current()
     }
 }
 

@@ -171,7 +171,7 @@ impl Export for UsedExport {
     }
 
     fn is_current(&self) -> bool {
-        self.claim.as_ref().is_some_and(|claim| claim.holds())
+        super::is_at_its_path(&*self.base) && self.claim.as_ref().is_some_and(|claim| claim.holds())
     }
 }
 

@@ -49,6 +49,7 @@ impl ChunkBuilder {
 }
 
 /// A finished chunk, in which some blocks are mapped and others are not.
+#[derive(Clone)]
 pub(super) struct MixedChunk {
     /// One bit per block: it is mapped.
     words: [u64; WORDS],
