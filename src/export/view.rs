@@ -126,7 +126,7 @@ impl ViewSource {
         Ok(match (self.view, &self.older) {
             (View::Used, _) => Arc::new(used::UsedExport::open(base, self.identity, context)?),
             (View::Since, Some(older)) => {
-                let changes = older.changes_to(&self.base, context)?;
+                let changes = older.changes_to(&self.base, &*base, context)?;
                 Arc::new(image::ImageExport::of_changes(base, changes, &self.options, older.name(), self.identity)?)
             }
             _ => Arc::new(image::ImageExport::compact(base, &self.options, self.identity, context)?),
