@@ -13,10 +13,11 @@ pub use attributes::{Attributes, Ownership};
 pub use nodes::{Ino, ROOT};
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use log::{debug, info};
 
@@ -123,6 +124,15 @@ impl Drop for Opening<'_> {
 struct OpenDevice {
     handle: Arc<Handle>,
     opens: usize,
+    /// Set when the kernel was given the length of a view.
+    len_is_given: Arc<OnceLock<()>>,
+}
+
+impl OpenDevice {
+    /// A device with its first open file.
+    fn new(handle: Arc<Handle>) -> Self {
+        Self { handle, opens: 1, len_is_given: Arc::default() }
+    }
 }
 
 impl FileSystem {
@@ -202,6 +212,13 @@ impl FileSystem {
     /// # Errors
     /// ENOENT when it is gone, ESTALE when its name is to be looked up again, and when an open device no longer answers.
     pub fn getattr(&self, ino: Ino) -> Result<Attributes> {
+        let found = self.attributes_of(ino)?;
+        // Programs such as cp compare the number of a file before and after its open. All inodes of a view have the same one.
+        let ino = if found.is_view { self.nodes.shown_number(ino) } else { ino };
+        Ok(Attributes { ino, ..found })
+    }
+
+    fn attributes_of(&self, ino: Ino) -> Result<Attributes> {
         let target = self.nodes.path(ino).and_then(|path| self.catalog.find(&path));
         match self.handle_of(ino) {
             Some(handle) => {
@@ -214,6 +231,18 @@ impl FileSystem {
                 self.nodes.renew(ino, target.node())?;
                 self.attributes(ino, &target, Wanted::Attributes)
             }
+        }
+    }
+
+    /// Calls `give` with the length of a view at its first open, before that is replied to. The kernel may have the length of
+    /// a view that was open before, and sendfile(2) and splice(2) read up to the length that the kernel has without asking.
+    pub fn give_len(&self, fh: Fh, give: impl FnOnce(Ino, Bytes)) {
+        let (Some(ino), Some(handle)) = (self.open.ino(fh), self.open.handle(fh)) else { return };
+        let (Some(_), Ok(len)) = (handle.export().base(), handle.export().len()) else { return };
+        let device =
+            self.lock_devices().by_ino.get(&ino).map(|device| (device.handle.clone(), device.len_is_given.clone()));
+        if let Some((_, is_given)) = device.filter(|(of_ino, _)| Arc::ptr_eq(of_ino, &handle)) {
+            is_given.get_or_init(|| give(ino, len));
         }
     }
 
@@ -303,7 +332,7 @@ impl FileSystem {
         let mut entries = vec![dot(".", ino), dot("..", self.parent(ino))];
         for (name, kind) in self.catalog.entries(&directory)? {
             if let Some(path) = self.catalog.child(&directory, &name) {
-                entries.push(DirectoryEntry { ino: self.nodes.number(&path), kind, name });
+                entries.push(DirectoryEntry { ino: self.nodes.shown_number(self.nodes.number(&path)), kind, name });
             }
         }
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
@@ -376,7 +405,7 @@ impl FileSystem {
             return Ok(handle);
         }
         self.nodes.renew(ino, node)?;
-        let replaced = devices.by_ino.insert(ino, OpenDevice { handle: new.clone(), opens: 1 });
+        let replaced = devices.by_ino.insert(ino, OpenDevice::new(new.clone()));
         if let Some(device) = replaced {
             // Its open files share the page cache of the inode with the new ones.
             device.handle.begin_generation();
@@ -390,36 +419,47 @@ impl FileSystem {
     /// what a new one would show. So an open without a lookup, by a link of `/proc/PID/fd`, is one of the same open view.
     ///
     /// # Errors
-    /// EBUSY for a mount on a regular file, which has one inode, if a new view would show something else.
+    /// As [`FileSystem::join_view`].
     fn share_view(&self, ino: Ino, target: &CatalogEntry, node: &HostNode) -> Result<Arc<Handle>> {
-        let _opening = {
-            let mut devices = self.lock_devices();
-            if let Some(handle) = Self::join_view(&mut devices, ino)? {
-                return Ok(handle);
-            }
-            // From here on a lookup gives another inode: what it is to show may be newer.
-            Opening::new(&mut devices, &self.devices, ino)
-        };
-        let export = self.open_target(target, Wanted::Contents)?;
-        let new = Arc::new(Handle::new(export, self.context.clone(), self.maps.clone()));
-        let mut devices = self.lock_devices();
-        // Another request may have opened it in between.
-        if let Some(handle) = Self::join_view(&mut devices, ino)? {
+        // From here on a lookup gives another inode: what it is to show may be newer.
+        let _opening = Opening::new(&mut self.lock_devices(), &self.devices, ino);
+        if let Some(handle) = self.join_view(ino)? {
             return Ok(handle);
         }
-        self.nodes.renew(ino, Some(node))?;
-        devices.by_ino.insert(ino, OpenDevice { handle: new.clone(), opens: 1 });
-        Ok(new)
+        let export = self.open_target(target, Wanted::Contents)?;
+        let new = Arc::new(Handle::new(export, self.context.clone(), self.maps.clone()));
+        loop {
+            // Another request may have opened it in between.
+            if let Some(handle) = self.join_view(ino)? {
+                return Ok(handle);
+            }
+            let mut devices = self.lock_devices();
+            if let Entry::Vacant(entry) = devices.by_ino.entry(ino) {
+                self.nodes.renew(ino, Some(node))?;
+                entry.insert(OpenDevice::new(new.clone()));
+                return Ok(new);
+            }
+        }
     }
 
-    fn join_view(devices: &mut OpenDevices, ino: Ino) -> Result<Option<Arc<Handle>>> {
-        let Some(device) = devices.by_ino.get_mut(&ino) else { return Ok(None) };
-        if ino == ROOT && !device.handle.export().is_current() {
-            return Err(Error::from_errno(libc::EBUSY));
+    /// Counts one more open of the view of `ino`, if that is open.
+    ///
+    /// # Errors
+    /// EBUSY for a mount on a regular file, which has one inode, if a new view would show something else.
+    fn join_view(&self, ino: Ino) -> Result<Option<Arc<Handle>>> {
+        loop {
+            let Some(handle) = self.handle_of(ino) else { return Ok(None) };
+            // Without the lock: it may have to write back dirty pages.
+            if ino == ROOT && !handle.export().is_current() {
+                return Err(Error::from_errno(libc::EBUSY));
+            }
+            let mut devices = self.lock_devices();
+            if let Some(device) = devices.by_ino.get_mut(&ino).filter(|device| Arc::ptr_eq(&device.handle, &handle)) {
+                device.opens += 1;
+                device.handle.begin_generation();
+                return Ok(Some(handle));
+            }
         }
-        device.opens += 1;
-        device.handle.begin_generation();
-        Ok(Some(device.handle.clone()))
     }
 
     /// Counts one more open of the device of `ino`, if that is open.

@@ -192,8 +192,12 @@ impl Filesystem for BlkHoleFs {
         }
         let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
         let (passthrough, open_flags) = (self.passthrough.clone(), self.open_flags);
+        let kernel_cache = self.kernel_cache.clone();
         self.answer(move |fs| match fs.open(Ino(ino.0), for_writing).and_then(|fh| Ok((fh, fs.handle(fh)?))) {
-            Ok((fh, handle)) => passthrough.open(fh, handle, open_flags, reply),
+            Ok((fh, handle)) => {
+                fs.give_len(fh, |ino, len| kernel_cache.lengthen(ino, len));
+                passthrough.open(fh, handle, open_flags, reply);
+            }
             Err(error) => reply.error(errno("open", &error)),
         });
     }

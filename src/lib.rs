@@ -24,6 +24,8 @@
 //! | [`export`] | what one file is: its length, bytes, extents, freshness and identity; and what a mount shows |
 //! | [`source`] | finds the extents of each kind of device, in a folder or file of its own |
 //! | [`map`] | extents of data and holes, their compositions, and the exact answers of lseek; knows no devices |
+//! | [`qcow2`] | virtual qcow2 images: where each byte of an image comes from; knows no devices |
+//! | [`filesystem`] | the free space of file systems, from their own metadata; knows no devices |
 //! | [`sys`] | system calls, ioctls and sysfs as safe functions: the only unsafe code |
 //! | [`spec`] | the SPEC of a command line, parsed once, and the options that belong to it |
 //! | [`mount`] | the commands `mount` and `umount`, their options, and the daemon |
@@ -33,7 +35,7 @@
 //! | [`deadline`] | how long a request may wait for servers |
 //!
 //! A module uses none that is left of it in the flow. Only `fuse` and the mount's session name the FUSE library.
-//! `docs/architecture.md` has the types, and four requests from begin to end.
+//! `docs/architecture.md` has the types, and five requests from begin to end.
 //!
 //! # The freshness rule
 //!

@@ -25,9 +25,9 @@ const DATA: [Range<u64>; 5] = [
     SIZE - 8 * KIB..SIZE,
 ];
 
-/// The bytes that a client may read or write in addition to the data: readahead around each extent, and its own
-/// headers.
-const TOLERANCE: u64 = 8 * MIB;
+/// The bytes that a client may read or write in addition to the data: the kernel's read-ahead around each extent, and its own
+/// headers. A client with several threads has a read-ahead of up to 2 MiB behind each extent, in several places of it.
+const TOLERANCE: u64 = 16 * MIB;
 
 struct Source {
     source: LoopMount,

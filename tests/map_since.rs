@@ -184,7 +184,7 @@ fn what_cannot_be_compared_is_refused_with_the_reason() {
     let option = pool.option();
     let data = text(pool.data.path());
     for (words, reason) in [
-        (&["--since", "nbd://h/x", "nbd://h/y"][..], "not supported"),
+        (&["--since", "x", "nbd+unix:///?socket=/nonexistent"][..], "cannot connect"),
         (&["--since", "x", "-o", "nbd=nbd://h/x", "/dev/null"], "-o nbd"),
         (&["--since", "x", "--volume", "2", "-o", &option, data], "is no id of a volume"),
         (&["--since", "1", "-o", &option, data], "--volume"),

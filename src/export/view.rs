@@ -134,7 +134,7 @@ impl ViewSource {
             (View::Used, _) => Arc::new(used::UsedExport::open(base, self.identity, wanted, context)?),
             _ if wanted == Wanted::Bound => Arc::new(image::ImageExport::dense(base, &self.options, self.identity)?),
             (View::Since, Some(older)) => {
-                let changes = older.changes_to(&self.base, context)?;
+                let changes = older.changes_to(&self.base, &*base, context)?;
                 Arc::new(image::ImageExport::of_changes(base, changes, &self.options, older.name(), self.identity)?)
             }
             _ => Arc::new(image::ImageExport::compact(base, &self.options, self.identity, context)?),

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::export::Catalog;
-use crate::export::HostNode;
+use crate::export::{FileIdentity, HostNode};
 use crate::sys::memory;
 
 /// An inode number.
@@ -52,6 +52,10 @@ impl Name {
         Self { path: path.into(), shown: None, lookups: 0 }
     }
 
+    fn is_view(&self) -> bool {
+        matches!(self.shown, Some(HostNode { identity: Some(FileIdentity::View(_)), .. }))
+    }
+
     /// Stores what is found at the path now, if it can have the number of the old device or file. Returns whether it can.
     fn take(&mut self, now: Option<&HostNode>, in_use: bool) -> bool {
         if let (Some(old), Some(now)) = (&self.shown, now)
@@ -85,7 +89,7 @@ impl Names {
     }
 
     fn free_number(&self, path: &Path) -> Ino {
-        let mut ino = Ino(hash(path));
+        let mut ino = first_number(path);
         while ino.0 <= ROOT.0 || self.by_ino.contains_key(&ino) {
             ino.0 = ino.0.wrapping_add(1);
         }
@@ -173,6 +177,15 @@ impl Nodes {
         }
     }
 
+    /// The number that stat(2) and readdir(3) show for an inode: for a view the first number of its path.
+    pub fn shown_number(&self, ino: Ino) -> Ino {
+        let table = self.lock();
+        match table.by_ino.get(&ino) {
+            Some(entry) if entry.is_view() && ino != ROOT => first_number(&entry.path),
+            _ => ino,
+        }
+    }
+
     /// The number of names, without the root.
     pub fn len(&self) -> usize {
         self.lock().by_ino.len() - 1
@@ -191,6 +204,11 @@ impl Nodes {
     fn lock(&self) -> MutexGuard<'_, Names> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The number of a path that has no other one, unless another path has it.
+fn first_number(path: &Path) -> Ino {
+    Ino(hash(path).max(ROOT.0 + 1))
 }
 
 /// FNV-1a, 64 bits. The number is the same after a remount, which backup tools need.

@@ -34,6 +34,11 @@ impl OpenFiles {
         self.read().get(&fh).map(|open| open.reader.handle().clone())
     }
 
+    /// The inode of an open file.
+    pub fn ino(&self, fh: Fh) -> Option<Ino> {
+        self.read().get(&fh).map(|open| open.ino)
+    }
+
     /// Removes an open file, and returns it.
     pub fn remove(&self, fh: Fh) -> Option<OpenFile> {
         self.write().remove(&fh)

@@ -6,6 +6,7 @@ use fuser::{INodeNo, Notifier};
 use log::debug;
 
 use crate::fs::Ino;
+use crate::units::Bytes;
 
 /// Sends notifications about cached pages to the kernel. Does nothing before the session is connected.
 #[derive(Default)]
@@ -16,6 +17,20 @@ impl KernelCache {
     pub fn connect(&self, notifier: Notifier) {
         // A file system has one session, so the cell is empty here.
         let _ = self.0.set(notifier);
+    }
+
+    /// Gives the kernel the length of a file, if it has a smaller one. For that a byte is stored at the end, since no other
+    /// notification changes the length (`fuse_notify_store` of `fs/fuse/dev.c`). Only for a file whose open is not replied to
+    /// yet: after the reply the kernel drops its cached pages, and so this byte.
+    pub(super) fn lengthen(&self, ino: Ino, len: Bytes) {
+        let (Some(notifier), Some(last)) = (self.0.get(), len.get().checked_sub(1)) else { return };
+        let ino = INodeNo(ino.0);
+        // First the kernel must ignore replies that are on their way: they may have the length of a view that was open before.
+        // This changes no cached page (`fuse_reverse_inval_inode` of `fs/fuse/inode.c`).
+        let given = notifier.inval_inode(ino, -1, 0).and_then(|()| notifier.store(ino, last, &[0]));
+        if let Err(error) = given {
+            debug!("the length of inode {ino} is not updated: {error}");
+        }
     }
 
     /// Drops the cached pages of a file that is no longer open. The next open would drop them anyway (there is no

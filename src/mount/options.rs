@@ -15,7 +15,7 @@ use crate::fs::{Limits, Ownership};
 use crate::mount::words;
 use crate::qcow2::{ClusterSize, LONGEST_BACKING_NAME};
 use crate::source::nbd::Uri;
-use crate::spec::{Older, SourceOptions, absolute};
+use crate::spec::{Older, SourceOptions, ViewOptions, absolute};
 use crate::units::Bytes;
 
 /// The options of a mount.
@@ -105,7 +105,18 @@ pub fn parse(list: &OsStr, unknown: UnknownOptions) -> Result<ParsedOptions> {
             }
         }
     }
+    check_views(&options.source.views)?;
     Ok(options)
+}
+
+/// Refuses an option of views that no view uses.
+fn check_views(views: &ViewOptions) -> Result<()> {
+    let needs = |option: &str, what: &str| Err(Error::usage(format!("option '{option}' has no effect without {what}")));
+    match (views.cluster_size, &views.backing) {
+        (Some(_), _) if !views.compact && views.since.is_none() => needs("cluster_size", "compact or since"),
+        (_, Some(_)) if views.since.is_none() => needs("backing", "since"),
+        _ => Ok(()),
+    }
 }
 
 /// Parses the options of a `command` that mounts nothing.
@@ -124,6 +135,7 @@ pub fn parse_source(list: &OsStr, command: &str) -> Result<SourceOptions> {
         }
         options.apply(0, &word).map_err(|(WordError::Unknown(error) | WordError::Invalid(error))| error)?;
     }
+    check_views(&options.source.views)?;
     Ok(options.source)
 }
 

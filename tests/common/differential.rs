@@ -2,18 +2,19 @@
 //! compared with the device. A failure prints the seed (set `BLKHOLEFS_SEED` to repeat it) and what was done.
 
 use std::any::Any;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use super::MIB;
 use super::check::check;
 use super::dm::{Dm, Pool, sectors};
 use super::image::{Image, open_for_writing, write_at};
 use super::loop_device::Loop;
 use super::mount::Mount;
 use super::random::Random;
+use super::{MIB, run};
 
 /// A kind of device to build stacks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +124,7 @@ impl Rig {
 
     fn show(&mut self, path: &Path) {
         self.note(format!("show {}", path.display()));
-        self.shown.push((path.to_owned(), Mount::new(path)));
+        self.shown.push((path.to_owned(), Mount::with_options(path, &["-o", "compact"])));
     }
 
     /// Keeps what was built until the end, and lets processes write to it.
@@ -377,11 +378,24 @@ impl Rig {
         self.show(&target.path);
     }
 
-    fn check(&self) {
+    fn check(&mut self) {
         for (device, mount) in &self.shown {
             check(mount.file(), device);
+            // Reading the whole image takes longer than the extents do.
+            if self.random.one_in(4) {
+                check_image(mount.file(), device);
+            }
         }
     }
+}
+
+/// QEMU finds the bytes of the device in its compact image.
+fn check_image(file: &Path, device: &Path) {
+    let mut image = file.as_os_str().to_owned();
+    image.push(".qcow2");
+    // Past the page cache of the device, which does not have the writes to those below it.
+    let compare = ["compare", "-q", "-T", "none", "-f", "qcow2", "-F", "raw"].map(OsStr::new);
+    run("qemu-img", compare.into_iter().chain([&*image, device.as_os_str()]));
 }
 
 fn start(mut command: Command) -> (String, Child) {

@@ -46,6 +46,11 @@ impl Group {
         run("env", [&[configuration.as_str(), "LVM_SUPPRESS_FD_WARNINGS=1"], arguments].concat());
     }
 
+    /// The directory with the configuration of LVM.
+    pub fn configuration(&self) -> &Path {
+        self.configuration.path()
+    }
+
     pub fn volume(&self, name: &str) -> PathBuf {
         Path::new("/dev").join(&self.name).join(name)
     }

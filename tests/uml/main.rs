@@ -23,6 +23,7 @@ mod map_since;
 mod md;
 mod nbd;
 mod passing;
+mod readme;
 mod scsi;
 mod since_snapshot;
 mod suspended;

@@ -2,9 +2,13 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{DirEntryExt as _, FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::process::Command;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use super::{check_image, read_at, view};
 use crate::common::check::{check_blocks, open};
@@ -103,11 +107,11 @@ fn an_open_image_keeps_its_layout_and_a_new_one_has_what_was_written() {
     let new = open(&path);
     let (old_now, new_now) = (old.metadata().unwrap(), new.metadata().unwrap());
     assert_eq!((old_now.len(), new_now.len()), (len, len + 64 * KIB));
-    assert_ne!(old_now.ino(), new_now.ino(), "the kernel keeps the bytes of a file by inode");
+    assert_eq!(old_now.ino(), new_now.ino(), "the number of a path");
     assert!(read_at(&old, 0, 512 * KIB as usize) == first);
     check_image(&path, device.path());
     // By a link to the open file: the same open image.
-    let again = open(Path::new(&format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&old))));
+    let again = open(Path::new(&format!("/proc/self/fd/{}", old.as_raw_fd())));
     assert_eq!(again.metadata().unwrap().len(), len);
     drop((old, new, again));
     assert_eq!(fs::metadata(&path).unwrap().len(), len + 64 * KIB);
@@ -244,4 +248,70 @@ fn a_copy_of_a_device_that_is_written_has_each_byte_of_some_time() {
     }
     let lost = io::Error::last_os_error;
     assert!(fs::metadata(mount.file()).is_ok(), "{}", lost());
+}
+
+#[test]
+fn copies_that_begin_at_the_same_time_find_one_inode_number() {
+    needs!(root);
+    let (mount, _device, _image) = mounted(64 * MIB, &[MIB..2 * MIB]);
+    let path = view(&mount, ".qcow2");
+    let whole = fs::read(&path).unwrap();
+    thread::scope(|scope| {
+        for _ in 0..12 {
+            scope.spawn(|| {
+                for _ in 0..10 {
+                    // As cp does: it skips a file that has another number after the open.
+                    let before = fs::metadata(&path).unwrap();
+                    let file = open(&path);
+                    let after = file.metadata().unwrap();
+                    assert_eq!((before.ino(), before.len()), (after.ino(), after.len()));
+                    assert!(read_at(&file, 0, whole.len()) == whole);
+                }
+            });
+        }
+    });
+    let listed = fs::read_dir(mount.directory()).unwrap().map(|entry| entry.unwrap());
+    let listed = listed.filter(|entry| entry.path() == path).map(|entry| entry.ino()).collect::<Vec<_>>();
+    assert_eq!(listed, [fs::metadata(&path).unwrap().ino()]);
+}
+
+/// Copies all of `from`, and asks for no attributes.
+fn sendfile(from: &File, to: &File) -> u64 {
+    let mut sum = 0;
+    loop {
+        // SAFETY: both descriptors are open, and there is no pointer.
+        let sent = unsafe { libc::sendfile(to.as_raw_fd(), from.as_raw_fd(), ptr::null_mut(), 1 << 20) };
+        match u64::try_from(sent).expect("sendfile succeeds") {
+            0 => return sum,
+            some => sum += some,
+        }
+    }
+}
+
+#[test]
+fn a_program_that_asks_for_no_length_gets_all_of_an_image_that_grows() {
+    needs!(root);
+    let (mount, device, _image) = mounted(128 * MIB, &[]);
+    let path = view(&mount, ".qcow2");
+    let writer = open_for_writing(device.path());
+    let is_written = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for cluster in 0..1000 {
+                writer.write_all_at(&[7; 4096], cluster * 128 * KIB).unwrap();
+                writer.sync_data().unwrap();
+            }
+            is_written.store(true, Ordering::Relaxed);
+        });
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !is_written.load(Ordering::Relaxed) {
+                    let file = open(&path);
+                    let sent = sendfile(&file, &tempfile::tempfile().unwrap());
+                    let exact = file.metadata().unwrap().len();
+                    assert!(sent >= exact, "{sent} bytes of {exact}");
+                }
+            });
+        }
+    });
 }

@@ -8,7 +8,7 @@ use super::names::names;
 use crate::common::image::Image;
 use crate::common::mount::Mount;
 use crate::common::nbd::directory;
-use crate::common::{KIB, MIB, needs, run};
+use crate::common::{KIB, MIB, needs, run, wait_until};
 use crate::thin_image::{self, Device};
 
 const BLOCK: u64 = 64 * KIB;
@@ -99,7 +99,8 @@ fn what_cannot_be_compared_is_refused_with_the_reason() {
     let (metadata, data) = pool();
     let refused = |options: &str, spec: &Path| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_blkholefs"));
-        let output = command.args(["mount", "-f", "-o", options]).arg(spec).arg(directory().path()).output().unwrap();
+        let place = directory();
+        let output = command.args(["mount", "-f", "-o", options]).arg(spec).arg(place.path()).output().unwrap();
         assert!(!output.status.success(), "{options}");
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
@@ -109,4 +110,60 @@ fn what_cannot_be_compared_is_refused_with_the_reason() {
     assert!(refused(&format!("{offline},since=x"), data.path()).contains("expected the id of a volume"));
     let error = refused("since=other", data.path());
     assert!(error.contains("other"), "{error}");
+}
+
+/// A device of device-mapper may have such a name. QEMU takes what is before a colon for a protocol.
+#[test]
+fn the_name_of_the_older_snapshot_is_no_protocol_and_its_format_is_raw() {
+    needs!(root, programs["qemu-nbd", "qemu-img"]);
+    for bitmap in ["a:b", "b0.qcow2", "with space"] {
+        let copies = directory();
+        let disk = copies.path().join("disk");
+        let text = |path: &Path| path.to_str().unwrap().to_owned();
+        run("qemu-img", ["create", "-q", "-f", "qcow2", &text(&disk), "1M"]);
+        run("qemu-img", ["bitmap", "--add", &text(&disk), bitmap]);
+        let socket = copies.path().join("socket");
+        let mut server = Command::new("qemu-nbd");
+        server.args([
+            "-r",
+            "-t",
+            "-e",
+            "0",
+            "-f",
+            "qcow2",
+            "-x",
+            "disk",
+            "-B",
+            bitmap,
+            "-k",
+            &text(&socket),
+            &text(&disk),
+        ]);
+        let server = Stopped(server.spawn().unwrap());
+        assert!(wait_until(|| std::os::unix::net::UnixStream::connect(&socket).is_ok()));
+        let uri = format!("nbd+unix:///disk?socket={}", text(&socket));
+        let mount = Mount::with_options(Path::new(&uri), &["-o", &format!("since={bitmap}")]);
+        let name = names(mount.directory()).into_iter().find(|name| name.ends_with(".qcow2")).unwrap();
+        let copy = copies.path().join("increment");
+        fs::copy(mount.directory().join(name), &copy).unwrap();
+        let info = run("qemu-img", ["info", "--output=json", &text(&copy)]);
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+        assert_eq!(info["backing-filename-format"], "raw");
+        // QEMU opens the file beside the image.
+        fs::write(copies.path().join(bitmap), vec![7; 1 << 20]).unwrap();
+        let restored = text(&copies.path().join("restored"));
+        run("qemu-img", ["convert", "-O", "raw", &text(&copy), &restored]);
+        assert_eq!(fs::read(&restored).unwrap()[0], 7, "nothing has changed");
+        drop((mount, server));
+    }
+}
+
+/// A process that is ended with this value.
+struct Stopped(std::process::Child);
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

@@ -1,6 +1,6 @@
 //! A qcow2 image of a device, made as it is read.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -144,9 +144,7 @@ impl ImageLayout {
     /// # Errors
     /// When the device is too large for an image.
     pub fn of_changes(base: &dyn Export, changes: Changes, options: &ViewOptions, older: OsString) -> Result<Self> {
-        let name = options.backing.clone().unwrap_or(older).into_encoded_bytes();
-        let format = if name.ends_with(b".qcow2") { BackingFormat::Qcow2 } else { BackingFormat::Raw };
-        let layout = build(base, options, Some(Backing { name, format }), &changes.map)?;
+        let layout = build(base, options, Some(backing(options, &older)), &changes.map)?;
         Ok(Self { layout, guarded: Some(Guarded::Changes(changes)) })
     }
 
@@ -182,6 +180,24 @@ fn build(base: &dyn Export, options: &ViewOptions, backing: Option<Backing>, map
 /// The map of a device of which nothing is known.
 fn all_data(len: Bytes) -> Uniform {
     Uniform { len, kind: ExtentKind::Data }
+}
+
+/// The backing file of an image of changes: the one that the user names, or a copy of the snapshot `older` beside the image.
+fn backing(options: &ViewOptions, older: &OsStr) -> Backing {
+    match &options.backing {
+        Some(name) => {
+            let name = name.as_encoded_bytes().to_vec();
+            let format = if name.ends_with(b".qcow2") { BackingFormat::Qcow2 } else { BackingFormat::Raw };
+            Backing { name, format }
+        }
+        None => {
+            let name = older.as_encoded_bytes();
+            // QEMU takes what is before a colon for a protocol (`path_has_protocol` of `util/path.c` and `block.c`).
+            let folder: &[u8] = if name.contains(&b':') { b"./" } else { b"" };
+            // A device is raw whatever its name is. QEMU must not read a header that a guest has written into it.
+            Backing { name: [folder, name].concat(), format: BackingFormat::Raw }
+        }
+    }
 }
 
 /// The name of a view in messages.

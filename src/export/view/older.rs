@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::export::FileSource;
+use crate::export::{Export, FileSource};
 use crate::source::Context;
 use crate::source::changes::{self, Changes};
 use crate::source::thin::offline::Volume;
@@ -31,15 +31,17 @@ impl OlderSource {
         }
     }
 
-    /// What changed in `newer` since this snapshot.
+    /// What changed in `newer`, which is open as `base`, since this snapshot.
     ///
     /// # Errors
     /// When the two cannot be compared, with the reason.
-    pub(super) fn changes_to(&self, newer: &FileSource, context: &Context) -> Result<Changes> {
+    pub(super) fn changes_to(&self, newer: &FileSource, base: &dyn Export, context: &Context) -> Result<Changes> {
         match (self, newer) {
-            (Self::Path(older), FileSource::Path(newer)) => {
-                changes::between(&changes::open(older)?, &changes::open(newer)?, context)
-            }
+            (Self::Path(older), FileSource::Path(newer)) => match base.device() {
+                // Not opened by its path again, which may lead to another device by now.
+                Some(newer) => changes::between(&changes::open(older)?, newer, context),
+                None => changes::between(&changes::open(older)?, &changes::open(newer)?, context),
+            },
             (Self::Volume(older), FileSource::Volume(newer)) => newer.pool().changes(older.id(), newer.id()),
             (Self::Bitmap(bitmap), FileSource::Export(export)) => changes::nbd::since_bitmap(export.uri(), bitmap),
             _ => Err(Error::usage("the two devices are not of one kind")),

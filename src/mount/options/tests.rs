@@ -230,3 +230,18 @@ fn any_bytes_give_a_value_or_an_error() {
         }
     }
 }
+
+#[test]
+fn an_option_of_views_needs_a_view() {
+    for (list, wrong) in [
+        ("cluster_size=64K", "option 'cluster_size' has no effect without compact or since"),
+        ("used,cluster_size=64K", "option 'cluster_size' has no effect without compact or since"),
+        ("compact,backing=a", "option 'backing' has no effect without since"),
+    ] {
+        assert_eq!(parse(OsStr::new(list), UnknownOptions::Refuse).unwrap_err().to_string(), wrong);
+        assert_eq!(parse_source(OsStr::new(list), "map").unwrap_err().to_string(), wrong);
+    }
+    for list in ["compact,cluster_size=64K", "since=a,cluster_size=64K,backing=b"] {
+        assert!(parse(OsStr::new(list), UnknownOptions::Refuse).is_ok(), "{list}");
+    }
+}
