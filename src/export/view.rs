@@ -27,6 +27,7 @@ use crate::source::Context;
 use crate::spec::ViewOptions;
 
 pub use older::OlderSource;
+use older::OpenedOlder;
 pub use queue::ImageRead;
 pub use used::has_known_file_system;
 
@@ -134,8 +135,9 @@ impl ViewSource {
             (View::Used, _) => Arc::new(used::UsedExport::open(base, self.identity, wanted, context)?),
             _ if wanted == Wanted::Bound => Arc::new(image::ImageExport::dense(base, &self.options, self.identity)?),
             (View::Since, Some(older)) => {
-                let changes = older.changes_to(&self.base, &*base, context)?;
-                Arc::new(image::ImageExport::of_changes(base, changes, &self.options, older.name(), self.identity)?)
+                let older = OpenedOlder::new(older.clone());
+                let changes = older.source.changes_to(&self.base, &*base, context)?;
+                Arc::new(image::ImageExport::of_changes(base, changes, &self.options, older, self.identity)?)
             }
             _ => Arc::new(image::ImageExport::compact(base, &self.options, self.identity, context)?),
         })

@@ -1,6 +1,6 @@
 //! A qcow2 image of a device, made as it is read.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use log::{info, warn};
 
+use super::older::OpenedOlder;
 use crate::error::{Error, Result, shown};
 use crate::export::read_queue::ReadQueue;
 use crate::export::{Export, FileIdentity, HostNode, MIN_ALIGN};
@@ -39,7 +40,7 @@ pub struct ImageLayout {
 /// What notices that a new layout would be another one.
 enum Guarded {
     Device(Stack),
-    Changes(Changes),
+    Changes(Changes, OpenedOlder),
 }
 
 /// An image of a device.
@@ -75,10 +76,10 @@ impl ImageExport {
         base: Arc<dyn Export>,
         changes: Changes,
         options: &ViewOptions,
-        older: OsString,
+        older: OpenedOlder,
         identity: FileIdentity,
     ) -> Result<Self> {
-        let name = named(&base, &format!(".since-{}.qcow2", shown(Path::new(&older))));
+        let name = named(&base, &format!(".since-{}.qcow2", shown(Path::new(&older.source.name()))));
         let image = ImageLayout::of_changes(&*base, changes, options, older)?;
         log_open(&name, &*base, &image.layout);
         Ok(Self { name, base, image, identity })
@@ -143,16 +144,16 @@ impl ImageLayout {
     ///
     /// # Errors
     /// When the device is too large for an image.
-    pub fn of_changes(base: &dyn Export, changes: Changes, options: &ViewOptions, older: OsString) -> Result<Self> {
-        let layout = build(base, options, Some(backing(options, &older)), &changes.map)?;
-        Ok(Self { layout, guarded: Some(Guarded::Changes(changes)) })
+    pub fn of_changes(base: &dyn Export, changes: Changes, options: &ViewOptions, older: OpenedOlder) -> Result<Self> {
+        let layout = build(base, options, Some(backing(options, &older.source.name())), &changes.map)?;
+        Ok(Self { layout, guarded: Some(Guarded::Changes(changes, older)) })
     }
 
     /// Whether a layout that is made now would be the same.
     fn is_current(&self) -> bool {
         match &self.guarded {
             Some(Guarded::Device(stack)) => stack.write_back() && stack.unchanged(),
-            Some(Guarded::Changes(changes)) => changes.is_current(),
+            Some(Guarded::Changes(changes, older)) => older.is_at_its_path() && changes.is_current(),
             None => false,
         }
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::export::{Export, FileSource};
+use crate::export::{Export, FileIdentity, FileSource, HostNode};
 use crate::source::Context;
 use crate::source::changes::{self, Changes};
 use crate::source::thin::offline::Volume;
@@ -28,6 +28,14 @@ impl OlderSource {
             Self::Path(path) => path.file_name().unwrap_or(path.as_os_str()).to_owned(),
             Self::Volume(volume) => volume.id().to_string().into(),
             Self::Bitmap(name) => name.into(),
+        }
+    }
+
+    /// The device that its path leads to. `None` for what has no path of its own.
+    fn identity(&self) -> Option<FileIdentity> {
+        match self {
+            Self::Path(path) => HostNode::at(path).ok()?.identity,
+            Self::Volume(_) | Self::Bitmap(_) => None,
         }
     }
 
@@ -55,5 +63,24 @@ impl OlderSource {
             (Self::Volume(older), FileSource::Volume(newer)) => older.id() != newer.id(),
             _ => false,
         }
+    }
+}
+
+/// An older snapshot that was compared.
+pub(super) struct OpenedOlder {
+    pub(super) source: OlderSource,
+    /// The device that its path led to before it was opened.
+    identity: Option<FileIdentity>,
+}
+
+impl OpenedOlder {
+    /// Called before the comparison: a path that leads elsewhere from then on is noticed.
+    pub(super) fn new(source: OlderSource) -> Self {
+        Self { identity: source.identity(), source }
+    }
+
+    /// Whether the path still leads to the same device.
+    pub(super) fn is_at_its_path(&self) -> bool {
+        self.source.identity() == self.identity
     }
 }
