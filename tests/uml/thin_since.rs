@@ -30,7 +30,7 @@ fn a_metadata_snapshot_is_used_and_released() {
     while_it_commits(&pool, |thin| {
         let older = pool.snapshot(2, thin, 0);
         open_for_writing(thin.path()).write_all_at(&[2; 4096], 2 * MIB).expect("a write inside the device");
-        let error = between(older.path(), thin.path()).err().expect("the pool commits all the time");
+        let error = between(older.path(), thin.path()).expect_err("the pool commits all the time");
         assert!(error.contains("faster"), "{error}");
         // The program, because the process that releases a snapshot after a kill is started from it.
         let words = ["map", "--since"].map(AsRef::as_ref);
