@@ -35,5 +35,6 @@ mod thin;
 mod thin_changes;
 mod thin_held;
 mod thin_live;
+mod thin_since;
 mod thin_stress;
 mod uevents;

@@ -33,7 +33,7 @@ impl Drop for Ends<'_> {
 
 /// Runs `test` while a volume of the pool is written, with a commit for each write: the metadata can be read
 /// only through the metadata snapshot.
-fn while_it_commits(pool: &Pool, test: impl FnOnce(&Dm)) {
+pub fn while_it_commits(pool: &Pool, test: impl FnOnce(&Dm)) {
     let (thin, noise) = (pool.thin(0, SIZE), pool.thin(1, SIZE));
     open_for_writing(thin.path()).write_all_at(&[1; 4096], MIB).expect("a write inside the device");
     let done = AtomicBool::new(false);
@@ -75,7 +75,7 @@ fn query_in_background(mount: &Mount) -> thread::JoinHandle<()> {
     thread::spawn(move || query_until_gone(&file))
 }
 
-fn record(pool: &Pool) -> String {
+pub fn record(pool: &Pool) -> String {
     fs::read_to_string(Path::new(RECORDS).join(pool.dm().name())).unwrap_or_default()
 }
 
