@@ -117,7 +117,7 @@ struct MapArguments {
 impl MapArguments {
     /// The context for an open export, with the option `nbd`.
     fn context(&self, export: &dyn Export) -> Result<Context> {
-        let nbd = self.source.nbd.clone().map(|uri| export.side_export(uri)).transpose()?;
+        let nbd = self.source.nbd.clone().map(|uri| export.side_export(uri).map(Arc::new)).transpose()?;
         Ok(Context { nbd, ..Context::default() })
     }
 

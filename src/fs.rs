@@ -142,7 +142,7 @@ impl FileSystem {
     /// As [`Catalog::new`] and [`Catalog::side_export`].
     pub fn new(spec: &Spec, options: &SourceOptions, ownership: Ownership, limits: Limits) -> Result<Self> {
         let catalog = Catalog::new(spec, options)?;
-        let nbd = options.nbd.clone().map(|uri| catalog.side_export(uri)).transpose()?;
+        let nbd = options.nbd.clone().map(|uri| catalog.side_export(uri).map(Arc::new)).transpose()?;
         let maps = MapCache::new(limits.map_cache);
         let static_devices = options.is_static.then(|| StaticDevices::new(maps.limit()));
         let context = Context { nbd, static_devices, ..Context::default() };

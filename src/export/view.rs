@@ -7,8 +7,8 @@
 //! | [`View::Used`] | `NAME.used` | the device with the free space of its file system as holes |
 //!
 //! A view is made when it is opened. What it shows is fixed from then on, so each open of a device that may have changed in
-//! between is a file of its own, with an inode number of its own while the other one is open: the kernel keeps the bytes of
-//! a file by inode.
+//! between is a file of its own, with an inode of its own while the other one is open: the kernel keeps the bytes of a file
+//! by inode. stat(2) shows one number for all of them.
 
 mod claim;
 mod image;

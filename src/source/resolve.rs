@@ -25,15 +25,30 @@ const MAX_DEPTH: usize = 32;
 #[derive(Default)]
 pub struct Context {
     /// What device-mapper sources share.
-    pub dm: dm::SharedControl,
+    pub dm: Arc<dm::SharedControl>,
     /// What readers of live thin pools share.
-    pub thin: thin::shared_reads::SharedReadsByPool,
+    pub thin: Arc<thin::shared_reads::SharedReadsByPool>,
     /// Whether no metadata snapshot of a thin pool may be taken: for a command that must change nothing on the system.
     pub no_metadata_snapshots: bool,
     /// The export that the kernel's NBD device is connected to.
-    pub nbd: Option<nbd::SideExport>,
+    pub nbd: Option<Arc<nbd::SideExport>>,
     /// The devices that nobody writes to, with `-o static`.
     pub static_devices: Option<StaticDevices>,
+}
+
+impl Context {
+    /// The same for one question about all of a device. The devices that must be asked live are asked for each range once, as all
+    /// answers come after the question: not again for each extent. `limit` is the memory that the extents may take.
+    pub fn for_one_question(&self, limit: Bytes) -> Self {
+        let static_devices = Some(StaticDevices::for_one_question(limit));
+        Self {
+            dm: self.dm.clone(),
+            thin: self.thin.clone(),
+            no_metadata_snapshots: self.no_metadata_snapshots,
+            nbd: self.nbd.clone(),
+            static_devices,
+        }
+    }
 }
 
 /// The layers of several legs, and the window on each.

@@ -183,6 +183,24 @@ fn an_export_of_a_server_has_an_image() {
     assert!(fs::metadata(view).unwrap().len() < 3 * MIB);
 }
 
+#[test]
+fn a_server_is_asked_for_many_extents_at_once() {
+    needs!(root, programs["qemu-img", "nbdkit", "cp"]);
+    let directory = directory();
+    let place = |name: &str| directory.path().join(name);
+    image(&place("raw"), 256 * MIB, &(0..500).map(|index| index * 128..index * 128 + 16).collect::<Vec<_>>());
+    let log = format!("logfile={}", place("log").display());
+    let words = ["-r", "--filter=log", "file", place("raw").to_str().unwrap(), &log].map(str::to_owned);
+    let _server = Server::nbdkit(&place("socket"), &words.each_ref().map(String::as_str));
+    let uri = format!("nbd+unix:///disk?socket={}", place("socket").display());
+    let mount = Mount::with_options(Path::new(&uri), COMPACT);
+    run("cp", [mount.directory().join("disk.qcow2"), place("copy")]);
+    check_image(&place("copy"), &place("raw"));
+    // There are 1000 extents. They are asked for an open, and for the attributes before and after it.
+    let asked = fs::read_to_string(place("log")).unwrap().matches(" Extents ").count();
+    assert!((1..200).contains(&asked), "{asked} queries");
+}
+
 /// Without a lookup, as a mount on a regular file has none, an image that is out of date cannot give way to a new one.
 #[test]
 fn a_mount_on_a_file_has_one_image_at_a_time() {

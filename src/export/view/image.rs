@@ -23,6 +23,9 @@ use crate::units::Bytes;
 /// How often the extents are read again because the device changed while they were read. After that all of it is data.
 const MAX_TRIES: usize = 3;
 
+/// The memory for extents that are asked live while a layout is made of them.
+const EXTENTS: Bytes = Bytes::new(1 << 20);
+
 /// Why an image has no holes.
 const NO_HOLES: &str = "an image holds what is data, and nothing else";
 
@@ -123,7 +126,8 @@ impl ImageLayout {
     /// When the device is gone, or it is too large for an image.
     pub fn compact(base: &dyn Export, options: &ViewOptions, context: &Context) -> Result<Self> {
         for _ in 0..MAX_TRIES {
-            let stack = base.stack(context);
+            let asked_once = context.static_devices.is_none().then(|| context.for_one_question(EXTENTS));
+            let stack = base.stack(asked_once.as_ref().unwrap_or(context));
             if !stack.write_back() {
                 continue;
             }

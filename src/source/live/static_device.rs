@@ -11,8 +11,10 @@ use super::LiveSource;
 use crate::sys::sysfs::IoCounters;
 use crate::units::Bytes;
 
-/// The devices of a mount with `-o static`, by their names.
+/// The devices of a mount with `-o static`, or of one question, by their names.
 pub struct StaticDevices {
+    /// Whether the user has said that nobody writes to them.
+    is_promised: bool,
     /// The memory that the extents of one device may take.
     limit: Bytes,
     devices: Mutex<HashMap<String, Arc<StaticDevice>>>,
@@ -22,7 +24,12 @@ pub struct StaticDevices {
 impl StaticDevices {
     /// For a mount whose extents may take `limit` bytes of memory.
     pub fn new(limit: Bytes) -> Self {
-        Self { limit, devices: Mutex::default(), changes: Arc::default() }
+        Self { is_promised: true, limit, devices: Mutex::default(), changes: Arc::default() }
+    }
+
+    /// For one question, of which all parts may have any answer from after its begin. Somebody may write to the devices.
+    pub fn for_one_question(limit: Bytes) -> Self {
+        Self { is_promised: false, ..Self::new(limit) }
     }
 
     /// A number that changes when extents of any device were asked, so that their memory is counted again.
@@ -42,13 +49,20 @@ impl StaticDevices {
 
     /// The device with that name: the same one for each stack that has it.
     pub(super) fn device(&self, name: String) -> Arc<StaticDevice> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner).entry(name).or_default().clone()
+        self.devices
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(name)
+            .or_insert_with(|| Arc::new(StaticDevice { is_promised: self.is_promised, ..Default::default() }))
+            .clone()
     }
 }
 
 /// What was observed of one device at the first question about it.
 #[derive(Default)]
 pub(super) struct StaticDevice {
+    /// Whether the user has said that nobody writes to it.
+    is_promised: bool,
     first: OnceLock<Observation>,
     ended: OnceLock<()>,
     /// An answer had a hole that is long enough for [`HoleMap::is_sparse`](crate::map::HoleMap::is_sparse). Each stat(2) of
@@ -73,7 +87,11 @@ impl StaticDevice {
         }
         let Some(change) = self.change(source) else { return true };
         self.ended.get_or_init(|| {
-            log::warn!("{}: {change}: option 'static' ends, and the device is asked at each question", source.name());
+            let name = source.name();
+            match self.is_promised {
+                true => log::warn!("{name}: {change}: option 'static' ends, and the device is asked at each question"),
+                false => log::debug!("{name}: {change}: it is asked for each extent"),
+            }
         });
         false
     }
