@@ -15,7 +15,7 @@ use crate::export::{Export, FileIdentity, HostNode, MIN_ALIGN};
 use crate::map::{ExtentKind, HoleMap, Uniform, view};
 use crate::qcow2::{Backing, BackingFormat, Builder, ClusterSize, Content, Layout};
 use crate::source::changes::Changes;
-use crate::source::{Context, Stack, dense};
+use crate::source::{Context, Layer, Stack};
 use crate::spec::ViewOptions;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -274,8 +274,10 @@ impl Export for ImageExport {
         let (name, len) = (shown(&self.name).to_string(), layout.len());
         let (clusters, size) = (layout.data_clusters(), layout.cluster_size().bytes());
         let kind = format!("qcow2 image with {clusters} data clusters of {size} bytes");
-        let reason = format!("{NO_HOLES}{}", warning(&*self.base));
-        Stack::build(context, |_| Arc::new(dense::layer(name, kind, len, reason)))
+        let holes_from = format!("none: {NO_HOLES}{}", warning(&*self.base));
+        let map = Arc::new(Uniform { len, kind: ExtentKind::Data });
+        let layer = Layer { name, kind, holes_from, map, device: None, below: Vec::new() };
+        Stack::build(context, |_| Arc::new(layer))
     }
 
     fn host_node(&self) -> io::Result<HostNode> {
