@@ -129,17 +129,24 @@ impl ViewSource {
     /// # Errors
     /// When a device cannot be opened, or the view cannot be made.
     pub fn open(&self, wanted: Wanted, context: &Context) -> Result<Arc<dyn Export>> {
+        if let (View::Since, Some(older)) = (self.view, &self.older)
+            && wanted != Wanted::Bound
+        {
+            let older = OpenedOlder::new(older.clone());
+            let (base, changes) = older.source.compared_with(&self.base, context)?;
+            let image = image::ImageExport::of_changes(base, changes, &self.options, older, self.identity)?;
+            return Ok(Arc::new(image));
+        }
         let base = self.base.open()?;
-        Ok(match (self.view, &self.older) {
-            (View::Used, _) if wanted == Wanted::Bound => Arc::new(used::UsedExport::dense(base, self.identity)),
-            (View::Used, _) => Arc::new(used::UsedExport::open(base, self.identity, wanted, context)?),
-            _ if wanted == Wanted::Bound => Arc::new(image::ImageExport::dense(base, &self.options, self.identity)?),
-            (View::Since, Some(older)) => {
-                let older = OpenedOlder::new(older.clone());
-                let changes = older.source.changes_to(&self.base, &*base, context)?;
-                Arc::new(image::ImageExport::of_changes(base, changes, &self.options, older, self.identity)?)
+        Ok(match self.view {
+            View::Used if wanted == Wanted::Bound => Arc::new(used::UsedExport::dense(base, self.identity)),
+            View::Used => Arc::new(used::UsedExport::open(base, self.identity, wanted, context)?),
+            View::Compact | View::Since if wanted == Wanted::Bound => {
+                Arc::new(image::ImageExport::dense(base, &self.options, self.identity)?)
             }
-            _ => Arc::new(image::ImageExport::compact(base, &self.options, self.identity, context)?),
+            View::Compact | View::Since => {
+                Arc::new(image::ImageExport::compact(base, &self.options, self.identity, context)?)
+            }
         })
     }
 }

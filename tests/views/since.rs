@@ -7,7 +7,7 @@ use std::process::Command;
 use super::names::names;
 use crate::common::image::Image;
 use crate::common::mount::Mount;
-use crate::common::nbd::directory;
+use crate::common::nbd::{Server, directory};
 use crate::common::{KIB, MIB, needs, run, wait_until};
 use crate::thin_image::{self, Device};
 
@@ -166,4 +166,27 @@ impl Drop for Stopped {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+#[test]
+fn a_dirty_bitmap_of_a_server_is_an_older_state() {
+    needs!(root, programs["qemu-img", "qemu-io", "qemu-nbd", "cp"]);
+    let copies = directory();
+    let copy = |name: &str| copies.path().join(name).into_os_string().into_string().unwrap();
+    run("qemu-img", ["create", "-q", "-f", "qcow2", &copy("disk"), "64M"]);
+    run("qemu-io", ["-c", "write -P 1 0 4M", &copy("disk")]);
+    run("qemu-img", ["convert", "-O", "raw", &copy("disk"), &copy("older")]);
+    run("qemu-img", ["bitmap", "--add", &copy("disk"), "monday"]);
+    run("qemu-io", ["-c", "write -P 2 1M 64k", "-c", "write -P 3 20M 128k", "-c", "discard 3M 512k", &copy("disk")]);
+    run("qemu-img", ["bitmap", "--disable", &copy("disk"), "monday"]);
+    run("qemu-img", ["convert", "-O", "raw", &copy("disk"), &copy("newer")]);
+    let socket = copies.path().join("socket");
+    let _server = Server::qemu(&socket, &["--read-only", "--bitmap=monday", "--format=qcow2", &copy("disk")]);
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let mount = Mount::with_options(Path::new(&uri), &["-o", "since=monday,backing=older"]);
+    let names = names(mount.directory());
+    let view = names.iter().find(|name| name.ends_with(".since-monday.qcow2")).expect("the view");
+    run("cp", [mount.directory().join(view).as_os_str(), copy("increment").as_ref()]);
+    run("qemu-img", ["compare", "-q", "-F", "raw", &copy("increment"), &copy("newer")]);
+    assert!(fs::metadata(copy("increment")).unwrap().len() < MIB);
 }

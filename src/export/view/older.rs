@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::export::{Export, FileIdentity, FileSource, HostNode};
+use crate::map::HoleMap;
 use crate::source::Context;
 use crate::source::changes::{self, Changes};
 use crate::source::thin::offline::Volume;
@@ -39,21 +40,35 @@ impl OlderSource {
         }
     }
 
-    /// What changed in `newer`, which is open as `base`, since this snapshot.
+    /// Opens `newer`, and finds out what changed in it since this snapshot.
     ///
     /// # Errors
-    /// When the two cannot be compared, with the reason.
-    pub(super) fn changes_to(&self, newer: &FileSource, base: &dyn Export, context: &Context) -> Result<Changes> {
-        match (self, newer) {
-            (Self::Path(older), FileSource::Path(newer)) => match base.device() {
-                // Not opened by its path again, which may lead to another device by now.
-                Some(newer) => changes::between(&changes::open(older)?, newer, context),
-                None => changes::between(&changes::open(older)?, &changes::open(newer)?, context),
-            },
-            (Self::Volume(older), FileSource::Volume(newer)) => newer.pool().changes(older.id(), newer.id()),
-            (Self::Bitmap(bitmap), FileSource::Export(export)) => changes::nbd::since_bitmap(export.uri(), bitmap),
-            _ => Err(Error::usage("the two devices are not of one kind")),
+    /// When it cannot be opened, or the two cannot be compared, with the reason.
+    pub(super) fn compared_with(&self, newer: &FileSource, context: &Context) -> Result<(Arc<dyn Export>, Changes)> {
+        let (base, changes) = match (self, newer) {
+            (Self::Path(older), FileSource::Path(path)) => {
+                let base = newer.open()?;
+                let changes = match base.device() {
+                    // Not opened by its path again, which may lead to another device by now.
+                    Some(newer) => changes::between(&changes::open(older)?, newer, context)?,
+                    None => changes::between(&changes::open(older)?, &changes::open(path)?, context)?,
+                };
+                (base, changes)
+            }
+            (Self::Volume(older), FileSource::Volume(volume)) => {
+                (newer.open()?, volume.pool().changes(older.id(), volume.id())?)
+            }
+            (Self::Bitmap(bitmap), FileSource::Export(export)) => {
+                // A server may have one client at a time: this connection ends before the export is opened.
+                let changes = changes::nbd::since_bitmap(export.uri(), bitmap)?;
+                (newer.open()?, changes)
+            }
+            _ => return Err(Error::usage("the two devices are not of one kind")),
+        };
+        if base.len()? != changes.map.len() {
+            return Err(Error::failed("has another length than when it was compared").on(base.name()));
         }
+        Ok((base, changes))
     }
 
     /// Whether `newer` is another volume of the same pool. Nothing is read of the metadata.
