@@ -44,6 +44,7 @@ pub use stack::{Loaded, Stack};
 pub use stored::{LoadExtents, StoredExtents};
 pub use thin::guard::WriteGuard;
 
+use std::fs::File;
 use std::hash::Hasher;
 use std::sync::Arc;
 
@@ -96,6 +97,11 @@ pub trait Guard: Send + Sync {
     /// Whether it guards the length of a device and nothing else.
     fn is_of_length(&self) -> bool {
         false
+    }
+
+    /// The file below the devices whose times it watches, if so: they change when the file is written past the devices.
+    fn file(&self) -> Option<&File> {
+        None
     }
 
     /// Adds the guarded state to a hash, from which the times of a file are derived.

@@ -149,6 +149,10 @@ impl Guard for Times {
         true
     }
 
+    fn file(&self) -> Option<&File> {
+        Some(&self.0)
+    }
+
     /// Times that prove nothing yet give a different hash at each call: the file may be written again within the same tick.
     fn trace(&self, mut trace: &mut dyn Hasher) {
         match Stamp::of(&self.0) {

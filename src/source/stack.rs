@@ -180,6 +180,11 @@ impl Stack {
         trace.finish()
     }
 
+    /// The files at the bottom, which can be written past the devices above them.
+    pub fn files(&self) -> impl Iterator<Item = &File> {
+        self.guards.iter().filter_map(|guard| guard.file())
+    }
+
     /// Writes back the dirty pages of every layer, from the top down: only then have the layers below received a write.
     ///
     /// Returns whether all of it was written. A suspended device is not waited for, and gives `false`.

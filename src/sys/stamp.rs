@@ -103,8 +103,11 @@ impl Stamp {
         Ok(Self { steps: stamp.steps.filter(|_| has_no_writer(file)), ..stamp })
     }
 
-    /// Like [`Stamp::settled`], without the check for writers.
-    fn settled_in_time(file: &File) -> io::Result<Self> {
+    /// Like [`Stamp::settled`], without the check for writers: it proves nothing of a write that is in progress now.
+    ///
+    /// # Errors
+    /// As fstat(2).
+    pub fn settled_in_time(file: &File) -> io::Result<Self> {
         let mut stamp = Self::of(file)?;
         for _ in 0..3 {
             if stamp.is_settled() || stamp.too_young_by.is_zero() || stamp.too_young_by > WHOLE_SECONDS * 2 {

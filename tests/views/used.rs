@@ -112,6 +112,21 @@ fn a_device_that_is_written_fails_until_the_view_is_opened_again() {
     open(&view).read_exact_at(&mut bytes, 32 * MIB).expect("a new view");
 }
 
+/// Another loop device over the same file, or a virtual machine that has it open.
+#[test]
+fn a_write_to_the_file_below_the_device_is_noticed() {
+    needs!(root, programs["mke2fs"]);
+    let (device, image) = ext4();
+    let mount = Mount::with_options(device.path(), USED);
+    let file = open(&view(&mount, ".used"));
+    let mut bytes = vec![0; 64 << 10];
+    file.read_exact_at(&mut bytes, 0).expect("nobody wrote");
+    let hole = seek_hole(&file, 0).unwrap();
+    image.write(hole..hole + 4 * KIB);
+    assert_eq!(file.read_exact_at(&mut bytes, 40 * MIB).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert_eq!(seek_data(&file, hole), Some(hole), "all is data");
+}
+
 #[test]
 fn an_image_is_watched_by_its_times() {
     needs!(root, programs["mke2fs"]);

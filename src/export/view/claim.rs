@@ -16,11 +16,13 @@ use crate::sys::stamp::Stamp;
 ///
 /// A block device is opened with O_EXCL, as a mount does it (`bd_prepare_to_claim` of `block/bdev.c`): a mounted device is
 /// refused, and cannot be mounted while it is open here. A program that writes to the device without O_EXCL is not kept
-/// from it, but its writes are counted, and are found by [`Claim::holds`].
+/// from it, but its writes are counted, and are found by [`Claim::holds`]. So are writes to a file below the device, by its times.
 pub(super) struct Claim {
     kind: Kind,
     /// The writes of a device. One without counters is guarded by the claim alone.
     writes: Option<WriteGuard>,
+    /// The files below a device, with their times: they can be written past the device, as by another loop device.
+    files: Vec<(File, Stamp)>,
     /// The stack at the open: the table of a device-mapper device, or the binding of a loop device, may change.
     stack: Stack,
 }
@@ -51,7 +53,16 @@ impl Claim {
             return Err(Error::failed("cannot write back the dirty pages").on(export.name()));
         }
         let writes = export.device().and_then(|device| WriteGuard::new(device).ok());
-        Ok(Self { kind, writes, stack: stack.without_extents() })
+        let stamped = |file: &File| Ok((file.try_clone()?, Stamp::settled_in_time(file)?));
+        let files = export.device().map(|_| stack.files().map(stamped).collect::<io::Result<_>>()).transpose();
+        let files: Vec<_> = files.map_err(|error| refused(export, error))?.unwrap_or_default();
+        if !files.iter().all(|(file, stamp): &(File, Stamp)| stamp.proves_unchanged(file)) {
+            return Err(refused(
+                export,
+                io::Error::other("the times of a file below it do not prove that it is unchanged"),
+            ));
+        }
+        Ok(Self { kind, writes, files, stack: stack.without_extents() })
     }
 
     /// Whether nobody wrote to the device since it was claimed.
@@ -60,17 +71,13 @@ impl Claim {
             Kind::Image { file, stamp } => stamp.proves_unchanged(file),
             Kind::Device { .. } | Kind::Volume => self.writes.as_ref().is_none_or(Guard::unchanged),
         };
-        unwritten && self.stack.same_shape()
+        unwritten && self.files.iter().all(|(file, stamp)| stamp.proves_unchanged(file)) && self.stack.same_shape()
     }
 }
 
 impl Kind {
     fn of(export: &dyn Export, wanted: Wanted) -> Result<Self> {
-        let refused = |error: io::Error| {
-            let busy = error.raw_os_error() == Some(libc::EBUSY);
-            let refused = Error::failed("its used space cannot be shown").on(export.name()).because(error);
-            if busy { refused.hint("it is mounted or in use: unmount it, or show a snapshot of it") } else { refused }
-        };
+        let refused = |error| refused(export, error);
         if let Some(device) = export.device() {
             let claimed = (wanted == Wanted::Contents).then(|| claimed(device)).transpose().map_err(refused)?;
             return Ok(Self::Device { _claimed: claimed });
@@ -88,6 +95,12 @@ impl Kind {
         }
         Ok(Self::Image { file, stamp })
     }
+}
+
+fn refused(export: &dyn Export, error: io::Error) -> Error {
+    let busy = error.raw_os_error() == Some(libc::EBUSY);
+    let refused = Error::failed("its used space cannot be shown").on(export.name()).because(error);
+    if busy { refused.hint("it is mounted or in use: unmount it, or show a snapshot of it") } else { refused }
 }
 
 /// A descriptor with the claim of a device. All views of this process share it: close(2) of one view returns before this process
