@@ -116,7 +116,7 @@ pub struct Comparison<'a> {
 impl<'a> Comparison<'a> {
     /// The comparison of an `older` tree, or of an empty tree, with a `newer` one.
     pub fn new(reader: &'a MetadataReader, older: Option<Tree>, newer: Tree) -> Self {
-        Self { reader, trees: [older, Some(newer)], requests: Requests::new(), read: Default::default() }
+        Self { reader, trees: [older, Some(newer)], requests: Requests::default(), read: Default::default() }
     }
 
     /// Calls `visit` for each of `keys` at which the trees differ, in ascending order.

@@ -90,12 +90,14 @@ struct InProgress<'a> {
     requests: &'a [Request],
 }
 
-impl Requests {
+impl Default for Requests {
     /// Nothing is allocated yet.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self { queue: Queue::Measuring(Waits::default()), pool: BufferPool::new(BUFFERS), buffer: AlignedBuffer::new() }
     }
+}
 
+impl Requests {
     /// Makes `requests` to `reader`, and calls `take` with the index and the blocks of each, in their order. No request
     /// is in progress any more when it returns.
     ///
@@ -207,7 +209,7 @@ mod tests {
     }
 
     fn with(queue: Queue) -> Requests {
-        let mut requests = Requests::new();
+        let mut requests = Requests::default();
         requests.queue = queue;
         requests
     }
