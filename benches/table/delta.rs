@@ -15,7 +15,7 @@ use blkholefs::testing::units::Bytes;
 
 use crate::Bench;
 use crate::common::random::Random;
-use crate::measure::{Contender, Table, rounds, seconds};
+use crate::measure::{Contender, Pair, Table, rounds, seconds};
 use crate::metadata::{BLOCK, Layout, Metadata, in_memory};
 use crate::thin_image;
 
@@ -34,10 +34,19 @@ pub fn all(bench: &Bench, table: &mut Table) {
     let on_disk = metadata.copied_to(bench.scratch.directory());
     for (place, image) in [("hot", &*metadata.image), ("O_DIRECT from disk", &*on_disk)] {
         let ours = || seconds(|| assert_eq!(changes(image, metadata.blocks), changed)) * 1e3;
-        let theirs = || seconds(|| thin_delta(image)) * 1e3;
-        let measured = rounds(bench.rounds(), vec![Contender::new("ours", ours), Contender::new("thin_delta", theirs)]);
+        let process = || seconds(|| silent(&mut map_since(image, &metadata.data))) * 1e3;
+        let theirs = || seconds(|| silent(&mut thin_delta(image))) * 1e3;
         let case = format!("changes, {} mappings, {changed} of them changed, {place}", metadata.mappings);
-        table.add(&case, "ms", &measured, &[Some(0.01)]);
+        let measured = rounds(
+            bench.rounds(),
+            vec![
+                Contender::new("ours", ours),
+                Contender::new("map --since", process),
+                Contender::new("thin_delta", theirs),
+            ],
+        );
+        table.pair(&case, "ms", &measured, Pair { ours: 0, other: 2, target: Some(0.01) });
+        table.pair(&format!("{case}, whole process"), "ms", &measured, Pair { ours: 1, other: 2, target: Some(0.01) });
     }
 }
 
@@ -101,8 +110,21 @@ fn changes(image: &Path, blocks: u64) -> u64 {
     changed
 }
 
-fn thin_delta(image: &Path) {
+fn map_since(image: &Path, data: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_blkholefs"));
+    command.args(["map", "--since", "1", "--volume", "2", "--json", "-o"]);
+    command.arg(format!("thin_metadata={}", image.display())).arg(data);
+    command
+}
+
+fn thin_delta(image: &Path) -> Command {
     let mut command = Command::new("thin_delta");
-    command.args(["--thin1", "1", "--thin2", "2"]).arg(image).stdout(Stdio::null());
-    assert!(command.status().expect("it is installed").success(), "{command:?}");
+    command.args(["--thin1", "1", "--thin2", "2"]).arg(image);
+    command
+}
+
+/// Runs a command without input and output.
+fn silent(command: &mut Command) {
+    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).status().expect("it is installed");
+    assert!(status.success(), "{command:?}");
 }

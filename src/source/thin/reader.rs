@@ -12,6 +12,8 @@ use crate::sys::device;
 use crate::sys::file::read_full;
 use crate::units::Bytes;
 
+pub mod requests;
+
 /// A metadata device, or an image of one.
 #[derive(Debug)]
 pub struct MetadataReader {
@@ -73,9 +75,14 @@ impl MetadataReader {
         count: usize,
         buffer: &'b mut AlignedBuffer,
     ) -> ThinResult<&'b [RawBlock]> {
-        self.reads.fetch_add(1, Relaxed);
+        self.count(1);
         self.try_read(first, buffer.resize(count * METADATA_BLOCK)).map_err(|error| ThinError::Io(first, error))?;
         Ok(buffer.bytes().as_chunks().0)
+    }
+
+    /// Counts read requests that were begun.
+    fn count(&self, requests: usize) {
+        self.reads.fetch_add(requests as u64, Relaxed);
     }
 
     fn try_read(&self, first: MetaBlock, place: &mut [u8]) -> io::Result<()> {

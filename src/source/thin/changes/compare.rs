@@ -6,7 +6,8 @@
 //!
 //! Levels are counted from the leaves, which all have the same depth, so that trees of different height meet at nodes
 //! of one kind. The comparison goes down from the roots. Its unit is a part of the keys for which few nodes of each
-//! tree are needed. These are read together, in the order of their blocks. For each level there is one list of pointers
+//! tree are needed. These are read together, in the order of their blocks, with several requests in progress at the same
+//! time where the device is slow: see [`super::super::reader::requests`]. For each level there is one list of pointers
 //! in memory, and the leaves of one part.
 //!
 //! Each node that is read passes the checks of a walk over the whole tree: see [`super::super::walk`]. A loop is no
@@ -19,6 +20,7 @@ use super::super::TIME_BITS;
 use super::super::error::{Damage, ThinError, ThinResult};
 use super::super::node::{NodeKind, NodeShape, TreeNode};
 use super::super::reader::MetadataReader;
+use super::super::reader::requests::{Request, Requests};
 use super::super::walk::{ChildNode, MAX_DEPTH, Tree};
 use super::super::{METADATA_BLOCK, MetaBlock, RawBlock};
 use crate::sys::buffer::AlignedBuffer;
@@ -106,7 +108,7 @@ pub struct Comparison<'a> {
     reader: &'a MetadataReader,
     /// The older tree and the newer one. `None` stands for an empty tree.
     trees: [Option<Tree>; 2],
-    buffer: AlignedBuffer,
+    requests: Requests,
     /// The nodes of both trees that were read last.
     read: [ReadNodes; 2],
 }
@@ -114,7 +116,7 @@ pub struct Comparison<'a> {
 impl<'a> Comparison<'a> {
     /// The comparison of an `older` tree, or of an empty tree, with a `newer` one.
     pub fn new(reader: &'a MetadataReader, older: Option<Tree>, newer: Tree) -> Self {
-        Self { reader, trees: [older, Some(newer)], buffer: AlignedBuffer::new(), read: Default::default() }
+        Self { reader, trees: [older, Some(newer)], requests: Requests::default(), read: Default::default() }
     }
 
     /// Calls `visit` for each of `keys` at which the trees differ, in ascending order.
@@ -136,10 +138,11 @@ impl<'a> Comparison<'a> {
     }
 
     /// The number of levels below the root of a tree, found on the way to its first leaf.
-    fn level_of_root(&mut self, tree: &Tree) -> ThinResult<usize> {
+    fn level_of_root(&self, tree: &Tree) -> ThinResult<usize> {
+        let mut buffer = AlignedBuffer::new();
         let mut pointer = tree.root();
         for level in 0..MAX_DEPTH {
-            let block = &self.reader.read(pointer.block, 1, &mut self.buffer)?[0];
+            let block = &self.reader.read(pointer.block, 1, &mut buffer)?[0];
             let node = tree.parse(&pointer, block)?;
             if node.kind() == NodeKind::Leaf {
                 return Ok(level);
@@ -241,19 +244,13 @@ impl<'a> Comparison<'a> {
         into.shapes.resize(pointers.len(), None);
         let mut order: Vec<usize> = (0..pointers.len()).collect();
         order.sort_unstable_by_key(|index| pointers[*index].block);
-        let block = |index: &usize| pointers[*index].block.get();
-        let mut rest = &order[..];
-        while let Some(first) = rest.first().map(block) {
-            let fits =
-                |pair: &&[usize]| block(&pair[1]) - block(&pair[0]) <= GAP + 1 && block(&pair[1]) - first < REQUEST;
-            let (request, others) = rest.split_at(1 + rest.windows(2).take_while(fits).count());
-            rest = others;
-            let count = request.last().map_or(1, block) - first + 1;
-            let count = usize::try_from(count).unwrap_or(usize::MAX);
-            let read = self.reader.read(MetaBlock::new(first), count, &mut self.buffer)?;
-            for index in request {
+        let groups = groups(&order, pointers);
+        let requests: Vec<Request> = groups.iter().map(|(request, _)| *request).collect();
+        self.requests.read(self.reader, &requests, |at, read| {
+            let (request, group) = &groups[at];
+            for index in *group {
                 let pointer = &pointers[*index];
-                let at = usize::try_from(pointer.block.get() - first).unwrap_or(usize::MAX);
+                let at = usize::try_from(pointer.block.get() - request.first.get()).unwrap_or(usize::MAX);
                 let block = read.get(at).ok_or(ThinError::Damaged(pointer.block, Damage::Pointer))?;
                 let node = tree.parse(pointer, block)?;
                 if node.kind() != kind {
@@ -262,7 +259,23 @@ impl<'a> Comparison<'a> {
                 into.shapes[*index] = Some(node.shape());
                 into.blocks[*index] = *block;
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
+}
+
+/// Divides indices of pointers, in the order of their blocks, into those that one request each reads.
+fn groups<'a>(order: &'a [usize], pointers: &[ChildNode]) -> Vec<(Request, &'a [usize])> {
+    let block = |index: &usize| pointers[*index].block.get();
+    let mut groups = Vec::new();
+    let mut rest = order;
+    while let Some(first) = rest.first().map(block) {
+        let fits = |pair: &&[usize]| block(&pair[1]) - block(&pair[0]) <= GAP + 1 && block(&pair[1]) - first < REQUEST;
+        let (group, others) = rest.split_at(1 + rest.windows(2).take_while(fits).count());
+        rest = others;
+        let count = group.last().map_or(1, block) - first + 1;
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        groups.push((Request { first: MetaBlock::new(first), count }, group));
+    }
+    groups
 }
