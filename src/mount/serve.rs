@@ -5,6 +5,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+
 use crate::error::{Error, ErrorKind, Result, shown};
 use crate::fs::FileSystem;
 use crate::mount::logging;
@@ -36,6 +38,14 @@ pub enum Event {
 pub fn start(session: Session, signals: Signals) -> Result<Receiver<Event>> {
     let (sender, events) = channel();
     let (session_sender, resender) = (sender.clone(), sender.clone());
+    // Before the threads: a signal that came during mount(2) ends the start, whichever thread runs first.
+    let cannot = |e: Errno| Error::new(ErrorKind::System, "cannot receive signals").because(e);
+    while let Some(action) = signals.pending().map_err(cannot)? {
+        if let SignalAction::Unmount(signal) = &action {
+            return Err(ended_by(signal));
+        }
+        let _ = resender.send(Event::Signal(action));
+    }
     spawn("signals", move || forward_signals(&signals, &sender))?;
     // Sending fails when the main thread has ended, and is of no use then.
     spawn("session", move || drop(session_sender.send(Event::Ended(session.run()))))?;
@@ -52,7 +62,7 @@ pub fn start(session: Session, signals: Signals) -> Result<Receiver<Event>> {
                 break;
             }
             Ok(Event::Signal(SignalAction::Unmount(signal))) => {
-                return Err(Error::new(ErrorKind::Interrupted, format!("ended by {signal}")));
+                return Err(ended_by(&signal));
             }
             Err(RecvTimeoutError::Timeout) if Instant::now() > deadline => {
                 return Err(cannot(io::ErrorKind::TimedOut.into()));
@@ -61,6 +71,10 @@ pub fn start(session: Session, signals: Signals) -> Result<Receiver<Event>> {
         }
     }
     Ok(events)
+}
+
+fn ended_by(signal: &str) -> Error {
+    Error::new(ErrorKind::Interrupted, format!("ended by {signal}"))
 }
 
 /// Sends each signal to the main thread, as an event. Returns when no signal can be received any more, and when the

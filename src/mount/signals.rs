@@ -1,9 +1,12 @@
 //! The signals that the daemon handles. It blocks nearly all signals and reads them from a descriptor, so that none ends
 //! the process without an unmount, which would leave a mount that answers ENOTCONN.
 
+use std::os::fd::AsFd;
+
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::SignalFd;
+use nix::sys::signalfd::{SignalFd, siginfo};
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -49,6 +52,27 @@ impl Signals {
         Ok(Self { descriptor: SignalFd::new(&blocked).map_err(cannot)?, foreground })
     }
 
+    /// The next signal that has an action, if one is there already.
+    ///
+    /// # Errors
+    /// As poll(2) and read(2).
+    pub fn pending(&self) -> std::result::Result<Option<SignalAction>, Errno> {
+        let mut polled = [PollFd::new(self.descriptor.as_fd(), PollFlags::POLLIN)];
+        while poll(&mut polled, PollTimeout::ZERO)? > 0 {
+            if let Some(signal) = self.descriptor.read_signal()?
+                && let Some(action) = self.action_of(&signal)
+            {
+                return Ok(Some(action));
+            }
+        }
+        Ok(None)
+    }
+
+    fn action_of(&self, signal: &siginfo) -> Option<SignalAction> {
+        let number = i32::try_from(signal.ssi_signo).unwrap_or(0);
+        action(number, signal.ssi_code, self.foreground)
+    }
+
     /// Waits for the next signal that has an action.
     ///
     /// # Errors
@@ -57,8 +81,7 @@ impl Signals {
         loop {
             match self.descriptor.read_signal() {
                 Ok(Some(signal)) => {
-                    let number = i32::try_from(signal.ssi_signo).unwrap_or(0);
-                    if let Some(action) = action(number, signal.ssi_code, self.foreground) {
+                    if let Some(action) = self.action_of(&signal) {
                         return Ok(action);
                     }
                 }
