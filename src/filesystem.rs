@@ -3,7 +3,7 @@
 //! A range is free only if the file system is clean, its metadata is understood to the last flag, and each checksum that the
 //! format has was verified. Anything else is an error with its reason, and all of the device is data.
 //!
-//! Nobody else writes to the device meanwhile: the caller holds it exclusively.
+//! Nobody else writes to the device in between: the caller holds it exclusively.
 
 pub mod btrfs;
 pub mod detect;
