@@ -4,6 +4,8 @@
 
 mod common;
 
+#[path = "views/boot.rs"]
+mod boot;
 #[path = "views/compact.rs"]
 mod compact;
 #[path = "views/names.rs"]
