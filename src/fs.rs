@@ -157,15 +157,18 @@ impl FileSystem {
     }
 
     fn attributes_of(&self, ino: Ino) -> Result<Attributes> {
-        let target = self.nodes.path(ino).and_then(|path| self.catalog.find(&path));
+        let find = || self.nodes.path(ino).and_then(|path| self.catalog.find(&path));
         match self.handle_of(ino) {
+            // A view that is found is never the one that is open, and finding it may open its device.
+            Some(handle) if handle.export().base().is_some() => self.of_open(ino, &handle, None),
             Some(handle) => {
+                let target = find();
                 let node = target.ok().and_then(|target| target.node().copied());
                 let node = node.filter(|node| node.identity == handle.export().identity());
                 self.of_open(ino, &handle, node)
             }
             None => {
-                let target = target?;
+                let target = find()?;
                 self.nodes.renew(ino, target.node())?;
                 self.attributes(ino, &target, Wanted::Attributes)
             }
