@@ -17,7 +17,6 @@ mod bitmap;
 mod checksum;
 mod descriptor;
 mod features;
-mod fields;
 mod layout;
 mod mmp;
 mod superblock;

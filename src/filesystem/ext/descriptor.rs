@@ -2,9 +2,10 @@
 //!
 //! Source of the offsets: e2fsprogs, `lib/ext2fs/ext2_fs.h` (`struct ext4_group_desc`).
 
-use super::fields::{halves, le16, le32};
+use super::super::fields::{u16_at, u32_at};
 use super::layout::Blocks;
 use super::superblock::Superblock;
+use super::superblock::halves;
 use super::{LONGEST_READ, ReadBytes, damaged};
 use crate::reason::DenseReason;
 
@@ -33,14 +34,14 @@ impl Descriptor {
         if !fs.checksums.descriptor_is_right(group, record) {
             return Err(damaged(format!("the checksum of the descriptor of group {group} is wrong")));
         }
-        let flags = if fs.checksums.cover_descriptors() { le16(record, 0x12) } else { 0 };
+        let flags = if fs.checksums.cover_descriptors() { u16_at(record, 0x12) } else { 0 };
         let descriptor = Self {
-            block_bitmap: halves(le32(record, 0x0), le32(record, 0x20)),
-            inode_bitmap: halves(le32(record, 0x4), le32(record, 0x24)),
-            inode_table: halves(le32(record, 0x8), le32(record, 0x28)),
-            free_clusters: u64::from(le16(record, 0xc)) | u64::from(le16(record, 0x2c)) << 16,
+            block_bitmap: halves(u32_at(record, 0x0), u32_at(record, 0x20)),
+            inode_bitmap: halves(u32_at(record, 0x4), u32_at(record, 0x24)),
+            inode_table: halves(u32_at(record, 0x8), u32_at(record, 0x28)),
+            free_clusters: u64::from(u16_at(record, 0xc)) | u64::from(u16_at(record, 0x2c)) << 16,
             has_bitmap: flags & BLOCK_UNINIT == 0,
-            bitmap_checksum: u32::from(le16(record, 0x18)) | u32::from(le16(record, 0x38)) << 16,
+            bitmap_checksum: u32::from(u16_at(record, 0x18)) | u32::from(u16_at(record, 0x38)) << 16,
             wide_checksum: record.len() >= HAS_WIDE_CHECKSUM,
         };
         let group_blocks = fs.group(group);

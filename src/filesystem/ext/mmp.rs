@@ -2,7 +2,7 @@
 //!
 //! Source: e2fsprogs, `lib/ext2fs/ext2_fs.h` (`struct mmp_struct`) and `lib/ext2fs/mmp.c`.
 
-use super::fields::le32;
+use super::super::fields::u32_at;
 use super::superblock::Superblock;
 use super::{ReadBytes, damaged};
 use crate::reason::DenseReason;
@@ -25,10 +25,10 @@ pub(super) fn check(device: &dyn ReadBytes, fs: &Superblock) -> Result<(), Dense
     let read = device.read_exact(fs.position(block), &mut record);
     read.map_err(|error| DenseReason::cannot("read its block against two mounts (mmp)", &error))?;
     let checksum = fs.checksums.crc32c(&record[..CHECKSUM_AT]);
-    if le32(&record, 0) != MAGIC || checksum.is_some_and(|sum| sum != le32(&record, CHECKSUM_AT)) {
+    if u32_at(&record, 0) != MAGIC || checksum.is_some_and(|sum| sum != u32_at(&record, CHECKSUM_AT)) {
         return Err(damaged("its block against two mounts (mmp) is wrong"));
     }
-    if le32(&record, 4) != CLEAN {
+    if u32_at(&record, 4) != CLEAN {
         let text = "its block against two mounts (mmp) says that it is mounted or being checked";
         return Err(DenseReason::State(text.into()));
     }

@@ -3,9 +3,9 @@
 //! Source of the offsets and limits: e2fsprogs, `lib/ext2fs/ext2_fs.h` (`struct ext2_super_block`) and
 //! `lib/ext2fs/openfs.c` (`ext2fs_open2`); Linux, `fs/ext4/super.c`.
 
+use super::super::fields::{u16_at, u32_at};
 use super::checksum::{Checksums, crc16, crc32c};
 use super::features::{Features, orphans};
-use super::fields::{halves, le16, le32};
 use crate::reason::DenseReason;
 use crate::units::Bytes;
 
@@ -77,7 +77,7 @@ pub(super) struct Superblock {
 
 /// Whether the first bytes of a device, which begin at offset 0, have the magic number of a superblock.
 pub(super) fn has_magic(head: &[u8]) -> bool {
-    le16(head, OFFSET + MAGIC_AT) == MAGIC
+    u16_at(head, OFFSET + MAGIC_AT) == MAGIC
 }
 
 impl Superblock {
@@ -86,7 +86,7 @@ impl Superblock {
     /// # Errors
     /// If the file system is not clean, is damaged, or has features that are not understood.
     pub(super) fn parse(record: &[u8; SIZE], len: Bytes) -> Result<Self, DenseReason> {
-        if le16(record, MAGIC_AT) != MAGIC {
+        if u16_at(record, MAGIC_AT) != MAGIC {
             return Err(damaged("its superblock has no magic number"));
         }
         let features = features(record)?;
@@ -94,7 +94,7 @@ impl Superblock {
         check_state(record)?;
         let block = Blocks::parse(record, features)?;
         let blocks = of_64bit(record, features, 0x4, 0x150)?;
-        let first_data_block = u64::from(le32(record, 0x14));
+        let first_data_block = u64::from(u32_at(record, 0x14));
         let group_blocks = blocks.checked_sub(first_data_block).filter(|&blocks| blocks > 0);
         // With blocks of 1 KiB, block 0 is before the first group, unless clusters are larger than blocks.
         if first_data_block != u64::from(block.log_cluster_size == 0) {
@@ -107,7 +107,7 @@ impl Superblock {
         let groups = group_blocks.and_then(|blocks| u32::try_from(blocks.div_ceil(block.per_group)).ok());
         let groups = groups.ok_or_else(|| damaged("the number of blocks in its superblock is wrong"))?;
         let descriptor_size = descriptor_size(record, features)?;
-        let first_meta_bg = features.meta_bg().then(|| u64::from(le32(record, 0x104)));
+        let first_meta_bg = features.meta_bg().then(|| u64::from(u32_at(record, 0x104)));
         let per_block = block.size / descriptor_size as u64;
         if first_meta_bg.is_some_and(|first| first > u64::from(groups).div_ceil(per_block)) {
             return Err(damaged("the first meta block group in its superblock is wrong"));
@@ -122,12 +122,12 @@ impl Superblock {
             groups,
             inode_table: inode_table(record, block.size, groups)?,
             descriptor_size,
-            reserved_descriptors: u64::from(le16(record, 0xce)),
+            reserved_descriptors: u64::from(u16_at(record, 0xce)),
             first_meta_bg,
             backups: backups(record, features),
             flex_bg: features.flex_bg(),
             checksums,
-            mmp_block: features.mmp().then(|| halves(le32(record, 0x168), le32(record, 0x16c))),
+            mmp_block: features.mmp().then(|| halves(u32_at(record, 0x168), u32_at(record, 0x16c))),
         })
     }
 
@@ -152,14 +152,14 @@ struct Blocks {
 
 impl Blocks {
     fn parse(record: &[u8; SIZE], features: Features) -> Result<Self, DenseReason> {
-        let (log_block_size, log_cluster_size) = (le32(record, 0x18), le32(record, 0x1c));
+        let (log_block_size, log_cluster_size) = (u32_at(record, 0x18), u32_at(record, 0x1c));
         let cluster_bits = log_cluster_size.checked_sub(log_block_size);
         let limits = log_block_size <= MAX_LOG_BLOCK_SIZE && log_cluster_size <= MAX_LOG_CLUSTER_SIZE;
         let Some(cluster_bits) = cluster_bits.filter(|&bits| limits && (bits == 0 || features.bigalloc())) else {
             return Err(damaged("the size of blocks or clusters in its superblock is wrong"));
         };
         let size = 1024 << log_block_size;
-        let (per_group, clusters) = (u64::from(le32(record, 0x20)), u64::from(le32(record, 0x24)));
+        let (per_group, clusters) = (u64::from(u32_at(record, 0x20)), u64::from(u32_at(record, 0x24)));
         // The bitmap of a group is one block, of which whole bytes are used.
         if clusters == 0 || clusters % 8 != 0 || clusters > 8 * size || clusters << cluster_bits != per_group {
             return Err(damaged("the number of blocks per group in its superblock is wrong"));
@@ -174,8 +174,9 @@ fn damaged(text: &'static str) -> DenseReason {
 
 /// The features, which revision 0 does not have.
 fn features(record: &[u8; SIZE]) -> Result<Features, DenseReason> {
-    let features = Features { compat: le32(record, 0x5c), incompat: le32(record, 0x60), ro_compat: le32(record, 0x64) };
-    match le32(record, 0x4c) {
+    let features =
+        Features { compat: u32_at(record, 0x5c), incompat: u32_at(record, 0x60), ro_compat: u32_at(record, 0x64) };
+    match u32_at(record, 0x4c) {
         0 if (features.compat, features.incompat, features.ro_compat) != (0, 0, 0) => {
             Err(damaged("its revision has no features, and its superblock has some"))
         }
@@ -191,10 +192,10 @@ fn checksums(record: &[u8; SIZE], features: Features) -> Result<Checksums, Dense
         if record[0x175] != CRC32C {
             return Err(format!("its checksums of type {} are not supported", record[0x175]).into());
         }
-        if crc32c(!0, &record[..CHECKSUM_AT]) != le32(record, CHECKSUM_AT) {
+        if crc32c(!0, &record[..CHECKSUM_AT]) != u32_at(record, CHECKSUM_AT) {
             return Err(damaged("the checksum of its superblock is wrong"));
         }
-        let seed = if features.csum_seed() { le32(record, 0x270) } else { crc32c(!0, uuid) };
+        let seed = if features.csum_seed() { u32_at(record, 0x270) } else { crc32c(!0, uuid) };
         return Ok(Checksums::Crc32c { seed });
     }
     Ok(match features.gdt_csum() {
@@ -205,8 +206,8 @@ fn checksums(record: &[u8; SIZE], features: Features) -> Result<Checksums, Dense
 
 /// Whether the file system was unmounted cleanly, or frozen, and has no known errors.
 fn check_state(record: &[u8; SIZE]) -> Result<(), DenseReason> {
-    let state = le16(record, 0x3a);
-    let error_count = le32(record, 0x194);
+    let state = u16_at(record, 0x3a);
+    let error_count = u32_at(record, 0x194);
     if state & ERRORS_DETECTED != 0 || error_count != 0 {
         return Err(DenseReason::State("errors were found in it: run e2fsck".into()));
     }
@@ -214,10 +215,10 @@ fn check_state(record: &[u8; SIZE]) -> Result<(), DenseReason> {
         return Err(DenseReason::State("it was not unmounted cleanly: run e2fsck".into()));
     }
     // `s_last_orphan`: the start of the list of orphans.
-    if le32(record, 0xe8) != 0 {
+    if u32_at(record, 0xe8) != 0 {
         return Err(orphans());
     }
-    let unknown = le32(record, 0x160) & !FLAGS_UNDERSTOOD;
+    let unknown = u32_at(record, 0x160) & !FLAGS_UNDERSTOOD;
     if unknown != 0 {
         return Err(format!("it has flags that are not supported: {unknown:#x}").into());
     }
@@ -226,18 +227,18 @@ fn check_state(record: &[u8; SIZE]) -> Result<(), DenseReason> {
 
 /// A number whose upper half has a meaning only with the feature `64bit`.
 fn of_64bit(record: &[u8; SIZE], features: Features, low: usize, high: usize) -> Result<u64, DenseReason> {
-    let high = le32(record, high);
+    let high = u32_at(record, high);
     if high != 0 && !features.has_64bit() {
         return Err(damaged("its superblock has numbers of 64 bits without that feature"));
     }
-    Ok(halves(le32(record, low), high))
+    Ok(halves(u32_at(record, low), high))
 }
 
 fn descriptor_size(record: &[u8; SIZE], features: Features) -> Result<usize, DenseReason> {
     if !features.has_64bit() {
         return Ok(OLD_DESCRIPTOR_SIZE);
     }
-    match usize::from(le16(record, 0xfe)) {
+    match usize::from(u16_at(record, 0xfe)) {
         size @ 64..=1024 if size.is_power_of_two() => Ok(size),
         _ => Err(damaged("the size of group descriptors in its superblock is wrong")),
     }
@@ -245,13 +246,14 @@ fn descriptor_size(record: &[u8; SIZE], features: Features) -> Result<usize, Den
 
 /// The number of blocks of each inode table.
 fn inode_table(record: &[u8; SIZE], block_size: u64, groups: u32) -> Result<u64, DenseReason> {
-    let inode_size = if le32(record, 0x4c) == 0 { OLD_INODE_SIZE } else { u32::from(le16(record, 0x58)) };
-    let per_group = u64::from(le32(record, 0x28));
+    let inode_size = if u32_at(record, 0x4c) == 0 { OLD_INODE_SIZE } else { u32::from(u16_at(record, 0x58)) };
+    let per_group = u64::from(u32_at(record, 0x28));
     let size_is_valid = inode_size >= OLD_INODE_SIZE && inode_size.is_power_of_two();
     // The bitmap of the inodes of a group is one block, too.
     let count_is_valid = per_group > 0 && per_group <= 8 * block_size;
     let all = u64::from(groups).checked_mul(per_group);
-    if !size_is_valid || u64::from(inode_size) > block_size || !count_is_valid || all != Some(le32(record, 0).into()) {
+    if !size_is_valid || u64::from(inode_size) > block_size || !count_is_valid || all != Some(u32_at(record, 0).into())
+    {
         return Err(damaged("the number or the size of inodes in its superblock is wrong"));
     }
     Ok((per_group * u64::from(inode_size)).div_ceil(block_size))
@@ -259,10 +261,15 @@ fn inode_table(record: &[u8; SIZE], block_size: u64, groups: u32) -> Result<u64,
 
 fn backups(record: &[u8; SIZE], features: Features) -> Backups {
     if features.sparse_super2() {
-        Backups::These([le32(record, 0x24c), le32(record, 0x250)])
+        Backups::These([u32_at(record, 0x24c), u32_at(record, 0x250)])
     } else if features.sparse_super() {
         Backups::Powers
     } else {
         Backups::All
     }
+}
+
+/// A 64-bit number of which both halves have a place of their own.
+pub(super) fn halves(low: u32, high: u32) -> u64 {
+    u64::from(high) << 32 | u64::from(low)
 }

@@ -3,27 +3,23 @@
 use std::borrow::Cow;
 
 use super::super::ReadBytes;
+use super::super::fields::{array_at, u32_at};
 use crate::reason::DenseReason;
 use crate::units::Bytes;
 
 /// The big-endian number at `at`. Beyond the end of a structure there are zeros.
 pub(super) fn be16(bytes: &[u8], at: usize) -> u16 {
-    u16::from_be_bytes(array(bytes, at))
+    u16::from_be_bytes(array_at(bytes, at))
 }
 
 /// As [`be16`].
 pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
-    u32::from_be_bytes(array(bytes, at))
+    u32::from_be_bytes(array_at(bytes, at))
 }
 
 /// As [`be16`].
 pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
-    u64::from_be_bytes(array(bytes, at))
-}
-
-/// The bytes at `at`, with zeros beyond the end of the structure.
-pub(super) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
-    bytes.get(at..).and_then(<[u8]>::first_chunk).copied().unwrap_or([0; N])
+    u64::from_be_bytes(array_at(bytes, at))
 }
 
 /// Whether the CRC-32C of `bytes`, in which the checksum itself counts as zeros, is the little-endian number at `at`
@@ -31,7 +27,7 @@ pub(super) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 pub(super) fn has_checksum(bytes: &[u8], at: usize) -> bool {
     let (Some(before), Some(behind)) = (bytes.get(..at), bytes.get(at + 4..)) else { return false };
     let crc = crc32c::crc32c_append(crc32c::crc32c_append(crc32c::crc32c(before), &[0; 4]), behind);
-    crc == u32::from_le_bytes(array(bytes, at))
+    crc == u32_at(bytes, at)
 }
 
 /// The `len` bytes at `offset`, which are `what`.

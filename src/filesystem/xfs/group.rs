@@ -6,7 +6,8 @@
 use std::ops::Range;
 
 use super::super::ReadBytes;
-use super::bytes::{array, be32, be64, damaged, has_checksum, read};
+use super::super::fields::array_at;
+use super::bytes::{be32, be64, damaged, has_checksum, read};
 use super::log::Lsn;
 use super::superblock::Superblock;
 use super::tree::{Order, Tree, Walked};
@@ -95,7 +96,8 @@ impl<'a> Group<'a> {
             if !has_checksum(&self.agf, 216) {
                 return Err(self.damaged("the checksum of the AGF"));
             }
-            if array(&self.agf, 64) != superblock.metadata_uuid || !self.head.covers(Lsn::new(be64(&self.agf, 208))) {
+            if array_at(&self.agf, 64) != superblock.metadata_uuid || !self.head.covers(Lsn::new(be64(&self.agf, 208)))
+            {
                 return Err(self.damaged("the UUID or the log sequence number of the AGF"));
             }
         }
@@ -116,7 +118,7 @@ impl<'a> Group<'a> {
             true => {
                 let expected = (AGFL_MAGIC, self.number, self.superblock.metadata_uuid);
                 let lsn = Lsn::new(be64(agfl, 24));
-                if (array(agfl, 0), be32(agfl, 4), array(agfl, 8)) != expected || !self.head.covers(lsn) {
+                if (array_at(agfl, 0), be32(agfl, 4), array_at(agfl, 8)) != expected || !self.head.covers(lsn) {
                     return Err(self.damaged("the header of the free list (AGFL)"));
                 }
                 &agfl[AGFL_HEADER..]

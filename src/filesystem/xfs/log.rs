@@ -12,7 +12,8 @@
 use std::ops::Range;
 
 use super::super::ReadBytes;
-use super::bytes::{array, be32, be64, damaged, read};
+use super::super::fields::{array_at, u32_at};
+use super::bytes::{be32, be64, damaged, read};
 use super::superblock::Superblock;
 use crate::reason::DenseReason;
 
@@ -159,7 +160,7 @@ impl<'a> Log<'a> {
     fn check_unmount(&self, ring: &Ring, superblock: &Superblock) -> Result<(), DenseReason> {
         let (first, record) = self.last_record(ring)?;
         let header = &record[..BLOCK as usize];
-        if array::<16>(header, 304) != superblock.uuid {
+        if array_at::<16>(header, 304) != superblock.uuid {
             return Err(damaged("its log has the UUID of another file system"));
         }
         let cycle = ring.cycle_of(first);
@@ -173,7 +174,7 @@ impl<'a> Log<'a> {
         if record.len() as u64 != (headers + length.div_ceil(BLOCK)) * BLOCK || length < 16 {
             return Err(not_empty());
         }
-        let crc = u32::from_le_bytes(array(header, 32));
+        let crc = u32_at(header, 32);
         // mkfs.xfs and xfs_repair write the record of an unmount without a checksum, in version 5 too.
         if superblock.has_checksums && crc != 0 && !checksums(&record, data, length as usize).contains(&crc) {
             return Err(damaged("the checksum of the last record of its log is wrong"));

@@ -6,7 +6,8 @@
 use std::ops::Range;
 
 use super::super::ReadBytes;
-use super::bytes::{array, be16, be32, be64, damaged, has_checksum, read};
+use super::super::fields::array_at;
+use super::bytes::{be16, be32, be64, damaged, has_checksum, read};
 use super::log::Lsn;
 use crate::reason::DenseReason;
 
@@ -161,8 +162,8 @@ impl Superblock {
             has_rmap: checked && be32(bytes, 212) & ro_compat::RMAP != 0,
             has_reflink: checked && be32(bytes, 212) & ro_compat::REFLINK != 0,
             has_log_v2: has(bytes, version::LOG_V2),
-            uuid: array(bytes, 32),
-            metadata_uuid: array(bytes, if other_uuid { 248 } else { 32 }),
+            uuid: array_at(bytes, 32),
+            metadata_uuid: array_at(bytes, if other_uuid { 248 } else { 32 }),
             lsn: checked.then(|| Lsn::new(be64(bytes, 240))),
             log_start: be64(bytes, 48),
             log_length: be32(bytes, 96),

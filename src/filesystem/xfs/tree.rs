@@ -9,7 +9,8 @@
 use std::ops::Range;
 
 use super::super::ReadBytes;
-use super::bytes::{array, be16, be32, be64, damaged, has_checksum, read};
+use super::super::fields::array_at;
+use super::bytes::{be16, be32, be64, damaged, has_checksum, read};
 use super::log::Lsn;
 use super::superblock::Superblock;
 use crate::reason::DenseReason;
@@ -145,14 +146,14 @@ impl Tree<'_> {
         let superblock = self.superblock;
         let offset = (superblock.first_block_of(self.group) + u64::from(number)) * superblock.block_size;
         let block = read(self.device, offset, superblock.block_size as usize, &format!("the {}", self.name()))?;
-        if array(&block, 0) != self.order.magic(superblock.has_checksums) || u32::from(be16(&block, 4)) != level {
+        if array_at(&block, 0) != self.order.magic(superblock.has_checksums) || u32::from(be16(&block, 4)) != level {
             return Err(self.damaged("magic number or level in a block"));
         }
         if superblock.has_checksums {
             if !has_checksum(&block, 52) {
                 return Err(self.damaged("checksum"));
             }
-            let place = (be64(&block, 16), be32(&block, 48), array(&block, 32));
+            let place = (be64(&block, 16), be32(&block, 48), array_at(&block, 32));
             // The place is stored in sectors of 512 bytes, of whatever size the sectors of the device are.
             if place != (offset / 512, self.group, superblock.metadata_uuid) {
                 return Err(self.damaged("place, owner or UUID in a block"));
