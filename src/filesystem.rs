@@ -9,6 +9,7 @@ pub mod btrfs;
 pub mod detect;
 pub mod ext;
 mod fields;
+pub mod memory;
 pub mod partitions;
 pub mod swap;
 mod window;

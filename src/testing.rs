@@ -11,6 +11,7 @@ pub mod export {
     pub use crate::export::{Export, VolumeExport};
 }
 pub mod filesystem {
+    pub use crate::filesystem::memory::MemoryDevice;
     pub use crate::filesystem::{ReadBytes, btrfs, detect, ext, partitions, swap, xfs};
 }
 pub mod fuse {

@@ -7,6 +7,9 @@ mod damaged;
 mod images;
 #[path = "used_xfs/refusals.rs"]
 mod refusals;
+#[path = "support/used_space.rs"]
+#[allow(dead_code, reason = "each test uses its own part")]
+mod used_space;
 #[path = "support/xfs_image.rs"]
 mod xfs_image;
 use std::fs::File;

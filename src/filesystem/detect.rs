@@ -133,4 +133,4 @@ fn read_head(device: &dyn ReadBytes) -> std::io::Result<Vec<u8>> {
 }
 
 #[cfg(test)]
-pub mod tests;
+mod tests;

@@ -114,7 +114,7 @@ fn parse(head: &[u8]) -> Result<Header, DenseReason> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::filesystem::detect::tests::MemoryDevice;
+    use crate::filesystem::memory::MemoryDevice;
     use crate::map::{ExtentKind, HoleMap as _, view};
 
     /// A swap area of `pages` pages of `page_size` bytes, and `tail` bytes more.

@@ -1,32 +1,16 @@
 //! File systems of which the free space is not certain.
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::time::Instant;
 
-use blkholefs::testing::filesystem::{ReadBytes, ext};
+use blkholefs::testing::filesystem::{MemoryDevice, ReadBytes as _, ext};
 use blkholefs::testing::map::HoleMap as _;
 use blkholefs::testing::units::Bytes;
 
 use super::common::random::Random;
 use super::common::{MIB, needs, run};
 use super::image::{Ext, files};
-
-/// Bytes in memory as a device.
-struct Memory(Vec<u8>);
-
-impl ReadBytes for Memory {
-    fn len(&self) -> Bytes {
-        Bytes::new(self.0.len() as u64)
-    }
-
-    fn read_exact(&self, offset: Bytes, buffer: &mut [u8]) -> io::Result<()> {
-        let from = self.0.get(offset.get() as usize..).and_then(|rest| rest.get(..buffer.len()));
-        buffer.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-}
 
 fn refused(ext: &Ext, text: &str) {
     match ext.used() {
@@ -145,8 +129,8 @@ fn every_bit_of_the_metadata_matters_or_changes_nothing() {
     needs!(programs["mke2fs"]);
     for options in ["-t ext2 -b 1024 -g 512 -N 64", "-t ext4 -b 1024 -g 512 -N 64 -O ^has_journal"] {
         let bytes = fs::read(Ext::filled(2 * MIB, options).path()).unwrap();
-        let free = |device: &Memory| ext::used(device).map(|map| map.allocated());
-        let mut device = Memory(bytes);
+        let free = |device: &MemoryDevice| ext::used(device).map(|map| map.allocated());
+        let mut device = MemoryDevice(bytes);
         let right = free(&device).unwrap();
         // The superblock, the descriptors, and bitmaps behind them.
         for at in (1024..2048).chain(2048..2048 + 256).chain((2304..60 << 10).step_by(61)) {
@@ -165,11 +149,11 @@ fn truncated_and_random_devices() {
     needs!(programs["mke2fs"]);
     let bytes = fs::read(Ext::filled(2 * MIB, "-t ext2 -b 1024").path()).unwrap();
     for len in (0..5000).chain((5000..bytes.len()).step_by(4099)) {
-        assert!(ext::used(&Memory(bytes[..len].to_vec())).is_err(), "{len} bytes");
+        assert!(ext::used(&MemoryDevice(bytes[..len].to_vec())).is_err(), "{len} bytes");
     }
     let mut random = Random::new(Random::seed_or(1));
     for _ in 0..200 {
-        assert!(ext::used(&Memory(random.bytes(9000))).is_err());
+        assert!(ext::used(&MemoryDevice(random.bytes(9000))).is_err());
     }
 }
 
@@ -185,7 +169,7 @@ fn hostile_superblocks() {
     ] {
         let bytes = fs::read(Ext::filled(2 * MIB, options).path()).unwrap();
         for _ in 0..3000 {
-            let mut device = Memory(bytes.clone());
+            let mut device = MemoryDevice(bytes.clone());
             for _ in 0..random.within(1..4) {
                 let at = if random.one_in(3) { 2048 + random.within(0..64) } else { 1024 + random.within(0..96) }
                     as usize

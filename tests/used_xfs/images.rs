@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use blkholefs::testing::filesystem::{ReadBytes, xfs};
+use blkholefs::testing::filesystem::xfs;
 use blkholefs::testing::map::{ExtentKind, FillMap, HoleMap as _};
 use blkholefs::testing::units::Bytes;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -15,29 +15,11 @@ use crate::common::image::Image;
 use crate::common::loop_device::Loop;
 use crate::common::random::Random;
 use crate::common::{KIB, run, try_run, wait_until};
-
-/// A file as a device.
-pub struct FileBytes(File);
-
-impl FileBytes {
-    pub fn open(path: &Path) -> Self {
-        Self(File::open(path).unwrap())
-    }
-}
-
-impl ReadBytes for FileBytes {
-    fn len(&self) -> Bytes {
-        Bytes::new(self.0.metadata().unwrap().len())
-    }
-
-    fn read_exact(&self, offset: Bytes, buffer: &mut [u8]) -> std::io::Result<()> {
-        self.0.read_exact_at(buffer, offset.get())
-    }
-}
+use crate::used_space::ImageDevice;
 
 /// The map of the used space of an image, or the text of the reason why there is none.
 pub fn used(image: &Path) -> Result<FillMap, String> {
-    xfs::used(&FileBytes::open(image)).map_err(|reason| reason.to_string())
+    xfs::used(&ImageDevice::open(image)).map_err(|reason| reason.to_string())
 }
 
 /// The ranges of one kind, in bytes.

@@ -1,7 +1,7 @@
 //! Tests of tables of partitions. Those that real programs write are in `tests/used_partitions.rs`.
 
 use super::*;
-use crate::filesystem::detect::tests::MemoryDevice;
+use crate::filesystem::memory::MemoryDevice;
 
 const MIB: usize = 1 << 20;
 

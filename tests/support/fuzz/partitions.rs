@@ -6,10 +6,8 @@
 //! An input is the number of a disk and a flag (one byte), and edits of eight bytes each: the position, how many bytes, and the
 //! bytes. With the flag, the checksums of a GPT are made right after the edits.
 
-use std::io;
-
 use blkholefs::testing::filesystem::detect::{recognise, used_space};
-use blkholefs::testing::filesystem::{ReadBytes, partitions, swap};
+use blkholefs::testing::filesystem::{MemoryDevice, ReadBytes as _, partitions, swap};
 use blkholefs::testing::map::view;
 use blkholefs::testing::units::Bytes;
 
@@ -18,19 +16,6 @@ const MAX_EDITS: usize = 32;
 const LEN: usize = 192 << 10;
 
 struct Disk(Vec<u8>);
-
-impl ReadBytes for Disk {
-    fn len(&self) -> Bytes {
-        Bytes::new(self.0.len() as u64)
-    }
-
-    fn read_exact(&self, offset: Bytes, buffer: &mut [u8]) -> io::Result<()> {
-        let start = usize::try_from(offset.get()).unwrap_or(usize::MAX);
-        let bytes = self.0.get(start..).and_then(|rest| rest.get(..buffer.len()));
-        buffer.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
-    }
-}
 
 impl Disk {
     fn new(which: u8) -> Self {
@@ -129,6 +114,7 @@ pub fn run(input: &[u8]) {
     if which & 0x80 != 0 {
         disk.stamp();
     }
+    let disk = MemoryDevice(disk.0);
     recognise(&disk);
     let _ = swap::used(&disk);
     let partitions = partitions::read(&disk);
