@@ -18,6 +18,7 @@ mod used;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -25,6 +26,7 @@ use super::{Export, FileIdentity, FileSource, HostNode};
 use crate::error::{Error, Result};
 use crate::source::Context;
 use crate::spec::ViewOptions;
+use crate::units::Bytes;
 
 pub use older::OlderSource;
 use older::OpenedOlder;
@@ -92,6 +94,18 @@ pub fn of_open(base: Arc<dyn Export>, options: &ViewOptions, context: &Context) 
 fn is_at_its_path(base: &dyn Export) -> bool {
     let found = || HostNode::at(base.name()).ok()?.identity;
     base.identity().is_none_or(|identity| found() == Some(identity))
+}
+
+/// The name of a view in messages.
+fn named(base: &dyn Export, ending: &str) -> PathBuf {
+    let mut name = base.name().as_os_str().to_owned();
+    name.push(ending);
+    PathBuf::from(name)
+}
+
+/// The index of the byte at `position` in a buffer that begins at `start`, which is not behind it by more than a request.
+fn index(position: Bytes, start: Bytes) -> usize {
+    usize::try_from(position.saturating_sub(start).get()).unwrap_or(usize::MAX)
 }
 
 fn next_identity() -> FileIdentity {

@@ -119,6 +119,16 @@ impl Layout {
         }
     }
 
+    /// The parts of `range` in order, each cut at its end. There are none beyond the end of the image.
+    pub fn parts(&self, range: Range<Bytes>) -> impl Iterator<Item = Part> {
+        let (mut at, end) = (range.start, range.end.min(self.len()));
+        std::iter::from_fn(move || {
+            let part = (at < end).then(|| self.part_at(at))?;
+            at = part.range.end.min(end);
+            Some(Part { range: part.range.start..at, ..part })
+        })
+    }
+
     /// The position in the image of the byte of the device at `offset`, or `None` if that is not stored.
     pub fn position_of(&self, offset: Bytes) -> Option<Bytes> {
         let (cluster, in_cluster) = (offset.get() / self.cluster.get(), offset.get() % self.cluster.get());

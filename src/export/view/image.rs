@@ -9,11 +9,12 @@ use std::sync::Arc;
 use log::{info, warn};
 
 use super::older::OpenedOlder;
+use super::{index, named};
 use crate::error::{Error, Result, shown};
 use crate::export::read_queue::ReadQueue;
 use crate::export::{Export, FileIdentity, HostNode, MIN_ALIGN};
 use crate::map::{ExtentKind, HoleMap, Uniform, view};
-use crate::qcow2::{Backing, BackingFormat, Builder, ClusterSize, Content, Layout};
+use crate::qcow2::{Backing, BackingFormat, Builder, ClusterSize, Content, Layout, Part};
 use crate::source::changes::Changes;
 use crate::source::{Context, Layer, Stack};
 use crate::spec::ViewOptions;
@@ -66,7 +67,7 @@ impl ImageExport {
         context: &Context,
     ) -> Result<Self> {
         let image = ImageLayout::compact(&*base, options, context)?;
-        let name = named(&base, ".qcow2");
+        let name = named(&*base, ".qcow2");
         log_open(&name, &*base, &image.layout);
         Ok(Self { name, base, image, identity })
     }
@@ -82,7 +83,7 @@ impl ImageExport {
         older: OpenedOlder,
         identity: FileIdentity,
     ) -> Result<Self> {
-        let name = named(&base, &format!(".since-{}.qcow2", shown(Path::new(&older.source.name()))));
+        let name = named(&*base, &format!(".since-{}.qcow2", shown(Path::new(&older.source.name()))));
         let image = ImageLayout::of_changes(&*base, changes, options, older)?;
         log_open(&name, &*base, &image.layout);
         Ok(Self { name, base, image, identity })
@@ -95,7 +96,7 @@ impl ImageExport {
     pub(super) fn dense(base: Arc<dyn Export>, options: &ViewOptions, identity: FileIdentity) -> Result<Self> {
         let len = base.len()?;
         let layout = build(&*base, options, None, &all_data(len))?;
-        Ok(Self { name: named(&base, ".qcow2"), base, image: ImageLayout { layout, guarded: None }, identity })
+        Ok(Self { name: named(&*base, ".qcow2"), base, image: ImageLayout { layout, guarded: None }, identity })
     }
 
     pub(super) fn layout(&self) -> &Layout {
@@ -205,13 +206,6 @@ fn backing(options: &ViewOptions, older: &OsStr) -> Backing {
     }
 }
 
-/// The name of a view in messages.
-fn named(base: &Arc<dyn Export>, ending: &str) -> PathBuf {
-    let mut name = base.name().as_os_str().to_owned();
-    name.push(ending);
-    PathBuf::from(name)
-}
-
 fn log_open(name: &Path, base: &dyn Export, layout: &Layout) {
     info!("{}: an image of {} bytes{}", shown(name), layout.len(), warning(base));
 }
@@ -241,26 +235,22 @@ impl Export for ImageExport {
     fn read_at(&self, buffer: &mut AlignedBuffer, offset: Bytes, size: usize) -> io::Result<Range<usize>> {
         let layout = &self.image.layout;
         let end = offset.saturating_add(Bytes::new(size as u64)).min(layout.len());
-        let first = layout.part_at(offset);
+        let mut parts = layout.parts(offset..end).peekable();
         // Mostly it is one range of the device, and no byte needs to be copied.
-        if let Content::Device(at) = first.content
-            && end <= first.range.end
+        if let Some(Part { range, content: Content::Device(at) }) = parts.peek()
+            && range.end == end
         {
-            let range = self.base.read_at(buffer, at, size)?;
+            let range = self.base.read_at(buffer, *at, size)?;
             return if range.len() < size { Err(shorter()) } else { Ok(range) };
         }
         let bytes = buffer.resize(size);
-        let mut at = offset;
-        while at < end {
-            let part = layout.part_at(at);
-            let part_end = part.range.end.min(end);
-            let inside = index(at, offset)..index(part_end, offset);
+        for part in parts {
+            let inside = index(part.range.start, offset)..index(part.range.end, offset);
             match part.content {
-                Content::Metadata => layout.fill_metadata(at, &mut bytes[inside]),
+                Content::Metadata => layout.fill_metadata(part.range.start, &mut bytes[inside]),
                 Content::Zeros => bytes[inside].fill(0),
                 Content::Device(device) => self.read_device(&mut bytes[inside], device)?,
             }
-            at = part_end;
         }
         Ok(0..index(end, offset))
     }
@@ -295,9 +285,4 @@ impl Export for ImageExport {
     fn is_current(&self) -> bool {
         super::is_at_its_path(&*self.base) && self.image.is_current()
     }
-}
-
-/// The index of the byte at `position` in a buffer that begins at `start`, which is not behind it by more than a request.
-fn index(position: Bytes, start: Bytes) -> usize {
-    usize::try_from(position.saturating_sub(start).get()).unwrap_or(usize::MAX)
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use super::image::ImageExport;
+use super::index;
 use crate::export::read_queue::{PendingRead, ReadQueue};
 use crate::qcow2::Content;
 use crate::sys::buffer::AlignedBuffer;
@@ -49,33 +50,26 @@ impl ImageExport {
         let size = buffer.bytes().len();
         let mut parts = Vec::new();
         let mut done = 0;
-        while done < size {
-            let at = offset.saturating_add(Bytes::new(done as u64));
-            let part = layout.part_at(at);
-            let len = usize::try_from(part.range.end.saturating_sub(at).get()).unwrap_or(usize::MAX).min(size - done);
-            let range = done..done + len;
+        for part in layout.parts(offset..offset.saturating_add(Bytes::new(size as u64))) {
+            let range = done..index(part.range.end, offset);
+            done = range.end;
             match part.content {
-                Content::Device(device) if len == size => {
+                Content::Device(device) if range.len() == size => {
                     reads.push((device, buffer));
                     return Planned::Whole;
                 }
                 Content::Device(device) => {
                     let mut own = AlignedBuffer::new();
-                    own.resize(len);
+                    own.resize(range.len());
                     reads.push((device, own));
                     parts.push(range);
                 }
-                Content::Metadata => layout.fill_metadata(at, &mut buffer.bytes_mut()[range]),
-                // Also behind the end of the image.
-                Content::Zeros => {
-                    let len = if len == 0 { size - done } else { len };
-                    buffer.bytes_mut()[done..done + len].fill(0);
-                    done += len;
-                    continue;
-                }
+                Content::Metadata => layout.fill_metadata(part.range.start, &mut buffer.bytes_mut()[range]),
+                Content::Zeros => buffer.bytes_mut()[range].fill(0),
             }
-            done += len;
         }
+        // Behind the end of the image.
+        buffer.bytes_mut()[done..].fill(0);
         Planned::Parts(buffer, parts)
     }
 

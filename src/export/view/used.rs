@@ -10,10 +10,9 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::Wanted;
 use super::claim::Claim;
+use super::{Wanted, index, named};
 use crate::error::{Error, Result, shown};
-use crate::export::read_queue::ReadQueue;
 use crate::export::{Export, FileIdentity, HostNode};
 use crate::filesystem::ReadBytes;
 use crate::filesystem::detect::{self, UsedSpace};
@@ -54,13 +53,13 @@ impl UsedExport {
         {
             warn!("{}: all of it is data in the view of the used space: {reason}", shown(base.name()));
         }
-        Ok(Self { name: name_of(&*base), base, identity, claim: Some(Arc::new(claim)), space })
+        Ok(Self { name: named(&*base, ".used"), base, identity, claim: Some(Arc::new(claim)), space })
     }
 
     /// The device without any free space.
     pub(super) fn dense(base: Arc<dyn Export>, identity: FileIdentity) -> Self {
         let space = Err(DenseReason::NotNow("its file system was not read yet".into()));
-        Self { name: name_of(&*base), base, identity, claim: None, space }
+        Self { name: named(&*base, ".used"), base, identity, claim: None, space }
     }
 
     /// The extents of `range` that are not free.
@@ -68,10 +67,6 @@ impl UsedExport {
         let Ok(space) = &self.space else { return vec![range] };
         let runs = view::runs(&*space.map, self.base.align(), range);
         runs.filter(|(_, run)| run.kind.is_data()).map(|(start, run)| start..run.end).collect()
-    }
-
-    fn changed() -> io::Error {
-        io::Error::other("the device was written since the view of its used space was opened")
     }
 }
 
@@ -85,12 +80,6 @@ fn described(space: &UsedSpace) -> String {
         [] => space.kind.to_owned(),
         parts => format!("{} ({})", space.kind, parts.iter().map(part).collect::<Vec<_>>().join("; ")),
     }
-}
-
-fn name_of(base: &dyn Export) -> PathBuf {
-    let mut name = base.name().as_os_str().to_owned();
-    name.push(".used");
-    PathBuf::from(name)
 }
 
 impl Export for UsedExport {
@@ -137,13 +126,9 @@ impl Export for UsedExport {
         };
         // After the read: a write before it would have been seen.
         if self.claim.as_ref().is_some_and(|claim| !claim.holds()) {
-            return Err(Self::changed());
+            return Err(io::Error::other("the device was written since the view of its used space was opened"));
         }
         Ok(result)
-    }
-
-    fn read_queue(&self) -> Option<&dyn ReadQueue> {
-        None
     }
 
     fn resolve(&self, context: &Context) -> Stack {
@@ -211,9 +196,4 @@ impl ReadBytes for Bare<'_> {
 /// Whether there is a file system on a device whose free space can be found, by its magic numbers.
 pub fn has_known_file_system(export: &dyn Export) -> bool {
     export.len().is_ok_and(|len| detect::recognise(&Bare { export, len }).is_some())
-}
-
-/// The index of the byte at `position` in a buffer that begins at `start`, which is not behind it by more than a request.
-fn index(position: Bytes, start: Bytes) -> usize {
-    usize::try_from(position.saturating_sub(start).get()).unwrap_or(usize::MAX)
 }
