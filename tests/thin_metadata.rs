@@ -20,6 +20,7 @@ mod common;
 #[allow(dead_code)]
 mod thin_image;
 #[path = "support/thin_mutation.rs"]
+#[allow(dead_code, reason = "only the fuzz targets have inputs")]
 mod thin_mutation;
 use common::needs;
 use thin_image::{BLOCK, Device, NODE, SUPERBLOCK, put, stamp};

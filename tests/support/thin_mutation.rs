@@ -19,6 +19,9 @@ use blkholefs::testing::units::Bytes;
 
 use super::thin_image::{BLOCK, NODE, SUPERBLOCK, get, put, stamp};
 
+/// The most edits of one input. More of them leave hardly a tree that can be read.
+const MAX_EDITS: usize = 64;
+
 /// One change, encoded in arbitrary bytes.
 pub type Edit = [u8; 8];
 
@@ -226,4 +229,15 @@ fn entries(bytes: &[u8], root: u64) -> BTreeMap<u64, u64> {
         assert!(nodes.len() < bytes.len(), "a tree without an end");
     }
     entries
+}
+
+/// Reads one of the images as an input of a fuzz target has it: the number of the image (one byte), a length to which it is cut
+/// (two bytes; most values do not cut it), and edits.
+pub fn run(images: &mut [Image], input: &[u8]) {
+    let Some(([which, low, high], edits)) = input.split_first_chunk() else { return };
+    let (edits, _) = edits.as_chunks();
+    let cut = usize::from(u16::from_le_bytes([*low, *high]));
+    let count = images.len();
+    let image = &mut images[usize::from(*which) % count];
+    image.read_edited(&edits[..edits.len().min(MAX_EDITS)], (cut % 16 == 1).then_some(cut * 16));
 }

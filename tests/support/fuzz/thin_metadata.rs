@@ -18,9 +18,6 @@ mod thin_mutation;
 use thin_image::Device;
 use thin_mutation::Image;
 
-/// The most edits of one input. More of them leave hardly a tree that can be read.
-const MAX_EDITS: usize = 64;
-
 thread_local! {
     static IMAGES: RefCell<Vec<Image>> = RefCell::new(images());
 }
@@ -45,12 +42,5 @@ fn images() -> Vec<Image> {
 }
 
 pub fn run(input: &[u8]) {
-    let Some(([which, low, high], edits)) = input.split_first_chunk() else { return };
-    let (edits, _) = edits.as_chunks();
-    let cut = usize::from(u16::from_le_bytes([*low, *high]));
-    IMAGES.with_borrow_mut(|images| {
-        let count = images.len();
-        let image = &mut images[usize::from(*which) % count];
-        image.read_edited(&edits[..edits.len().min(MAX_EDITS)], (cut % 16 == 1).then_some(cut * 16));
-    });
+    IMAGES.with_borrow_mut(|images| thin_mutation::run(images, input));
 }
