@@ -15,6 +15,7 @@ mod shown;
 mod usage;
 mod view;
 mod volume;
+mod writer;
 
 use std::fs::File;
 use std::io;
@@ -32,6 +33,7 @@ pub use shown::{CatalogEntry, FileSource, KeptOpen};
 pub use usage::Usage;
 pub use view::{Wanted, of_open as view_of};
 pub use volume::VolumeExport;
+pub use writer::{Writer, Zeroed};
 
 use crate::error::{Error, Result};
 use crate::source::nbd::{SideExport, Uri};
@@ -84,6 +86,14 @@ pub trait Export: Send + Sync {
     /// Reads that are begun first and waited for later; `None` where only [`Export::read_at`] reads.
     fn read_queue(&self) -> Option<&dyn ReadQueue> {
         None
+    }
+
+    /// Opens it for writing, and claims it for that. The claim ends when the writer is dropped.
+    ///
+    /// # Errors
+    /// `EROFS` for what is never written, and as open(2): `EBUSY` for a device that is in use.
+    fn writer(&self) -> io::Result<Arc<dyn Writer>> {
+        Err(io::Error::from_raw_os_error(libc::EROFS))
     }
 
     /// The layers that the extents come from, and what guards them. Nothing is loaded.
