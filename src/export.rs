@@ -7,6 +7,7 @@
 mod block_device;
 mod catalog;
 mod device_directory;
+mod device_writer;
 mod image;
 mod nbd;
 mod node;
@@ -229,7 +230,8 @@ impl dyn Export + '_ {
         Ok(range)
     }
 
-    fn is_gone(&self) -> bool {
+    /// Whether the device does not exist any more.
+    pub fn is_gone(&self) -> bool {
         self.size().is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
     }
 }

@@ -9,6 +9,7 @@ mod nodes;
 mod open;
 mod share;
 mod usage;
+mod write;
 
 pub use attributes::{Attributes, Ownership};
 pub use nodes::{Ino, ROOT};
@@ -31,6 +32,7 @@ use nodes::Nodes;
 use open::{OpenFile, OpenFiles};
 use share::{OpenDevices, is_same};
 use usage::UsageCache;
+use write::Writers;
 
 /// An open file's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -71,6 +73,7 @@ pub struct FileSystem {
     open: OpenFiles,
     /// The open devices, by inode. All opens of an inode share one handle.
     devices: Mutex<OpenDevices>,
+    writers: Writers,
     listings: Mutex<HashMap<u64, OpenDirectory>>,
     next_fh: AtomicU64,
 }
@@ -103,6 +106,7 @@ impl FileSystem {
             usage: UsageCache::default(),
             open: OpenFiles::default(),
             devices: Mutex::default(),
+            writers: Writers::default(),
             listings: Mutex::default(),
             next_fh: AtomicU64::new(1),
         })
@@ -290,12 +294,12 @@ impl FileSystem {
         parent.map_or(ROOT, |parent| self.nodes.number(&parent))
     }
 
-    /// Opens a file for reading.
+    /// Opens a file.
     ///
     /// # Errors
-    /// EROFS for any other way of opening; as open(2) on the device.
+    /// As open(2) on the device. For writing EROFS where nothing is written, and EBUSY for a device that is in use.
     pub fn open(&self, ino: Ino, for_writing: bool) -> Result<Fh> {
-        if for_writing {
+        if for_writing && !self.is_writable() {
             return Err(Error::from_errno(libc::EROFS));
         }
         let target = self.catalog.find(&self.nodes.path(ino)?)?;
@@ -304,8 +308,17 @@ impl FileSystem {
             CatalogEntry::File(_, node) => self.share(ino, &target, node.as_ref())?,
             CatalogEntry::View(_, node) => self.share_view(ino, &target, node)?,
         };
+        let writer = if for_writing { Some(self.begin_writing(&handle)) } else { None };
+        let reader = Reader::new(handle, self.ahead.clone());
+        let writer = match writer.transpose() {
+            Ok(writer) => writer,
+            Err(error) => {
+                self.close(OpenFile { ino, reader, writer: None });
+                return Err(error);
+            }
+        };
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
-        self.open.insert(Fh(fh), OpenFile { ino, reader: Reader::new(handle, self.ahead.clone()) });
+        self.open.insert(Fh(fh), OpenFile { ino, reader, writer });
         debug!("open {} as {fh}", shown(self.handle(Fh(fh))?.export().name()));
         Ok(Fh(fh))
     }
@@ -336,7 +349,13 @@ impl FileSystem {
 
     /// Closes an open file. The device is closed with its last open file, before this returns. Returns whether it was the last.
     pub fn release(&self, fh: Fh) -> bool {
-        let Some(open) = self.open.remove(fh) else { return false };
+        self.open.remove(fh).is_some_and(|open| self.close(open))
+    }
+
+    fn close(&self, mut open: OpenFile) -> bool {
+        if let Some(writer) = open.writer.take() {
+            self.end_writing(open.reader.handle(), writer);
+        }
         let mut devices = self.lock_devices();
         // The path may lead to another device by now. Then the entry does not belong to this open file.
         let last = match devices.by_ino.get_mut(&open.ino) {

@@ -12,6 +12,7 @@ mod read;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod write;
 
 use std::ffi::OsStr;
 use std::io;
@@ -21,10 +22,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig,
-    LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
-    ReplyXattr, Request, TimeOrNow,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use log::log;
 
@@ -57,8 +58,12 @@ pub const SESSION_THREADS: usize = 8;
 /// The reply to a request that this process sends to its own mount: it would wait for itself.
 const OWN_REQUEST: Errno = Errno::EDEADLK;
 
-/// The largest read request, in bytes, and so the largest size of a buffer.
-const MAX_READ: u32 = 1 << 20;
+/// What only a mount that is not written uses. In one that is, a file that is open for writing is read past the page cache of
+/// the mount, and the kernel must refuse to map it shared: stores to such a mapping would stay in that cache unseen.
+const READ_ONLY_CAPABILITIES: &[InitFlags] = &[InitFlags::FUSE_PASSTHROUGH, InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP];
+
+/// The largest read or write request, in bytes, and so the largest size of a buffer.
+const MAX_REQUEST: u32 = 1 << 20;
 
 /// The kernel's default for the number of requests that no process waits for (`FUSE_DEFAULT_MAX_BACKGROUND` of
 /// `fs/fuse/inode.c`).
@@ -135,20 +140,17 @@ impl Filesystem for BlkHoleFs {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         self.fs.begin();
         // Each of these is optional: without it the mount is only slower.
-        for wanted in [
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_PASSTHROUGH,
-            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
-        ] {
+        let of_all = [InitFlags::FUSE_PARALLEL_DIROPS, InitFlags::FUSE_ASYNC_DIO];
+        let of_kind = if self.fs.is_writable() { write::CAPABILITIES } else { READ_ONLY_CAPABILITIES };
+        for &wanted in of_all.iter().chain(of_kind) {
             let _ = config.add_capabilities(wanted);
         }
         let _ = config.set_max_stack_depth(PASSTHROUGH_DEPTH);
-        let _ = config.set_max_write(MAX_READ);
+        let _ = config.set_max_write(MAX_REQUEST);
         // The reads of the kernel's own reading ahead, which is never below its default.
         let background = u16::try_from(self.fs.queue_depth()).unwrap_or(u16::MAX).max(DEFAULT_BACKGROUND);
         let _ = config.set_max_background(background);
-        if let Err(most) = config.set_max_readahead(MAX_READ) {
+        if let Err(most) = config.set_max_readahead(MAX_REQUEST) {
             let _ = config.set_max_readahead(most);
         }
         Ok(())
@@ -196,7 +198,12 @@ impl Filesystem for BlkHoleFs {
         self.answer(move |fs| match fs.open(Ino(ino.0), for_writing).and_then(|fh| Ok((fh, fs.handle(fh)?))) {
             Ok((fh, handle)) => {
                 fs.give_len(fh, |ino, len| kernel_cache.lengthen(ino, len));
-                passthrough.open(fh, handle, open_flags, reply);
+                match (for_writing, fs.is_writable()) {
+                    (true, _) => reply.opened(FileHandle(fh.0), write::OPEN_FLAGS),
+                    // The kernel allows no opens with and without passthrough of one inode at the same time.
+                    (false, true) => reply.opened(FileHandle(fh.0), open_flags),
+                    (false, false) => passthrough.open(fh, handle, open_flags, reply),
+                }
             }
             Err(error) => reply.error(errno("open", &error)),
         });
@@ -276,8 +283,63 @@ impl Filesystem for BlkHoleFs {
         reply.ok();
     }
 
-    fn fsync(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        reply.ok();
+    fn fsync(&self, _request: &Request, _ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.answer(move |fs| write::reply_empty("fsync", fs.fsync(Fh(fh.0)), reply));
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let bytes = self.buffers.copy_of(data);
+        let kernel_cache = self.kernel_cache.clone();
+        self.answer(move |fs| {
+            write::write(fs, &kernel_cache, Fh(fh.0), Bytes::new(offset), bytes.as_ref(), reply);
+        });
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        len: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let kernel_cache = self.kernel_cache.clone();
+        let range = Bytes::new(offset)..Bytes::new(offset.saturating_add(len));
+        self.answer(move |fs| {
+            let done = write::fallocate(fs, &kernel_cache, Fh(fh.0), range, mode);
+            write::reply_empty("fallocate", done, reply);
+        });
+    }
+
+    fn copy_file_range(
+        &self,
+        _request: &Request,
+        _from_ino: INodeNo,
+        from: FileHandle,
+        from_offset: u64,
+        _to_ino: INodeNo,
+        to: FileHandle,
+        to_offset: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let kernel_cache = self.kernel_cache.clone();
+        let (from, to) = ((Fh(from.0), Bytes::new(from_offset)), (Fh(to.0), Bytes::new(to_offset)));
+        self.answer(move |fs| write::copy(fs, &kernel_cache, from, to, Bytes::new(len), reply));
     }
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -367,17 +429,14 @@ impl Filesystem for BlkHoleFs {
         reply.error(Errno::ENOSYS);
     }
 
-    // The mount is read-only, so that the kernel refuses the following requests itself, unless root has remounted it
-    // read-write.
-
     fn setattr(
         &self,
         _request: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _mode: Option<u32>,
         _uid: Option<u32>,
         _gid: Option<u32>,
-        _size: Option<u64>,
+        size: Option<u64>,
         _atime: Option<TimeOrNow>,
         _mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
@@ -388,8 +447,12 @@ impl Filesystem for BlkHoleFs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        reply.error(Errno::EROFS);
+        let kernel_cache = self.kernel_cache.clone();
+        self.answer(move |fs| write::set_attributes(fs, &kernel_cache, Ino(ino.0), size.map(Bytes::new), reply));
     }
+
+    // Nothing is created, removed or renamed, also in a mount that is written. In others the kernel refuses the following
+    // requests itself, unless root has remounted them read-write.
 
     fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
         reply.error(Errno::EROFS);

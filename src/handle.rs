@@ -21,6 +21,7 @@ mod slot;
 #[cfg(test)]
 mod tests;
 mod waits;
+mod writing;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -16,3 +16,4 @@ pub mod sg;
 pub mod stamp;
 pub mod statx;
 pub mod sysfs;
+pub mod zero;

@@ -6,8 +6,9 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::device_writer::DeviceWriter;
 use super::read_queue::{DirectQueue, ReadQueue};
-use super::{Export, FileIdentity, HostNode, MIN_ALIGN};
+use super::{Export, FileIdentity, HostNode, MIN_ALIGN, Writer};
 use crate::error::{Error, Result};
 use crate::source::{BlockDevice, Context, Stack};
 use crate::sys::block::{self, Readable};
@@ -65,6 +66,10 @@ impl Export for DeviceExport {
 
     fn read_queue(&self) -> Option<&dyn ReadQueue> {
         Some(&self.queue)
+    }
+
+    fn writer(&self) -> io::Result<Arc<dyn Writer>> {
+        Ok(Arc::new(DeviceWriter::new(&self.device)?))
     }
 
     fn resolve(&self, context: &Context) -> Stack {

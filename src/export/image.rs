@@ -3,15 +3,16 @@
 use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::read_queue::{DirectQueue, ReadQueue};
-use super::{Export, FileIdentity, HostNode, MIN_ALIGN};
+use super::{Export, FileIdentity, HostNode, MIN_ALIGN, Writer, Zeroed};
 use crate::source::file::Reads;
 use crate::source::{Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
-use crate::sys::{device, file};
+use crate::sys::{device, file, zero};
 use crate::units::Bytes;
 
 /// Whether an open failed because the file system has no direct reads (`do_dentry_open` of `fs/open.c`; FUSE servers answer
@@ -45,6 +46,30 @@ impl ImageExport {
     }
 }
 
+/// Writes to an image in the same way as it is read: through its page cache, or with `O_DIRECT` to a server.
+struct ImageWriter {
+    file: File,
+}
+
+impl Writer for ImageWriter {
+    fn write_at(&self, bytes: &[u8], offset: Bytes) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset.get())
+    }
+
+    /// A file system that cannot make a hole may be able to make zeros.
+    fn make_zero(&self, range: &Range<Bytes>) -> io::Result<Zeroed> {
+        let made = zero::punch_hole(&self.file, range).or_else(|_| zero::zero_range(&self.file, range));
+        match made {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(Zeroed::Unproven),
+            made => made.map(|()| Zeroed::Proven),
+        }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
 impl Export for ImageExport {
     fn name(&self) -> &Path {
         &self.path
@@ -67,6 +92,11 @@ impl Export for ImageExport {
 
     fn read_queue(&self) -> Option<&dyn ReadQueue> {
         self.queue.as_ref().map(|queue| queue as &dyn ReadQueue)
+    }
+
+    fn writer(&self) -> io::Result<Arc<dyn Writer>> {
+        let file = device::reopen_writable(&self.file, false)?;
+        Ok(Arc::new(ImageWriter { file }))
     }
 
     fn resolve(&self, context: &Context) -> Stack {

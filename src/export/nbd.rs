@@ -69,6 +69,6 @@ impl Export for NbdExportFile {
 pub(super) fn host_node(opened: SystemTime) -> HostNode {
     // Only the user who made the mount is known to have the right to read the export.
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-    let mode = libc::S_IFREG | 0o400;
+    let mode = libc::S_IFREG | 0o600;
     HostNode { identity: None, uid, gid, mode, mtime: opened, ctime: opened }
 }

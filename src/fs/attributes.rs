@@ -10,8 +10,11 @@ use crate::handle::Handle;
 use crate::sys::sysfs;
 use crate::units::Bytes;
 
-/// Read and search bits, the only ones that a read-only view may have.
-const MAX_FILE_MODE: u32 = 0o444;
+/// The permissions that a file can have at most.
+const READABLE: u32 = 0o444;
+/// The same of a file that can be written.
+const WRITABLE: u32 = 0o666;
+/// The permissions that a directory can have at most.
 const MAX_DIRECTORY_MODE: u32 = 0o555;
 
 /// `st_blksize`, as ext4 reports it. Python takes it for the size of its buffer, and a program that mixes buffered reads
@@ -55,6 +58,8 @@ pub struct Ownership {
     pub gid: Option<u32>,
     /// The permission bits that a file may have at most.
     pub mode: u32,
+    /// Whether files can be opened for writing by those who may write to the devices.
+    pub is_writable: bool,
 }
 
 impl Attributes {
@@ -113,7 +118,7 @@ impl Attributes {
             block_size: BLOCK_SIZE,
             mtime: changed.mtime,
             ctime: changed.ctime,
-            mode: shown.mode & MAX_FILE_MODE & ownership.mode,
+            mode: shown.mode & if ownership.is_writable { WRITABLE } else { READABLE } & ownership.mode,
             uid: ownership.uid.unwrap_or(shown.uid),
             gid: ownership.gid.unwrap_or(shown.gid),
             is_view: false,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Fh, Ino};
+use crate::export::Writer;
 use crate::handle::{Handle, Reader};
 
 /// One open file.
@@ -12,6 +13,8 @@ pub struct OpenFile {
     pub ino: Ino,
     /// Its reads and seeks.
     pub reader: Arc<Reader>,
+    /// What writes to its device, if it is open for writing.
+    pub writer: Option<Arc<dyn Writer>>,
 }
 
 /// All open files, by number.
@@ -32,6 +35,16 @@ impl OpenFiles {
     /// The device of an open file.
     pub fn handle(&self, fh: Fh) -> Option<Arc<Handle>> {
         self.read().get(&fh).map(|open| open.reader.handle().clone())
+    }
+
+    /// What writes to the device of an open file; `None` unless it is open for writing.
+    pub fn writer(&self, fh: Fh) -> Option<Arc<dyn Writer>> {
+        self.read().get(&fh).and_then(|open| open.writer.clone())
+    }
+
+    /// Whether there is an open of an inode that is not for writing.
+    pub fn has_readers(&self, ino: Ino) -> bool {
+        self.read().values().any(|open| open.ino == ino && open.writer.is_none())
     }
 
     /// The inode of an open file.

@@ -1,5 +1,6 @@
 //! The page cache that the kernel keeps for the files of the mount.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use fuser::{INodeNo, Notifier};
@@ -36,8 +37,17 @@ impl KernelCache {
     /// Drops the cached pages of a file that is no longer open. The next open would drop them anyway (there is no
     /// FOPEN_KEEP_CACHE), so until then they only take memory.
     pub(super) fn drop_pages(&self, ino: Ino) {
+        self.drop_range(ino, Bytes::ZERO..Bytes::ZERO);
+    }
+
+    /// Drops the cached pages of a range, and waits for those that are being read: `invalidate_inode_pages2_range` of
+    /// `mm/truncate.c` locks each page, and a page stays locked until the reply to its read. An empty range stands for the whole file.
+    pub(super) fn drop_range(&self, ino: Ino, range: Range<Bytes>) {
         let Some(notifier) = self.0.get() else { return };
-        if let Err(error) = notifier.inval_inode(INodeNo(ino.0), 0, 0) {
+        let len = range.end.saturating_sub(range.start).get();
+        // A length of 0 means up to the end of the file.
+        let (Ok(start), len) = (i64::try_from(range.start.get()), i64::try_from(len).unwrap_or(0)) else { return };
+        if let Err(error) = notifier.inval_inode(INodeNo(ino.0), start, len) {
             debug!("cannot drop the page cache of inode {}: {error}", ino.0);
         }
     }

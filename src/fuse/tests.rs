@@ -58,7 +58,7 @@ fn a_panic_in_a_source_is_eio_and_the_mount_continues() {
     let point = directory.path().join("mount");
     std::fs::create_dir(&point).unwrap();
     let spec = Spec::parse(image.as_os_str()).unwrap();
-    let ownership = Ownership { uid: None, gid: None, mode: 0o777 };
+    let ownership = Ownership { uid: None, gid: None, mode: 0o777, is_writable: false };
     let fs = Arc::new(FileSystem::new(&spec, &SourceOptions::default(), ownership, Limits::default()).unwrap());
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);

@@ -11,7 +11,7 @@ use lexopt::Arg::{Long, Short, Value};
 
 use crate::error::{Error, Result};
 use crate::mount::mountinfo::FS_TYPE;
-use crate::mount::options;
+use crate::mount::options::{self, FirstRw};
 
 /// A parsed command line.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,6 +33,8 @@ pub struct MountRequest {
     pub dir: PathBuf,
     /// The options of all `-o`, joined by commas.
     pub options: OsString,
+    /// What `rw` as the first option means.
+    pub first_rw: FirstRw,
     /// Do everything but mount (`-f` of mount(8)).
     pub fake: bool,
     /// Warn about unknown options instead of failing (`-s`).

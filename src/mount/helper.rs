@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use nix::unistd::{getegid, geteuid, getgid, getuid};
 
 use crate::error::{Error, Result};
-use crate::mount::argv::{self, CommandLine};
+use crate::mount::argv::{self, CommandLine, MountRequest};
 use crate::mount::logging::one_line;
+use crate::mount::options::FirstRw;
 use crate::mount::start;
 use crate::sys::process;
 
@@ -34,7 +35,10 @@ regular file in DIR whose holes are real. See blkholefs(8).
 /// Runs `mount.blkholefs` with the words after its name. The program must not have opened anything before.
 pub fn main(name: &str, args: &[OsString]) -> ExitCode {
     process::close_inherited_descriptors();
-    finish(name, HELPER_USAGE, argv::mount_helper(args), |request| start::run(name, &request))
+    finish(name, HELPER_USAGE, argv::mount_helper(args), |request| {
+        let first_rw = if process::parent_is_mount() { FirstRw::IsImplied } else { FirstRw::IsWanted };
+        start::run(name, &MountRequest { first_rw, ..request })
+    })
 }
 
 /// Runs `blkholefs mount` with the words after that. The program must not have opened anything before.

@@ -21,7 +21,7 @@ use crate::units::Bytes;
 /// The options of a mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
-    /// Flags of mount(2): always read-only, and nosuid, nodev and noexec unless suid, dev or exec is given.
+    /// Flags of mount(2): read-only unless rw or writable is given, and nosuid, nodev and noexec unless suid, dev or exec is.
     pub flags: MsFlags,
     /// Whether users other than the mount's owner may access it.
     pub allow_other: bool,
@@ -61,10 +61,15 @@ impl Default for MountOptions {
 }
 
 impl MountOptions {
+    /// Whether files can be opened for writing.
+    pub fn is_writable(&self) -> bool {
+        !self.flags.contains(MsFlags::MS_RDONLY)
+    }
+
     /// The owner, the group and the permissions of the files.
     pub fn ownership(&self) -> Ownership {
         let mode = self.mode.unwrap_or(0o777) & !self.umask.unwrap_or(0);
-        Ownership { uid: self.uid, gid: self.gid, mode }
+        Ownership { uid: self.uid, gid: self.gid, mode, is_writable: self.is_writable() }
     }
 }
 
@@ -88,14 +93,27 @@ pub enum UnknownOptions {
     Warn,
 }
 
+/// What `rw` as the first option means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FirstRw {
+    /// The user wants to write.
+    #[default]
+    IsWanted,
+    /// Nothing: mount(8) puts it first for each mount that is not `ro`, whether the user wrote it or not.
+    IsImplied,
+}
+
 /// Parses the options of a mount.
 ///
 /// # Errors
-/// A usage error that names the option that is unknown, refused, or has a wrong value.
-pub fn parse(list: &OsStr, unknown: UnknownOptions) -> Result<ParsedOptions> {
+/// A usage error that names the option that is unknown, refused, or has a wrong value, and for options that exclude each other.
+pub fn parse(list: &OsStr, unknown: UnknownOptions, first_rw: FirstRw) -> Result<ParsedOptions> {
     let mut options = ParsedOptions::default();
     for (position, word) in split(list.as_bytes())?.iter().enumerate() {
-        match (options.apply(position, &Word::new(word)), unknown) {
+        if position == 0 && word == b"rw" && first_rw == FirstRw::IsImplied {
+            continue;
+        }
+        match (options.apply(&Word::new(word)), unknown) {
             (Ok(()), _) => {}
             (Err(WordError::Invalid(error)), _) | (Err(WordError::Unknown(error)), UnknownOptions::Refuse) => {
                 return Err(error);
@@ -106,7 +124,24 @@ pub fn parse(list: &OsStr, unknown: UnknownOptions) -> Result<ParsedOptions> {
         }
     }
     check_views(&options.source.views)?;
+    check_writing(&options)?;
     Ok(options)
+}
+
+/// Refuses to write to what is shown as something that does not change.
+fn check_writing(options: &ParsedOptions) -> Result<()> {
+    if !options.mount.is_writable() {
+        return Ok(());
+    }
+    let excluded = [
+        (options.source.is_static, "static", "it says that nobody writes"),
+        (options.source.thin_metadata.is_some(), "thin_metadata", "the volumes of an offline pool are only read"),
+        (options.source.views.count() > 0, "compact, since or used", "the device of a view must not change"),
+    ];
+    match excluded.iter().find(|(is_given, ..)| *is_given) {
+        Some((_, option, why)) => Err(Error::usage(format!("rw is not possible with {option}: {why}"))),
+        None => Ok(()),
+    }
 }
 
 /// Refuses an option of views that no view uses.
@@ -133,7 +168,7 @@ pub fn parse_source(list: &OsStr, command: &str) -> Result<SourceOptions> {
             let (with_value, plain) = (words::SOURCE.join("=, ") + "=", words::SOURCE_PLAIN.join(", "));
             return Err(error.hint(format!("{command} accepts {with_value}, {plain}")));
         }
-        options.apply(0, &word).map_err(|(WordError::Unknown(error) | WordError::Invalid(error))| error)?;
+        options.apply(&word).map_err(|(WordError::Unknown(error) | WordError::Invalid(error))| error)?;
     }
     check_views(&options.source.views)?;
     Ok(options.source)
@@ -179,23 +214,19 @@ impl From<Error> for WordError {
 }
 
 impl ParsedOptions {
-    fn apply(&mut self, position: usize, word: &Word<'_>) -> std::result::Result<(), WordError> {
+    fn apply(&mut self, word: &Word<'_>) -> std::result::Result<(), WordError> {
         let name = &*word.name;
         match word.value {
             _ if words::is_comment(name) => Ok(()),
-            None => self.apply_plain(position, name),
+            None => self.apply_plain(name),
             Some(_) if words::IGNORED_WITH_VALUE.contains(&name) => Ok(()),
             Some(value) => self.apply_value(name, value),
         }
     }
 
-    fn apply_plain(&mut self, position: usize, name: &str) -> std::result::Result<(), WordError> {
+    fn apply_plain(&mut self, name: &str) -> std::result::Result<(), WordError> {
         if let Some((_, set, clear)) = words::FLAGS.iter().find(|flag| flag.0 == name) {
             self.mount.flags = (self.mount.flags | *set).difference(*clear);
-            // mount(8) itself puts rw first when the user gave no ro.
-            if name == "rw" && position != 0 {
-                self.warnings.push("the file system is read-only, rw is ignored".to_owned());
-            }
             return Ok(());
         }
         if let Some((_, reason)) = words::REFUSED.iter().find(|refused| refused.0 == name) {
@@ -204,6 +235,7 @@ impl ParsedOptions {
         match name {
             "allow_other" | "allow-other" => self.mount.allow_other = true,
             "direct_io" => self.mount.direct_io = true,
+            "writable" => self.mount.flags.remove(MsFlags::MS_RDONLY),
             "nofail" => self.mount.nofail = true,
             "static" => self.source.is_static = true,
             "compact" => self.source.views.compact = true,

@@ -22,7 +22,7 @@ use crate::mount::signals::Signals;
 use crate::mount::{resources, serve, session};
 use crate::source::nbd::Uri;
 use crate::source::thin::held;
-use crate::spec::{SourceOptions, Spec, absolute};
+use crate::spec::{Spec, absolute};
 use crate::sys::process::{self, Capability};
 
 /// Makes a mount and has a daemon serve it; in the foreground, serves it until it is unmounted. `name` is the program's
@@ -93,7 +93,7 @@ fn serve_mount(
     let record = create_record(&mounted);
     // Privileges are dropped before the first thread starts, because each thread has capabilities of its own. An error in one
     // of these steps unmounts.
-    let started = drop_privileges(&mounted, connects_to_socket(spec, &options.source))
+    let started = drop_privileges(&mounted, needs_override(spec, options))
         .and_then(|()| serve::start(session, signals))
         .and_then(|events| report.serving().map(|()| events));
     let events = started.map_err(|error| mounted.unmount_after(error))?;
@@ -129,7 +129,7 @@ fn wait_for(daemon: StartingDaemon, point: &MountPoint) -> Result<u8> {
 /// Parses the options, and logs the warnings about them.
 fn parse_options(request: &MountRequest) -> Result<ParsedOptions> {
     let unknown = if request.sloppy { UnknownOptions::Warn } else { UnknownOptions::Refuse };
-    let options = options::parse(&request.options, unknown)?;
+    let options = options::parse(&request.options, unknown, request.first_rw)?;
     for warning in &options.warnings {
         log::warn!("{warning}");
     }
@@ -161,16 +161,16 @@ fn create_record(mounted: &Mounted) -> Option<MountRecord> {
         .ok()
 }
 
-/// Whether the daemon connects to an NBD server through a Unix socket.
-fn connects_to_socket(spec: &Spec, source: &SourceOptions) -> bool {
-    spec.nbd_uri().into_iter().chain(&source.nbd).any(Uri::has_unix_socket)
+/// Whether the daemon may have to open what belongs to other users for writing: the Unix socket of an NBD server, or an image.
+fn needs_override(spec: &Spec, options: &ParsedOptions) -> bool {
+    options.mount.is_writable() || spec.nbd_uri().into_iter().chain(&options.source.nbd).any(Uri::has_unix_socket)
 }
 
 /// Drops the capabilities that serving does not need. A daemon of root keeps CAP_SYS_ADMIN (umount(2), device-mapper) and
 /// CAP_DAC_READ_SEARCH (images of other users), CAP_SYS_CHROOT for a mount in another namespace (setns(2)), and
-/// CAP_DAC_OVERRIDE for an NBD server with a Unix socket (sockets of other users). The daemon of another user has none, and
+/// CAP_DAC_OVERRIDE for what belongs to other users and is opened for writing (images, and the Unix sockets of NBD servers). The daemon of another user has none, and
 /// must be able to run the setuid program fusermount3 for the unmount.
-fn drop_privileges(mounted: &Mounted, connects_to_socket: bool) -> Result<()> {
+fn drop_privileges(mounted: &Mounted, needs_override: bool) -> Result<()> {
     if !geteuid().is_root() {
         return Ok(());
     }
@@ -178,7 +178,7 @@ fn drop_privileges(mounted: &Mounted, connects_to_socket: bool) -> Result<()> {
     if mounted.is_elsewhere() {
         keep.push(Capability::SYS_CHROOT);
     }
-    if connects_to_socket {
+    if needs_override {
         keep.push(Capability::DAC_OVERRIDE);
     }
     nix::sys::prctl::set_no_new_privs()

@@ -8,11 +8,10 @@ pub const MS_NOSYMFOLLOW: MsFlags = MsFlags::from_bits_retain(256);
 const NONE: MsFlags = MsFlags::empty();
 
 /// Options that change the flags of mount(2): name, flags to set, flags to clear (mount(8), "FILESYSTEM-INDEPENDENT MOUNT
-/// OPTIONS"). `rw` clears nothing, because the mount is always read-only. `mand` sets nothing, because FUSE refuses it and
-/// Linux 5.15 dropped it.
+/// OPTIONS"). `mand` sets nothing, because FUSE refuses it and Linux 5.15 dropped it.
 pub const FLAGS: &[(&str, MsFlags, MsFlags)] = &[
     ("ro", MsFlags::MS_RDONLY, NONE),
-    ("rw", NONE, NONE),
+    ("rw", NONE, MsFlags::MS_RDONLY),
     ("exec", NONE, MsFlags::MS_NOEXEC),
     ("noexec", MsFlags::MS_NOEXEC, NONE),
     ("suid", NONE, MsFlags::MS_NOSUID),
@@ -82,7 +81,7 @@ pub const SOURCE: &[&str] = &["thin_metadata", "nbd", "since", "cluster_size", "
 pub const SOURCE_PLAIN: &[&str] = &["compact", "used"];
 
 /// Options of a mount that have no value.
-pub const MOUNT_PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io", "nofail", "static"];
+pub const MOUNT_PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io", "nofail", "static", "writable"];
 
 /// Whether an option is a comment, which only other programs read (`X-` and `x-`, mount(8)).
 pub fn is_comment(name: &str) -> bool {

@@ -85,6 +85,28 @@ pub fn reopen_direct(file: &File) -> io::Result<File> {
     open(&own_path(file), true)
 }
 
+/// Opens the file or device of an open descriptor again, for reading and writing: through the page cache, or with `O_DIRECT`.
+///
+/// # Errors
+/// As open(2).
+pub fn reopen_writable(file: &File, direct: bool) -> io::Result<File> {
+    writable(file, if direct { libc::O_DIRECT } else { 0 })
+}
+
+/// Opens the block device of an open descriptor again, for reading and writing, with `O_DIRECT` and exclusively (`O_EXCL` without
+/// `O_CREAT`, open(2)).
+///
+/// # Errors
+/// As open(2): `EBUSY` if the device is mounted, or claimed by another user of it.
+pub fn reopen_writable_exclusive(file: &File) -> io::Result<File> {
+    writable(file, libc::O_DIRECT | libc::O_EXCL)
+}
+
+fn writable(file: &File, flags: libc::c_int) -> io::Result<File> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY | flags;
+    OpenOptions::new().read(true).write(true).custom_flags(flags).open(own_path(file))
+}
+
 /// Opens the block device of an open descriptor again, exclusively (`O_EXCL` without `O_CREAT`, open(2)).
 ///
 /// # Errors

@@ -5,11 +5,15 @@ use std::fs;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixAddr, recvmsg};
-use nix::unistd::{ForkResult, Pid};
+use nix::unistd::{ForkResult, Pid, getppid};
+
+/// The name by which a process that uses the library of mount(8) has it in its memory.
+const LIBMOUNT: &[u8] = b"/libmount.so";
 
 /// The result of [`fork`], which returns in both processes.
 pub enum Fork {
@@ -51,6 +55,16 @@ pub fn close_inherited_descriptors() {
     // SAFETY: close_range(2) takes three integers. The program has opened nothing yet, so that no value in it owns one of the
     // descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
+}
+
+/// Whether the parent of this process is mount(8) or another program with the library of it, such as udisksd. These put `rw`
+/// before the options of each mount that is not `ro`. `true` when that cannot be found out.
+pub fn parent_is_mount() -> bool {
+    let parent = PathBuf::from(format!("/proc/{}", getppid()));
+    let Ok(name) = fs::read(parent.join("comm")) else { return true };
+    // The maps of a setuid program cannot be read by the user who runs it. mount(8) is one, and has this name.
+    let uses_library = |maps: Vec<u8>| maps.windows(LIBMOUNT.len()).any(|part| part == LIBMOUNT);
+    name.trim_ascii_end() == b"mount" || fs::read(parent.join("maps")).is_ok_and(uses_library)
 }
 
 /// Raises the soft limit on the number of descriptors of this process to its hard limit.

@@ -2,11 +2,12 @@ use super::*;
 use crate::source::nbd::uri::Transport;
 
 fn parsed(list: &str) -> ParsedOptions {
-    parse(OsStr::new(list), UnknownOptions::Refuse).unwrap_or_else(|error| panic!("{list}: {error}"))
+    parse(OsStr::new(list), UnknownOptions::Refuse, FirstRw::IsImplied)
+        .unwrap_or_else(|error| panic!("{list}: {error}"))
 }
 
 fn refused(list: &str) -> (String, Option<String>) {
-    let error = parse(OsStr::new(list), UnknownOptions::Refuse).expect_err(list);
+    let error = parse(OsStr::new(list), UnknownOptions::Refuse, FirstRw::IsImplied).expect_err(list);
     assert_eq!(error.exit_code(), 1, "{list}");
     (error.to_string(), error.hint_text().map(str::to_owned))
 }
@@ -16,8 +17,8 @@ fn every_flag_word_sets_or_clears_its_flag() {
     let default = MountOptions::default().flags;
     for (name, set, clear) in words::FLAGS {
         let flags = parsed(name).mount.flags;
-        assert_eq!(flags, (default | *set).difference(*clear), "{name}");
-        assert!(flags.contains(MsFlags::MS_RDONLY), "{name}: never writable");
+        let expected = if *name == "rw" { default } else { (default | *set).difference(*clear) };
+        assert_eq!(flags, expected, "{name}");
     }
     assert_eq!(parsed("exec,suid,dev").mount.flags, MsFlags::MS_RDONLY);
     assert_eq!(parsed("suid,nosuid").mount.flags, default, "the last word wins");
@@ -70,7 +71,43 @@ fn lists_that_mount_passes() {
     let nofail = MountOptions { nofail: true, ..MountOptions::default() };
     assert_eq!(parsed("ro,noexec,nosuid,nodev,user,nofail").mount, nofail);
     assert!(parsed("rw,allow_other,").mount.allow_other, "a trailing comma is left where a word was taken out");
-    assert_eq!(parsed("ro,rw").warnings.len(), 1);
+}
+
+#[test]
+fn only_who_asks_for_it_can_write() {
+    let writable = |list: &str, first_rw| {
+        let parsed = parse(OsStr::new(list), UnknownOptions::Refuse, first_rw).expect(list);
+        assert_eq!(parsed.mount.ownership().is_writable, parsed.mount.is_writable(), "{list}");
+        parsed.mount.is_writable()
+    };
+    for (list, by_mount, by_user) in [
+        ("", false, false),
+        ("nofail", false, false),
+        ("rw", false, true),
+        ("rw,noatime", false, true),
+        ("ro", false, false),
+        ("rw,writable", true, true),
+        ("rw,nosuid,writable,nofail", true, true),
+        ("writable", true, true),
+        ("ro,writable", true, true),
+        ("writable,ro", false, false),
+        ("rw,ro", false, false),
+        ("noatime,rw", true, true),
+        ("ro,rw", true, true),
+    ] {
+        assert_eq!(writable(list, FirstRw::IsImplied), by_mount, "{list}");
+        assert_eq!(writable(list, FirstRw::IsWanted), by_user, "{list}");
+    }
+    for (list, why) in [
+        ("writable,static", "rw is not possible with static: it says that nobody writes"),
+        (
+            "writable,thin_metadata=/x",
+            "rw is not possible with thin_metadata: the volumes of an offline pool are only read",
+        ),
+        ("writable,used", "rw is not possible with compact, since or used: the device of a view must not change"),
+    ] {
+        assert_eq!(refused(list).0, why);
+    }
 }
 
 #[test]
@@ -107,7 +144,7 @@ fn quoting() {
     }
     assert!(refused("thin_metadata=\"/a").0.contains("not closed"));
     let path = OsStr::from_bytes(b"thin_metadata=/a\xff");
-    let options = parse(path, UnknownOptions::Refuse).unwrap();
+    let options = parse(path, UnknownOptions::Refuse, FirstRw::IsImplied).unwrap();
     assert_eq!(options.source.thin_metadata.unwrap().as_os_str().as_bytes(), b"/a\xff");
 }
 
@@ -163,10 +200,10 @@ fn unknown_words_are_named_with_their_neighbours() {
 
 #[test]
 fn sloppy_turns_unknown_words_into_warnings_and_nothing_else() {
-    let options = parse(OsStr::new("frob,thing=1,ro"), UnknownOptions::Warn).unwrap();
+    let options = parse(OsStr::new("frob,thing=1,ro"), UnknownOptions::Warn, FirstRw::IsImplied).unwrap();
     assert_eq!(options.warnings, ["unknown option 'frob', ignored", "unknown option 'thing', ignored"]);
-    assert!(parse(OsStr::new("uid=x"), UnknownOptions::Warn).is_err());
-    assert!(parse(OsStr::new("remount"), UnknownOptions::Warn).is_err());
+    assert!(parse(OsStr::new("uid=x"), UnknownOptions::Warn, FirstRw::IsImplied).is_err());
+    assert!(parse(OsStr::new("remount"), UnknownOptions::Warn, FirstRw::IsImplied).is_err());
 }
 
 #[test]
@@ -181,7 +218,11 @@ fn paths_become_absolute() {
 #[test]
 fn mode_and_umask_make_the_permissions() {
     for (list, mode) in [("", 0o777), ("mode=444", 0o444), ("umask=027", 0o750), ("mode=444,umask=0027", 0o440)] {
-        assert_eq!(parsed(list).mount.ownership(), Ownership { uid: None, gid: None, mode }, "{list}");
+        assert_eq!(
+            parsed(list).mount.ownership(),
+            Ownership { uid: None, gid: None, mode, is_writable: false },
+            "{list}"
+        );
     }
 }
 
@@ -225,8 +266,9 @@ fn any_bytes_give_a_value_or_an_error() {
             let at = usize::try_from(next()).unwrap() % bytes.len();
             bytes[at] = b",=\\\"\0\xff0K-"[usize::try_from(next() % 9).unwrap()];
         }
-        if let Ok(options) = parse(OsStr::from_bytes(&bytes), UnknownOptions::Warn) {
-            assert!(options.mount.flags.contains(MsFlags::MS_RDONLY));
+        if let Ok(options) = parse(OsStr::from_bytes(&bytes), UnknownOptions::Warn, FirstRw::IsImplied) {
+            let asks = |word: &[u8]| word == b"rw" || word == b"writable";
+            assert!(!options.mount.is_writable() || bytes.split(|byte| b",\"\\".contains(byte)).any(asks));
         }
     }
 }
@@ -238,10 +280,10 @@ fn an_option_of_views_needs_a_view() {
         ("used,cluster_size=64K", "option 'cluster_size' has no effect without compact or since"),
         ("compact,backing=a", "option 'backing' has no effect without since"),
     ] {
-        assert_eq!(parse(OsStr::new(list), UnknownOptions::Refuse).unwrap_err().to_string(), wrong);
+        assert_eq!(parse(OsStr::new(list), UnknownOptions::Refuse, FirstRw::IsImplied).unwrap_err().to_string(), wrong);
         assert_eq!(parse_source(OsStr::new(list), "map").unwrap_err().to_string(), wrong);
     }
     for list in ["compact,cluster_size=64K", "since=a,cluster_size=64K,backing=b"] {
-        assert!(parse(OsStr::new(list), UnknownOptions::Refuse).is_ok(), "{list}");
+        assert!(parse(OsStr::new(list), UnknownOptions::Refuse, FirstRw::IsImplied).is_ok(), "{list}");
     }
 }

@@ -7,13 +7,13 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use blkholefs::testing::mount::options::{self, UnknownOptions};
+use blkholefs::testing::mount::options::{self, FirstRw, UnknownOptions};
 use blkholefs::testing::mount::{argv, mountinfo};
 
 pub fn run(input: &[u8]) {
     let list = OsStr::from_bytes(input);
     for unknown in [UnknownOptions::Refuse, UnknownOptions::Warn] {
-        if let Ok(options) = options::parse(list, unknown) {
+        if let Ok(options) = options::parse(list, unknown, FirstRw::IsWanted) {
             let options = options.mount;
             assert!([options.uid, options.gid].into_iter().flatten().all(|id| id < u32::MAX));
             assert!([options.mode, options.umask].into_iter().flatten().all(|mode| mode <= 0o777));

@@ -1,0 +1,159 @@
+//! Writing to an open device, and making ranges of it zero.
+
+use std::io;
+use std::ops::Range;
+
+use super::Handle;
+use crate::error::{Error, Result};
+use crate::export::{Writer, Zeroed};
+use crate::sys::buffer::AlignedBuffer;
+use crate::units::Bytes;
+
+/// The size of the reads by which a range is found to be zeros.
+const PIECE: u64 = 1 << 20;
+
+/// Zeros are written to whole units of this size that have other bytes. No pool and no file system allocates smaller ones.
+const UNIT: usize = 4096;
+
+/// A shorter range is read without a look at the map: reading it costs less than loading a map.
+const READ_WHOLE: Bytes = Bytes::new(64 << 20);
+
+static ZEROS: [u8; UNIT] = [0; UNIT];
+
+impl Handle {
+    /// Writes `bytes` at `offset`, as far as the device reaches. Returns how many of them were written: all, or those before
+    /// the end of the device.
+    ///
+    /// # Errors
+    /// ENOSPC at or past the end of the device, and when a pool is full. Otherwise EIO, or ENODEV for a device that is gone.
+    pub fn write(&self, writer: &dyn Writer, offset: Bytes, bytes: &[u8]) -> Result<usize> {
+        let left = usize::try_from(self.export.len()?.saturating_sub(offset).get()).unwrap_or(usize::MAX);
+        let inside = &bytes[..bytes.len().min(left)];
+        if inside.is_empty() {
+            return if bytes.is_empty() { Ok(0) } else { Err(Error::from_errno(libc::ENOSPC)) };
+        }
+        let written = writer.write_at(inside, offset);
+        // What was fetched ahead before is older than this write. It is not used after the reply to it.
+        self.begin_generation();
+        written.map_err(|error| self.write_error("write", offset, error))?;
+        Ok(inside.len())
+    }
+
+    /// Makes a range read as zeros, as far as the device reaches. It takes as few allocated blocks as the device allows.
+    ///
+    /// # Errors
+    /// As [`Handle::write`], except past the end, where there is nothing to do.
+    pub fn make_zero(&self, writer: &dyn Writer, range: Range<Bytes>) -> Result<()> {
+        let range = range.start..range.end.min(self.export.len()?);
+        if range.start >= range.end {
+            return Ok(());
+        }
+        let zeroed = writer.make_zero(&range);
+        self.begin_generation();
+        match zeroed.map_err(|error| self.write_error("write zeros", range.start, error))? {
+            Zeroed::Proven => Ok(()),
+            Zeroed::Unproven => self.prove_zero(writer, range),
+        }
+    }
+
+    /// Returns when all completed writes survive a loss of power.
+    ///
+    /// # Errors
+    /// As fsync(2).
+    pub fn flush(&self, writer: &dyn Writer) -> Result<()> {
+        writer.flush().map_err(|error| self.write_error("flush", Bytes::ZERO, error))
+    }
+
+    /// Reads a range where the map has no hole, and writes zeros where there are other bytes.
+    fn prove_zero(&self, writer: &dyn Writer, range: Range<Bytes>) -> Result<()> {
+        let mut at = range.start;
+        if range.end.saturating_sub(range.start) <= READ_WHOLE {
+            return self.zero_data(writer, range);
+        }
+        while at < range.end {
+            for (start, extent) in self.extents(at..range.end)? {
+                at = extent.end;
+                if extent.kind.is_data() {
+                    self.zero_data(writer, start..extent.end)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a range, and writes zeros where there are other bytes.
+    fn zero_data(&self, writer: &dyn Writer, range: Range<Bytes>) -> Result<()> {
+        let mut buffer = AlignedBuffer::new();
+        let mut at = range.start;
+        while at < range.end {
+            // Pieces end where units do, so that a unit is looked at as a whole.
+            let end = at.saturating_add(Bytes::new(1)).align_up(Bytes::new(PIECE)).unwrap_or(range.end).min(range.end);
+            let size = usize::try_from(end.saturating_sub(at).get()).unwrap_or(0);
+            let bytes = self.read(&mut buffer, at, size)?;
+            if bytes.len() < size {
+                // The device has become shorter.
+                return Ok(());
+            }
+            for used in used_units(bytes, at) {
+                let start = at.saturating_add(Bytes::new(used.start as u64));
+                self.write_zeros(writer, start, used.len())?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn write_zeros(&self, writer: &dyn Writer, offset: Bytes, len: usize) -> Result<()> {
+        let zeros = vec![0; len];
+        let written = writer.write_at(&zeros, offset);
+        self.begin_generation();
+        written.map_err(|error| self.write_error("write zeros", offset, error))
+    }
+
+    /// The error of a request: the cause has the errno that the client gets, if that is one of write(2) that has a meaning for
+    /// the client. All others are EIO.
+    fn write_error(&self, what: &str, offset: Bytes, cause: io::Error) -> Error {
+        let errno = match cause.raw_os_error() {
+            Some(errno @ (libc::ENOSPC | libc::EDQUOT | libc::EROFS | libc::EPERM | libc::ENODEV)) => errno,
+            _ if self.export.is_gone() => libc::ENODEV,
+            _ => libc::EIO,
+        };
+        Error::failed(format!("cannot {what} at {offset}")).on(self.export.name()).because(cause).with_errno(errno)
+    }
+}
+
+/// The ranges of `bytes`, which begin at `offset`, that have other bytes than zeros, in whole units of the device.
+fn used_units(bytes: &[u8], offset: Bytes) -> Vec<Range<usize>> {
+    let mut used: Vec<Range<usize>> = Vec::new();
+    let mut at = 0;
+    while at < bytes.len() {
+        let to_unit = offset.get().wrapping_add(at as u64) % UNIT as u64;
+        let end = (at + UNIT - usize::try_from(to_unit).unwrap_or(0)).min(bytes.len());
+        if bytes[at..end] != ZEROS[..end - at] {
+            match used.last_mut() {
+                Some(last) if last.end == at => last.end = end,
+                _ => used.push(at..end),
+            }
+        }
+        at = end;
+    }
+    used
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_with_bytes_are_found_and_joined() {
+        let mut bytes = vec![0; 5 * UNIT];
+        assert!(used_units(&bytes, Bytes::ZERO).is_empty());
+        for at in [0, UNIT, 4 * UNIT - 1] {
+            bytes[at] = 1;
+        }
+        assert_eq!(used_units(&bytes, Bytes::new(1 << 20)), [0..2 * UNIT, 3 * UNIT..4 * UNIT]);
+        // The units are those of the device: the first and the last one may be cut.
+        let found = used_units(&bytes[..4 * UNIT + 5], Bytes::new(UNIT as u64 - 512));
+        assert_eq!(found, [0..512 + UNIT, 3 * UNIT + 512..4 * UNIT + 5]);
+    }
+}
