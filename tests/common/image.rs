@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use super::random::Random;
-use super::run;
+use super::{ioctl, run};
 
 /// A sparse file in the temporary directory. Dropping this value removes it.
 pub struct Image(tempfile::TempPath);
@@ -66,8 +66,7 @@ pub fn write(path: &Path, range: Range<u64>) {
 
 /// Discards a range of a device, even if it is open elsewhere.
 pub fn discard(device: &Path, range: Range<u64>) {
-    let (offset, length) = (format!("--offset={}", range.start), format!("--length={}", range.end - range.start));
-    run("blkdiscard", ["--force".as_ref(), offset.as_ref(), length.as_ref(), device.as_os_str()]);
+    ioctl::discard(&open_for_writing(device), range);
 }
 
 /// Fills a range of an open file or device with bytes that are not zero and depend on the offset; writes back nothing.

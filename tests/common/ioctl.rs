@@ -1,6 +1,8 @@
-//! Loop ioctls that losetup(8) has no options for (`include/uapi/linux/loop.h`), and access control lists.
+//! Loop ioctls that losetup(8) has no options for (`include/uapi/linux/loop.h`), discards, which are so frequent that a
+//! process for each takes much of the time of some tests, and access control lists.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -10,13 +12,15 @@ use nix::errno::Errno;
 /// Bytes of `struct loop_info64`.
 const INFO_SIZE: usize = 232;
 /// Where `lo_offset` is in it.
-const OFFSET: std::ops::Range<usize> = 24..32;
+const OFFSET: Range<usize> = 24..32;
 
 nix::ioctl_write_int_bad!(change_fd, 0x4C06);
 nix::ioctl_write_int_bad!(ctl_add, 0x4C80);
 nix::ioctl_write_int_bad!(ctl_remove, 0x4C81);
 nix::ioctl_read_bad!(get_status64, 0x4C05, [u8; INFO_SIZE]);
 nix::ioctl_write_ptr_bad!(set_status64, 0x4C04, [u8; INFO_SIZE]);
+// BLKDISCARD of `include/uapi/linux/fs.h`: the start and the length in bytes.
+nix::ioctl_write_ptr_bad!(blkdiscard, 0x1277, [u64; 2]);
 
 /// Puts another backing file of the same size under a read-only loop device.
 pub fn loop_change_fd(device: &Path, backing: &Path) {
@@ -53,6 +57,14 @@ pub fn loop_remove(number: u32) {
     let control = File::open("/dev/loop-control").expect("the loop driver is there");
     // SAFETY: LOOP_CTL_REMOVE takes a number.
     unsafe { ctl_remove(control.as_raw_fd(), number.cast_signed()) }.expect("the device is not in use");
+}
+
+/// Discards a range of a device.
+pub fn discard(device: &File, range: Range<u64>) {
+    let start_and_length = [range.start, range.end - range.start];
+    // SAFETY: the kernel reads two numbers of 64 bits.
+    unsafe { blkdiscard(device.as_raw_fd(), &raw const start_and_length) }
+        .unwrap_or_else(|error| panic!("discard of {range:?}: {error}"));
 }
 
 /// Gives a file or node an access control list, as the kernel encodes it.

@@ -9,6 +9,9 @@ use crate::common::loop_device::Loop;
 use crate::common::{MIB, needs, run};
 use crate::lvm::Group;
 
+/// The size of the volume, smaller than in the README: comparisons read all of it.
+const SIZE: &str = "256M";
+
 /// The commands of the section "Views", in the order of the page.
 fn commands() -> Vec<String> {
     let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).expect("the README");
@@ -30,7 +33,7 @@ fn backups_are_restored() {
     }
     let group = Group::new("vg");
     group.lvm(&["lvcreate", "--quiet", "-T", "-L", "400M", "vg/pool"]);
-    group.lvm(&["lvcreate", "--quiet", "-T", "-V", "1G", "-n", "data", "vg/pool"]);
+    group.lvm(&["lvcreate", "--quiet", "-T", "-V", SIZE, "-n", "data", "vg/pool"]);
     run("mkfs.ext4", ["-q", "/dev/vg/data"]);
     run("mount", ["/dev/vg/data", &at("data")]);
     let image = Image::new(200 * MIB);
@@ -52,6 +55,7 @@ fn backups_are_restored() {
             script += &format!("head -c 5M /dev/urandom >{0}/{number}; cp {0}/{number} {0}/copy; sync\n", at("data"));
         }
         let command = command.replace("/backup", &at("backup")).replace(" /mnt", &format!(" {}", at("mnt")));
+        let command = command.replace("-V 1G", &format!("-V {SIZE}"));
         script += &(command + "\n");
     }
     let backup = at("backup");

@@ -53,7 +53,8 @@ fn check(older: &[u8], newer: &[u8], changes: &Changes, totals: &mut Totals) {
             ExtentKind::Data => totals.data += len,
             ExtentKind::Hole => {
                 totals.zeros += len;
-                assert!(newer[at..end].iter().all(|byte| *byte == 0), "{at}..{end} is no zeros");
+                // A comparison of slices is much faster than a loop, as tests are not optimized.
+                assert!(newer[at..end] == vec![0; end - at], "{at}..{end} is no zeros");
             }
             ExtentKind::Free => panic!("{at}..{end} is free space"),
             ExtentKind::Unchanged => {

@@ -9,10 +9,10 @@ use std::time::Duration;
 use crate::common::check::{Kind, check, check_holes, map_holes, open, seek_data, seek_hole};
 use crate::common::dm::{Dm, Pool};
 use crate::common::freshness::writers;
-use crate::common::image::{open_for_writing, write};
+use crate::common::image::{discard, open_for_writing, write};
 use crate::common::mount::Mount;
 use crate::common::random::Random;
-use crate::common::{MIB, assert_becomes, run, try_run};
+use crate::common::{MIB, assert_becomes, try_run};
 
 const BLOCK: u64 = 64 * 1024;
 const SIZE: u64 = 24 * MIB;
@@ -232,7 +232,7 @@ fn commits(pool: &Pool, noise: &Dm, done: &AtomicBool) -> u32 {
         file.write_all_at(&[1; 512], start).expect("a write inside the device");
         file.sync_all().expect("a flush, and so a commit");
         if random.one_in(8) {
-            run("blkdiscard", ["--force".as_ref(), noise.path().as_os_str()]);
+            discard(noise.path(), 0..SIZE);
             pool.dm().status();
         }
         commits += 1;
