@@ -1,7 +1,8 @@
-//! The commands `blkholefs map`, `info` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
+//! The commands `blkholefs map`, `info`, `verify` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
 
 mod demo;
 mod map;
+mod verify;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
@@ -13,6 +14,7 @@ use lexopt::prelude::{Long, Short, Value};
 
 use crate::error::{Error, Result, shown};
 use crate::export::{self, Export, NbdExportFile, VolumeExport};
+use crate::handle::Handle;
 use crate::mount::argv::CommandLine;
 use crate::mount::options;
 use crate::report::{self, MapFormat};
@@ -22,6 +24,7 @@ use crate::source::thin::ThinId;
 use crate::source::thin::offline::OfflinePool;
 use crate::spec::{Older, SourceOptions, Spec, SpecKind};
 use crate::units::Bytes;
+use crate::verify::LARGEST_SAMPLE;
 
 const HELP: &str = "\
 Shows block devices as regular files whose holes are real.
@@ -31,6 +34,7 @@ Usage:
   blkholefs umount DIR
   blkholefs map [--json|--totals|--format FORM] [--since OLDER] [--offset N] [--length N] [-o OPTIONS] DEVICE
   blkholefs info [--json] [-o OPTIONS] DEVICE
+  blkholefs verify [--sample N [--seed S] | --against FILE] [-o OPTIONS] DEVICE
   blkholefs demo
 
 Commands:
@@ -38,6 +42,7 @@ Commands:
   umount   unmounts DIR and waits until the daemon has closed the device
   map      prints the data and holes of a device, without a mount
   info     prints the layers of a device, and where their holes come from
+  verify   reads the holes of a device and compares them with zeros, or compares a copy with the device
   demo     mounts and copies a sparse image that it makes, and removes everything
 
 Options of map:
@@ -48,7 +53,12 @@ Options of map:
                           id of a volume; with an NBD URI, the name of a dirty bitmap
   --offset N, --length N  limit the range, in bytes
 
-Options of map and info:
+Options of verify:
+  --sample N              reads N pieces of holes, which are chosen at random, and prints the seed
+  --seed S                chooses the same pieces as the run that printed this seed
+  --against FILE          compares FILE, a copy of DEVICE, with it; what is a hole in both is not read
+
+Options of map, info and verify:
   -o thin_metadata=META   DEVICE is the data of a thin pool that is not active
       --volume ID         the volume of that pool
   -o nbd=URI              the export that the NBD device of the kernel is connected to
@@ -62,12 +72,13 @@ Options of all commands:
 See blkholefs(8) and mount.blkholefs(8).
 ";
 
-/// Runs `map`, `info`, `demo`, `--help` or `--version`, from the words after the program's name.
+/// Runs `map`, `info`, `verify`, `demo`, `--help` or `--version`, from the words after the program's name.
 pub fn main(words: &[OsString]) -> ExitCode {
     let (command, arguments) = words.split_first().map_or((None, words), |(first, rest)| (first.to_str(), rest));
     let result = match command {
         Some("map") => map::run(arguments),
         Some("info") => info(arguments),
+        Some("verify") => verify::run(arguments),
         Some("demo") => demo::run(),
         Some("-h" | "--help" | "help") => print(HELP),
         Some("-V" | "--version") => print(&format!("blkholefs {}\n", env!("CARGO_PKG_VERSION"))),
@@ -103,7 +114,7 @@ fn written(result: io::Result<()>) -> Result<()> {
     }
 }
 
-/// The command line of `map` and of `info`.
+/// The command line of `map`, `info` and `verify`.
 struct MapArguments {
     spec: Spec,
     source: SourceOptions,
@@ -112,9 +123,45 @@ struct MapArguments {
     since: Option<OsString>,
     offset: Bytes,
     length: Option<Bytes>,
+    checked: Checked,
+}
+
+/// What `verify` compares.
+#[derive(Default)]
+struct Checked {
+    /// The number of pieces of a sample.
+    sample: Option<u64>,
+    /// The seed of a sample.
+    seed: Option<u64>,
+    /// The copy.
+    against: Option<OsString>,
+}
+
+impl Checked {
+    /// # Errors
+    /// A usage error where the options are not possible together.
+    fn check(&self) -> Result<()> {
+        let refused = |what: String| Err(Error::usage(what).hint("see blkholefs --help"));
+        match (self.sample, self.seed, &self.against) {
+            (Some(_), _, Some(_)) => refused("--sample and --against exclude each other".to_owned()),
+            (None, Some(_), _) => refused("--seed is the seed of a sample, and needs --sample".to_owned()),
+            (Some(count), ..) if count == 0 || count > LARGEST_SAMPLE => {
+                refused(format!("--sample: a number from 1 to {LARGEST_SAMPLE}"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl MapArguments {
+    /// Opens what the command is about: the device, or the view of it that the options name.
+    fn handle(&self) -> Result<Handle> {
+        let export = self.open()?;
+        let context = self.context(&*export)?;
+        let export = export::view_of(export, &self.source.views, &context)?;
+        Ok(Handle::new(export, Arc::new(context), Arc::default()))
+    }
+
     /// The context for an open export, with the option `nbd`.
     fn context(&self, export: &dyn Export) -> Result<Context> {
         let nbd = self.source.nbd.clone().map(|uri| export.side_export(uri).map(Arc::new)).transpose()?;
@@ -123,11 +170,9 @@ impl MapArguments {
 
     /// Opens the device, the image, the NBD export or the volume of a pool that is not active.
     fn open(&self) -> Result<Arc<dyn Export>> {
-        let path = match self.spec.kind() {
-            SpecKind::Nbd(uri) => return Ok(Arc::new(NbdExportFile::open(&NbdExport::new(uri.clone()))?)),
-            SpecKind::Path(path) => path,
+        let (Some(metadata), Some(path)) = (&self.source.thin_metadata, self.spec.path()) else {
+            return open(&self.spec);
         };
-        let Some(metadata) = &self.source.thin_metadata else { return export::open(path) };
         let pool = Arc::new(OfflinePool::open(metadata, path)?);
         let id = match (self.source.volume, pool.volumes()?.as_slice()) {
             (Some(id), _) => id,
@@ -138,7 +183,15 @@ impl MapArguments {
     }
 }
 
-/// Parses the words after `map` or `info`.
+/// Opens a device, an image or an NBD export.
+fn open(spec: &Spec) -> Result<Arc<dyn Export>> {
+    match spec.kind() {
+        SpecKind::Nbd(uri) => Ok(Arc::new(NbdExportFile::open(&NbdExport::new(uri.clone()))?)),
+        SpecKind::Path(path) => export::open(path),
+    }
+}
+
+/// Parses the words after `map`, `info` or `verify`.
 ///
 /// # Errors
 /// A usage error: an unknown flag, an option of mounts, a wrong value, no device or more than one.
@@ -147,15 +200,20 @@ fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArgumen
     let mut parser = lexopt::Parser::from_args(arguments.iter().cloned());
     let (mut formats, mut since, mut offset, mut length) = (Vec::new(), None, Bytes::ZERO, None);
     let (mut list, mut volume, mut devices) = (OsString::new(), None, Vec::new());
-    let is_map = command == "map";
+    let (is_map, is_verify, mut checked) = (command == "map", command == "verify", Checked::default());
     while let Some(argument) = parser.next().map_err(usage)? {
         match argument {
-            Long("json") => formats.push(MapFormat::Json),
+            Long("json") if !is_verify => formats.push(MapFormat::Json),
             Long("totals") if is_map => formats.push(MapFormat::Totals),
             Long("format") if is_map => formats.push(format_named(&parser.value().map_err(usage)?)?),
             Long("since") if is_map => since = Some(parser.value().map_err(usage)?),
             Long("offset") if is_map => offset = size(&parser.value().map_err(usage)?)?,
             Long("length") if is_map => length = Some(size(&parser.value().map_err(usage)?)?),
+            Long("sample") if is_verify => {
+                checked.sample = Some(parser.value().and_then(|it| it.parse()).map_err(usage)?);
+            }
+            Long("seed") if is_verify => checked.seed = Some(parser.value().and_then(|it| it.parse()).map_err(usage)?),
+            Long("against") if is_verify => checked.against = Some(parser.value().map_err(usage)?),
             Short('o') => options::append(&mut list, &parser.value().map_err(usage)?),
             Long("volume") => {
                 let id: u32 = parser.value().and_then(|value| value.parse()).map_err(usage)?;
@@ -182,10 +240,11 @@ fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArgumen
     if volume.is_some() && source.thin_metadata.is_none() {
         return Err(Error::usage("--volume is the volume of a thin pool, and needs -o thin_metadata=META"));
     }
+    checked.check()?;
     match devices.as_slice() {
         [device] => {
             let spec = Spec::parse(device)?;
-            Ok(CommandLine::Run(MapArguments { spec, source, format, since, offset, length }))
+            Ok(CommandLine::Run(MapArguments { spec, source, format, since, offset, length, checked }))
         }
         [] => Err(Error::usage(format!("{command}: a device is missing")).hint("see blkholefs --help")),
         _ => Err(Error::usage(format!("{command}: one device at a time"))),

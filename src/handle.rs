@@ -12,6 +12,7 @@
 //! The same holds for extents that were dropped because those of other devices take all the memory of the [`MapCache`].
 
 mod clock;
+mod holes_now;
 mod map_cache;
 mod read_memory;
 mod reader;
@@ -21,6 +22,7 @@ mod slot;
 #[cfg(test)]
 mod tests;
 mod waits;
+mod walk;
 mod writing;
 
 use std::ops::Range;
@@ -45,9 +47,11 @@ use sequence::SequenceNumber;
 use slot::{Content, Slot};
 use waits::Waits;
 
+pub use holes_now::{HolesNow, StackState};
 pub use map_cache::MapCache;
 pub use read_memory::ReadPermit;
 pub use reader::{ReadAhead, Reader};
+pub use walk::Walk;
 
 /// How often one request may resolve the stack again before it answers "data".
 const MAX_TRIES: usize = 3;
@@ -170,7 +174,7 @@ impl Handle {
             None => (view::seek(map, align, offset, whence), false),
         };
         // Extents that are used are as long as the device.
-        if let Some((found, _)) = self.fresh_answer_of(None, ask, |&(_, inside)| inside) {
+        if let Some(((found, _), _)) = self.fresh_answer_of(None, ask, |&(_, inside)| inside) {
             return Ok(found);
         }
         let len = self.export.len()?;
@@ -210,7 +214,7 @@ impl Handle {
         let align = self.export.align();
         let known = |stack: &Stack| view::has_hole_of(stack.is_sparse(), align);
         match self.fresh_answer_of(Some(&known), |map| view::has_hole(map, align), |_| false) {
-            Some(has_hole) => Ok(has_hole),
+            Some((has_hole, _)) => Ok(has_hole),
             None => self.export.len().map(|_| false),
         }
     }
@@ -235,17 +239,17 @@ impl Handle {
     /// first if necessary. `None` if no result passes the check: the device changes too often, is suspended, or cannot
     /// write back its dirty pages.
     fn fresh_answer<T>(&self, ask: impl Fn(&dyn HoleMap) -> T) -> Option<T> {
-        self.fresh_answer_of(None, ask, |_| false)
+        self.fresh_answer_of(None, ask, |_| false).map(|(answer, _)| answer)
     }
 
     /// As [`Handle::fresh_answer`], for a question that `known` may answer from the stack before its extents are loaded.
-    /// The length of no layer is checked for an answer of which `inside` is true.
+    /// The length of no layer is checked for an answer of which `inside` is true. With the answer, the stack that it is from.
     fn fresh_answer_of<T>(
         &self,
         known: Option<KnownAnswer<'_, T>>,
         ask: impl Fn(&dyn HoleMap) -> T,
         inside: impl Fn(&T) -> bool,
-    ) -> Option<T> {
+    ) -> Option<(T, Arc<Resolved>)> {
         let (request, asked) = (SequenceNumber::last(), self.maps.clock.now());
         let mut resolved = self.current().filter(|current| current.fits);
         let mut newer_than = request;
@@ -283,7 +287,7 @@ impl Handle {
             };
             self.count_memory_again(&now, asked);
             if now.is_fresh(request, inside(&answer)) {
-                return Some(answer);
+                return Some((answer, now));
             }
         }
         self.log_busy();

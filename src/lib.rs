@@ -29,6 +29,7 @@
 //! | [`sys`] | system calls, ioctls and sysfs as safe functions: the only unsafe code |
 //! | [`spec`] | the SPEC of a command line, parsed once, and the options that belong to it |
 //! | [`mount`] | the commands `mount` and `umount`, their options, and the daemon |
+//! | [`verify`] | whether holes read as zeros, and whether a copy has the bytes of a device |
 //! | [`cli`], [`report`] | the other commands, and their output |
 //! | [`error`], [`units`] | one error with one errno and one exit code; bytes and sectors as types |
 //! | [`reason`] | why a device is shown without holes |
@@ -65,5 +66,6 @@ mod spec;
 mod sys;
 pub mod testing;
 mod units;
+mod verify;
 
 pub use program::run;

@@ -8,7 +8,7 @@ pub mod deadline {
     pub use crate::deadline::within;
 }
 pub mod export {
-    pub use crate::export::{Export, VolumeExport};
+    pub use crate::export::{Export, VolumeExport, open};
 }
 pub mod filesystem {
     pub use crate::filesystem::memory::MemoryDevice;
@@ -16,6 +16,9 @@ pub mod filesystem {
 }
 pub mod fuse {
     pub use crate::fuse::SESSION_THREADS;
+}
+pub mod handle {
+    pub use crate::handle::{Handle, HolesNow, MapCache, StackState, Walk};
 }
 pub mod map {
     pub use crate::map::{ChangeMap, Extent, ExtentKind, FillMap, HoleMap, view};
@@ -60,4 +63,7 @@ pub mod sys {
 }
 pub mod units {
     pub use crate::units::{Bytes, Sectors};
+}
+pub mod verify {
+    pub use crate::verify::{CopyReport, Findings, HolesReport, Progress, Ranges, copy, holes, random_seed, sample};
 }

@@ -72,6 +72,17 @@ fn bytes_come_from_the_data_device_past_its_page_cache() {
     drop(cached);
 }
 
+/// What is not mapped reads as zeros from the volume, whatever the data device has.
+#[test]
+fn a_volume_is_verified_without_its_pool() {
+    needs!(root, programs["thin_restore", "thin_dump"]);
+    let (data, metadata) = (Image::with_data(MIB, &[0..MIB]), metadata());
+    let option = format!("thin_metadata={}", metadata.display());
+    let words = ["verify", "-o", &option, "--volume", "7", data.path().to_str().expect("text")];
+    let verified = run(env!("CARGO_BIN_EXE_blkholefs"), words);
+    assert!(verified.ends_with(&format!(": {BLOCK} bytes in 1 hole: {BLOCK} bytes read, all zero\n")), "{verified}");
+}
+
 #[test]
 fn a_volume_has_the_rights_of_the_data_device() {
     needs!(root, programs["thin_restore", "thin_dump"]);

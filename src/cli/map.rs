@@ -1,6 +1,5 @@
 //! `blkholefs map`: prints the data and holes of a device, or what changed in it since an older snapshot.
 
-use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io::{self, BufWriter};
 use std::ops::Range;
@@ -9,9 +8,7 @@ use std::sync::Arc;
 
 use super::{HELP, MapArguments, parse, print, written};
 use crate::error::{Error, Result, shown};
-use crate::export;
-use crate::handle::Handle;
-use crate::map::{Extent, HoleMap, view};
+use crate::map::{HoleMap, view};
 use crate::mount::argv::CommandLine;
 use crate::report::{self, Extents, MapFormat, Subject, Totals};
 use crate::source::Context;
@@ -39,10 +36,7 @@ impl MapArguments {
 }
 
 fn print_map(arguments: &MapArguments) -> Result<()> {
-    let export = arguments.open()?;
-    let context = arguments.context(&*export)?;
-    let export = export::view_of(export, &arguments.source.views, &context)?;
-    let handle = Handle::new(export, Arc::new(context), Arc::default());
+    let handle = arguments.handle()?;
     let len = handle.export().len()?;
     let range = arguments.range(len);
     let counted =
@@ -51,7 +45,11 @@ fn print_map(arguments: &MapArguments) -> Result<()> {
         let holes = range.end.saturating_sub(range.start).saturating_sub(data);
         return written(Totals::new(data, holes).print(&mut io::stdout(), false));
     }
-    printed(arguments.format, &Subject { len, since: None }, &mut asked(&handle, range))
+    printed(
+        arguments.format,
+        &Subject { len, since: None },
+        &mut handle.walk(range).map(|extent| extent.map_err(io::Error::other)),
+    )
 }
 
 fn print_changes(arguments: &MapArguments, changes: &Changes) -> Result<()> {
@@ -68,25 +66,6 @@ fn printed(format: MapFormat, subject: &Subject<'_>, extents: Extents<'_>) -> Re
         Err(Err(of_output)) => written(Err(of_output)),
         Ok(()) => Ok(()),
     }
-}
-
-/// The extents of a device in `range`, asked some at a time.
-fn asked(handle: &Handle, range: Range<Bytes>) -> impl Iterator<Item = io::Result<(Bytes, Extent)>> {
-    let (mut at, mut known) = (range.start, VecDeque::new());
-    std::iter::from_fn(move || {
-        if known.is_empty() && at < range.end {
-            match handle.extents(at..range.end) {
-                Ok(extents) => known.extend(extents),
-                Err(error) => {
-                    at = range.end;
-                    return Some(Err(io::Error::other(error)));
-                }
-            }
-        }
-        let (start, extent): (Bytes, Extent) = known.pop_front()?;
-        at = extent.end;
-        Some(Ok((start, extent)))
-    })
 }
 
 /// What changed since `older`: a device, or the id of a volume of a pool that is not active. Each kind of source that can

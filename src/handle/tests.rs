@@ -152,3 +152,22 @@ fn a_stack_that_only_answered_a_stat_counts_with_the_time_of_resolving() {
     resolved.set_answered();
     assert_eq!(resolved.cost().rest(clock.now()), 9 * COST);
 }
+
+#[test]
+fn answers_from_one_stack_have_equal_states() {
+    let maps = cache(None);
+    let (handle, _) = handle(&maps, Ok(()));
+    let range = Bytes::ZERO..LEN;
+    let (one, other) = (handle.holes_now(&range).unwrap(), handle.holes_now(&range).unwrap());
+    assert_eq!(one.holes, [Bytes::ZERO..BLOCK, Bytes::new(128 << 10)..LEN]);
+    assert!(one.state.is_some_and(|state| state.is_guarded));
+    assert_eq!((&one.holes, one.state), (&other.holes, other.state));
+    // As after a change that a guard found.
+    handle.drop_map();
+    let later = handle.holes_now(&range).unwrap();
+    assert_eq!(later.holes, one.holes);
+    assert!(later.state.is_some() && later.state != one.state);
+    let walked: Vec<_> = handle.walk(range).map(|extent| extent.unwrap()).collect();
+    assert_eq!(walked.iter().filter(|(_, extent)| extent.kind.is_hole()).count(), 2);
+    assert_eq!(walked.last().map(|(_, extent)| extent.end), Some(LEN));
+}

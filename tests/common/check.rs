@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
@@ -118,6 +119,14 @@ pub fn check_holes(map: &[Extent], device: &Path) {
             });
         }
     }
+}
+
+/// Runs `blkholefs verify`: it finds no wrong hole, even if processes write to the device at the same time.
+pub fn verify(device: &Path) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_blkholefs"));
+    let output = command.arg("verify").arg(device).stdin(Stdio::null()).output().expect("the program starts");
+    let [found, error] = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(output.status.success(), "{command:?}: {}: {found}{error}", output.status);
 }
 
 /// The file has the size and the bytes of the device.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 
-use super::check::{check, open, seek_data, seek_hole, sysfs};
+use super::check::{check, open, seek_data, seek_hole, sysfs, verify};
 use super::image::discard;
 use super::random::{Length, Random};
 
@@ -59,6 +59,7 @@ pub fn race(file: &Path, device: &Path, size: u64, rounds: u64) {
 
 /// Lets writers write and discard parts of `device`, `rounds` times each or as long as the environment says (see
 /// [`Length`]). Each of them seeks in `file` to its page right after the write, while another thread reads the whole map.
+/// Now and then one of them lets `blkholefs verify` compare the holes with zeros, while the others write.
 pub fn writers(file: &Path, device: &Path, size: u64, rounds: u64) -> Raced {
     let length = Length::rounds(rounds);
     let pages = Pages::new(size);
@@ -99,6 +100,10 @@ fn write_and_seek(file: &Path, device: &Path, own: Range<u64>, length: Length, p
         pages.written(page);
         writes += 1;
         assert_data(&seeker, page);
+        // Not all the time: it writes back dirty pages, as an lseek must.
+        if random.one_in(32) {
+            verify(device);
+        }
         if random.one_in(8) {
             // A smaller discard would be ignored, and pages of other writers must not be discarded.
             let first = page - page % unit;
