@@ -8,7 +8,7 @@ pub mod deadline {
     pub use crate::deadline::within;
 }
 pub mod export {
-    pub use crate::export::{Export, VolumeExport, open};
+    pub use crate::export::{Export, NbdExportFile, VolumeExport, Writer, Zeroed, open};
 }
 pub mod filesystem {
     pub use crate::filesystem::memory::MemoryDevice;
@@ -44,7 +44,7 @@ pub mod source {
         pub use crate::source::md::array;
     }
     pub mod nbd {
-        pub use crate::source::nbd::{Client, FlushBeforeStatus, NbdExport, Timeouts, Uri, layer};
+        pub use crate::source::nbd::{Client, ExportWriter, FlushBeforeStatus, NbdExport, Timeouts, Uri, layer};
         pub use crate::source::nbd::{frame, map, proto, reply};
     }
     pub mod scsi {

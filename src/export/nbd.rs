@@ -9,9 +9,9 @@ use std::time::SystemTime;
 use nix::unistd::{getegid, geteuid};
 
 use super::read_queue::ReadQueue;
-use super::{Export, HostNode, MIN_ALIGN};
+use super::{Export, HostNode, MIN_ALIGN, Writer, Zeroed};
 use crate::error::Result;
-use crate::source::nbd::{self, Client, NbdExport};
+use crate::source::nbd::{self, Client, ExportWriter, NbdExport};
 use crate::source::{Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -56,12 +56,30 @@ impl Export for NbdExportFile {
         Some(&*self.client)
     }
 
+    fn writer(&self) -> io::Result<Arc<dyn Writer>> {
+        Ok(Arc::new(self.client.writer()?))
+    }
+
     fn resolve(&self, context: &Context) -> Stack {
         Stack::build(context, |_| Arc::new(nbd::layer(self.client.clone(), context)))
     }
 
     fn host_node(&self) -> io::Result<HostNode> {
         Ok(host_node(self.opened))
+    }
+}
+
+impl Writer for ExportWriter {
+    fn write_at(&self, bytes: &[u8], offset: Bytes) -> io::Result<()> {
+        self.write_at(bytes, offset)
+    }
+
+    fn make_zero(&self, range: &Range<Bytes>) -> io::Result<Zeroed> {
+        Ok(if self.make_zero(range)? { Zeroed::Proven } else { Zeroed::Unproven })
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.flush()
     }
 }
 

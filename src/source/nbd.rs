@@ -4,7 +4,7 @@
 //! here has. It reads an export, or it queries the block status of the export that the kernel's client is connected to.
 //!
 //! A [`Uri`] names an export. A [`Client`] reads it and queries its block status (`base:allocation`); a hole is an
-//! extent with the ZERO bit. The server is not trusted: it can make an export dense or unreadable, and nothing else.
+//! extent with the ZERO bit. An [`ExportWriter`] writes to it. The server is not trusted: it can make an export dense or unreadable, and nothing else.
 //! The protocol is that of `doc/proto.md` of the NBD project.
 
 mod begun;
@@ -17,12 +17,15 @@ pub mod frame;
 mod kernel_connection;
 mod pool;
 pub mod proto;
+mod range_locks;
 pub mod reply;
 mod side_export;
 mod status;
 mod stream;
 mod tls;
+mod unflushed;
 pub mod uri;
+mod writer;
 
 use std::io;
 use std::sync::Arc;
@@ -35,6 +38,7 @@ pub use pool::Timeouts;
 pub use side_export::SideExport;
 pub use status::FlushBeforeStatus;
 pub use uri::Uri;
+pub use writer::ExportWriter;
 
 use self::kernel_connection::KernelConnectionGuard;
 use self::status::ExportStatus;

@@ -5,8 +5,8 @@
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How the server frames its replies.
@@ -33,7 +33,11 @@ pub enum Step {
     Status,
     /// A flush request.
     Flush,
-    /// A read or block status request beyond the end of the disk.
+    /// A write request. The bytes are on the disk.
+    Write,
+    /// A write zeroes request. The zeros are on the disk.
+    WriteZeroes,
+    /// A request beyond the end of the disk.
     Outside,
 }
 
@@ -46,6 +50,8 @@ pub struct Request {
     pub offset: u64,
     /// The length in bytes.
     pub len: u64,
+    /// The command flags: `NBD_CMD_FLAG_FUA` is 1, `NO_HOLE` 2 and `PAYLOAD_LEN` 32.
+    pub flags: u16,
 }
 
 /// A message that is about to be sent.
@@ -92,6 +98,7 @@ pub struct FakeServer {
     pub uri: String,
     /// The number of connections accepted so far.
     pub connections: Arc<AtomicUsize>,
+    disk: Arc<Mutex<Vec<u8>>>,
     socket: PathBuf,
     stop: Arc<AtomicBool>,
     _directory: tempfile::TempDir,
@@ -104,14 +111,15 @@ impl FakeServer {
         let socket = directory.path().join("s");
         let listener = UnixListener::bind(&socket).expect("a socket");
         let (stop, connections) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let (stopped, counted, disk) = (Arc::clone(&stop), Arc::clone(&connections), Arc::<[u8]>::from(disk));
+        let disk = Arc::new(Mutex::new(disk.to_vec()));
+        let (stopped, counted, served) = (Arc::clone(&stop), Arc::clone(&connections), Arc::clone(&disk));
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
                 let connection = counted.fetch_add(1, Ordering::Relaxed);
-                let (hook, disk) = (Arc::clone(&hook), Arc::clone(&disk));
+                let (hook, disk) = (Arc::clone(&hook), Arc::clone(&served));
                 let stream = stream.expect("a connection");
                 std::thread::spawn(move || {
                     // Errors of a connection are ignored, because only the client is tested.
@@ -121,7 +129,12 @@ impl FakeServer {
             }
         });
         let uri = format!("nbd+unix:///?socket={}", socket.display());
-        Self { uri, connections, socket, stop, _directory: directory }
+        Self { uri, connections, disk, socket, stop, _directory: directory }
+    }
+
+    /// The disk as it is now.
+    pub fn disk(&self) -> MutexGuard<'_, Vec<u8>> {
+        lock(&self.disk)
     }
 }
 
@@ -132,12 +145,16 @@ impl Drop for FakeServer {
     }
 }
 
+fn lock(disk: &Mutex<Vec<u8>>) -> MutexGuard<'_, Vec<u8>> {
+    disk.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// One connection to a client.
 struct Connection {
     stream: UnixStream,
     dialect: Dialect,
     agreed: Dialect,
-    disk: Arc<[u8]>,
+    disk: Arc<Mutex<Vec<u8>>>,
     hook: Arc<MessageHook>,
     connection: usize,
     sent: usize,
@@ -189,6 +206,16 @@ impl Connection {
         Ok(bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
     }
 
+    /// Receives the payload of a write. With extended headers, the request must say that it has one.
+    fn payload(&mut self, request: Request) -> io::Result<Vec<u8>> {
+        if (request.flags & 32 != 0) != (self.agreed == Dialect::Extended) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let mut payload = vec![0; usize::try_from(request.len).expect("in range")];
+        self.stream.read_exact(&mut payload)?;
+        Ok(payload)
+    }
+
     /// Answers one option; returns false when the transmission phase begins.
     fn option(&mut self) -> io::Result<bool> {
         self.number::<8>()?;
@@ -204,7 +231,7 @@ impl Connection {
                 [option_reply(option, 4, &context), ack].concat()
             }
             7 => {
-                let size = (self.disk.len() as u64).to_be_bytes();
+                let size = (lock(&self.disk).len() as u64).to_be_bytes();
                 let export = [[0, 0].as_slice(), &size, &[0, 3]].concat();
                 let blocks = [[0, 3, 0, 0, 0, 1].as_slice(), &[0, 0, 0x10, 0], &[0, 0x10, 0, 0]].concat();
                 [option_reply(option, 3, &export), option_reply(option, 3, &blocks), ack].concat()
@@ -222,23 +249,41 @@ impl Connection {
 
     /// Answers one request; returns false when the client disconnects.
     fn request(&mut self) -> io::Result<bool> {
-        self.number::<6>()?;
+        self.number::<4>()?;
+        let flags = u16::try_from(self.number::<2>()?).expect("two bytes");
         let command = self.number::<2>()?;
         let (cookie, offset) = (self.number::<8>()?, self.number::<8>()?);
         let len = if self.agreed == Dialect::Extended { self.number::<8>()? } else { self.number::<4>()? };
-        let request = Request { cookie, offset, len };
+        let request = Request { cookie, offset, len, flags };
+        let payload = if command == 1 { self.payload(request)? } else { Vec::new() };
+        let mut disk = lock(&self.disk);
         // A test may announce a size that is larger than the disk.
-        let known = offset.checked_add(len).is_some_and(|end| end <= self.disk.len() as u64);
+        let known = offset.checked_add(len).is_some_and(|end| end <= disk.len() as u64);
         let (step, bytes) = match command {
             3 => (Step::Flush, success(self.agreed, cookie)),
-            0 | 7 if !known => (Step::Outside, refusal(self.agreed, cookie)),
-            0 => (Step::Read, read_reply(self.agreed, request, &self.disk)),
-            7 => (Step::Status, status_reply(self.agreed, request, CONTEXT, &extents(&self.disk, request))),
+            0 | 1 | 6 | 7 if !known => (Step::Outside, refusal(self.agreed, cookie)),
+            0 => (Step::Read, read_reply(self.agreed, request, &disk)),
+            1 => {
+                disk[range(request)].copy_from_slice(&payload);
+                (Step::Write, success(self.agreed, cookie))
+            }
+            6 => {
+                disk[range(request)].fill(0);
+                (Step::WriteZeroes, success(self.agreed, cookie))
+            }
+            7 => (Step::Status, status_reply(self.agreed, request, CONTEXT, &extents(&disk, request))),
             _ => return Ok(false),
         };
+        drop(disk);
         self.send(step, request, bytes)?;
         Ok(true)
     }
+}
+
+/// The indices of the bytes of a request that lies within the disk.
+fn range(request: Request) -> std::ops::Range<usize> {
+    let start = usize::try_from(request.offset).expect("in range");
+    start..start + usize::try_from(request.len).expect("in range")
 }
 
 /// Encodes one reply to an option.
@@ -249,11 +294,19 @@ pub fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
 }
 
 /// Sets the size and the transmission flags in the reply to NBD_OPT_GO. `NBD_FLAG_HAS_FLAGS` is 1, `READ_ONLY` 2,
-/// `SEND_FLUSH` 4 and `CAN_MULTI_CONN` 256.
+/// `SEND_FLUSH` 4, `SEND_FUA` 8, `SEND_WRITE_ZEROES` 64 and `CAN_MULTI_CONN` 256.
 pub fn set_export(message: &mut Message, size: u64, flags: u16) {
     if message.step == Step::Option(7) {
         message.bytes[22..30].copy_from_slice(&size.to_be_bytes());
         message.bytes[30..32].copy_from_slice(&flags.to_be_bytes());
+    }
+}
+
+/// Sets the minimum block size and the maximum payload size in the reply to NBD_OPT_GO.
+pub fn set_blocks(message: &mut Message, minimum: u32, maximum: u32) {
+    if message.step == Step::Option(7) {
+        message.bytes[54..58].copy_from_slice(&minimum.to_be_bytes());
+        message.bytes[62..66].copy_from_slice(&maximum.to_be_bytes());
     }
 }
 
@@ -279,9 +332,14 @@ fn success(dialect: Dialect, cookie: u64) -> Vec<u8> {
 
 /// Encodes a reply with the error NBD_EINVAL.
 pub fn refusal(dialect: Dialect, cookie: u64) -> Vec<u8> {
+    failure(dialect, cookie, 22)
+}
+
+/// Encodes a reply with an error.
+pub fn failure(dialect: Dialect, cookie: u64, error: u8) -> Vec<u8> {
     match dialect {
-        Dialect::Simple => [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 22], cookie.to_be_bytes()].concat(),
-        _ => chunk(dialect, 1, 0x8001, cookie, &[0, 0, 0, 22, 0, 0]),
+        Dialect::Simple => [[0x67, 0x44, 0x66, 0x98, 0, 0, 0, error], cookie.to_be_bytes()].concat(),
+        _ => chunk(dialect, 1, 0x8001, cookie, &[0, 0, 0, error, 0, 0]),
     }
 }
 

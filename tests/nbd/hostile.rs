@@ -34,7 +34,7 @@ fn disk() -> Vec<u8> {
 
 /// Timeouts with which a call fails at once when the server closes the connection.
 fn no_outage_timeouts() -> Timeouts {
-    Timeouts { connect: WAIT, request: WAIT, outage: Duration::ZERO }
+    Timeouts { outage: Duration::ZERO, ..equal_timeouts(WAIT) }
 }
 
 /// The result of a session.
@@ -148,7 +148,7 @@ fn a_stream_that_ends_at_any_byte_gives_no_wrong_bytes_or_holes() {
 #[test]
 fn a_stream_that_stalls_at_any_step_gives_no_wrong_bytes_or_holes() {
     let wait = Duration::from_millis(200);
-    let short = Timeouts { connect: wait, request: wait, outage: wait };
+    let short = equal_timeouts(wait);
     for dialect in DIALECTS {
         let length = reply_stream_len(dialect);
         std::thread::scope(|scope| {
@@ -190,7 +190,7 @@ fn flip_byte(dialect: Dialect, at: usize, mask: u8) {
         Action::Continue
     };
     let wait = Duration::from_millis(500);
-    let outcome = session(dialect, Timeouts { connect: wait, request: wait, outage: Duration::ZERO }, Arc::new(hook));
+    let outcome = session(dialect, Timeouts { outage: Duration::ZERO, ..equal_timeouts(wait) }, Arc::new(hook));
     // The client cannot detect a wrong byte of data. A wrong byte elsewhere must not change the data.
     if let Some(bytes) = outcome.bytes {
         let wrong = bytes.iter().zip(disk()).filter(|(got, wanted)| **got != *wanted).count();

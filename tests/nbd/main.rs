@@ -18,6 +18,9 @@ mod slow;
 mod states;
 
 mod tls;
+mod write_outage;
+mod write_random;
+mod writes;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,7 +44,7 @@ fn default_client(uri: &str) -> Arc<Client> {
 
 /// Timeouts that are all equal to `wait`.
 fn equal_timeouts(wait: Duration) -> Timeouts {
-    Timeouts { connect: wait, request: wait, outage: wait }
+    Timeouts { connect: wait, request: wait, outage: wait, change: wait, flush: wait }
 }
 
 /// Returns the end in bytes and the kind of each merged run, without rounding. Stops at 32 TiB, so that a wrong size

@@ -127,7 +127,7 @@ fn a_connection_that_failed_once_is_tried_again_later() {
         Action::Continue
     };
     let fake = FakeServer::new(Dialect::Structured, &disk(), Arc::new(hook));
-    let timeouts = Timeouts { connect: 10 * SECOND, request: 10 * SECOND, outage: SECOND / 2 };
+    let timeouts = Timeouts { outage: SECOND / 2, ..equal_timeouts(10 * SECOND) };
     let client = client(&fake.uri, timeouts);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {

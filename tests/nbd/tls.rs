@@ -31,14 +31,19 @@ fn authority(directory: &Path) {
     certificate(directory, "ca", "cn = \"test\"\nca\ncert_signing_key\n", None);
 }
 
+/// Creates the files of a server that names itself by `nbd.example` and 127.0.0.1, and of its certificate authority.
+pub fn server_certificates(directory: &Path) {
+    authority(directory);
+    let server =
+        "cn = \"server\"\ndns_name = \"nbd.example\"\nip_address = \"127.0.0.1\"\ntls_www_server\nsigning_key\n";
+    certificate(directory, "server", server, Some("ca"));
+}
+
 #[test]
 fn tls_needs_a_trusted_certificate_with_the_name_of_the_host() {
     needs!(programs["nbdkit", "certtool"]);
     let (pki, other, bare) = (directory(), directory(), directory());
-    authority(pki.path());
-    let server =
-        "cn = \"server\"\ndns_name = \"nbd.example\"\nip_address = \"127.0.0.1\"\ntls_www_server\nsigning_key\n";
-    certificate(pki.path(), "server", server, Some("ca"));
+    server_certificates(pki.path());
     certificate(pki.path(), "client", "cn = \"client\"\ntls_www_client\nsigning_key\n", Some("ca"));
     authority(other.path());
     std::fs::copy(pki.path().join("ca-cert.pem"), bare.path().join("ca-cert.pem")).unwrap();

@@ -178,5 +178,8 @@ fn a_sample_finds_wrong_holes() {
     let verified = Verified::of(&["--sample", "1000", &*server.uri]);
     assert_eq!(verified.failed()[1], format!("not zero in a hole: {BLOCK} bytes at {AT}"));
     // The server reports the block as data unless its answers are wrong.
-    assert!(extents(&disk(), crate::fake::Request { cookie: 0, offset: 0, len: (BLOCKS * BLOCK) as u64 }).len() == 3);
+    assert!(
+        extents(&disk(), crate::fake::Request { flags: 0, cookie: 0, offset: 0, len: (BLOCKS * BLOCK) as u64 }).len()
+            == 3
+    );
 }

@@ -1,10 +1,11 @@
-//! A read-only client of one export, shared by threads.
+//! The client of one export, shared by threads: it reads, and queries the block status.
 
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::connect::Agreement;
 use super::connection::{Connection, NbdRequest};
 use super::frame::Dialect;
 use super::pool::{ConnectionPool, Timeouts};
@@ -12,6 +13,7 @@ use super::proto::BASE_ALLOCATION;
 use super::reply::{ReplyContent, RequestError};
 use super::status::FlushBeforeStatus;
 use super::uri::Uri;
+use super::writer::SharedWrites;
 use crate::deadline;
 use crate::error::Result;
 use crate::map::Extent;
@@ -19,7 +21,7 @@ use crate::units::Bytes;
 
 /// How often a request is sent over new connections, when each breaks before its answer. Connections made before the
 /// request do not count: all of them break when a server is restarted, and each shows that only when it is used.
-const TRIES: usize = 3;
+pub(super) const TRIES: usize = 3;
 /// The number of requests of one call that wait for their answers at the same time.
 const BATCH: usize = 16;
 /// A block status query that fails after this time, or later, is followed by a [`RetryDelay`].
@@ -27,9 +29,9 @@ const SLOW: Duration = Duration::from_secs(1);
 /// How long the last close of an export waits for the replies to reads that were given up.
 const FINISH: Duration = Duration::from_secs(1);
 /// `NBD_ESHUTDOWN`: the server is shutting down, and clients are to disconnect.
-const ESHUTDOWN: u32 = 108;
+pub(super) const ESHUTDOWN: u32 = 108;
 
-/// A read-only client of one export.
+/// A client of one export. [`Client::writer`] gives the right to write.
 ///
 /// Requests of several threads share the connections. A connection that breaks is replaced, and its requests are sent
 /// again, within the [`Timeouts`] and the deadline of the FUSE request that the thread works on.
@@ -39,6 +41,7 @@ pub struct Client {
     /// Why block status is not queried, if it is not.
     no_status: OnceLock<String>,
     retry_delay: Arc<RetryDelay>,
+    writes: SharedWrites,
 }
 
 /// The time before which a server gets no further block status query, because it did not answer the last one in time.
@@ -91,7 +94,7 @@ impl Client {
         if pool.first().context.is_none() {
             no_status.get_or_init(|| RequestError::NoContext.to_string());
         }
-        Ok(Self { pool, no_status, retry_delay: Arc::default() })
+        Ok(Self { pool, no_status, retry_delay: Arc::default(), writes: SharedWrites::default() })
     }
 
     /// The export's URI.
@@ -171,6 +174,16 @@ impl Client {
     /// The longest read of one request.
     pub fn longest_read(&self) -> Bytes {
         self.pool.first().blocks.maximum
+    }
+
+    /// The parameters of all connections.
+    pub(super) fn agreement(&self) -> &Agreement {
+        self.pool.first()
+    }
+
+    /// What its writers share.
+    pub(super) fn writes(&self) -> &SharedWrites {
+        &self.writes
     }
 
     /// The longest waits for the server.
@@ -346,7 +359,7 @@ impl Client {
             let answer = id.and_then(|id| connection.wait(id, until));
             answers[index] = match answer {
                 Err(RequestError::Server(ESHUTDOWN)) => {
-                    connection.end("the server is shutting down".to_owned());
+                    connection.retire();
                     Err(RequestError::Broken("the server is shutting down".to_owned()))
                 }
                 answer => answer,

@@ -233,7 +233,14 @@ impl Negotiation {
     /// Negotiates the options, and opens the export.
     fn negotiate(&self, greeting: Greeting, export: &str, bitmap: Option<&str>) -> Result<Agreement> {
         let mut agreement = Agreement {
-            export: ExportInfo { size: crate::units::Bytes::ZERO, read_only: true, multi_conn: false, flush: false },
+            export: ExportInfo {
+                size: crate::units::Bytes::ZERO,
+                read_only: true,
+                multi_conn: false,
+                flush: false,
+                fua: false,
+                write_zeroes: false,
+            },
             blocks: BlockSizes::default(),
             dialect: Dialect::Simple,
             context: None,

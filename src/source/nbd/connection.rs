@@ -5,22 +5,26 @@
 //! single request thus costs one send and one receive, without a change of threads, and an idle connection costs
 //! nothing.
 
+mod pending_changes;
+mod receiving;
+mod sending;
+
 use std::collections::{HashMap, HashSet};
-use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use self::pending_changes::PendingChanges;
+use self::receiving::ReadAhead;
+pub use self::sending::NbdChange;
+use self::sending::{NbdMessage, SendTurn};
 use super::connect::Agreement;
-use super::frame::{Dialect, NbdCommand, REPLY_HEADER, ReplyHeader, encode_request};
+use super::frame::{NbdCommand, ReplyWhen, encode_request};
 use super::reply::{PartialReply, ReplyContent, RequestError, StatusContexts};
 use super::stream::Stream;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
-
-/// The size of the receive buffer. Larger payloads are received directly where they belong.
-const READ_AHEAD: usize = 64 << 10;
 
 /// A request to a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,26 +41,24 @@ pub enum NbdRequest {
 #[derive(Debug)]
 pub struct RequestId(u64);
 
+/// The number of the next connection of this process.
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1);
+
 /// A connection in the transmission phase.
 #[derive(Debug)]
 pub struct Connection {
     stream: Stream,
     agreement: Agreement,
     opened: Instant,
-    /// Held while a request is sent.
-    sending: Mutex<()>,
+    number: u64,
+    /// No further request may be sent.
+    retired: AtomicBool,
+    turn: SendTurn,
     read_ahead: Mutex<ReadAhead>,
     pending: Mutex<PendingRequests>,
     /// Signals every change of `pending` that a waiting thread needs.
     changed: Condvar,
     in_flight: AtomicUsize,
-}
-
-/// Bytes that were received and not used yet.
-#[derive(Debug)]
-struct ReadAhead {
-    buffer: Box<[u8]>,
-    unread: Range<usize>,
 }
 
 /// The requests that have been sent, by their cookies.
@@ -66,6 +68,7 @@ struct PendingRequests {
     requests: HashMap<u64, PendingRequest>,
     /// Those of the requests that nobody waits for: their replies are dropped.
     abandoned: HashSet<u64>,
+    changes: PendingChanges,
     /// Some thread is receiving replies.
     has_reader: bool,
     /// Why the connection has ended, if it has.
@@ -90,8 +93,10 @@ impl Connection {
             stream,
             agreement,
             opened: Instant::now(),
-            sending: Mutex::new(()),
-            read_ahead: Mutex::new(ReadAhead { buffer: vec![0; READ_AHEAD].into(), unread: 0..0 }),
+            number: NEXT_NUMBER.fetch_add(1, Ordering::Relaxed),
+            retired: AtomicBool::new(false),
+            turn: SendTurn::default(),
+            read_ahead: Mutex::default(),
             pending: Mutex::default(),
             changed: Condvar::new(),
             in_flight: AtomicUsize::new(0),
@@ -108,9 +113,25 @@ impl Connection {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// Whether the connection has ended.
+    /// A number that no other connection of this process has.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Whether no further request can be sent: the connection has ended, or it was retired.
     pub fn is_broken(&self) -> bool {
-        self.pending().broken.is_some()
+        self.retired.load(Ordering::Relaxed) || self.pending().broken.is_some()
+    }
+
+    /// Lets nobody choose the connection for a further request. The replies to earlier ones are still received. When nobody
+    /// uses the connection any more, it is closed with a request to disconnect.
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the server has closed the connection. It may have sent replies before, which were not received yet.
+    pub fn is_hung_up(&self) -> bool {
+        self.stream.is_hung_up()
     }
 
     /// Whether a request can be sent without a wait for the server, which may itself wait until its replies are received.
@@ -126,7 +147,7 @@ impl Connection {
     /// sent.
     pub fn submit(&self, request: &NbdRequest, deadline: Instant) -> Result<RequestId, RequestError> {
         let (command, range, reply) = self.prepare(request)?;
-        self.send(command, &range, reply, deadline)
+        self.send(&NbdMessage::new(command, range), reply, deadline, |_cookie| ())
     }
 
     /// Sends a read from `start` on of as many bytes as `buffer` has, which are received there. They must be within the
@@ -144,35 +165,32 @@ impl Connection {
         let end = start.saturating_add(Bytes::new(buffer.bytes().len() as u64));
         let too_long = || RequestError::Broken("a read that ends beyond 2^64 cannot be sent".to_owned());
         let reply = PartialReply::read_into(start, buffer).ok_or_else(too_long)?;
-        self.send(NbdCommand::Read, &(start..end), reply, deadline)
+        self.send(&NbdMessage::new(NbdCommand::Read, start..end), reply, deadline, |_cookie| ())
     }
 
-    fn send(
-        &self,
-        command: NbdCommand,
-        range: &Range<Bytes>,
-        reply: PartialReply,
-        deadline: Instant,
-    ) -> Result<RequestId, RequestError> {
-        let cookie = {
-            let mut pending = self.pending();
-            if let Some(reason) = &pending.broken {
-                return Err(RequestError::Broken(reason.clone()));
-            }
-            pending.next += 1;
-            let cookie = pending.next;
-            pending.requests.insert(cookie, PendingRequest::Waiting(reply));
-            cookie
-        };
-        self.in_flight.fetch_add(1, Ordering::Relaxed);
-        let sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = self.stream.write_all(&encode_request(self.agreement.dialect, command, cookie, range), deadline);
-        drop(sending);
-        if let Err(error) = sent {
-            self.end(error.to_string());
+    /// Expects a reply to a request that is sent next, and returns the cookie of the request.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError::Broken`] when the connection has ended.
+    fn expect(&self, reply: PartialReply) -> Result<u64, RequestError> {
+        let mut pending = self.pending();
+        if let Some(reason) = &pending.broken {
+            return Err(RequestError::Broken(reason.clone()));
         }
-        // `wait` returns the error, as for all requests of a broken connection.
-        Ok(RequestId(cookie))
+        pending.next += 1;
+        let cookie = pending.next;
+        pending.requests.insert(cookie, PendingRequest::Waiting(reply));
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        Ok(cookie)
+    }
+
+    /// Expects no reply any more.
+    fn forget(&self, cookie: u64) {
+        let mut pending = self.pending();
+        pending.requests.remove(&cookie);
+        pending.changes.remove(cookie, Instant::now());
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Waits for the answer to a request. Each request must be waited for or abandoned, once.
@@ -180,9 +198,36 @@ impl Connection {
     /// # Errors
     ///
     /// The server's error, its violation of the protocol, or the end of the connection. A request without an answer at
-    /// `deadline` ends the connection.
+    /// `deadline` ends the connection, unless the server still has time for a change ([`PendingChanges`]).
     pub fn wait(&self, id: RequestId, deadline: Instant) -> Result<ReplyContent, RequestError> {
-        let result = self.wait_for(id.0, deadline);
+        let mut pending = self.pending();
+        let result = loop {
+            if let Some(PendingRequest::Done(_)) = pending.requests.get(&id.0)
+                && let Some(PendingRequest::Done(result)) = pending.requests.remove(&id.0)
+            {
+                break result;
+            }
+            if let Some(reason) = pending.broken.clone() {
+                pending.requests.remove(&id.0);
+                break Err(RequestError::Broken(reason));
+            }
+            let (now, until) = (Instant::now(), pending.changes.deadline(id.0, deadline));
+            if now < until {
+                pending = self.receive_or_wait(pending, until, |completed| completed == Some(id.0));
+                continue;
+            }
+            let late = "the server does not answer in time".to_owned();
+            pending.changes.remove(id.0, now);
+            let goes_on = pending.changes.have_time(now);
+            drop(pending);
+            if goes_on {
+                self.abandon(&id);
+                return Err(RequestError::Broken(late));
+            }
+            self.end(late);
+            pending = self.pending();
+        };
+        pending.changes.remove(id.0, Instant::now());
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
         result
     }
@@ -208,51 +253,6 @@ impl Connection {
         }
     }
 
-    fn wait_for(&self, cookie: u64, deadline: Instant) -> Result<ReplyContent, RequestError> {
-        let mut pending = self.pending();
-        loop {
-            if let Some(PendingRequest::Done(_)) = pending.requests.get(&cookie)
-                && let Some(PendingRequest::Done(result)) = pending.requests.remove(&cookie)
-            {
-                return result;
-            }
-            if let Some(reason) = pending.broken.clone() {
-                pending.requests.remove(&cookie);
-                return Err(RequestError::Broken(reason));
-            }
-            if pending.has_reader && Instant::now() >= deadline {
-                drop(pending);
-                self.end("the server does not answer in time".to_owned());
-                pending = self.pending();
-                continue;
-            }
-            pending = self.receive_or_wait(pending, deadline, |completed| completed == Some(cookie));
-        }
-    }
-
-    /// Waits for a change by the thread that receives replies. If there is none, this thread receives them, until
-    /// `is_enough`, which gets the cookie of the request that a reply or chunk completed. An error ends the connection.
-    fn receive_or_wait<'a>(
-        &'a self,
-        mut pending: MutexGuard<'a, PendingRequests>,
-        deadline: Instant,
-        is_enough: impl Fn(Option<u64>) -> bool,
-    ) -> MutexGuard<'a, PendingRequests> {
-        if pending.has_reader {
-            let left = deadline.saturating_duration_since(Instant::now());
-            return self.changed.wait_timeout(pending, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        pending.has_reader = true;
-        drop(pending);
-        if let Err(reason) = self.read_until(is_enough, deadline) {
-            self.end(reason);
-        }
-        pending = self.pending();
-        pending.has_reader = false;
-        self.changed.notify_all();
-        pending
-    }
-
     /// Ends the connection for all threads. The reason of the first call is kept.
     pub fn end(&self, reason: String) {
         self.pending().broken.get_or_insert(reason);
@@ -263,7 +263,7 @@ impl Connection {
     /// The command and range of a request, and the reply to complete.
     fn prepare(&self, request: &NbdRequest) -> Result<(NbdCommand, Range<Bytes>, PartialReply), RequestError> {
         match request {
-            NbdRequest::Flush => Ok((NbdCommand::Flush, Bytes::ZERO..Bytes::ZERO, PartialReply::flush())),
+            NbdRequest::Flush => Ok((NbdCommand::Flush, Bytes::ZERO..Bytes::ZERO, PartialReply::without_content())),
             NbdRequest::Read(range) => {
                 let reply = PartialReply::read(range.clone()).expect("a read is a piece of a buffer in memory");
                 Ok((NbdCommand::Read, range.clone(), reply))
@@ -280,113 +280,6 @@ impl Connection {
         }
     }
 
-    /// Receives replies and chunks until `is_enough`: see [`Connection::receive_or_wait`].
-    fn read_until(&self, is_enough: impl Fn(Option<u64>) -> bool, deadline: Instant) -> Result<(), String> {
-        let mut read_ahead = self.read_ahead.lock().unwrap_or_else(PoisonError::into_inner);
-        while !is_enough(self.read_reply(&mut read_ahead, deadline)?) {}
-        Ok(())
-    }
-
-    /// Receives one simple reply or chunk. Returns the cookie of the request whose reply it completes, if it does.
-    fn read_reply(&self, read_ahead: &mut ReadAhead, deadline: Instant) -> Result<Option<u64>, String> {
-        let dialect = self.agreement.dialect;
-        let mut bytes = [0; REPLY_HEADER];
-        self.take(read_ahead, &mut bytes, deadline)?;
-        let header = ReplyHeader::decode(&bytes, dialect).map_err(|error| error.to_string())?;
-        let cookie = header.cookie();
-        let Some(PendingRequest::Waiting(mut reply)) = self
-            .pending()
-            .requests
-            .get_mut(&cookie)
-            .map(|request| std::mem::replace(request, PendingRequest::Receiving))
-        else {
-            return Err(format!("the server replied to request {cookie}, which was not sent"));
-        };
-        let received = self.read_body(read_ahead, header, dialect, &mut reply, deadline);
-        let (request, ended) = match received {
-            Ok(()) if !reply.is_done() => (PendingRequest::Waiting(reply), None),
-            Ok(()) => {
-                let result = reply.finish();
-                let ended = match &result {
-                    Err(RequestError::Violation(violation)) => Some(violation.clone()),
-                    _ => None,
-                };
-                (PendingRequest::Done(result), ended)
-            }
-            Err(failure) => {
-                let reason = failure.to_string();
-                (PendingRequest::Done(Err(failure)), Some(reason))
-            }
-        };
-        let done = matches!(request, PendingRequest::Done(_));
-        let mut pending = self.pending();
-        if done && pending.abandoned.remove(&cookie) {
-            pending.requests.remove(&cookie);
-            self.in_flight.fetch_sub(1, Ordering::Relaxed);
-        } else {
-            pending.requests.insert(cookie, request);
-        }
-        drop(pending);
-        match ended {
-            Some(reason) => Err(reason),
-            None if done => {
-                self.changed.notify_all();
-                Ok(Some(cookie))
-            }
-            None => Ok(None),
-        }
-    }
-
-    /// Receives the rest of a reply after the first part of its header.
-    fn read_body(
-        &self,
-        read_ahead: &mut ReadAhead,
-        header: ReplyHeader,
-        dialect: Dialect,
-        reply: &mut PartialReply,
-        deadline: Instant,
-    ) -> Result<(), RequestError> {
-        let place = match header {
-            ReplyHeader::Simple { error, .. } => reply.simple(error, dialect).map_err(RequestError::violation)?,
-            ReplyHeader::Chunk { flags, kind, .. } => {
-                let mut rest = [0; 16];
-                let rest = &mut rest[..header.rest(dialect)];
-                self.take(read_ahead, rest, deadline).map_err(RequestError::Broken)?;
-                let chunk = reply.chunk(flags, kind, rest).map_err(RequestError::violation)?;
-                let mut payload = vec![0; chunk.to_parse()];
-                self.take(read_ahead, &mut payload, deadline).map_err(RequestError::Broken)?;
-                reply.payload(chunk, &payload).map_err(RequestError::violation)?
-            }
-        };
-        match place {
-            Some(place) => self.take(read_ahead, place, deadline).map_err(RequestError::Broken),
-            None => Ok(()),
-        }
-    }
-
-    /// Reads exactly `out` from the stream.
-    fn take(&self, read_ahead: &mut ReadAhead, mut out: &mut [u8], deadline: Instant) -> Result<(), String> {
-        let reason = |error: io::Error| error.to_string();
-        loop {
-            let count = out.len().min(read_ahead.unread.len());
-            let from = read_ahead.unread.start;
-            out[..count].copy_from_slice(&read_ahead.buffer[from..from + count]);
-            read_ahead.unread.start += count;
-            out = &mut out[count..];
-            if out.len() >= read_ahead.buffer.len() {
-                return self.stream.read_exact(out, deadline).map_err(reason);
-            }
-            if out.is_empty() {
-                return Ok(());
-            }
-            let count = self.stream.read(&mut read_ahead.buffer, deadline).map_err(reason)?;
-            if count == 0 {
-                return Err("the server closed the connection".to_owned());
-            }
-            read_ahead.unread = 0..count;
-        }
-    }
-
     fn pending(&self) -> MutexGuard<'_, PendingRequests> {
         // Nothing in this module panics while it holds a lock.
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
@@ -397,9 +290,9 @@ impl Drop for Connection {
     /// Sends the request to disconnect, so that the server does not log a lost client. It does not wait, because a
     /// connection may be dropped by a thread that holds a lock.
     fn drop(&mut self) {
-        if !self.is_broken() {
-            let goodbye =
-                encode_request(self.agreement.dialect, NbdCommand::Disconnect, 0, &(Bytes::ZERO..Bytes::ZERO));
+        if self.pending().broken.is_none() {
+            let (dialect, none) = (self.agreement.dialect, Bytes::ZERO..Bytes::ZERO);
+            let goodbye = encode_request(dialect, NbdCommand::Disconnect, ReplyWhen::Complete, 0, &none);
             self.stream.write_without_waiting(&goodbye);
         }
         self.stream.shutdown();

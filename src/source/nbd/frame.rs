@@ -43,21 +43,47 @@ impl Dialect {
 pub enum NbdCommand {
     /// `NBD_CMD_READ`.
     Read = 0,
+    /// `NBD_CMD_WRITE`. Its payload follows the header.
+    Write = 1,
     /// `NBD_CMD_DISC`: the client disconnects; there is no reply.
     Disconnect = 2,
     /// `NBD_CMD_FLUSH`: all writes that were answered before, on any connection, become visible and permanent.
     Flush = 3,
+    /// `NBD_CMD_WRITE_ZEROES`: the range reads as zeros from then on. The server may deallocate it.
+    WriteZeroes = 6,
     /// `NBD_CMD_BLOCK_STATUS`.
     BlockStatus = 7,
 }
 
-/// The bytes of a request without payload. A length beyond the limit of the dialect is reduced to the limit.
-pub fn encode_request(dialect: Dialect, command: NbdCommand, cookie: u64, range: &Range<Bytes>) -> Vec<u8> {
+/// When the server replies to a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplyWhen {
+    /// When the write is complete.
+    Complete,
+    /// When the write is permanent too (`NBD_CMD_FLAG_FUA`). Only for a server that accepts it.
+    Permanent,
+}
+
+/// `NBD_CMD_FLAG_FUA`.
+const FLAG_FUA: u16 = 1;
+/// `NBD_CMD_FLAG_PAYLOAD_LEN`: the length is that of the payload. Writes have it in the extended dialect, and only there.
+const FLAG_PAYLOAD_LEN: u16 = 1 << 5;
+
+/// The header of a request. A length beyond the limit of the dialect is reduced to the limit.
+pub fn encode_request(
+    dialect: Dialect,
+    command: NbdCommand,
+    when: ReplyWhen,
+    cookie: u64,
+    range: &Range<Bytes>,
+) -> Vec<u8> {
+    let payload = if command == NbdCommand::Write && dialect == Dialect::Extended { FLAG_PAYLOAD_LEN } else { 0 };
+    let fua = if when == ReplyWhen::Permanent { FLAG_FUA } else { 0 };
     let len = range.end.saturating_sub(range.start).get();
     let mut bytes = Vec::with_capacity(32);
     let magic = if dialect == Dialect::Extended { EXTENDED_REQUEST } else { REQUEST };
     bytes.extend(magic.to_be_bytes());
-    bytes.extend([0, 0]);
+    bytes.extend((payload | fua).to_be_bytes());
     bytes.extend((command as u16).to_be_bytes());
     bytes.extend(cookie.to_be_bytes());
     bytes.extend(range.start.get().to_be_bytes());
@@ -139,12 +165,37 @@ mod tests {
         Bytes::new(start)..Bytes::new(end)
     }
 
+    fn encode(dialect: Dialect, command: NbdCommand, cookie: u64, range: Range<Bytes>) -> Vec<u8> {
+        encode_request(dialect, command, ReplyWhen::Complete, cookie, &range)
+    }
+
     #[test]
     fn encoded_requests() {
-        let plain = encode_request(Dialect::Structured, NbdCommand::BlockStatus, 7, &bytes(512, 1536));
+        let plain = encode(Dialect::Structured, NbdCommand::BlockStatus, 7, bytes(512, 1536));
         assert_eq!(plain, b"\x25\x60\x95\x13\0\0\0\x07\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\x02\0\0\0\x04\0");
-        let extended = encode_request(Dialect::Extended, NbdCommand::Read, 1, &bytes(0, 1 << 32));
+        let extended = encode(Dialect::Extended, NbdCommand::Read, 1, bytes(0, 1 << 32));
         assert_eq!(extended, b"\x21\xe4\x1c\x71\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\x01\0\0\0\0");
+    }
+
+    /// NBD_CMD_FLAG_FUA is bit 0, NBD_CMD_FLAG_NO_HOLE bit 1, NBD_CMD_FLAG_PAYLOAD_LEN bit 5.
+    #[test]
+    fn encoded_writes() {
+        let plain = encode(Dialect::Simple, NbdCommand::Write, 2, bytes(512, 1024));
+        assert_eq!(plain, b"\x25\x60\x95\x13\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\x02\0\0\0\x02\0");
+        let flags = |dialect, command, when| {
+            let bytes = encode_request(dialect, command, when, 1, &bytes(0, 512));
+            (bytes[5], bytes[7])
+        };
+        use ReplyWhen::{Complete, Permanent};
+        for dialect in [Dialect::Simple, Dialect::Structured] {
+            assert_eq!(flags(dialect, NbdCommand::Write, Complete), (0, 1));
+            assert_eq!(flags(dialect, NbdCommand::Write, Permanent), (1, 1));
+        }
+        assert_eq!(flags(Dialect::Extended, NbdCommand::Write, Complete), (0x20, 1));
+        assert_eq!(flags(Dialect::Extended, NbdCommand::Write, Permanent), (0x21, 1));
+        assert_eq!(flags(Dialect::Extended, NbdCommand::WriteZeroes, Complete), (0, 6));
+        assert_eq!(flags(Dialect::Structured, NbdCommand::WriteZeroes, Permanent), (1, 6));
+        assert_eq!(flags(Dialect::Extended, NbdCommand::Flush, Complete), (0, 3));
     }
 
     #[test]

@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 /// (`NBD_FLAG_CAN_MULTI_CONN`).
 ///
 /// An export that can be written has one connection: without a flush, a write of another client may be visible on one
-/// connection and not yet on the next one. A hole in the block status of one connection could be data on another.
+/// connection and not yet on the next one. A hole in the block status of one connection could be data on another. Own writes
+/// are visible to the reads that follow them for the same reason.
 const MAX_CONNECTIONS: usize = 4;
 /// The time that an additional connection may take. A server at its limit of clients may accept it and never answer.
 const ADDITIONAL_CONNECT: Duration = Duration::from_secs(1);
@@ -26,7 +27,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest waits for a server.
 ///
 /// One call of [`super::Client`] takes at most `request`. That includes lost connections, attempts to connect with
-/// their host name lookups, and answers in small pieces.
+/// their host name lookups, and answers in small pieces. The calls of a FUSE request share its deadline, except that a request
+/// of [`super::ExportWriter`] has only its own: `change` or `flush`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
     /// For a new connection, from the socket to the end of the negotiation.
@@ -36,11 +38,23 @@ pub struct Timeouts {
     /// For the end of an outage, from the first failed attempt to connect. After that, calls fail at once, except that
     /// one attempt is made each second. Also the pause after an additional connection failed.
     pub outage: Duration,
+    /// For the reply to a write, from its start. A write is not repeated, so this is longer than `request`: a server may have to
+    /// write back its cache first.
+    pub change: Duration,
+    /// For the reply to a flush, from its start. A server may have gigabytes in its cache and a slow disk. Writes wait as long
+    /// while a flush does, because a server may process requests one after the other.
+    pub flush: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { connect: Duration::from_secs(10), request: Duration::from_secs(30), outage: Duration::from_secs(30) }
+        Self {
+            connect: Duration::from_secs(10),
+            request: Duration::from_secs(30),
+            outage: Duration::from_secs(30),
+            change: Duration::from_secs(120),
+            flush: Duration::from_secs(600),
+        }
     }
 }
 

@@ -25,6 +25,8 @@ const NO_ZEROES: u16 = 1 << 1;
 const FLAG_HAS_FLAGS: u16 = 1;
 const FLAG_READ_ONLY: u16 = 1 << 1;
 const FLAG_SEND_FLUSH: u16 = 1 << 2;
+const FLAG_SEND_FUA: u16 = 1 << 3;
+const FLAG_SEND_WRITE_ZEROES: u16 = 1 << 6;
 const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 
 /// Bit of an option reply's type that makes it an error.
@@ -38,7 +40,7 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 /// bitmap's name follows (`docs/interop/nbd.rst` of QEMU).
 pub const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 
-/// The longest read that a server without block size constraints must accept ("Block size constraints").
+/// The longest read or write that a server without block size constraints must accept ("Block size constraints").
 pub const DEFAULT_MAX_PAYLOAD: Bytes = Bytes::new(32 << 20);
 /// The alignment that such a server must accept.
 const DEFAULT_MIN_BLOCK: Bytes = Bytes::new(512);
@@ -265,6 +267,10 @@ pub struct ExportInfo {
     pub multi_conn: bool,
     /// The server accepts [`super::frame::NbdCommand::Flush`] (`NBD_FLAG_SEND_FLUSH`).
     pub flush: bool,
+    /// The server accepts requests that it answers when their writes are permanent (`NBD_FLAG_SEND_FUA`).
+    pub fua: bool,
+    /// The server accepts [`super::frame::NbdCommand::WriteZeroes`] (`NBD_FLAG_SEND_WRITE_ZEROES`).
+    pub write_zeroes: bool,
 }
 
 impl ExportInfo {
@@ -287,6 +293,8 @@ impl ExportInfo {
             read_only: flags & FLAG_READ_ONLY != 0,
             multi_conn: flags & FLAG_CAN_MULTI_CONN != 0,
             flush: flags & FLAG_SEND_FLUSH != 0,
+            fua: flags & FLAG_SEND_FUA != 0,
+            write_zeroes: flags & FLAG_SEND_WRITE_ZEROES != 0,
         })
     }
 }
@@ -296,7 +304,7 @@ impl ExportInfo {
 pub struct BlockSizes {
     /// Offsets and lengths are multiples of this power of two, except at the end of the export.
     pub minimum: Bytes,
-    /// The longest read; a multiple of `minimum`, at most [`DEFAULT_MAX_PAYLOAD`].
+    /// The longest read or write; a multiple of `minimum`, at most [`DEFAULT_MAX_PAYLOAD`].
     pub maximum: Bytes,
 }
 

@@ -1,4 +1,4 @@
-//! The transmission phase: replies to the three kinds of requests, assembled without I/O. Every input gives a value or
+//! The transmission phase: replies to requests, assembled without I/O. Every input gives a value or
 //! an error.
 //!
 //! The chunks of a reply may arrive in any order. The reply is complete only when the chunks cover the request exactly
@@ -111,7 +111,7 @@ type Extents = Option<Vec<Extent>>;
 enum ReplyKind {
     Read { bytes: AlignedBuffer, covered: CoveredBytes },
     Status { contexts: StatusContexts, dialect: Dialect, limit: Bytes, allocation: Extents, bitmap: Extents },
-    Flush,
+    NoContent,
 }
 
 /// The content of a complete reply.
@@ -129,8 +129,8 @@ pub enum ReplyContent {
         /// Those of the bitmap: data where it is dirty, unchanged where it is not.
         bitmap: Vec<Extent>,
     },
-    /// The flush is complete.
-    Flushed,
+    /// There is none: the flush or the write is complete.
+    Done,
 }
 
 impl PartialReply {
@@ -156,9 +156,9 @@ impl PartialReply {
         Self { range, kind, error: None, done: false }
     }
 
-    /// The empty reply to a flush.
-    pub fn flush() -> Self {
-        Self { range: Bytes::ZERO..Bytes::ZERO, kind: ReplyKind::Flush, error: None, done: false }
+    /// The empty reply to a flush, a write, or a write of zeros.
+    pub fn without_content() -> Self {
+        Self { range: Bytes::ZERO..Bytes::ZERO, kind: ReplyKind::NoContent, error: None, done: false }
     }
 
     /// Whether the last chunk was received.
@@ -184,7 +184,7 @@ impl PartialReply {
                 Ok(Some(bytes))
             }
             // A reply without data may be simple in the structured dialect too.
-            ReplyKind::Flush if dialect != Dialect::Extended => Ok(None),
+            ReplyKind::NoContent if dialect != Dialect::Extended => Ok(None),
             _ => Err(violation("sent a simple reply where a structured one is due")),
         }
     }
@@ -282,7 +282,7 @@ impl PartialReply {
             _ if !self.done => missing("did not finish its reply"),
             ReplyKind::Read { bytes, covered } if covered.all(bytes.bytes().len()) => Ok(ReplyContent::Bytes(bytes)),
             ReplyKind::Read { .. } => missing("left out a part of a read"),
-            ReplyKind::Flush => Ok(ReplyContent::Flushed),
+            ReplyKind::NoContent => Ok(ReplyContent::Done),
             ReplyKind::Status { contexts, allocation, bitmap, .. } => match (allocation, contexts.bitmap, bitmap) {
                 (Some(extents), None, _) => Ok(ReplyContent::Extents(extents)),
                 (Some(allocation), Some(_), Some(bitmap)) => Ok(ReplyContent::Bitmap { allocation, bitmap }),

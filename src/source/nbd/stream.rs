@@ -4,7 +4,7 @@
 //! timeout of one [`TICK`] for each system call, after which the deadline is checked; so a normal request costs no
 //! extra system call. When less than a tick is left, poll(2) waits for the rest of the time first.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, send as send_to_socket};
+use nix::sys::socket::{MsgFlags, sendmsg};
 use rustls::ClientConnection;
 
 /// The longest wait in one system call on a socket.
@@ -115,15 +115,22 @@ fn wait(socket: &Socket, ready: PollFlags, deadline: Instant) -> io::Result<()> 
         if left.is_zero() {
             return Err(late());
         }
-        // At least one millisecond, the unit of poll(2).
-        let timeout = left.clamp(Duration::from_millis(1), TICK);
-        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO);
-        let mut sockets = [PollFd::new(socket.as_fd(), ready)];
-        match poll(&mut sockets, timeout) {
-            Ok(0) | Err(nix::errno::Errno::EINTR) => {}
-            Ok(_) => return Ok(()),
-            Err(error) => return Err(error.into()),
+        if !poll_once(socket, ready, left)?.is_empty() {
+            return Ok(());
         }
+    }
+}
+
+/// Waits until the socket is ready, for `left` or one [`TICK`], whichever is shorter. Returns what it is ready for.
+fn poll_once(socket: &Socket, ready: PollFlags, left: Duration) -> io::Result<PollFlags> {
+    // At least one millisecond, the unit of poll(2).
+    let timeout = left.clamp(Duration::from_millis(1), TICK);
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::ZERO);
+    let mut sockets = [PollFd::new(socket.as_fd(), ready)];
+    match poll(&mut sockets, timeout) {
+        Ok(0) | Err(nix::errno::Errno::EINTR) => Ok(PollFlags::empty()),
+        Ok(_) => Ok(sockets[0].revents().unwrap_or(ready)),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -132,8 +139,12 @@ struct WithoutWaiting<'a>(&'a Socket);
 
 impl Write for WithoutWaiting<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(buf)])
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        Ok(send_to_socket(self.0.as_fd().as_raw_fd(), buf, flags)?)
+        Ok(sendmsg::<()>(self.0.as_fd().as_raw_fd(), bufs, &[], flags, None)?)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -231,6 +242,52 @@ impl Stream {
         send(&mut tls, &mut until)
     }
 
+    /// Takes bytes from the front of `parts`, as many as are accepted without waiting, and returns their number. TLS may still
+    /// have to send some of them: see [`Stream::send_taken`]. The caller makes sure that only one thread writes at a time.
+    ///
+    /// No lock is held during a wait, so that another thread, or this one, can receive: a server that cannot send its replies
+    /// may receive nothing.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` when no byte is accepted now, or the connection failed.
+    pub fn take_some(&self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        let Some(tls) = &self.tls else { return WithoutWaiting(&self.socket).write_vectored(parts) };
+        let mut tls = lock(tls);
+        send(&mut tls, &mut WithoutWaiting(&self.socket))?;
+        tls.writer().write_vectored(parts)
+    }
+
+    /// Sends what [`Stream::take_some`] has taken.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` when not all of it can be sent without waiting, or the connection failed.
+    pub fn send_taken(&self) -> io::Result<()> {
+        match &self.tls {
+            None => Ok(()),
+            Some(tls) => send(&mut lock(tls), &mut WithoutWaiting(&self.socket)),
+        }
+    }
+
+    /// Waits until bytes can be sent or, with `or_read`, received, for `left` or one [`TICK`], whichever is shorter. Returns
+    /// whether some can be received.
+    ///
+    /// # Errors
+    ///
+    /// As poll(2).
+    pub fn wait_to_send(&self, or_read: bool, left: Duration) -> io::Result<bool> {
+        let ready = if or_read { PollFlags::POLLOUT | PollFlags::POLLIN } else { PollFlags::POLLOUT };
+        Ok(poll_once(&self.socket, ready, left)?.contains(PollFlags::POLLIN))
+    }
+
+    /// Whether the server has closed its end. It may have sent bytes before, which were not received yet.
+    pub fn is_hung_up(&self) -> bool {
+        let hung_up = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let mut sockets = [PollFd::new(self.socket.as_fd(), hung_up)];
+        poll(&mut sockets, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Whether a short message can be sent without waiting, if no other thread sends. A Unix socket has room for three times
     /// as much as was sent and not received then (`unix_writable` of `net/unix/af_unix.c`).
     pub fn accepts_more(&self) -> bool {
@@ -248,10 +305,7 @@ impl Stream {
                 let mut tls = lock(tls);
                 tls.writer().write_all(bytes).and_then(|()| {
                     tls.send_close_notify();
-                    while tls.wants_write() {
-                        tls.write_tls(&mut now)?;
-                    }
-                    Ok(())
+                    send(&mut tls, &mut now)
                 })
             }
         };
@@ -278,15 +332,19 @@ impl Stream {
             // At the end of the stream, the reader above returns zero bytes in the next iteration.
             tls.read_tls(&mut until)?;
             tls.process_new_packets().map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
-            send(&mut tls, &mut until)?;
+            match send(&mut tls, &mut WithoutWaiting(&self.socket)) {
+                // They are sent before the next message. A wait for the server would be one with the lock.
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                result => result?,
+            }
         }
     }
 }
 
 /// Sends the records that TLS has ready. The caller holds the lock, since records must be sent in their order.
-fn send(tls: &mut ClientConnection, until: &mut UntilDeadline<'_>) -> io::Result<()> {
+fn send(tls: &mut ClientConnection, socket: &mut dyn Write) -> io::Result<()> {
     while tls.wants_write() {
-        tls.write_tls(until)?;
+        tls.write_tls(socket)?;
     }
     Ok(())
 }

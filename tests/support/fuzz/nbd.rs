@@ -105,7 +105,7 @@ fn reply(dialect: Dialect, status: bool, bitmap: Option<u32>, mut input: &[u8]) 
     }
     match answer.finish() {
         Err(_) => {}
-        Ok(ReplyContent::Flushed) => panic!("no flush was asked for"),
+        Ok(ReplyContent::Done) => panic!("a request with content is never done without it"),
         Ok(ReplyContent::Bytes(bytes)) => assert!(!status && bytes.bytes().len() == sent && bytes.bytes() == expected),
         Ok(ReplyContent::Extents(runs)) => {
             assert!(status && bitmap.is_none());

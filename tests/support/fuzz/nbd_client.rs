@@ -46,7 +46,7 @@ pub fn run(input: &[u8]) {
 }
 
 fn session() {
-    let patience = Timeouts { connect: LONGEST, request: LONGEST, outage: Duration::ZERO };
+    let patience = Timeouts { connect: LONGEST, request: LONGEST, outage: Duration::ZERO, ..Timeouts::default() };
     let Ok(client) = Client::open_with_timeouts(&SERVER, patience) else { return };
     let client = Arc::new(client);
     let (size, block) = (client.size(), client.minimum_block());

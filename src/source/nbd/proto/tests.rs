@@ -64,8 +64,14 @@ fn export_information() {
         NbdInfo::decode(&[&[0, 0], size.to_be_bytes().as_slice(), flags.to_be_bytes().as_slice()].concat())
     };
     let export = |size, read_only, multi_conn, flush| {
-        NbdInfo::Export(ExportInfo { size: Bytes::new(size), read_only, multi_conn, flush })
+        let (fua, write_zeroes) = (false, false);
+        NbdInfo::Export(ExportInfo { size: Bytes::new(size), read_only, multi_conn, flush, fua, write_zeroes })
     };
+    let flags = |flags| match info(5, flags).unwrap() {
+        NbdInfo::Export(export) => (export.flush, export.fua, export.write_zeroes),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!([0x5, 0x9, 0x41].map(flags), [(true, false, false), (false, true, false), (false, false, true)]);
     assert_eq!(info(5, 1).unwrap(), export(5, false, false, false));
     assert_eq!(info(0, 0x103).unwrap(), export(0, true, true, false));
     assert_eq!(info(0, 0x105).unwrap(), export(0, false, true, true));

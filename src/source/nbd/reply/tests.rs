@@ -287,13 +287,13 @@ fn a_flush_is_answered_without_data() {
             Dialect::Extended => [[0; 8], u64::from(len).to_be_bytes()].concat(),
             _ => len.to_be_bytes().to_vec(),
         };
-        let mut answer = PartialReply::flush();
+        let mut answer = PartialReply::without_content();
         assert_eq!(answer.chunk(1, kind, &rest).is_ok(), answered, "{dialect:?} {kind}");
     }
-    let mut simple = PartialReply::flush();
+    let mut simple = PartialReply::without_content();
     assert_eq!(simple.simple(0, Dialect::Structured).unwrap(), None);
-    assert_eq!(simple.finish(), Ok(ReplyContent::Flushed));
-    let mut failed = PartialReply::flush();
+    assert_eq!(simple.finish(), Ok(ReplyContent::Done));
+    let mut failed = PartialReply::without_content();
     assert_eq!(failed.simple(5, Dialect::Structured).unwrap(), None);
     assert_eq!(failed.finish(), Err(RequestError::Server(5)));
 }
