@@ -12,7 +12,8 @@ use crate::common::mount::Mount;
 use crate::common::random::Random;
 use crate::common::scsi::ScsiDisk;
 use crate::common::written::Written;
-use crate::common::{KIB, MIB, needs};
+use crate::common::{KIB, MIB, needs, run};
+use crate::md::Array;
 
 const SIZE: u64 = 8 * MIB;
 
@@ -74,6 +75,37 @@ fn devices_over_a_loop_device() {
         let crypt = Dm::new(&format!("0 8192 crypt aes-xts-plain64 {key} 0 {path} 0 1 allow_discards"));
         drop(write_and_zero(crypt.path(), 3));
     }
+}
+
+#[test]
+#[ignore = "needs a kernel with md: run tests/run"]
+fn arrays() {
+    needs!(root, programs["mdadm"], modules["md-mod", "raid0", "raid1"]);
+    for words in [&["--level=1", "--assume-clean"][..], &["--level=0"]] {
+        let array = Array::new(words, &[SIZE, SIZE]);
+        drop(write_and_zero(&array.path, 4));
+    }
+}
+
+/// A file system that cannot make holes gets zeros.
+#[test]
+#[ignore = "needs a kernel with minix: run tests/run"]
+fn an_image_on_a_file_system_without_holes() {
+    needs!(root, programs["mkfs.minix", "mount", "umount"], modules["minix"]);
+    let disk = Image::new(24 * MIB);
+    run("mkfs.minix", [disk.path()]);
+    let (device, place) = (Loop::new(disk.path()), tempfile::tempdir().expect("a directory"));
+    run("mount", [device.path(), place.path()]);
+    let path = place.path().join("image");
+    std::fs::write(&path, vec![7; 4 << 20]).expect("it fits");
+    let mut file = Written::new(&path);
+    file.zero(5..2 * MIB);
+    file.write(MIB..MIB + 700);
+    file.check();
+    file.truncate();
+    file.check();
+    drop(file);
+    run("umount", [place.path()]);
 }
 
 /// Errors of a leg are errors of the write, and the rest of the device can be written.
