@@ -108,6 +108,32 @@ fn an_image_on_a_file_system_without_holes() {
     run("umount", [place.path()]);
 }
 
+/// A last sector that is not whole is written, or refused with EIO, and its neighbours stay as they are.
+#[test]
+#[ignore = "needs a kernel of its own: run tests/run"]
+fn a_last_sector_that_is_not_whole() {
+    needs!(root, programs["losetup"]);
+    let size = SIZE + 3 * 512;
+    let image = Image::with_data(size, &[SIZE - 4096..size]);
+    let device = Loop::with_options(image.path(), &["--sector-size=4096"]);
+    let mut model = std::fs::read(image.path()).expect("the image can be read");
+    let mount = Mount::with_options(device.path(), &["-o", "rw"]);
+    let file = OpenOptions::new().read(true).write(true).open(mount.file()).expect("it can be opened");
+    for range in [SIZE - 1500..SIZE + 700, SIZE + 512..size, size - 1..size, 5..4100] {
+        let bytes = vec![9; usize::try_from(range.end - range.start).expect("small")];
+        let place = usize::try_from(range.start).expect("small")..usize::try_from(range.end).expect("small");
+        match file.write_all_at(&bytes, range.start).and_then(|()| file.sync_all()) {
+            Ok(()) => model[place].copy_from_slice(&bytes),
+            Err(error) => {
+                assert_eq!((error.raw_os_error(), range.end > SIZE), (Some(libc::EIO), true), "{range:?}");
+                let whole = place.start..place.end.min(SIZE as usize).max(place.start);
+                model[whole].fill(9);
+            }
+        }
+        assert!(std::fs::read(image.path()).expect("the image can be read") == model, "{range:?}");
+    }
+}
+
 /// Errors of a leg are errors of the write, and the rest of the device can be written.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
