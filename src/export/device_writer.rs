@@ -25,6 +25,9 @@ use fill::Filled;
 /// How much one system call makes zero at most. It may not be possible to interrupt it.
 const PIECE: Bytes = Bytes::new(1 << 30);
 
+/// The same for a call that may write the zeros.
+const WRITTEN_PIECE: Bytes = Bytes::new(64 << 20);
+
 /// How much one system call writes of memory that is not aligned: that much is copied.
 const COPY: usize = 1 << 20;
 
@@ -260,7 +263,7 @@ impl Writer for DeviceWriter {
             }
             return Ok(Zeroed::Unproven);
         }
-        for piece in pieces(rest, PIECE) {
+        for piece in pieces(rest, WRITTEN_PIECE) {
             let _lock = self.locks.lock(piece.clone(), Use::Shared);
             zero::zero_out(&self.direct, &piece)?;
         }

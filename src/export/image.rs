@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::read_queue::{DirectQueue, ReadQueue};
-use super::{Export, FileIdentity, HostNode, MIN_ALIGN, Writer, Zeroed};
+use super::{Export, FileIdentity, HostNode, MIN_ALIGN, Writer, Zeroed, in_use};
 use crate::source::file::Reads;
 use crate::source::{Context, Stack};
 use crate::sys::buffer::AlignedBuffer;
@@ -46,7 +46,11 @@ impl ImageExport {
     }
 }
 
-/// Writes to an image in the same way as it is read: through its page cache, or with `O_DIRECT` to a server.
+/// Writes to an image through its page cache.
+///
+/// An image that is on a server is read with `O_DIRECT`. Such a read, and a search for holes, write back what the page cache has
+/// first (`nfs_start_io_direct` and `_nfs42_proc_llseek` of NFS, `generic_file_read_iter`, and [`Stack::write_back`]). Errors of the
+/// write-back are reported by the next flush.
 struct ImageWriter {
     file: File,
 }
@@ -95,6 +99,10 @@ impl Export for ImageExport {
     }
 
     fn writer(&self) -> io::Result<Arc<dyn Writer>> {
+        // What is written here would be lost below a file system that is mounted from the image, or damage it.
+        if in_use::used_loop(&self.file).is_some() {
+            return Err(io::Error::from_raw_os_error(libc::EBUSY));
+        }
         let file = device::reopen_writable(&self.file, false)?;
         Ok(Arc::new(ImageWriter { file }))
     }

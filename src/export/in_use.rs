@@ -1,22 +1,28 @@
-//! Who uses a block device, for the message of an open that fails with EBUSY.
+//! Who uses a block device or an image, for the message of an open that fails with EBUSY.
 //!
-//! The kernel shows devices above it, mounted file systems, and swap. A program that holds the device with `O_EXCL` is not shown.
+//! The kernel shows devices above a device, mounted file systems, and swap. A program that holds it with `O_EXCL` is not shown. An
+//! image is in use if a loop device that it is bound to is.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::Export;
 use crate::error::{Error, shown};
-use crate::sys::device::DeviceId;
+use crate::sys::device::{self, DeviceId};
+use crate::sys::loopdev::LoopStatus;
 use crate::sys::sysfs;
 
 /// The error of an open for writing that failed: with the users of a device that is in use, where the kernel shows them.
 pub fn open_error(export: &dyn Export, cause: std::io::Error) -> Error {
-    let users = match (cause.raw_os_error(), export.device()) {
-        (Some(libc::EBUSY), Some(device)) => users(device.id),
+    let is_busy = cause.raw_os_error() == Some(libc::EBUSY);
+    let users = match (export.device(), export.regular_file()) {
+        (Some(device), _) if is_busy => users(device.id),
+        (None, Some(file)) if is_busy => {
+            used_loop(file).map_or_else(Vec::new, |id| users(id).into_iter().chain([name(id)]).collect())
+        }
         _ => Vec::new(),
     };
     let errno = cause.raw_os_error().or((cause.kind() == std::io::ErrorKind::PermissionDenied).then_some(libc::EACCES));
@@ -25,6 +31,22 @@ pub fn open_error(export: &dyn Export, cause: std::io::Error) -> Error {
         users => format!("cannot open for writing: in use by {}", users.join(", ")),
     };
     Error::failed(what).on(export.name()).because(cause).with_errno(errno.unwrap_or(libc::EIO))
+}
+
+/// A loop device that an image is bound to and that is in use: mounted, part of another device, or held with `O_EXCL`. `None` if there
+/// is none, or none that this process may open.
+pub(super) fn used_loop(image: &File) -> Option<DeviceId> {
+    let image = image.metadata().ok()?;
+    let devices = fs::read_dir("/sys/block").ok()?.flatten().map(|entry| entry.path());
+    let bound = devices.filter(|device| device.join("loop/backing_file").exists());
+    let mut numbers =
+        bound.filter_map(|device| fs::read_to_string(device.join("dev")).ok()?.trim().parse::<DeviceId>().ok());
+    numbers.find(|&id| {
+        let Ok((file, _)) = device::open_id(id, false) else { return false };
+        let is_bound = LoopStatus::of(&file)
+            .is_ok_and(|status| status.inode == image.ino() && status.device == DeviceId::from_dev(image.dev()));
+        is_bound && device::reopen_exclusive(&file).is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+    })
 }
 
 /// The users of a device, of its partitions, and of the disk that it is a partition of: each of these claims the others too
@@ -36,7 +58,8 @@ fn users(id: DeviceId) -> Vec<String> {
     for id in related(id) {
         users.extend(sysfs::holders(id).unwrap_or_default().into_iter().map(name));
         let mounted = mounts.split(|byte| *byte == b'\n').filter_map(mount);
-        let here = mounted.filter(|mount| mount.device == id || device_at(&mount.source) == Some(id));
+        let here =
+            mounted.filter(|mount| mount.device == id || mount.source.as_deref().and_then(device_at) == Some(id));
         users.extend(here.map(|mount| format!("a file system that is mounted on {}", shown(&mount.point))));
         if swaps.split(|byte| *byte == b'\n').any(|line| swap(line).and_then(|path| device_at(&path)) == Some(id)) {
             users.push("swap".to_owned());
@@ -80,15 +103,20 @@ fn device_at(path: &Path) -> Option<DeviceId> {
 struct Mount {
     device: DeviceId,
     point: PathBuf,
-    /// Btrfs has a device number of its own: there only this names the device.
-    source: PathBuf,
+    /// The device of a file system whose device number is not that of its device.
+    source: Option<PathBuf>,
 }
+
+/// The file systems on a device that have a device number of their own.
+const NUMBERED: [&[u8]; 2] = [b"btrfs", b"bcachefs"];
 
 fn mount(line: &[u8]) -> Option<Mount> {
     let mut words = line.split(|byte| *byte == b' ');
     let device = str::from_utf8(words.nth(2)?).ok()?.parse().ok()?;
     let point = unescaped(words.nth(1)?);
-    let source = unescaped(words.skip_while(|word| *word != b"-").nth(2)?);
+    let mut words = words.skip_while(|word| *word != b"-").skip(1);
+    let (kind, source) = (words.next()?, words.next()?);
+    let source = NUMBERED.contains(&kind).then(|| unescaped(source));
     Some(Mount { device, point, source })
 }
 
@@ -116,10 +144,12 @@ mod tests {
 
     #[test]
     fn lines_of_proc() {
-        let line = b"36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext3 /dev/root\\134x rw,errors=continue";
-        let found = mount(line).unwrap();
-        assert_eq!(found.device, DeviceId { major: 98, minor: 0 });
-        assert_eq!((found.point, found.source), ("/mnt 2".into(), "/dev/root\\x".into()));
+        let line = b"36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
+        let device = DeviceId { major: 98, minor: 0 };
+        assert_eq!(mount(line), Some(Mount { device, point: "/mnt 2".into(), source: None }));
+        let line = b"36 35 0:45 /root / rw - btrfs /dev/a\\134b rw";
+        let device = DeviceId { major: 0, minor: 45 };
+        assert_eq!(mount(line), Some(Mount { device, point: "/".into(), source: Some("/dev/a\\b".into()) }));
         for line in
             [&b""[..], b"36", b"36 35 x /a /b - ext3 /dev/root rw", b"36 35 98:0 /a /b rw - ext3", b"1 1 1:1 / / rw"]
         {

@@ -15,8 +15,13 @@ const PIECE: u64 = 1 << 20;
 /// Zeros are written to whole units of this size that have other bytes. No pool and no file system allocates smaller ones.
 const UNIT: usize = 4096;
 
-/// A shorter range is read without a look at the map: reading it costs less than loading a map.
-const READ_WHOLE: Bytes = Bytes::new(64 << 20);
+/// A range up to this length is read without a look at the map. Measured with a thin volume in user-mode-linux, each range after a write
+/// that had made the map void: reading 64 MiB that are not mapped took 25 ms, and loading the map, with the wait before it, 120 to
+/// 280 ms.
+const READ_WHOLE: Bytes = Bytes::new(256 << 20);
+
+/// After so many bytes of data the map is looked at again: it may have been all data only for a moment.
+const LOOK_AGAIN: Bytes = Bytes::new(1 << 30);
 
 static ZEROS: [u8; UNIT] = [0; UNIT];
 
@@ -74,7 +79,11 @@ impl Handle {
             for (start, extent) in self.extents(at..range.end)? {
                 at = extent.end;
                 if extent.kind.is_data() {
-                    self.zero_data(writer, start..extent.end)?;
+                    at = at.min(start.saturating_add(LOOK_AGAIN));
+                    self.zero_data(writer, start..at)?;
+                }
+                if at < extent.end {
+                    break;
                 }
             }
         }

@@ -267,7 +267,7 @@ impl Walk<'_> {
         if !dm::is_mapped(id)? {
             return Ok(None);
         }
-        let control = self.control.control().ok_or(io::ErrorKind::PermissionDenied)?;
+        let control = self.control.control().ok_or_else(no_control)?;
         if self.events.is_none() {
             self.events = Some(control.events()?);
         }
@@ -292,6 +292,11 @@ impl Walk<'_> {
         }
         Ok(false)
     }
+}
+
+fn no_control() -> io::Error {
+    let why = "reading the table of the device, or of one below it, needs root and /dev/mapper/control";
+    io::Error::new(io::ErrorKind::PermissionDenied, why)
 }
 
 fn not_understood() -> io::Error {

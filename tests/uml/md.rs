@@ -10,14 +10,14 @@ use crate::common::{KIB, MIB, assert_becomes, needs, run, try_run, wait_until};
 use crate::targets::Disk;
 
 /// An array. Dropping this value stops it, and panics when the array is still in use.
-struct Array {
-    path: PathBuf,
+pub struct Array {
+    pub path: PathBuf,
     legs: Vec<Disk>,
 }
 
 impl Array {
     /// An array of legs of these sizes; `words` are additional arguments for `mdadm --create`. The modules must be loaded.
-    fn new(words: &[&str], sizes: &[u64]) -> Self {
+    pub fn new(words: &[&str], sizes: &[u64]) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let legs: Vec<_> = sizes.iter().map(|size| Disk::new(*size, &[])).collect();
         let free = std::iter::repeat_with(|| format!("/dev/md{}", NUMBER.fetch_add(1, Ordering::Relaxed)));

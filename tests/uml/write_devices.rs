@@ -12,7 +12,8 @@ use crate::common::mount::Mount;
 use crate::common::random::Random;
 use crate::common::scsi::ScsiDisk;
 use crate::common::written::Written;
-use crate::common::{KIB, MIB, needs};
+use crate::common::{KIB, MIB, needs, run};
+use crate::md::Array;
 
 const SIZE: u64 = 8 * MIB;
 
@@ -73,6 +74,63 @@ fn devices_over_a_loop_device() {
         let key = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
         let crypt = Dm::new(&format!("0 8192 crypt aes-xts-plain64 {key} 0 {path} 0 1 allow_discards"));
         drop(write_and_zero(crypt.path(), 3));
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with md: run tests/run"]
+fn arrays() {
+    needs!(root, programs["mdadm"], modules["md-mod", "raid0", "raid1"]);
+    for words in [&["--level=1", "--assume-clean"][..], &["--level=0"]] {
+        let array = Array::new(words, &[SIZE, SIZE]);
+        drop(write_and_zero(&array.path, 4));
+    }
+}
+
+/// A file system that cannot make holes gets zeros.
+#[test]
+#[ignore = "needs a kernel with minix: run tests/run"]
+fn an_image_on_a_file_system_without_holes() {
+    needs!(root, programs["mkfs.minix", "mount", "umount"], modules["minix"]);
+    let disk = Image::new(24 * MIB);
+    run("mkfs.minix", [disk.path()]);
+    let (device, place) = (Loop::new(disk.path()), tempfile::tempdir().expect("a directory"));
+    run("mount", [device.path(), place.path()]);
+    let path = place.path().join("image");
+    std::fs::write(&path, vec![7; 4 << 20]).expect("it fits");
+    let mut file = Written::new(&path);
+    file.zero(5..2 * MIB);
+    file.write(MIB..MIB + 700);
+    file.check();
+    file.truncate();
+    file.check();
+    drop(file);
+    run("umount", [place.path()]);
+}
+
+/// A last sector that is not whole is written, or refused with EIO, and its neighbours stay as they are.
+#[test]
+#[ignore = "needs a kernel of its own: run tests/run"]
+fn a_last_sector_that_is_not_whole() {
+    needs!(root, programs["losetup"]);
+    let size = SIZE + 3 * 512;
+    let image = Image::with_data(size, &[SIZE - 4096..size]);
+    let device = Loop::with_options(image.path(), &["--sector-size=4096"]);
+    let mut model = std::fs::read(image.path()).expect("the image can be read");
+    let mount = Mount::with_options(device.path(), &["-o", "rw"]);
+    let file = OpenOptions::new().read(true).write(true).open(mount.file()).expect("it can be opened");
+    for range in [SIZE - 1500..SIZE + 700, SIZE + 512..size, size - 1..size, 5..4100] {
+        let bytes = vec![9; usize::try_from(range.end - range.start).expect("small")];
+        let place = usize::try_from(range.start).expect("small")..usize::try_from(range.end).expect("small");
+        match file.write_all_at(&bytes, range.start).and_then(|()| file.sync_all()) {
+            Ok(()) => model[place].copy_from_slice(&bytes),
+            Err(error) => {
+                assert_eq!((error.raw_os_error(), range.end > SIZE), (Some(libc::EIO), true), "{range:?}");
+                let whole = place.start..place.end.min(SIZE as usize).max(place.start);
+                model[whole].fill(9);
+            }
+        }
+        assert!(std::fs::read(image.path()).expect("the image can be read") == model, "{range:?}");
     }
 }
 
