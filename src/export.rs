@@ -12,7 +12,6 @@ mod image;
 mod in_use;
 mod nbd;
 mod node;
-mod range_locks;
 mod read_queue;
 mod shown;
 mod usage;

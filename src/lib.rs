@@ -34,6 +34,7 @@
 //! | [`error`], [`units`] | one error with one errno and one exit code; bytes and sectors as types |
 //! | [`reason`] | why a device is shown without holes |
 //! | [`deadline`] | how long a request may wait for servers |
+//! | [`range_locks`] | locks on ranges of a device, for writers that write more than they were given |
 //!
 //! A module uses none that is left of it in the flow. Only `fuse` and the mount's session name the FUSE library.
 //! `docs/architecture.md` has the types, and five requests from begin to end.
@@ -59,6 +60,7 @@ mod map;
 mod mount;
 mod program;
 mod qcow2;
+mod range_locks;
 mod reason;
 mod report;
 mod source;

@@ -13,8 +13,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::range_locks::{RangeLocks, Use};
 use super::{Writer, Zeroed};
+use crate::range_locks::{RangeLocks, Use};
 use crate::source::dm::SharedControl;
 use crate::source::{BlockDevice, Provisioning};
 use crate::sys::buffer::AlignedBuffer;

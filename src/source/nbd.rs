@@ -17,7 +17,6 @@ pub mod frame;
 mod kernel_connection;
 mod pool;
 pub mod proto;
-mod range_locks;
 pub mod reply;
 mod side_export;
 mod status;

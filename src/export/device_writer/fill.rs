@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{DeviceWriter, len};
-use crate::export::range_locks::Use;
+use crate::range_locks::Use;
 use crate::source::Provisioning;
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::device::DeviceId;

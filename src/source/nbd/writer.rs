@@ -12,9 +12,10 @@ use super::client::{Client, ESHUTDOWN, TRIES};
 use super::connection::{Connection, NbdChange, RequestId};
 use super::frame::ReplyWhen;
 use super::proto::ExportInfo;
-use super::range_locks::{RangeLock, RangeLocks, Sharing};
+
 use super::reply::{ReplyContent, RequestError};
 use super::unflushed::{Unflushed, WriterState};
+use crate::range_locks::{RangeLock, RangeLocks, Use};
 use crate::units::Bytes;
 
 /// The longest range of one request for zeros, a multiple of every minimum block size. A server that has to write the zeros
@@ -326,7 +327,7 @@ impl ExportWriter {
     fn lock(&self, range: &Range<Bytes>, parts: &BlockParts) -> RangeLock<'_> {
         let start = parts.edges.first().map_or(range.start, |edge| edge.start.min(range.start));
         let end = parts.edges.last().map_or(range.end, |edge| edge.end.max(range.end));
-        let sharing = if parts.edges.is_empty() { Sharing::Shared } else { Sharing::Exclusive };
+        let sharing = if parts.edges.is_empty() { Use::Shared } else { Use::Alone };
         self.client.writes().locks.lock(start..end, sharing)
     }
 

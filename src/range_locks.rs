@@ -7,7 +7,7 @@ use crate::units::Bytes;
 
 /// Which other uses of a range a lock excludes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Use {
+pub enum Use {
     /// Others may use the range at the same time, unless they need it alone. A write of whole blocks is such a use: of two at the
     /// same time the device decides which one is the last.
     Shared,
@@ -17,7 +17,7 @@ pub(super) enum Use {
 
 /// The locks of one device. A lock waits for those on the same bytes that came before it, so that none waits for ever.
 #[derive(Debug, Default)]
-pub(super) struct RangeLocks {
+pub struct RangeLocks {
     /// The locks that are held, and those that are waited for, in the order in which they came.
     entries: Mutex<Vec<Entry>>,
     released: Condvar,
@@ -39,14 +39,14 @@ impl Entry {
 
 /// A lock. It ends when this is dropped.
 #[derive(Debug)]
-pub(super) struct RangeLock<'a> {
+pub struct RangeLock<'a> {
     locks: &'a RangeLocks,
     number: u64,
 }
 
 impl RangeLocks {
     /// Waits until the range may be used in that way. A thread that holds a lock takes no other one.
-    pub(super) fn lock(&self, range: Range<Bytes>, how: Use) -> RangeLock<'_> {
+    pub fn lock(&self, range: Range<Bytes>, how: Use) -> RangeLock<'_> {
         let mut entries = self.entries();
         let number = entries.last().map_or(0, |last| last.number + 1);
         entries.push(Entry { range: range.clone(), how, number });
