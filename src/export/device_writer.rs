@@ -1,20 +1,18 @@
 //! Writing to a block device.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 
 use super::{Writer, Zeroed};
-use crate::source::BlockDevice;
+use crate::source::{BlockDevice, CountedFile};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::{block, device, file, zero};
 use crate::units::Bytes;
 
 /// A block device that is open for writing, claimed with `O_EXCL`.
 pub(super) struct DeviceWriter {
-    file: File,
+    file: CountedFile,
     /// The unit of writes with `O_DIRECT`.
     block: Bytes,
     /// Held while a part of a block is written: it is read first, and the rest of it written again.
@@ -29,7 +27,7 @@ impl DeviceWriter {
     pub(super) fn new(device: &BlockDevice) -> io::Result<Self> {
         let file = device::reopen_writable_exclusive(&device.file)?;
         let block = block::logical_block(&file)?;
-        Ok(Self { file, block, partial: Mutex::default() })
+        Ok(Self { file: CountedFile::new(file, device.id), block, partial: Mutex::default() })
     }
 
     /// Divides a range into its whole blocks, and the parts of blocks before and after them.
