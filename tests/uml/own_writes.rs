@@ -60,20 +60,26 @@ fn a_client_that_writes_and_asks_in_turn_loads_the_map_a_few_times() {
     let file = open_for_writing(mount.file());
     assert_eq!(seek_data(&file, 0), None);
     let commits = writes(pool.metadata());
+    let (mut data, mut rough) = (Vec::new(), 0);
     for n in 0..WRITES {
         let block = n * 7 % 2003 * 2 * BLOCK % (256 * MIB);
+        data.push(block..block + BLOCK);
         file.write_all_at(&[1; 4096], block + 8192).expect("the pool has room");
         assert_eq!(seek_data(&file, block), Some(block), "after {n} writes");
-        assert!(seek_data(&file, block + BLOCK).is_none_or(|next| next >= block + 2 * BLOCK), "after {n} writes");
+        // After an event of device-mapper the device may be all data for a while.
+        rough += usize::from(seek_data(&file, block + BLOCK).is_some_and(|next| next < block + 2 * BLOCK));
     }
+    assert!(rough <= FEW, "{rough} answers were not exact");
     let (loads, commits) = (loads(&mount), writes(pool.metadata()) - commits);
     assert!(loads <= FEW, "{loads} maps were read");
     // A pool commits once a second by itself, and each commit is some writes.
     assert!(commits < WRITES / 2, "{commits} writes of metadata");
-    let followed = map_holes(mount.file());
+    data.sort_by_key(|range| range.start);
+    data.dedup();
+    assert_map(mount.file(), &map_of(256 * MIB, &data));
     // Reading the metadata gives the same map.
     let again = Mount::new(thin.path());
-    assert_map(again.file(), &followed);
+    assert_map(again.file(), &map_of(256 * MIB, &data));
     check(mount.file(), thin.path());
 }
 

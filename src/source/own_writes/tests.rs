@@ -78,7 +78,7 @@ impl<'a> Model<'a> {
 
     /// A few steps of the writers.
     fn steps(&self) {
-        for _ in 0..self.choice(4) {
+        for _ in 0..[0, 0, 0, 0, 0, 1, 2, 4][self.choice(8)] {
             match self.choice(6) {
                 0 => self.begin(true),
                 1 if self.allowed.foreign => self.begin(false),
@@ -236,7 +236,7 @@ proptest! {
 
     #[test]
     fn no_completed_write_is_in_a_hole(
-        choices in vec(any::<u8>(), 0..600),
+        choices in vec(any::<u8>(), 0..2000),
         counts_at_start in any::<bool>(),
         foreign in any::<bool>(),
         failures in any::<bool>(),
@@ -256,7 +256,7 @@ proptest! {
     }
 
     #[test]
-    fn own_writes_alone_cause_no_second_load(choices in vec(any::<u8>(), 0..600)) {
+    fn own_writes_alone_cause_no_second_load(choices in vec(any::<u8>(), 0..2000)) {
         let allowed = Allowed { counts_at_start: false, foreign: false, failures: false, meeting: false };
         let own = OwnWrites::default();
         let model = model(&own, choices, allowed);
