@@ -275,7 +275,7 @@ impl Handle {
                 None if !now.is_loaded() => {
                     to_load = true;
                     // The write-back may have moved a counter: extents that are loaded now would be void at once.
-                    if self.rest_of_evicted(&now) > Duration::ZERO || tries_left > 0 && !now.stack.unchanged() {
+                    if self.rest_of_evicted(&now) > Duration::ZERO || tries_left > 0 && !now.stack.extents_hold(false) {
                         continue;
                     }
                     ask(self.load(&now, asked).map())
@@ -359,10 +359,10 @@ impl Handle {
         })
     }
 
-    /// Counts the memory of extents that are asked once, and only as far as questions need them.
+    /// Counts the memory of extents that grow: those that are asked once, and only as far as questions need them, and those
+    /// that follow own writes.
     fn count_memory_again(&self, resolved: &Arc<Resolved>, asked: Duration) {
-        let devices = self.context.static_devices.as_ref();
-        if let Some(memory) = devices.and_then(|devices| resolved.memory_again(devices)) {
+        if let Some(memory) = resolved.memory_again(self.context.static_devices.as_ref()) {
             self.maps.keep(&self.slot, resolved, memory, asked);
         }
     }

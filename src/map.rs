@@ -14,6 +14,7 @@ mod stripe;
 #[cfg(test)]
 mod tests;
 pub mod view;
+mod written;
 
 pub use change::ChangeMap;
 pub use compose::{Clip, Concat, Overlay, Uniform};
@@ -21,6 +22,7 @@ pub use either::Either;
 pub use fill::{Block, FillBuilder, FillMap, Filler};
 pub use free::FreeSpace;
 pub use stripe::{Stripe, Unstripe};
+pub use written::{Written, WrittenRanges};
 
 use std::convert::Infallible;
 use std::fmt::Debug;

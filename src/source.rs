@@ -28,6 +28,7 @@ pub mod loop_device;
 pub mod md;
 pub mod nbd;
 mod nvme;
+pub mod own_writes;
 pub mod partition;
 mod provisioning;
 mod resolve;
@@ -40,10 +41,11 @@ pub mod thin;
 
 pub use device::BlockDevice;
 pub use live::StaticDevices;
+pub use own_writes::CountedFile;
 pub use provisioning::Provisioning;
 pub use resolve::{Context, Resolver};
 pub use stack::{Loaded, Stack};
-pub use stored::{LoadExtents, StoredExtents};
+pub use stored::LoadExtents;
 pub use thin::guard::WriteGuard;
 
 use std::fs::File;
@@ -90,6 +92,12 @@ pub trait Guard: Send + Sync {
     /// Whether nothing has changed since the guard was made. In any doubt, such as a device that no longer answers, the
     /// result is `false`.
     fn unchanged(&self) -> bool;
+
+    /// As [`Guard::unchanged`], but for writes of this process whose ranges the extents of the stack have as data
+    /// ([`own_writes`]). What is not among these extents may be void when this is `true`.
+    fn unchanged_but_followed(&self) -> bool {
+        self.unchanged()
+    }
 
     /// Whether it guards the stored data, as I/O counters do, and not how the stack is built.
     fn is_of_content(&self) -> bool {

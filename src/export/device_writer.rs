@@ -7,7 +7,6 @@
 
 mod fill;
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -16,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{Writer, Zeroed};
 use crate::range_locks::{RangeLocks, Use};
 use crate::source::dm::SharedControl;
-use crate::source::{BlockDevice, Provisioning};
+use crate::source::{BlockDevice, CountedFile, Provisioning};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::{block, device, file, sysfs, zero};
 use crate::units::Bytes;
@@ -38,7 +37,7 @@ const MEMORY_ALIGN: usize = 4096;
 pub(super) struct DeviceWriter {
     device: BlockDevice,
     /// The device, opened with `O_DIRECT` and `O_EXCL`.
-    direct: File,
+    direct: CountedFile,
     /// The unit of writes with `O_DIRECT`.
     block: Bytes,
     locks: RangeLocks,
@@ -78,6 +77,7 @@ impl DeviceWriter {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the device is read-only"));
         }
         let direct = device::reopen_writable_exclusive(&device.file)?;
+        let direct = CountedFile::new(direct, device.id);
         let block = block::logical_block(&direct)?;
         let control = SharedControl::default();
         let provisioning = Mutex::new(Arc::new(Provisioning::of(device.id, &control)?));

@@ -55,6 +55,8 @@ pub(super) struct Resolved {
     answered: AtomicBool,
     /// [`StaticDevices::changes`] when the memory of the extents was counted last.
     counted: AtomicU64,
+    /// [`Stack::written_memory`] at the same time.
+    counted_written: AtomicU64,
     /// Whether the stack is as long as the device. From then on a guard watches the length.
     pub(super) fits: bool,
 }
@@ -73,8 +75,8 @@ impl Resolved {
         let resolving = Cost { done, spent: done.saturating_sub(begun) };
         let fits = len() == Some(stack.len());
         let (loaded, answered) = (OnceLock::new(), AtomicBool::new(false));
-        let (used, counted) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { stack, born, resolving, loaded, evicted, used, answered, counted, fits }
+        let [used, counted, counted_written] = [0; 3].map(AtomicU64::new);
+        Self { stack, born, resolving, loaded, evicted, used, answered, counted, counted_written, fits }
     }
 
     /// Whether the extents are loaded.
@@ -114,9 +116,12 @@ impl Resolved {
     }
 
     /// The memory that the extents take now, if more of them may have been asked since the last call.
-    pub(super) fn memory_again(&self, devices: &StaticDevices) -> Option<Bytes> {
-        let now = devices.changes();
-        let is_counted = self.counted.swap(now, Ordering::Relaxed) == now;
+    pub(super) fn memory_again(&self, devices: Option<&StaticDevices>) -> Option<Bytes> {
+        let is_same = |counted: &AtomicU64, now| {
+            counted.load(Ordering::Relaxed) == now || counted.swap(now, Ordering::Relaxed) == now
+        };
+        let is_counted = devices.is_none_or(|devices| is_same(&self.counted, devices.changes()))
+            & is_same(&self.counted_written, self.stack.written_memory().get());
         (!is_counted && self.is_loaded()).then(|| self.memory())
     }
 
@@ -132,7 +137,7 @@ impl Resolved {
             return self.stack.same_shape();
         }
         let is_temporary = self.loaded().is_some_and(|loaded| loaded.is_temporary);
-        !is_temporary && if inside { self.stack.unchanged_inside() } else { self.stack.unchanged() }
+        !is_temporary && self.stack.extents_hold(inside)
     }
 
     /// Notes that a question was answered from the description of the stack, without its extents.

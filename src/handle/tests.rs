@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicUsize;
 use super::clock::Clock;
 use super::*;
 use crate::export::{HostNode, MIN_ALIGN};
-use crate::map::{Block, FillBuilder, FillMap};
+use crate::map::{Block, FillBuilder, FillMap, WrittenRanges};
 use crate::source::{Layer, LoadExtents};
 
 const LEN: Bytes = Bytes::new(1 << 20);
@@ -170,4 +170,42 @@ fn answers_from_one_stack_have_equal_states() {
     let walked: Vec<_> = handle.walk(range).map(|extent| extent.unwrap()).collect();
     assert_eq!(walked.iter().filter(|(_, extent)| extent.kind.is_hole()).count(), 2);
     assert_eq!(walked.last().map(|(_, extent)| extent.end), Some(LEN));
+}
+
+/// Finds own writes, which the extents follow.
+struct OwnWritesOnly;
+
+impl crate::source::Guard for OwnWritesOnly {
+    fn unchanged(&self) -> bool {
+        false
+    }
+
+    fn unchanged_but_followed(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn extents_that_follow_own_writes_stay_fresh_and_their_growth_is_counted() {
+    let clock = Clock::Manual(Mutex::default());
+    let ranges = Arc::new(WrittenRanges::new(LEN, BLOCK));
+    let resolve = || {
+        Stack::build(&Context::default(), |resolver| {
+            resolver.guard(OwnWritesOnly);
+            let base = Arc::new(FillBuilder::new(LEN, BLOCK).finish().unwrap());
+            let map = resolver.followed(base, ranges.clone());
+            Arc::new(Layer { map, ..crate::source::dense::layer("x", "test", LEN, "a test") })
+        })
+    };
+    let resolved = Resolved::new(&clock, None, resolve, || Some(LEN));
+    let loaded = resolved.load(&clock, |_| {});
+    assert!(resolved.is_fresh(SequenceNumber::last(), false));
+    assert!(!resolved.stack.unchanged(), "for all that is not among the extents");
+    assert_eq!(resolved.memory_again(None), None);
+    ranges.add(&(BLOCK..Bytes::new(BLOCK.get() + 1)));
+    assert_eq!(view::seek(loaded.map(), MIN_ALIGN, Bytes::ZERO, Whence::Data), Some(BLOCK));
+    assert_eq!(resolved.stack.allocated(), Some(BLOCK));
+    let memory = resolved.memory_again(None).expect("it has grown");
+    assert!(memory > loaded.memory);
+    assert_eq!(resolved.memory_again(None), None);
 }

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Weak};
 
-use crate::map::{Clip, HoleMap};
+use crate::map::{Clip, HoleMap, Written, WrittenRanges};
 use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard, SizeGuard};
 use crate::source::live::StaticDevices;
@@ -66,6 +66,7 @@ pub struct Resolver<'a> {
     known: HashMap<DeviceId, Arc<Layer>>,
     /// Weak: extents that no layer uses in the end, since a layer above them is dense, are not to be loaded.
     stored: Vec<Weak<StoredExtents>>,
+    written: Vec<Arc<WrittenRanges>>,
 }
 
 impl<'a> Resolver<'a> {
@@ -78,6 +79,7 @@ impl<'a> Resolver<'a> {
             above: Vec::new(),
             known: HashMap::new(),
             stored: Vec::new(),
+            written: Vec::new(),
         }
     }
 
@@ -87,7 +89,7 @@ impl<'a> Resolver<'a> {
         drop(self.known);
         let stored = self.stored.iter().filter_map(Weak::upgrade).collect();
         let suspendable = self.waits_on.into_values().flatten().collect();
-        Stack { top, guards: self.guards, dirty: self.dirty, suspendable, stored }
+        Stack { top, guards: self.guards, dirty: self.dirty, suspendable, stored, written: self.written }
     }
 
     /// Names extents that loading the stack is to read: as [`StoredExtents::new`].
@@ -101,6 +103,12 @@ impl<'a> Resolver<'a> {
         let stored = StoredExtents::new(len, block, allocated, source);
         self.stored.push(Arc::downgrade(&stored));
         stored
+    }
+
+    /// The extents of a device, of which the ranges that this process writes are data from then on.
+    pub fn followed(&mut self, base: Arc<dyn HoleMap>, ranges: Arc<WrittenRanges>) -> Arc<dyn HoleMap> {
+        self.written.push(ranges.clone());
+        Arc::new(Written { base, ranges })
     }
 
     /// Whether the stack has extents that are stored in metadata so far. Loading reads them before any other source is

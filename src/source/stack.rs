@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::map::{Either, HoleMap};
+use crate::map::{Either, HoleMap, WrittenRanges};
 use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
 use crate::source::file::{self, Reads};
@@ -28,6 +28,8 @@ pub struct Stack {
     pub(super) dirty: Vec<Dirty>,
     pub(super) suspendable: Vec<SuspendFile>,
     pub(in crate::source) stored: Vec<Arc<StoredExtents>>,
+    /// The ranges of writes of this process that the extents follow.
+    pub(super) written: Vec<Arc<WrittenRanges>>,
 }
 
 /// Something with a page cache that may hold writes which the layers below it have not received.
@@ -48,7 +50,7 @@ impl Dirty {
 /// The extents of a device after loading. A question about them does no I/O, except where a source is asked live (a
 /// file, a SCSI disk, an NBD server).
 ///
-/// How long they are valid is a matter of the [`Stack`] that they were loaded from: [`Stack::unchanged`].
+/// How long they are valid is a matter of the [`Stack`] that they were loaded from: [`Stack::extents_hold`].
 pub struct Loaded {
     map: Arc<dyn HoleMap>,
     /// The memory that the extents take.
@@ -91,7 +93,7 @@ impl Stack {
     pub fn shown_as_data(self, reason: impl Into<DenseReason>) -> Self {
         let below = self.top;
         let top = dense::layer(below.name.clone(), below.kind.clone(), below.len(), reason);
-        Self { top: Arc::new(Layer { below: vec![below], ..top }), stored: Vec::new(), ..self }
+        Self { top: Arc::new(Layer { below: vec![below], ..top }), stored: Vec::new(), written: Vec::new(), ..self }
     }
 
     /// The same device whose free space reads as zeros: the holes of `free` are free space of a file system of that kind, as
@@ -117,7 +119,7 @@ impl Stack {
     pub fn without_extents(self) -> Self {
         const DROPPED: &str = "its extents were dropped";
         let top = dense::layer(self.top.name.clone(), self.top.kind.clone(), self.top.len(), DROPPED);
-        Self { top: Arc::new(top), stored: Vec::new(), ..self }
+        Self { top: Arc::new(top), stored: Vec::new(), written: Vec::new(), ..self }
     }
 
     /// The length of the device.
@@ -158,9 +160,16 @@ impl Stack {
         self.guards.iter().all(|guard| guard.unchanged())
     }
 
-    /// As [`Stack::unchanged`], for an answer that holds whatever the lengths of the devices are now.
-    pub fn unchanged_inside(&self) -> bool {
-        self.guards.iter().all(|guard| guard.is_of_length() || guard.unchanged())
+    /// Whether the extents of the stack hold: nothing happened to any layer since the stack was resolved, except writes of this
+    /// process that the extents follow. With `inside` it is asked for an answer that holds whatever the lengths of the devices
+    /// are now.
+    pub fn extents_hold(&self, inside: bool) -> bool {
+        self.guards.iter().all(|guard| inside && guard.is_of_length() || guard.unchanged_but_followed())
+    }
+
+    /// The memory of the ranges of own writes that the extents follow. It is a part of the memory of the extents.
+    pub fn written_memory(&self) -> Bytes {
+        self.written.iter().fold(Bytes::ZERO, |sum, ranges| sum.saturating_add(ranges.memory()))
     }
 
     /// Whether [`Stack::unchanged`] notices each change of the extents. It does not where a source is queried at each question.

@@ -74,15 +74,40 @@ fn is_on(attribute: &File) -> bool {
 /// device-mapper device (multipath) has a directory `mq`, and the attribute has an effect on it.
 fn counts_always(id: DeviceId) -> bool {
     static OLD_KERNEL: OnceLock<bool> = OnceLock::new();
-    let is_old = || fs::read_to_string("/proc/sys/kernel/osrelease").is_ok_and(|release| is_older(&release));
+    let is_old = || release().is_some_and(|release| is_older(&release));
     sysfs::dm_name(id).is_some() && *OLD_KERNEL.get_or_init(is_old) && !sysfs::directory(id).join("mq").exists()
 }
 
 /// Whether the kernel with this release name is known to be older than [`EFFECTIVE_SINCE`].
 fn is_older(release: &str) -> bool {
-    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit()).map(|word| word.parse::<u32>().ok());
-    let (Some(Some(major)), Some(Some(minor))) = (numbers.next(), numbers.next()) else { return false };
-    (major, minor) < EFFECTIVE_SINCE && !BACKPORTING.iter().any(|mark| release.contains(mark))
+    let is_older = version(release).is_some_and(|version| version < EFFECTIVE_SINCE);
+    is_older && !BACKPORTING.iter().any(|mark| release.contains(mark))
+}
+
+/// The release name of the running kernel.
+fn release() -> Option<String> {
+    fs::read_to_string("/proc/sys/kernel/osrelease").ok()
+}
+
+/// The first two numbers of a release name.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit()).map(|word| word.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
+}
+
+/// The oldest version of Linux whose bio-based device-mapper devices count each sector of a write exactly once, as was checked. In
+/// 5.10 all of a request that is divided is counted first, and its rest subtracted after that.
+const EXACT_SINCE: (u32, u32) = (6, 1);
+
+/// Whether the counters of a bio-based device-mapper device grow by the number of sectors of each write, neither more nor less.
+///
+/// Only x86-64 adds to a counter in one instruction, which no interrupt divides (`percpu_add_op` of
+/// `arch/x86/include/asm/percpu.h`). Where it is read, changed and written (`raw_cpu_generic_to_op` of
+/// `include/asm-generic/percpu.h`), what an interrupt adds in between is lost.
+pub fn counts_each_sector() -> bool {
+    static EXACT: OnceLock<bool> = OnceLock::new();
+    let is_new = || release().is_some_and(|release| version(&release).is_some_and(|version| version >= EXACT_SINCE));
+    cfg!(target_arch = "x86_64") && *EXACT.get_or_init(is_new)
 }
 
 /// The number of an inotify watch. The kernel never reuses a number (`fs/notify/inotify/inotify_user.c: inotify_add_to_idr`).

@@ -22,6 +22,7 @@ mod lvm;
 mod map_since;
 mod md;
 mod nbd;
+mod own_writes;
 mod passing;
 mod readme;
 mod scsi;

@@ -11,7 +11,7 @@ use super::single_activation::SingleActivationGuard;
 use crate::map::{Clip, Concat, ExtentKind, FillMap, HoleMap, Overlay, Uniform};
 use crate::reason::DenseReason;
 use crate::source::target::{TargetContext, TargetLayer};
-use crate::source::{Layer, LoadExtents, Resolver, StoredExtents};
+use crate::source::{Layer, LoadExtents, Resolver};
 use crate::sys::device::DeviceId;
 use crate::sys::dm::{Commit, Control};
 use crate::units::{Bytes, Sectors};
@@ -23,9 +23,16 @@ use crate::units::{Bytes, Sectors};
 pub fn layer(target: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<TargetLayer, DenseReason> {
     let table = target.params(params::thin_table)?;
     let control = target.control.clone();
-    // Before anything is read of the device: a write from here on makes its extents void.
+    // The size of the blocks of a pool never changes.
+    let block = pool_block(&control, &table);
+    // Before anything is read of the device: a write from here on makes its extents void, unless they follow it.
     let guard = WriteGuard::new(target.device);
-    resolver.guard(guard.map_err(|error| DenseReason::cannot("use its I/O counters", &error))?);
+    let mut guard = guard.map_err(|error| DenseReason::cannot("use its I/O counters", &error))?;
+    // Own writes are known by their positions on the device, which are those of the volume if it is all of the device.
+    let is_whole = target.len == target.device.len;
+    let known = block.as_ref().ok().filter(|_| is_whole);
+    let written = known.and_then(|block| guard.follow_own_writes(target.len, block.bytes()));
+    resolver.guard(guard);
     let guard = SingleActivationGuard::new(control.clone(), target.events, target.device.id, table);
     let guard = guard.map_err(|error| DenseReason::cannot("look for its other devices", &error))?;
     let is_single = guard.is_single();
@@ -34,7 +41,7 @@ pub fn layer(target: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<
         return Err(DenseReason::State("the volume is active as another device too, or about to be".into()));
     }
     let mapped = mapped(&control, target.device.id, target.target.start)?;
-    let block = pool_block(&control, &table)?;
+    let block = block?;
     // A write to the device may wait for its pool, and reading its mapping tree waits for the pool's metadata device.
     // Neither is tried while one of them is suspended.
     let waits = resolver.waits_on(table.pool);
@@ -43,6 +50,10 @@ pub fn layer(target: &TargetContext<'_>, resolver: &mut Resolver<'_>) -> Result<
     let wanted = Wanted { id: table.id, len: target.len, mapped: mapped.sectors };
     let allocated = mapped.inside(target.len, block);
     let volume = resolver.stored(target.len, block.bytes(), allocated, MappingTree { pool, wanted });
+    let volume = match written {
+        Some(ranges) => resolver.followed(volume, ranges),
+        None => volume,
+    };
     match table.origin.map(|origin| resolver.device(origin, target.len)) {
         Some(origin) => over_origin(volume, origin),
         None => {
@@ -73,7 +84,7 @@ fn pool_block(control: &Control, table: &ThinTable) -> Result<DataBlockSize, Den
 /// An origin reads as zeros past its end. The end that counts is the one at the last resume of the volume
 /// (`drivers/md/dm-thin.c: thin_preresume`), and the kernel does not show it. If the origin became shorter since, reads
 /// past its present end fail. So the range past its present end is data.
-fn over_origin(volume: Arc<StoredExtents>, origin: Arc<Layer>) -> Result<TargetLayer, DenseReason> {
+fn over_origin(volume: Arc<dyn HoleMap>, origin: Arc<Layer>) -> Result<TargetLayer, DenseReason> {
     let len = volume.len();
     let shown = origin.len().min(len);
     let below = Clip { inner: origin.map.clone(), start: Bytes::ZERO, len: shown };

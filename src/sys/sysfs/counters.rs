@@ -21,6 +21,13 @@ pub struct IoCounters {
     pub discard_sectors: u64,
 }
 
+impl IoCounters {
+    /// The completed discards, and their sectors.
+    pub fn of_discards(&self) -> (u64, u64) {
+        (self.discards, self.discard_sectors)
+    }
+}
+
 /// The open attribute `stat` of a block device. Each read of the counters costs one system call.
 #[derive(Debug)]
 pub struct StatFile(File);
@@ -95,6 +102,11 @@ impl Activity {
     /// As [`Activity::now`].
     pub fn lasts(&self, id: DeviceId, stat: &StatFile) -> io::Result<bool> {
         Ok((self.in_flight == 0 || writes_in_flight(id)? == self.in_flight) && stat.read()? == self.counters)
+    }
+
+    /// The counters, which were read before the number of writes in flight.
+    pub fn counters(&self) -> IoCounters {
+        self.counters
     }
 
     /// Whether no write was in flight.
