@@ -39,7 +39,7 @@ fn mount_and_device_are_written_at_the_same_time() {
         let written = Writable::device(SIZE, &[]);
         let device =
             OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(written.itself()).expect("a device");
-        for round in 0..15 {
+        for round in 0..6 {
             thread::scope(|scope| {
                 for by_device in [false, true] {
                     let (written, device) = (&written, &device);
@@ -69,7 +69,7 @@ fn holes_of_a_range_that_nobody_writes_are_true_while_others_write() {
     let written = Writable::device(SIZE, &[]);
     let mut random = Random::new(5);
     let file = written.open();
-    for round in 0..20 {
+    for round in 0..6 {
         for _ in 0..20 {
             let range = random.range(SIZE / 2, 1);
             change(&mut random, &file, None, written.itself(), range);
@@ -101,7 +101,7 @@ fn mount_and_image_are_written_in_turn() {
     let written = Writable::image(SIZE);
     let mut random = Random::new(6);
     let (file, image): (File, &Image) = (written.open(), &written.image);
-    for _ in 0..30 {
+    for _ in 0..10 {
         for _ in 0..10 {
             let range = random.range(SIZE, 1);
             if random.one_in(3) {
