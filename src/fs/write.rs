@@ -49,20 +49,19 @@ impl Writers {
     }
 
     /// Gives up one use of a writer. The last one flushes it, and ends the claim of the device before this returns, and before
-    /// another open can make a new claim.
-    fn end(&self, export: &dyn Export, writer: Arc<dyn Writer>) -> Result<()> {
-        let mut flushed = Ok(());
+    /// another open can make a new claim. Calls `failed` if the flush fails, before the writer is gone.
+    fn end(&self, export: &dyn Export, writer: Arc<dyn Writer>, failed: impl FnOnce(Error)) {
         let mut writers = self.lock();
         if Arc::strong_count(&writer) == 1 {
             // Without the lock: it may take long. An open that comes now shares the writer.
             drop(writers);
-            let cannot = |cause| Error::failed("cannot flush at the last close").on(export.name()).because(cause);
-            flushed = writer.flush().map_err(cannot);
+            if let Err(cause) = writer.flush() {
+                failed(Error::failed("cannot flush at the last close").on(export.name()).because(cause));
+            }
             writers = self.lock();
         }
         drop(writer);
         drop(writers);
-        flushed
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<OpenWriter>> {
@@ -96,10 +95,12 @@ impl FileSystem {
     /// Ends one open for writing. A client that has closed its file gets no error any more: that of a flush is for the next
     /// fsync(2) of the device.
     pub(super) fn end_writing(&self, handle: &Handle, writer: Arc<dyn Writer>) {
-        if let Err(error) = self.writers.end(handle.export(), writer) {
+        let export = handle.export();
+        // An fsync(2) that finds no writer any more finds the failure.
+        self.writers.end(export, writer, |error| {
             error!("{error}");
-            self.flush_failures.note_unreported(handle.export().identity(), error.errno());
-        }
+            self.flush_failures.note_unreported(export.identity(), error.errno());
+        });
     }
 
     /// Sets what keeps pages of the files. After a change of a file they are dropped.

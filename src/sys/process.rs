@@ -139,7 +139,7 @@ pub fn receive_descriptor(socket: &UnixStream) -> io::Result<OwnedFd> {
 pub struct Capability(u32);
 
 impl Capability {
-    /// Connect to the Unix socket of any user, which requires write permission on it (unix(7)).
+    /// Write to the files of any user, and connect to their Unix sockets, which requires write permission on them (unix(7)).
     pub const DAC_OVERRIDE: Self = Self(1);
     /// Read any file, such as the private image of another user.
     pub const DAC_READ_SEARCH: Self = Self(2);

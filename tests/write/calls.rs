@@ -226,6 +226,11 @@ fn synchronous_writes_and_fsync_flush_the_device() {
         assert_eq!(count, 10);
     });
     drop((file, reader));
+    assert!(crate::common::wait_until(|| crate::claims::is_free(device)));
+    let synchronous = crate::common::mount::Mount::with_options(device, &["-o", "rw,sync"]);
+    let file = open_rw(synchronous.file(), 0);
+    flushed("a mount with sync", &|| file.write_all_at(&[6; 4096], 0).expect("a write inside the file"));
+    drop((file, synchronous));
     flushed("the last close", &|| {
         let file = written.open();
         file.write_all_at(&[5; 4096], 0).expect("a write inside the file");
