@@ -54,6 +54,22 @@ fn a_claim_lasts_from_the_first_open_to_the_last_close() {
     written.open();
 }
 
+/// A mounted ext4, until this value is dropped.
+struct Mounted<'a>(&'a Path);
+
+impl<'a> Mounted<'a> {
+    fn new(device: &Path, place: &'a Path) -> Self {
+        run("mount", ["-o".as_ref(), "ro,noload".as_ref(), device.as_os_str(), place.as_os_str()]);
+        Self(place)
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        run("umount", [self.0]);
+    }
+}
+
 #[test]
 fn a_mounted_device_is_only_read() {
     needs!(root, programs["mkfs.ext4", "mount", "umount"]);
@@ -64,13 +80,12 @@ fn a_mounted_device_is_only_read() {
     let (_nodes, _shown, file) = links(&[("disk", device.path()), ("partition", &partition)]);
     let place = tempfile::Builder::new().prefix("blkholefs-").tempdir().expect("a temporary directory");
     for used in [device.path(), &partition] {
-        run("mount", ["-o".as_ref(), "ro,noload".as_ref(), used.as_os_str(), place.path().as_os_str()]);
+        let _mounted = Mounted::new(used, place.path());
         for name in ["disk", "partition"] {
             assert_eq!(errno(try_open(&file(name), 0)), Some(libc::EBUSY), "{name}, {} is mounted", used.display());
             assert_eq!(errno(File::create(file(name))), Some(libc::EBUSY), "{name}");
             assert_eq!(std::fs::read(file(name)).expect("it can be read").len() as u64, 32 * MIB, "{name}");
         }
-        run("umount", [place.path()]);
     }
     drop(open_rw(&file("partition"), 0));
     assert!(wait_until(|| is_free(device.path())));
