@@ -5,6 +5,7 @@
 
 mod attributes;
 mod change;
+mod flush;
 mod nodes;
 mod open;
 mod share;
@@ -13,11 +14,12 @@ mod write;
 
 pub use attributes::{Attributes, Ownership};
 pub use nodes::{Ino, ROOT};
+pub use write::PageCache;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use log::{debug, info};
 
@@ -28,6 +30,7 @@ use crate::source::{Context, StaticDevices};
 use crate::spec::{SourceOptions, Spec};
 use crate::units::Bytes;
 use change::Changes;
+use flush::FlushFailures;
 use nodes::Nodes;
 use open::{OpenFile, OpenFiles};
 use share::{OpenDevices, is_same};
@@ -37,6 +40,15 @@ use write::Writers;
 /// An open file's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fh(pub u64);
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Access {
+    /// It can be written.
+    pub is_for_writing: bool,
+    /// Each change is to survive a loss of power when its call returns (`O_SYNC`, `O_DSYNC`).
+    pub is_synchronous: bool,
+}
 
 /// An entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +86,8 @@ pub struct FileSystem {
     /// The open devices, by inode. All opens of an inode share one handle.
     devices: Mutex<OpenDevices>,
     writers: Writers,
+    flush_failures: FlushFailures,
+    page_cache: OnceLock<Arc<dyn PageCache>>,
     listings: Mutex<HashMap<u64, OpenDirectory>>,
     next_fh: AtomicU64,
 }
@@ -107,6 +121,8 @@ impl FileSystem {
             open: OpenFiles::default(),
             devices: Mutex::default(),
             writers: Writers::default(),
+            flush_failures: FlushFailures::default(),
+            page_cache: OnceLock::new(),
             listings: Mutex::default(),
             next_fh: AtomicU64::new(1),
         })
@@ -298,8 +314,8 @@ impl FileSystem {
     ///
     /// # Errors
     /// As open(2) on the device. For writing EROFS where nothing is written, and EBUSY for a device that is in use.
-    pub fn open(&self, ino: Ino, for_writing: bool) -> Result<Fh> {
-        if for_writing && !self.is_writable() {
+    pub fn open(&self, ino: Ino, access: Access) -> Result<Fh> {
+        if access.is_for_writing && !self.is_writable() {
             return Err(Error::from_errno(libc::EROFS));
         }
         let target = self.catalog.find(&self.nodes.path(ino)?)?;
@@ -308,17 +324,19 @@ impl FileSystem {
             CatalogEntry::File(_, node) => self.share(ino, &target, node.as_ref())?,
             CatalogEntry::View(_, node) => self.share_view(ino, &target, node)?,
         };
-        let writer = if for_writing { Some(self.begin_writing(&handle)) } else { None };
+        let writer = access.is_for_writing.then(|| self.begin_writing(&handle)).transpose();
+        let reported = Arc::new(self.flush_failures.at_open(handle.export().identity()));
         let reader = Reader::new(handle, self.ahead.clone());
-        let writer = match writer.transpose() {
-            Ok(writer) => writer,
+        let open = OpenFile { ino, reader, writer: None, is_synchronous: access.is_synchronous, reported };
+        let open = match writer {
+            Ok(writer) => OpenFile { writer, ..open },
             Err(error) => {
-                self.close(OpenFile { ino, reader, writer: None });
+                self.close(open);
                 return Err(error);
             }
         };
         let fh = self.next_fh.fetch_add(1, Ordering::Relaxed);
-        self.open.insert(Fh(fh), OpenFile { ino, reader, writer });
+        self.open.insert(Fh(fh), open);
         debug!("open {} as {fh}", shown(self.handle(Fh(fh))?.export().name()));
         Ok(Fh(fh))
     }

@@ -23,9 +23,9 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    IoctlFlags, KernelConfig, LockOwner, OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
-    ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use log::log;
 
@@ -95,7 +95,8 @@ impl BlkHoleFs {
     pub fn new(fs: Arc<FileSystem>, direct_io: bool) -> Self {
         // Without FOPEN_KEEP_CACHE each open drops the cached pages, so that no read returns bytes older than the open.
         let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
-        let (passthrough, kernel_cache, buffers) = (Arc::default(), Arc::default(), Arc::default());
+        let (passthrough, kernel_cache, buffers) = (Arc::default(), Arc::<KernelCache>::default(), Arc::default());
+        fs.set_page_cache(kernel_cache.clone());
         Self { fs, threads: Threads::new(SESSION_THREADS), passthrough, kernel_cache, buffers, open_flags }
     }
 
@@ -192,13 +193,13 @@ impl Filesystem for BlkHoleFs {
         if is_own_thread(request.pid()) {
             return reply.error(OWN_REQUEST);
         }
-        let for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        let access = write::access(flags);
         let (passthrough, open_flags) = (self.passthrough.clone(), self.open_flags);
         let kernel_cache = self.kernel_cache.clone();
-        self.answer(move |fs| match fs.open(Ino(ino.0), for_writing).and_then(|fh| Ok((fh, fs.handle(fh)?))) {
+        self.answer(move |fs| match fs.open(Ino(ino.0), access).and_then(|fh| Ok((fh, fs.handle(fh)?))) {
             Ok((fh, handle)) => {
                 fs.give_len(fh, |ino, len| kernel_cache.lengthen(ino, len));
-                match (for_writing, fs.is_writable()) {
+                match (access.is_for_writing, fs.is_writable()) {
                     (true, _) => reply.opened(FileHandle(fh.0), write::OPEN_FLAGS),
                     // The kernel allows no opens with and without passthrough of one inode at the same time.
                     (false, true) => reply.opened(FileHandle(fh.0), open_flags),
@@ -295,15 +296,12 @@ impl Filesystem for BlkHoleFs {
         offset: u64,
         data: &[u8],
         _write_flags: WriteFlags,
-        _flags: OpenFlags,
+        flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         let bytes = self.buffers.copy_of(data);
-        let kernel_cache = self.kernel_cache.clone();
-        self.answer(move |fs| {
-            write::write(fs, &kernel_cache, Fh(fh.0), Bytes::new(offset), bytes.as_ref(), reply);
-        });
+        self.answer(move |fs| write::write(fs, Fh(fh.0), Bytes::new(offset), bytes.as_ref(), flags, reply));
     }
 
     fn fallocate(
@@ -316,12 +314,8 @@ impl Filesystem for BlkHoleFs {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let kernel_cache = self.kernel_cache.clone();
         let range = Bytes::new(offset)..Bytes::new(offset.saturating_add(len));
-        self.answer(move |fs| {
-            let done = write::fallocate(fs, &kernel_cache, Fh(fh.0), range, mode);
-            write::reply_empty("fallocate", done, reply);
-        });
+        self.answer(move |fs| write::reply_empty("fallocate", write::fallocate(fs, Fh(fh.0), range, mode), reply));
     }
 
     fn copy_file_range(
@@ -337,9 +331,8 @@ impl Filesystem for BlkHoleFs {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let kernel_cache = self.kernel_cache.clone();
         let (from, to) = ((Fh(from.0), Bytes::new(from_offset)), (Fh(to.0), Bytes::new(to_offset)));
-        self.answer(move |fs| write::copy(fs, &kernel_cache, from, to, Bytes::new(len), reply));
+        self.answer(move |fs| write::copy(fs, from, to, Bytes::new(len), reply));
     }
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -447,50 +440,49 @@ impl Filesystem for BlkHoleFs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let kernel_cache = self.kernel_cache.clone();
-        self.answer(move |fs| write::set_attributes(fs, &kernel_cache, Ino(ino.0), size.map(Bytes::new), reply));
+        self.answer(move |fs| write::set_attributes(fs, Ino(ino.0), size.map(Bytes::new), reply));
     }
 
     // Nothing is created, removed or renamed, also in a mount that is written. In others the kernel refuses the following
     // requests itself, unless root has remounted them read-write.
 
     fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
-        reply.error(Errno::EROFS);
+        reply.error(write::not_possible(&self.fs));
     }
 
     fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
-        reply.error(Errno::EROFS);
+        reply.error(write::not_possible(&self.fs));
     }
 
     fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
+        reply.error(write::not_possible(&self.fs));
     }
 
     fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
+        reply.error(write::not_possible(&self.fs));
     }
 
     fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
-        reply.error(Errno::EROFS);
+        reply.error(write::not_possible(&self.fs));
     }
 
     fn rename(&self, _: &Request, _: INodeNo, _: &OsStr, _: INodeNo, _: &OsStr, _: RenameFlags, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
+        reply.error(write::not_possible(&self.fs));
     }
 
     fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
-        reply.error(Errno::EROFS);
+        reply.error(write::not_possible(&self.fs));
     }
 
     fn create(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
-        reply.error(Errno::EROFS);
+        reply.error(write::not_possible(&self.fs));
     }
 
     fn setxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: &[u8], _: i32, _: u32, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
+        reply.error(write::no_attributes(&self.fs));
     }
 
     fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EROFS);
+        reply.error(write::no_attributes(&self.fs));
     }
 }

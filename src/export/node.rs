@@ -10,7 +10,7 @@ use crate::sys::acl::has_acl;
 use crate::sys::device::{self, DeviceId};
 
 /// The identity of a device or file, independent of its names. While it is open, no other one can get the same identity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FileIdentity {
     /// A block device. Its node does not count: it may be made again for the same device.
     Device(DeviceId),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::flush::ReportedFailure;
 use super::{Fh, Ino};
 use crate::export::Writer;
 use crate::handle::{Handle, Reader};
@@ -15,6 +16,10 @@ pub struct OpenFile {
     pub reader: Arc<Reader>,
     /// What writes to its device, if it is open for writing.
     pub writer: Option<Arc<dyn Writer>>,
+    /// Whether each change is to survive a loss of power when its call returns (`O_SYNC`, `O_DSYNC`).
+    pub is_synchronous: bool,
+    /// The failed flushes that it has reported.
+    pub(super) reported: Arc<ReportedFailure>,
 }
 
 /// All open files, by number.
@@ -42,9 +47,14 @@ impl OpenFiles {
         self.read().get(&fh).and_then(|open| open.writer.clone())
     }
 
-    /// Whether there is an open of an inode that is not for writing.
-    pub fn has_readers(&self, ino: Ino) -> bool {
-        self.read().values().any(|open| open.ino == ino && open.writer.is_none())
+    /// Whether each change of an open file is to survive a loss of power when its call returns.
+    pub fn is_synchronous(&self, fh: Fh) -> bool {
+        self.read().get(&fh).is_some_and(|open| open.is_synchronous)
+    }
+
+    /// The failed flushes that an open file has reported.
+    pub(super) fn reported(&self, fh: Fh) -> Option<Arc<ReportedFailure>> {
+        self.read().get(&fh).map(|open| open.reported.clone())
     }
 
     /// The inode of an open file.

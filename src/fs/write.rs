@@ -1,7 +1,7 @@
 //! Opening files for writing, and the requests that change them.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use log::error;
 
@@ -29,7 +29,7 @@ impl Writers {
     /// The writer of an open device: that of its other opens, or a new one.
     fn of(&self, export: &dyn Export) -> Result<Arc<dyn Writer>> {
         // Held while the device is claimed: two opens at the same time are one claim.
-        let mut writers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writers = self.lock();
         writers.retain(|(_, writer)| writer.strong_count() > 0);
         let identity = export.identity();
         let shared = writers.iter().find(|(of, _)| *of == identity).and_then(|(_, writer)| writer.upgrade());
@@ -41,23 +41,37 @@ impl Writers {
         Ok(writer)
     }
 
-    /// Gives up one use of a writer. The last one ends the claim of the device before this returns, and before another open can
-    /// make a new claim.
-    fn end(&self, export: &dyn Export, writer: Arc<dyn Writer>) {
-        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut writers = lock();
+    /// The writer of an open device that its opens for writing share, if there are any.
+    fn shared(&self, export: &dyn Export) -> Option<Arc<dyn Writer>> {
+        let identity = export.identity();
+        self.lock().iter().find(|(of, _)| *of == identity).and_then(|(_, writer)| writer.upgrade())
+    }
+
+    /// Gives up one use of a writer. The last one flushes it, and ends the claim of the device before this returns, and before
+    /// another open can make a new claim. Calls `failed` if the flush fails, before the writer is gone.
+    fn end(&self, export: &dyn Export, writer: Arc<dyn Writer>, failed: impl FnOnce(Error)) {
+        let mut writers = self.lock();
         if Arc::strong_count(&writer) == 1 {
             // Without the lock: it may take long. An open that comes now shares the writer.
             drop(writers);
             if let Err(cause) = writer.flush() {
-                // The client has closed the file, and gets no error any more.
-                error!("{}", Error::failed("cannot flush at the last close").on(export.name()).because(cause));
+                failed(Error::failed("cannot flush at the last close").on(export.name()).because(cause));
             }
-            writers = lock();
+            writers = self.lock();
         }
         drop(writer);
         drop(writers);
     }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<OpenWriter>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The pages of the files that the kernel keeps.
+pub trait PageCache: Send + Sync {
+    /// Drops the pages of a range of a file. Waits for those that are being read.
+    fn drop_range(&self, ino: Ino, range: Range<Bytes>);
 }
 
 impl FileSystem {
@@ -77,18 +91,58 @@ impl FileSystem {
         self.writers.of(handle.export())
     }
 
-    /// Ends one open for writing.
+    /// Ends one open for writing. A client that has closed its file gets no error any more: that of a flush is for the next
+    /// fsync(2) of the device.
     pub(super) fn end_writing(&self, handle: &Handle, writer: Arc<dyn Writer>) {
-        self.writers.end(handle.export(), writer);
+        let export = handle.export();
+        // An fsync(2) that finds no writer any more finds the failure.
+        self.writers.end(export, writer, |error| {
+            error!("{error}");
+            self.flush_failures.note_unreported(export.identity(), error.errno());
+        });
     }
 
-    /// Writes to an open file, as far as it reaches. Returns how many bytes were written.
+    /// Sets what keeps pages of the files. After a change of a file they are dropped.
+    pub fn set_page_cache(&self, cache: Arc<dyn PageCache>) {
+        // A file system has one session, so the cell is empty here.
+        let _ = self.page_cache.set(cache);
+    }
+
+    /// Drops everything that was read of a device before a change of `range`, by whatever name it is open. Called after the
+    /// change, and before the reply to it.
+    fn drop_old_bytes(&self, changed: &Handle, range: Range<Bytes>) {
+        let identity = changed.export().identity();
+        let same = |handle: &Handle| {
+            std::ptr::eq(handle, changed) || identity.is_some() && handle.export().identity() == identity
+        };
+        let mut inodes = Vec::new();
+        for (ino, device) in &self.lock_devices().by_ino {
+            if same(&device.handle) {
+                // What was fetched ahead is not used from here on. So the kernel gets no page of it after its pages are dropped.
+                device.handle.begin_generation();
+                inodes.push(*ino);
+            }
+        }
+        let Some(cache) = self.page_cache.get() else { return };
+        for ino in inodes {
+            cache.drop_range(ino, range.clone());
+        }
+    }
+
+    /// Writes to an open file, as far as it reaches. Returns how many bytes were written. With `is_durable` they survive a loss
+    /// of power then.
     ///
     /// # Errors
-    /// EBADF for a file that is not open for writing, and as [`Handle::write`].
-    pub fn write(&self, fh: Fh, offset: Bytes, bytes: &[u8]) -> Result<usize> {
+    /// EBADF for a file that is not open for writing, and as [`Handle::write`] and [`FileSystem::fsync`].
+    pub fn write(&self, fh: Fh, offset: Bytes, bytes: &[u8], is_durable: bool) -> Result<usize> {
         let (handle, writer) = self.open_for_writing(fh)?;
-        handle.write(&*writer, offset, bytes)
+        let written = handle.write(&*writer, offset, bytes);
+        self.drop_old_bytes(&handle, offset..offset.saturating_add(Bytes::new(bytes.len() as u64)));
+        let written = written?;
+        if is_durable || self.open.is_synchronous(fh) {
+            self.fsync(fh)?;
+        }
+        Ok(written)
     }
 
     /// Makes a range of an open file read as zeros.
@@ -100,7 +154,10 @@ impl FileSystem {
         if !may_exceed && range.end > handle.export().len()? {
             return Err(Error::from_errno(libc::ENOSPC));
         }
-        handle.make_zero(&*writer, range)
+        let zeroed = handle.make_zero(&*writer, range.clone());
+        self.drop_old_bytes(&handle, range);
+        zeroed?;
+        if self.open.is_synchronous(fh) { self.fsync(fh) } else { Ok(()) }
     }
 
     /// Sets the length of a file. The length of a device does not change: 0 means that all of it is to read as zeros, as a
@@ -122,20 +179,37 @@ impl FileSystem {
             return Err(error.on(handle.export().name()).with_errno(libc::EPERM));
         }
         let writer = self.begin_writing(&handle)?;
-        let zeroed = if len == now { Ok(()) } else { handle.make_zero(&*writer, Bytes::ZERO..now) };
+        let mut zeroed = Ok(());
+        if len != now {
+            zeroed = handle.make_zero(&*writer, Bytes::ZERO..now);
+            self.drop_old_bytes(&handle, Bytes::ZERO..now);
+        }
         self.end_writing(&handle, writer);
         zeroed?;
         self.getattr(ino)
     }
 
-    /// Returns when all completed writes to an open file survive a loss of power.
+    /// Returns when all completed writes to the device of an open file survive a loss of power, whatever file they came by. The
+    /// open file need not be one for writing: sync(1) opens files for reading.
     ///
     /// # Errors
-    /// As fsync(2).
+    /// As fsync(2): also those of flushes that this open file has not reported yet.
     pub fn fsync(&self, fh: Fh) -> Result<()> {
-        match self.open.writer(fh) {
-            Some(writer) => self.handle(fh)?.flush(&*writer),
-            None => Ok(()),
+        let handle = self.handle(fh)?;
+        let export = handle.export();
+        let flushed = match (self.open.writer(fh), self.writers.shared(export)) {
+            (Some(writer), _) => handle.flush(&*writer),
+            (None, Some(writer)) => {
+                let flushed = handle.flush(&*writer);
+                self.end_writing(&handle, writer);
+                flushed
+            }
+            // The last close has flushed it.
+            (None, None) => Ok(()),
+        };
+        match self.open.reported(fh) {
+            Some(reported) => self.flush_failures.report(export.identity(), &reported, flushed),
+            None => flushed,
         }
     }
 
@@ -146,50 +220,51 @@ impl FileSystem {
     pub fn copy_range(&self, from: (Fh, Bytes), to: (Fh, Bytes), len: Bytes) -> Result<Bytes> {
         let source = self.handle(from.0)?;
         let (target, writer) = self.open_for_writing(to.0)?;
-        let left = source.export().len()?.saturating_sub(from.1);
-        let room = target.export().len()?.saturating_sub(to.1);
-        let len = len.min(left).min(COPY_AT_ONCE);
-        if len > Bytes::ZERO && room == Bytes::ZERO {
-            return Err(Error::from_errno(libc::ENOSPC));
+        let len = len.min(COPY_AT_ONCE);
+        let copied = copy(&source, from.1, &target, &*writer, to.1, len);
+        self.drop_old_bytes(&target, to.1..to.1.saturating_add(len));
+        let copied = copied?;
+        if self.open.is_synchronous(to.0) {
+            self.fsync(to.0)?;
         }
-        let end = from.1.saturating_add(len.min(room));
-        let at_target = |at: Bytes| to.1.saturating_add(at.saturating_sub(from.1));
-        let mut buffer = AlignedBuffer::new();
-        let mut at = from.1;
-        while at < end {
-            for (start, extent) in source.extents(at..end)? {
-                at = extent.end;
-                if extent.kind.is_hole() {
-                    target.make_zero(&*writer, at_target(start)..at_target(extent.end))?;
-                    continue;
-                }
-                let mut piece = start;
-                while piece < extent.end {
-                    let size = extent.end.saturating_sub(piece).get().min(COPY_PIECE);
-                    let bytes = source.read(&mut buffer, piece, usize::try_from(size).unwrap_or(0))?;
-                    if bytes.is_empty() {
-                        return Ok(piece.saturating_sub(from.1));
-                    }
-                    let count = target.write(&*writer, at_target(piece), bytes)?;
-                    piece = piece.saturating_add(Bytes::new(count as u64));
-                }
-            }
-        }
-        Ok(end.saturating_sub(from.1))
-    }
-
-    /// Whether a file has opens for reading, for which the kernel may have pages of it.
-    pub fn has_readers(&self, ino: Ino) -> bool {
-        self.open.has_readers(ino)
-    }
-
-    /// The inode of an open file.
-    pub fn ino(&self, fh: Fh) -> Option<Ino> {
-        self.open.ino(fh)
+        Ok(copied)
     }
 
     fn open_for_writing(&self, fh: Fh) -> Result<(Arc<Handle>, Arc<dyn Writer>)> {
         let writer = self.open.writer(fh).ok_or_else(|| Error::from_errno(libc::EBADF))?;
         Ok((self.handle(fh)?, writer))
     }
+}
+
+/// Copies up to `len` bytes, holes as zeros. Returns how many were copied.
+fn copy(source: &Handle, from: Bytes, target: &Handle, writer: &dyn Writer, to: Bytes, len: Bytes) -> Result<Bytes> {
+    let len = len.min(source.export().len()?.saturating_sub(from));
+    let room = target.export().len()?.saturating_sub(to);
+    if len > Bytes::ZERO && room == Bytes::ZERO {
+        return Err(Error::from_errno(libc::ENOSPC));
+    }
+    let end = from.saturating_add(len.min(room));
+    let at_target = |at: Bytes| to.saturating_add(at.saturating_sub(from));
+    let mut buffer = AlignedBuffer::new();
+    let mut at = from;
+    while at < end {
+        for (start, extent) in source.extents(at..end)? {
+            at = extent.end;
+            if extent.kind.is_hole() {
+                target.make_zero(writer, at_target(start)..at_target(extent.end))?;
+                continue;
+            }
+            let mut piece = start;
+            while piece < extent.end {
+                let size = extent.end.saturating_sub(piece).get().min(COPY_PIECE);
+                let bytes = source.read(&mut buffer, piece, usize::try_from(size).unwrap_or(0))?;
+                if bytes.is_empty() {
+                    return Ok(piece.saturating_sub(from));
+                }
+                let count = target.write(writer, at_target(piece), bytes)?;
+                piece = piece.saturating_add(Bytes::new(count as u64));
+            }
+        }
+    }
+    Ok(end.saturating_sub(from))
 }

@@ -6,13 +6,12 @@
 
 use std::ops::Range;
 
-use fuser::{Errno, FopenFlags, InitFlags, ReplyAttr, ReplyEmpty, ReplyWrite};
+use fuser::{Errno, FopenFlags, InitFlags, OpenAccMode, OpenFlags, ReplyAttr, ReplyEmpty, ReplyWrite};
 
 use super::attributes::file_attr;
-use super::kernel_cache::KernelCache;
 use super::{ATTRIBUTE_TTL, errno};
 use crate::error::{Error, Result};
-use crate::fs::{Fh, FileSystem, Ino};
+use crate::fs::{Access, Fh, FileSystem, Ino};
 use crate::units::Bytes;
 
 /// What a mount that is written asks of the kernel. No file has set-user-id bits or capabilities that a write would have to
@@ -22,11 +21,20 @@ pub(super) const CAPABILITIES: &[InitFlags] = &[InitFlags::FUSE_HANDLE_KILLPRIV_
 /// The reply to an open for writing. Writes of several threads are sent at the same time (Linux 6.2 and newer).
 pub(super) const OPEN_FLAGS: FopenFlags = FopenFlags::FOPEN_DIRECT_IO.union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
 
+/// What the flags of open(2) ask for. Those of each write have `O_SYNC` and `O_DSYNC` too, also where they come from
+/// pwritev2(2) or a mount with `sync` (`fuse_write_flags` of `fs/fuse/file.c`). The kernel sends no fsync request for them.
+pub(super) fn access(flags: OpenFlags) -> Access {
+    Access { is_for_writing: flags.acc_mode() != OpenAccMode::O_RDONLY, is_synchronous: is_synchronous(flags) }
+}
+
+fn is_synchronous(flags: OpenFlags) -> bool {
+    // O_SYNC contains the bit of O_DSYNC.
+    flags.0 & libc::O_DSYNC != 0
+}
+
 /// Writes to an open file.
-pub(super) fn write(fs: &FileSystem, cache: &KernelCache, fh: Fh, offset: Bytes, bytes: &[u8], reply: ReplyWrite) {
-    let written = fs.write(fh, offset, bytes);
-    drop_pages(fs, cache, fh, offset..offset.saturating_add(Bytes::new(bytes.len() as u64)));
-    match written.map(u32::try_from) {
+pub(super) fn write(fs: &FileSystem, fh: Fh, offset: Bytes, bytes: &[u8], flags: OpenFlags, reply: ReplyWrite) {
+    match fs.write(fh, offset, bytes, is_synchronous(flags)).map(u32::try_from) {
         Ok(Ok(count)) => reply.written(count),
         Ok(Err(_)) => reply.error(Errno::EOVERFLOW),
         Err(error) => reply.error(errno("write", &error)),
@@ -35,29 +43,17 @@ pub(super) fn write(fs: &FileSystem, cache: &KernelCache, fh: Fh, offset: Bytes,
 
 /// Makes a range of an open file zero: FALLOC_FL_PUNCH_HOLE and FALLOC_FL_ZERO_RANGE are the same, because most devices can only
 /// do both at once. Blocks cannot be reserved.
-pub(super) fn fallocate(fs: &FileSystem, cache: &KernelCache, fh: Fh, range: Range<Bytes>, mode: i32) -> Result<()> {
+pub(super) fn fallocate(fs: &FileSystem, fh: Fh, range: Range<Bytes>, mode: i32) -> Result<()> {
     let keeps_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
     match mode & !libc::FALLOC_FL_KEEP_SIZE {
-        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE => {}
-        _ => return Err(Error::from_errno(libc::EOPNOTSUPP)),
+        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE => fs.make_zero(fh, range, keeps_size),
+        _ => Err(Error::from_errno(libc::EOPNOTSUPP)),
     }
-    let zeroed = fs.make_zero(fh, range.clone(), keeps_size);
-    drop_pages(fs, cache, fh, range);
-    zeroed
 }
 
 /// Copies a range from one open file to another one.
-pub(super) fn copy(
-    fs: &FileSystem,
-    cache: &KernelCache,
-    from: (Fh, Bytes),
-    to: (Fh, Bytes),
-    len: Bytes,
-    reply: ReplyWrite,
-) {
-    let copied = fs.copy_range(from, to, len);
-    drop_pages(fs, cache, to.0, to.1..to.1.saturating_add(len));
-    match copied.map(|copied| u32::try_from(copied.get())) {
+pub(super) fn copy(fs: &FileSystem, from: (Fh, Bytes), to: (Fh, Bytes), len: Bytes, reply: ReplyWrite) {
+    match fs.copy_range(from, to, len).map(|copied| u32::try_from(copied.get())) {
         Ok(Ok(count)) => reply.written(count),
         Ok(Err(_)) => reply.error(Errno::EOVERFLOW),
         Err(error) => reply.error(errno("copy_file_range", &error)),
@@ -65,29 +61,27 @@ pub(super) fn copy(
 }
 
 /// Sets the length, which is the only attribute that can be set: all others are those of the device node.
-pub(super) fn set_attributes(fs: &FileSystem, cache: &KernelCache, ino: Ino, len: Option<Bytes>, reply: ReplyAttr) {
-    let Some(len) = len else { return reply.error(if fs.is_writable() { Errno::EPERM } else { Errno::EROFS }) };
-    let set = fs.truncate(ino, len);
-    if len == Bytes::ZERO {
-        // The kernel drops pages only where the length changes.
-        cache.drop_pages(ino);
-    }
-    match set {
+pub(super) fn set_attributes(fs: &FileSystem, ino: Ino, len: Option<Bytes>, reply: ReplyAttr) {
+    let Some(len) = len else { return reply.error(not_possible(fs)) };
+    match fs.truncate(ino, len) {
         Ok(attributes) => reply.attr(&ATTRIBUTE_TTL, &file_attr(&attributes)),
         Err(error) => reply.error(errno("truncate", &error)),
     }
+}
+
+/// The errno of what is possible in no mount, such as creating a file: in one that is written, EROFS would mislead.
+pub(super) fn not_possible(fs: &FileSystem) -> Errno {
+    if fs.is_writable() { Errno::EPERM } else { Errno::EROFS }
+}
+
+/// The errno of a change of extended attributes, which no file has. Programs that copy them go on after EOPNOTSUPP.
+pub(super) fn no_attributes(fs: &FileSystem) -> Errno {
+    if fs.is_writable() { Errno::EOPNOTSUPP } else { Errno::EROFS }
 }
 
 pub(super) fn reply_empty(operation: &str, result: Result<()>, reply: ReplyEmpty) {
     match result {
         Ok(()) => reply.ok(),
         Err(error) => reply.error(errno(operation, &error)),
-    }
-}
-
-/// Drops the pages of a range that other opens of the file may have.
-fn drop_pages(fs: &FileSystem, cache: &KernelCache, fh: Fh, range: Range<Bytes>) {
-    if let Some(ino) = fs.ino(fh).filter(|&ino| fs.has_readers(ino)) {
-        cache.drop_range(ino, range);
     }
 }

@@ -10,7 +10,7 @@ use crate::mount::argv::{self, CommandLine, MountRequest};
 use crate::mount::logging::one_line;
 use crate::mount::options::FirstRw;
 use crate::mount::start;
-use crate::sys::process;
+use crate::sys::process::{self, Parent};
 
 const HELPER_USAGE: &str = "\
 Usage: mount.blkholefs SPEC DIR [-sfnvhV] [-N NAMESPACE] [-t TYPE] [-o OPTIONS]
@@ -36,7 +36,11 @@ regular file in DIR whose holes are real. See blkholefs(8).
 pub fn main(name: &str, args: &[OsString]) -> ExitCode {
     process::close_inherited_descriptors();
     finish(name, HELPER_USAGE, argv::mount_helper(args), |request| {
-        let first_rw = if process::parent_is_mount() { FirstRw::IsImplied } else { FirstRw::IsWanted };
+        let first_rw = match process::parent() {
+            Parent::Mount => FirstRw::IsImplied,
+            Parent::MayBeMount => FirstRw::IsUnclear,
+            Parent::Other => FirstRw::IsWanted,
+        };
         start::run(name, &MountRequest { first_rw, ..request })
     })
 }

@@ -101,6 +101,8 @@ pub enum FirstRw {
     IsWanted,
     /// Nothing: mount(8) puts it first for each mount that is not `ro`, whether the user wrote it or not.
     IsImplied,
+    /// It is not known whether the user or the library of mount(8) has put it there. It means nothing, with a warning.
+    IsUnclear,
 }
 
 /// Parses the options of a mount.
@@ -109,8 +111,9 @@ pub enum FirstRw {
 /// A usage error that names the option that is unknown, refused, or has a wrong value, and for options that exclude each other.
 pub fn parse(list: &OsStr, unknown: UnknownOptions, first_rw: FirstRw) -> Result<ParsedOptions> {
     let mut options = ParsedOptions::default();
-    for (position, word) in split(list.as_bytes())?.iter().enumerate() {
-        if position == 0 && word == b"rw" && first_rw == FirstRw::IsImplied {
+    let list = split(list.as_bytes())?;
+    for (position, word) in list.iter().enumerate() {
+        if position == 0 && word == b"rw" && first_rw != FirstRw::IsWanted {
             continue;
         }
         match (options.apply(&Word::new(word)), unknown) {
@@ -123,9 +126,22 @@ pub fn parse(list: &OsStr, unknown: UnknownOptions, first_rw: FirstRw) -> Result
             }
         }
     }
+    let has = |name: &[u8]| list.iter().any(|word| word == name);
+    if has(b"writable") && !is_read_only(&list) {
+        options.mount.flags.remove(MsFlags::MS_RDONLY);
+    } else if first_rw == FirstRw::IsUnclear && list[0] == b"rw" && !options.mount.is_writable() {
+        options.warnings.push(
+            "the first option 'rw' is taken for that of mount(8): 'writable' makes a mount that can be written".into(),
+        );
+    }
     check_views(&options.source.views)?;
     check_writing(&options)?;
     Ok(options)
+}
+
+/// Whether `ro` is given, and no `rw` after it. Its place among the other options says nothing: mount(8) puts it first.
+fn is_read_only(list: &[Vec<u8>]) -> bool {
+    list.iter().rfind(|word| matches!(&word[..], b"ro" | b"rw")).is_some_and(|word| word == b"ro")
 }
 
 /// Refuses to write to what is shown as something that does not change.
@@ -235,7 +251,8 @@ impl ParsedOptions {
         match name {
             "allow_other" | "allow-other" => self.mount.allow_other = true,
             "direct_io" => self.mount.direct_io = true,
-            "writable" => self.mount.flags.remove(MsFlags::MS_RDONLY),
+            // What it does depends on the whole list.
+            "writable" => {}
             "nofail" => self.mount.nofail = true,
             "static" => self.source.is_static = true,
             "compact" => self.source.views.compact = true,

@@ -168,8 +168,8 @@ fn needs_override(spec: &Spec, options: &ParsedOptions) -> bool {
 
 /// Drops the capabilities that serving does not need. A daemon of root keeps CAP_SYS_ADMIN (umount(2), device-mapper) and
 /// CAP_DAC_READ_SEARCH (images of other users), CAP_SYS_CHROOT for a mount in another namespace (setns(2)), and
-/// CAP_DAC_OVERRIDE for what belongs to other users and is opened for writing (images, and the Unix sockets of NBD servers). The daemon of another user has none, and
-/// must be able to run the setuid program fusermount3 for the unmount.
+/// CAP_DAC_OVERRIDE for what belongs to other users and is opened for writing (images, and the Unix sockets of NBD servers). The
+/// daemon of another user has none, and must be able to run the setuid program fusermount3 for the unmount.
 fn drop_privileges(mounted: &Mounted, needs_override: bool) -> Result<()> {
     if !geteuid().is_root() {
         return Ok(());

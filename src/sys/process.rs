@@ -57,14 +57,35 @@ pub fn close_inherited_descriptors() {
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
 }
 
-/// Whether the parent of this process is mount(8) or another program with the library of it, such as udisksd. These put `rw`
-/// before the options of each mount that is not `ro`. `true` when that cannot be found out.
-pub fn parent_is_mount() -> bool {
+/// What the parent of this process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parent {
+    /// mount(8), which puts `rw` before the options of each mount that is not `ro`.
+    Mount,
+    /// A program with the library of mount(8), such as systemd and udisksd, or one of which that cannot be found out: it runs with
+    /// other rights than this process, such as sudo(8), or is in another namespace.
+    MayBeMount,
+    /// Neither of them, such as a shell.
+    Other,
+}
+
+/// What the parent of this process is.
+pub fn parent() -> Parent {
     let parent = PathBuf::from(format!("/proc/{}", getppid()));
-    let Ok(name) = fs::read(parent.join("comm")) else { return true };
-    // The maps of a setuid program cannot be read by the user who runs it. mount(8) is one, and has this name.
-    let uses_library = |maps: Vec<u8>| maps.windows(LIBMOUNT.len()).any(|part| part == LIBMOUNT);
-    name.trim_ascii_end() == b"mount" || fs::read(parent.join("maps")).is_ok_and(uses_library)
+    parent_of(fs::read(parent.join("comm")).ok().as_deref(), || fs::read(parent.join("maps")).ok())
+}
+
+/// What a process is, by its name and the names of the files in its memory.
+fn parent_of(name: Option<&[u8]>, maps: impl FnOnce() -> Option<Vec<u8>>) -> Parent {
+    match name.map(<[u8]>::trim_ascii_end) {
+        None => Parent::MayBeMount,
+        // The maps of a setuid program cannot be read by the user who runs it. A static one has the library in itself.
+        Some(b"mount" | b"mount.static") => Parent::Mount,
+        Some(_) => match maps() {
+            Some(maps) if !maps.windows(LIBMOUNT.len()).any(|part| part == LIBMOUNT) => Parent::Other,
+            _ => Parent::MayBeMount,
+        },
+    }
 }
 
 /// Raises the soft limit on the number of descriptors of this process to its hard limit.
@@ -118,7 +139,7 @@ pub fn receive_descriptor(socket: &UnixStream) -> io::Result<OwnedFd> {
 pub struct Capability(u32);
 
 impl Capability {
-    /// Connect to the Unix socket of any user, which requires write permission on it (unix(7)).
+    /// Write to the files of any user, and connect to their Unix sockets, which requires write permission on them (unix(7)).
     pub const DAC_OVERRIDE: Self = Self(1);
     /// Read any file, such as the private image of another user.
     pub const DAC_READ_SEARCH: Self = Self(2);
@@ -201,6 +222,20 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn a_parent_is_known_by_its_name_or_its_library() {
+        let maps = |text: &str| Some(text.as_bytes().to_vec());
+        assert_eq!(parent_of(Some(b"mount\n"), || None), Parent::Mount);
+        assert_eq!(parent_of(Some(b"mount.static\n"), || maps("")), Parent::Mount);
+        assert_eq!(parent_of(Some(b"bash\n"), || maps("7f00-7f01 r-xp 0 fd:0 1 /lib/libc.so.6\n")), Parent::Other);
+        let library = "7f00-7f01 r-xp 0 fd:0 1 /lib/x86_64-linux-gnu/libmount.so.1.1.0\n";
+        assert_eq!(parent_of(Some(b"systemd\n"), || maps(library)), Parent::MayBeMount);
+        assert_eq!(parent_of(Some(b"sudo\n"), || None), Parent::MayBeMount);
+        assert_eq!(parent_of(None, || maps("")), Parent::MayBeMount);
+        // The one of this test is a test runner or a shell.
+        assert_ne!(parent(), Parent::Mount);
     }
 
     #[test]

@@ -58,12 +58,19 @@ struct Target {
     size: u64,
 }
 
+/// A device that is shown.
+struct Shown {
+    device: Target,
+    mount: Mount,
+    writable: Mount,
+}
+
 struct Rig {
     random: Random,
     /// What was built and done, printed when the test fails.
     history: Vec<String>,
-    /// What is shown, the device and its mount.
-    shown: Vec<(PathBuf, Mount)>,
+    /// What is shown: the device, its mount, and a mount of it that can be written.
+    shown: Vec<Shown>,
     /// Devices of every level.
     targets: Vec<Target>,
     /// Descriptors that keep dirty pages in the page cache.
@@ -113,7 +120,7 @@ impl Rig {
             let level = levels[usize::try_from(rig.random.within(0..levels.len() as u64)).expect("an index")];
             top = rig.level(level, &top);
         }
-        rig.show(&top.path);
+        rig.show(&top);
         rig.check();
         rig
     }
@@ -122,9 +129,11 @@ impl Rig {
         self.history.push(text);
     }
 
-    fn show(&mut self, path: &Path) {
-        self.note(format!("show {}", path.display()));
-        self.shown.push((path.to_owned(), Mount::with_options(path, &["-o", "compact"])));
+    fn show(&mut self, device: &Target) {
+        self.note(format!("show {}", device.path.display()));
+        let mount = Mount::with_options(&device.path, &["-o", "compact"]);
+        let writable = Mount::with_options(&device.path, &["-o", "rw"]);
+        self.shown.push(Shown { device: device.clone(), mount, writable });
     }
 
     /// Keeps what was built until the end, and lets processes write to it.
@@ -315,10 +324,11 @@ impl Rig {
             let output = child.wait_with_output().expect("it is our child");
             let error = String::from_utf8_lossy(&output.stderr);
             // Not every stack can discard everywhere; and a direct write that meets a dirty page fails the next fsync,
-            // although both are written (`dio_warn_stale_pagecache` of mm/filemap.c). A device that another one has claimed
-            // refuses to discard dirty pages (`truncate_bdev_range` of block/bdev.c).
-            let accepted = ["not supported", "fsync failed", "Device or resource busy"];
-            let is_accepted = accepted.iter().any(|text| error.contains(text));
+            // although both are written (`dio_warn_stale_pagecache` of mm/filemap.c).
+            // And a discard fails that meets a dirty page while a mount holds the device (`truncate_bdev_range` of block/bdev.c).
+            let is_accepted = ["not supported", "fsync failed", "ioctl failed: Device or resource busy"]
+                .iter()
+                .any(|accepted| error.contains(accepted));
             assert!(output.status.success() || is_accepted, "{what}: {error}");
         }
     }
@@ -330,8 +340,11 @@ impl Rig {
         self.targets[usize::try_from(index).expect("an index")].clone()
     }
 
-    /// A process that writes or discards a range.
+    /// A process that writes or discards a range, of a device or of a file that shows one.
     fn change(&mut self) -> Command {
+        if self.random.one_in(3) {
+            return self.change_by_mount();
+        }
         let target = self.random_target();
         let is_file = target.path.is_file();
         let Range { start, end } = self.random.range(target.size, 512);
@@ -364,6 +377,35 @@ impl Rig {
         command
     }
 
+    /// A process that writes to a file of a mount, or makes zeros of a range that begins and ends at any byte.
+    fn change_by_mount(&mut self) -> Command {
+        let index = self.random.within(0..self.shown.len() as u64);
+        let Shown { device, writable, .. } = &self.shown[usize::try_from(index).expect("an index")];
+        let path = writable.file().to_str().expect("temporary paths are text");
+        let unit = if self.random.one_in(2) { 512 } else { 1 };
+        let Range { start, end } = self.random.range(device.size, unit);
+        let (offset, length) = (start.to_string(), (end - start).to_string());
+        let mut command;
+        match self.random.within(0..12) {
+            0 => {
+                command = Command::new("truncate");
+                command.args(["--size=0", path]);
+            }
+            kind @ 1..5 => {
+                command = Command::new("fallocate");
+                command.arg(if kind < 4 { "--punch-hole" } else { "--zero-range" });
+                command.args(["--offset", &offset, "--length", &length, path]);
+            }
+            _ => {
+                command = Command::new("dd");
+                command.args(["if=/dev/urandom", "bs=64k", "iflag=count_bytes,fullblock", "oflag=seek_bytes"]);
+                command.args(["conv=notrunc,fsync", "status=none"]);
+                command.args([format!("of={path}"), format!("count={length}"), format!("seek={offset}")]);
+            }
+        }
+        command
+    }
+
     fn snapshot(&mut self) {
         let index = usize::try_from(self.random.within(0..self.volumes.len() as u64)).expect("an index");
         let id = u32::try_from(self.volumes.len()).expect("few volumes");
@@ -377,12 +419,12 @@ impl Rig {
         let target = self.target(&path);
         // The device that was exported first stays the most likely target.
         self.targets.rotate_right(1);
-        self.show(&target.path);
+        self.show(&target);
     }
 
     fn check(&mut self) {
-        for (device, mount) in &self.shown {
-            check(mount.file(), device);
+        for Shown { device: Target { path: device, .. }, mount, writable } in &self.shown {
+            check(if self.random.one_in(2) { mount.file() } else { writable.file() }, device);
             // A process that has no map of before. The random numbers stay those of the seed.
             if self.history.len().is_multiple_of(4) {
                 verify(device);

@@ -13,3 +13,4 @@ mod start;
 mod system;
 mod umount;
 mod users;
+mod writable;

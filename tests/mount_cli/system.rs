@@ -22,7 +22,7 @@ mount --bind farm/sbin /usr/sbin
 impl Bench {
     /// Runs a script where the helpers are installed; `$DEV` is the device, `$PWD/mnt` the place, `$PWD/fstab` a table
     /// with `fstab` in it.
-    fn script(&self, fstab: &str, script: &str) -> Ran {
+    pub fn script(&self, fstab: &str, script: &str) -> Ran {
         fs::create_dir_all(self.path("farm")).unwrap();
         fs::write(self.path("fstab"), fstab).unwrap();
         let mut command = Command::new("unshare");
@@ -33,7 +33,7 @@ impl Bench {
         ran
     }
 
-    fn fstab_line(&self, options: &str) -> String {
+    pub fn fstab_line(&self, options: &str) -> String {
         format!("{} {} blkholefs {options} 0 0\n", self.device.path().display(), self.mnt().display())
     }
 }

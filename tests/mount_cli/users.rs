@@ -87,6 +87,35 @@ fn users_limits_are_one_line_each() {
     home.0.assert_nothing_left();
 }
 
+/// A user writes to an image of the user's own, and to nothing else.
+#[test]
+fn user_writes_to_what_the_user_can_write() {
+    needs!(root, programs["fusermount3", "setpriv"]);
+    let home = Home::new();
+    let bench = &home.0;
+    let shell = |script: &str| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=nobody", "--regid=65534", "--clear-groups", "sh", "-c", script]);
+        Ran::of(command.current_dir(bench.path("home")))
+    };
+    let write =
+        "printf abc 1<>mnt/my,image && stat -c %A mnt/my,image && cmp mnt/my,image my,image && head -c 3 my,image";
+    home.run(["mount", "my,image", "mnt", "-o", "rw"]).succeeds();
+    let place = bench.path("home/mnt");
+    let line = crate::bench::mount_at("/proc/self/mountinfo", &place).expect("it is mounted");
+    assert!(line[5].starts_with("rw,nosuid,nodev"), "{line:?}");
+    let ran = shell(write);
+    assert_eq!((ran.out.as_str(), ran.err.as_str()), ("-rw-------\nabc", ""));
+    home.run(["umount", "mnt"]).succeeds();
+    // One that the user can only read. The file has no permission to write then.
+    run("chown", ["root".as_ref(), bench.path("home/my,image").as_os_str()]);
+    run("chmod", ["644".as_ref(), bench.path("home/my,image").as_os_str()]);
+    home.run(["mount", "my,image", "mnt", "-o", "rw"]).succeeds();
+    let ran = shell(write);
+    assert!(ran.code != 0 && ran.err.contains("Permission denied"), "{ran:?}");
+    home.run(["umount", "mnt"]).succeeds();
+}
+
 /// A user who mounts with fusermount3 chooses the source name. With such a name, root's umount must not unmount the
 /// user's mount.
 #[test]

@@ -89,7 +89,9 @@ fn only_who_asks_for_it_can_write() {
         ("rw,writable", true, true),
         ("rw,nosuid,writable,nofail", true, true),
         ("writable", true, true),
-        ("ro,writable", true, true),
+        ("ro,writable", false, false),
+        ("rw,ro,writable", false, false),
+        ("ro,rw,writable", true, true),
         ("writable,ro", false, false),
         ("rw,ro", false, false),
         ("noatime,rw", true, true),
@@ -97,7 +99,15 @@ fn only_who_asks_for_it_can_write() {
     ] {
         assert_eq!(writable(list, FirstRw::IsImplied), by_mount, "{list}");
         assert_eq!(writable(list, FirstRw::IsWanted), by_user, "{list}");
+        assert_eq!(writable(list, FirstRw::IsUnclear), by_mount, "{list}");
     }
+    let warnings =
+        |list: &str, first_rw| parse(OsStr::new(list), UnknownOptions::Refuse, first_rw).expect(list).warnings.len();
+    assert_eq!(warnings("rw,nofail", FirstRw::IsUnclear), 1);
+    for list in ["rw,writable", "nofail", "", "ro"] {
+        assert_eq!(warnings(list, FirstRw::IsUnclear), 0, "{list}");
+    }
+    assert_eq!(warnings("rw,nofail", FirstRw::IsImplied), 0);
     for (list, why) in [
         ("writable,static", "rw is not possible with static: it says that nobody writes"),
         (
