@@ -24,6 +24,7 @@ mod md;
 mod nbd;
 mod passing;
 mod readme;
+mod restore;
 mod scsi;
 mod since_snapshot;
 mod suspended;
