@@ -13,6 +13,7 @@ use nix::sys::stat::{Mode, SFlag, mknod};
 use crate::common::dm::{Dm, Pool};
 use crate::common::image::{Image, discard, open_for_writing, write};
 use crate::common::mount::Mount;
+use crate::common::nbd::{self, Server};
 use crate::common::{KIB, MIB, needs, run};
 
 /// The length of the volume and of the image: the last block of the pool is cut.
@@ -303,7 +304,7 @@ fn copying_programs() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn qemu() {
+fn qemu_img() {
     needs!(root, programs["qemu-img", "qemu-io"]);
     let backup = Backup::new().and("qemu-img convert -f raw -O qcow2 backup.img backup.qcow2");
     restore_with(
@@ -322,7 +323,7 @@ fn qemu() {
 
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
-fn nbd() {
+fn nbd_programs() {
     needs!(root, programs["nbdcopy", "nbdkit", "qemu-nbd", "qemu-img"]);
     let backup = Backup::new().and("qemu-img convert -f raw -O qcow2 backup.img backup.qcow2");
     restore_with(
@@ -354,4 +355,27 @@ fn archives() {
             Tool("bsdtar -xOf backup.tar | dd of=/mnt/thin bs=64K iflag=fullblock conv=sparse status=none", Sparse),
         ],
     );
+}
+
+/// What a virtual machine discards on a disk that qemu-nbd serves from the file.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_server_of_the_file_passes_discards_on() {
+    needs!(root, programs["qemu-nbd", "qemu-io"]);
+    let block = 64 * KIB;
+    let volume = Volume::new(Pool::new(64 * MIB, block), block);
+    let sockets = nbd::directory();
+    for (mode, unmapped) in [("unmap", 64), ("ignore", 0)] {
+        volume.prepare(Before::Everywhere);
+        volume.make_node();
+        let mount = Mount::with_options(&volume.node(), &["-o", "rw"]);
+        let socket = sockets.path().join(mode);
+        let file = mount.file().to_str().expect("temporary paths are text");
+        let server = Server::qemu(&socket, &["--format=raw", &format!("--discard={mode}"), file]);
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        run("qemu-io", ["-f", "raw", "-c", "discard 1M 4M", "-c", "flush", &uri]);
+        drop(server);
+        drop(mount);
+        assert_eq!(volume.blocks(), volume.all() - unmapped, "--discard={mode}");
+    }
 }
