@@ -357,6 +357,28 @@ fn archives() {
     );
 }
 
+/// Blocks that are larger than most extents, or no power of two; and a pool that fills new blocks with zeros itself.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn blocks_of_other_sizes() {
+    needs!(root, programs["qemu-img"]);
+    let backup = Backup::new().and("qemu-img convert -f raw -O qcow2 backup.img backup.qcow2");
+    let tools = [
+        Tool("cp --sparse=always backup.img /mnt/thin", Sparse),
+        Tool("qemu-img convert -n -O raw backup.qcow2 /mnt/thin", Sparse),
+    ];
+    for (block, is_zeroing) in [(192 * KIB, false), (MIB, false), (192 * KIB, true)] {
+        let make = if is_zeroing { Pool::with_zeroing } else { Pool::new };
+        let volume = Volume::new(make(96 * MIB, block), block);
+        for tool in &tools {
+            for before in [Before::Everywhere, Before::Somewhere, Before::Nothing] {
+                let restored = volume.through_the_mount(&backup, tool.0, before);
+                assert_eq!(volume.fault(tool, before, &restored), None, "blocks of {block} bytes");
+            }
+        }
+    }
+}
+
 /// What a virtual machine discards on a disk that qemu-nbd serves from the file.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
