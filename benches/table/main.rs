@@ -8,6 +8,7 @@ mod common;
 mod copy;
 mod delta;
 mod floor;
+mod kernel;
 mod latency;
 mod lseek;
 mod measure;
@@ -15,6 +16,7 @@ mod memory;
 mod metadata;
 mod peer;
 mod read;
+mod restore;
 mod shape;
 mod thin;
 #[path = "../../tests/support/thin_image.rs"]
@@ -32,7 +34,7 @@ use shape::Scratch;
 /// A case: the word that chooses it, and what it runs.
 type Case = (&'static str, fn(&Bench, &mut Table));
 
-const CASES: [Case; 16] = [
+const CASES: [Case; 18] = [
     ("lseek", lseek::one_client),
     ("clients", lseek::many_clients),
     ("thin", thin::lseek),
@@ -44,6 +46,8 @@ const CASES: [Case; 16] = [
     ("reads", read::many_clients),
     ("copy", copy::all),
     ("sizes", copy::sizes),
+    ("restore-loop", restore::to_loop_device),
+    ("restore-thin", restore::to_thin_volume),
     ("memory", memory::all),
     ("latency-nbd", latency::of_nbd),
     ("latency-random", latency::at_random),

@@ -73,6 +73,9 @@ fn median(mut values: Vec<f64>) -> f64 {
     if values.len().is_multiple_of(2) { (values[half - 1] + values[half]) / 2.0 } else { values[half] }
 }
 
+/// What is above the columns of the table.
+const HEADS: [&str; 7] = ["case", "ours", "against", "theirs", "ratio", "target", "reached"];
+
 /// The results so far. They are printed as they come, and once more as a table at the end.
 #[derive(Default)]
 pub struct Table {
@@ -122,6 +125,17 @@ impl Table {
         self.push([case.to_owned(), value, String::new(), String::new(), String::new(), String::new(), String::new()]);
     }
 
+    /// Adds a line that another run of this program printed, if it is a row of the table.
+    pub fn add_printed(&mut self, line: &str) {
+        let cells = line.trim_end().strip_prefix('|').and_then(|rest| rest.strip_suffix('|'));
+        let cells: Option<Vec<String>> =
+            cells.map(|cells| cells.split('|').map(|cell| cell.trim().to_owned()).collect());
+        let row: Option<[String; 7]> = cells.and_then(|cells| cells.try_into().ok());
+        if let Some(row) = row.filter(|row| row[0] != HEADS[0] && !row[0].starts_with("---")) {
+            self.push(row);
+        }
+    }
+
     fn push(&mut self, row: [String; 7]) {
         eprintln!("{}", row.join(" | "));
         self.rows.push(row);
@@ -136,7 +150,7 @@ impl Table {
 
 impl std::fmt::Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let heads = ["case", "ours", "against", "theirs", "ratio", "target", "reached"].map(str::to_owned);
+        let heads = HEADS.map(str::to_owned);
         let width = |column: usize| {
             self.rows.iter().chain([&heads]).map(|row| row[column].chars().count()).max().unwrap_or_default()
         };

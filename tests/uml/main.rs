@@ -25,6 +25,7 @@ mod nbd;
 mod own_writes;
 mod passing;
 mod readme;
+mod restore;
 mod scsi;
 mod since_snapshot;
 mod suspended;
