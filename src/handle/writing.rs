@@ -4,8 +4,11 @@ use std::io;
 use std::ops::Range;
 
 use super::Handle;
+use super::sequence::SequenceNumber;
 use crate::error::{Error, Result};
 use crate::export::{Writer, Zeroed};
+use crate::map::HoleMap;
+use crate::map::view::{self, Whence};
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
@@ -50,7 +53,7 @@ impl Handle {
     /// As [`Handle::write`], except past the end, where there is nothing to do.
     pub fn make_zero(&self, writer: &dyn Writer, range: Range<Bytes>) -> Result<()> {
         let range = range.start..range.end.min(self.export.len()?);
-        if range.start >= range.end {
+        if range.start >= range.end || self.is_known_hole(&range) {
             return Ok(());
         }
         let zeroed = writer.make_zero(&range);
@@ -67,6 +70,22 @@ impl Handle {
     /// As fsync(2).
     pub fn flush(&self, writer: &dyn Writer) -> Result<()> {
         writer.flush().map_err(|error| self.write_error("flush", Bytes::ZERO, error))
+    }
+
+    /// Whether a range is a hole in extents that are loaded already, and that own writes do not make void. A program that has
+    /// emptied a file first, and then makes each of its holes, changes nothing then.
+    ///
+    /// Only where a hole takes no space: in a file, a hole may be space that is reserved, and would be freed.
+    fn is_known_hole(&self, range: &Range<Bytes>) -> bool {
+        let request = SequenceNumber::last();
+        let known = self.current().filter(|current| current.fits && current.stack.is_guarded());
+        let Some((known, map)) = known.as_ref().and_then(|known| Some((known, known.loaded()?.map()))) else {
+            return false;
+        };
+        let is_hole = |map: &dyn HoleMap| {
+            view::seek(map, Bytes::new(1), range.start, Whence::Data).is_none_or(|data| data >= range.end)
+        };
+        known.stack.write_back() && is_hole(map) && known.is_fresh(request, false)
     }
 
     /// Reads a range where the map has no hole, and writes zeros where there are other bytes.
