@@ -11,6 +11,7 @@ pub mod differential;
 pub mod dm;
 pub mod freshness;
 pub mod fuse_image;
+pub mod history;
 pub mod image;
 pub mod ioctl;
 pub mod loop_device;
