@@ -9,8 +9,10 @@ mod catalog;
 mod device_directory;
 mod device_writer;
 mod image;
+mod in_use;
 mod nbd;
 mod node;
+mod range_locks;
 mod read_queue;
 mod shown;
 mod usage;
@@ -27,6 +29,7 @@ use std::sync::Arc;
 
 pub use catalog::Catalog;
 pub use device_directory::DeviceDirectory;
+pub use in_use::open_error;
 pub use nbd::NbdExportFile;
 pub use node::{FileIdentity, HostNode};
 pub use read_queue::{PendingRead, ReadQueue};

@@ -29,6 +29,7 @@ pub mod md;
 pub mod nbd;
 mod nvme;
 pub mod partition;
+mod provisioning;
 mod resolve;
 pub mod scsi;
 mod stack;
@@ -39,6 +40,7 @@ pub mod thin;
 
 pub use device::BlockDevice;
 pub use live::StaticDevices;
+pub use provisioning::Provisioning;
 pub use resolve::{Context, Resolver};
 pub use stack::{Loaded, Stack};
 pub use stored::{LoadExtents, StoredExtents};

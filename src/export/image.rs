@@ -56,10 +56,10 @@ impl Writer for ImageWriter {
         self.file.write_all_at(bytes, offset.get())
     }
 
-    /// A file system that cannot make a hole may be able to make zeros.
+    /// Where the file system cannot make holes, zeros are to be written only where there are other bytes: writing them everywhere, or
+    /// FALLOC_FL_ZERO_RANGE, could fill holes that are there.
     fn make_zero(&self, range: &Range<Bytes>) -> io::Result<Zeroed> {
-        let made = zero::punch_hole(&self.file, range).or_else(|_| zero::zero_range(&self.file, range));
-        match made {
+        match zero::punch_hole(&self.file, range) {
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(Zeroed::Unproven),
             made => made.map(|()| Zeroed::Proven),
         }

@@ -7,7 +7,7 @@ use log::error;
 
 use super::{Attributes, Fh, FileSystem, Ino};
 use crate::error::{Error, Result};
-use crate::export::{Export, FileIdentity, Wanted, Writer};
+use crate::export::{Export, FileIdentity, Wanted, Writer, open_error};
 use crate::handle::Handle;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -36,8 +36,7 @@ impl Writers {
         if let Some(writer) = shared {
             return Ok(writer);
         }
-        let cannot = |error| Error::failed("cannot open for writing").on(export.name()).because(error);
-        let writer = export.writer().map_err(cannot)?;
+        let writer = export.writer().map_err(|cause| open_error(export, cause))?;
         writers.push((identity, Arc::downgrade(&writer)));
         Ok(writer)
     }

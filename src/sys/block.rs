@@ -22,6 +22,7 @@ mod raw {
     // From include/uapi/linux/fs.h. BLKGETSIZE64 is declared there with size_t, but the kernel writes a u64.
     nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
     nix::ioctl_read_bad!(blksszget, libc::BLKSSZGET, libc::c_int);
+    nix::ioctl_read_bad!(blkroget, nix::request_code_none!(0x12, 94), libc::c_int);
     nix::ioctl_read!(blkgetdiskseq, 0x12, 128, u64);
 }
 
@@ -48,6 +49,18 @@ pub fn logical_block(device: &File) -> io::Result<Bytes> {
         Ok(size @ 1..) => Ok(Bytes::new(size)),
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
+}
+
+/// Whether a block device is read-only. Some kernels let such a device be opened for writing, and refuse each write with EPERM
+/// (`blkdev_write_iter` of `block/fops.c`).
+///
+/// # Errors
+/// As ioctl(2).
+pub fn is_read_only(device: &File) -> io::Result<bool> {
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: the descriptor stays open during the call, and the kernel writes one int through the pointer.
+    unsafe { raw::blkroget(device.as_raw_fd(), &raw mut read_only)? };
+    Ok(read_only != 0)
 }
 
 /// The disk sequence number. No two devices have the same one, and a device gets a new one with each new medium or backing

@@ -9,8 +9,9 @@ use std::os::fd::AsRawFd;
 use crate::units::Bytes;
 
 mod raw {
-    // From include/uapi/linux/fs.h. It takes the start and the length of a range, in bytes.
+    // From include/uapi/linux/fs.h. They take the start and the length of a range, in bytes.
     nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
+    nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
 }
 
 /// Makes a range of a file read as zeros by unmapping its blocks, with fallocate(2).
@@ -22,14 +23,6 @@ mod raw {
 /// As fallocate(2): `EOPNOTSUPP` where that is not possible.
 pub fn punch_hole(file: &File, range: &Range<Bytes>) -> io::Result<()> {
     fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, range)
-}
-
-/// Makes a range of a file read as zeros, by any means of its file system, with fallocate(2).
-///
-/// # Errors
-/// As fallocate(2): `EOPNOTSUPP` where the file system has none.
-pub fn zero_range(file: &File, range: &Range<Bytes>) -> io::Result<()> {
-    fallocate(file, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, range)
 }
 
 fn fallocate(file: &File, mode: libc::c_int, range: &Range<Bytes>) -> io::Result<()> {
@@ -58,4 +51,15 @@ pub fn zero_out(device: &File, range: &Range<Bytes>) -> io::Result<()> {
     let range = [range.start.get(), range.end.saturating_sub(range.start).get()];
     // SAFETY: the descriptor stays open during the call, and the kernel reads two u64 through the pointer.
     unsafe { raw::blkzeroout(device.as_raw_fd(), &raw const range) }.map(drop).map_err(io::Error::from)
+}
+
+/// Discards a range of a block device. What the range reads as after that depends on the device, which may also ignore the call
+/// in part. The range must begin and end on logical blocks.
+///
+/// # Errors
+/// As ioctl(2): `EOPNOTSUPP` if the device takes no discards.
+pub fn discard(device: &File, range: &Range<Bytes>) -> io::Result<()> {
+    let range = [range.start.get(), range.end.saturating_sub(range.start).get()];
+    // SAFETY: the descriptor stays open during the call, and the kernel reads two u64 through the pointer.
+    unsafe { raw::blkdiscard(device.as_raw_fd(), &raw const range) }.map(drop).map_err(io::Error::from)
 }

@@ -133,6 +133,11 @@ impl Pool {
         Self::make(&Make { features: &["error_if_no_space"], ..Make::new(size, block) })
     }
 
+    /// A pool with exactly these features.
+    pub fn with_features(size: u64, block: u64, features: &'static [&'static str]) -> Self {
+        Self::make(&Make { features, ..Make::new(size, block) })
+    }
+
     /// A pool whose metadata is slow to read and fast to write.
     pub fn with_slow_metadata(size: u64, block: u64) -> Self {
         Self::make(&Make { metadata_reads: 10, ..Make::new(size, block) })

@@ -20,6 +20,7 @@ pub mod nbd;
 pub mod random;
 pub mod scsi;
 pub mod tail;
+pub mod written;
 
 use std::ffi::OsStr;
 use std::fmt;

@@ -38,3 +38,5 @@ mod thin_live;
 mod thin_since;
 mod thin_stress;
 mod uevents;
+mod write_devices;
+mod write_thin;

@@ -23,6 +23,8 @@ pub struct PoolTable {
     pub metadata: DeviceId,
     /// The size of a data block.
     pub block: DataBlockSize,
+    /// Whether the rest of a new block is filled with zeros when a part of it is written.
+    pub zeroes_new_blocks: bool,
 }
 
 /// The mapped blocks of a thin device, as its status reports them.
@@ -66,13 +68,14 @@ pub fn thin_table(params: &str) -> Option<ThinTable> {
     Some(ThinTable { pool, id, origin: origin.flatten() })
 }
 
-/// Parses the arguments of `thin-pool`, `<metadata> <data> <block size> <low water mark> ...`.
+/// Parses the arguments of `thin-pool`, `<metadata> <data> <block size> <low water mark> <number of features> <features>`.
 pub fn pool_table(params: &str) -> Option<PoolTable> {
     let mut words = params.split_ascii_whitespace();
     let metadata = words.next()?.parse().ok()?;
     let _data: DeviceId = words.next()?.parse().ok()?;
     let block = DataBlockSize::new(Sectors::new(number(words.next()?)?))?;
-    Some(PoolTable { metadata, block })
+    let zeroes_new_blocks = !words.any(|word| word == "skip_block_zeroing");
+    Some(PoolTable { metadata, block, zeroes_new_blocks })
 }
 
 /// Parses the status of `thin`, `<mapped sectors> <highest mapped sector or ->`. `None` for `Fail`, `Error` and any
@@ -162,6 +165,8 @@ mod tests {
         let table = pool_table("7:1 7:0 384 1024 2 skip_block_zeroing no_discard_passdown").unwrap();
         assert_eq!(table.metadata, DeviceId { major: 7, minor: 1 });
         assert_eq!(table.block.bytes(), Bytes::new(192 << 10));
+        assert!(!table.zeroes_new_blocks);
+        assert!(pool_table("7:1 7:0 384 1024 1 no_discard_passdown").unwrap().zeroes_new_blocks);
         for text in ["", "7:1", "7:1 7:0", "7:1 7:0 100", "7:1 x 128", "x 7:0 128", "7:1 7:0 99999999999999999999"] {
             assert_eq!(pool_table(text), None, "{text:?}");
         }
