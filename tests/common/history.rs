@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use super::MIB;
+use super::log_writes::DISCARDED;
 
 /// The unit that a device writes completely or not at all.
 pub const SECTOR: u64 = 512;
@@ -86,6 +87,8 @@ pub struct Counts {
     pub later: u64,
     /// Each byte as it is after one of these: a large write is divided, and not always where sectors end.
     pub mixed: u64,
+    /// What a disk may return for discarded sectors, where a later operation makes zeros.
+    pub discarded: u64,
 }
 
 impl History {
@@ -119,6 +122,12 @@ impl History {
         events.filter(|event| event.operation == operation).for_each(|event| event.has_failed = true);
     }
 
+    /// Notes that an operation that has reported an error is certain for a range: the part that was counted.
+    pub fn succeed_in(&mut self, range: &Range<u64>, operation: Operation) {
+        let events = self.events[sectors(range)].iter_mut().flatten();
+        events.filter(|event| event.operation == operation).for_each(|event| event.has_failed = false);
+    }
+
     /// Compares the bytes of a device with the record: each must be what the operations up to `settled` have made of it, or what
     /// one of those up to `begun` makes of it.
     ///
@@ -142,6 +151,9 @@ impl History {
             match allowed.iter().position(|content| content.bytes(sector) == bytes) {
                 Some(index) if index < certain => counts.settled += 1,
                 Some(_) => counts.later += 1,
+                None if allowed[certain..].contains(&Content::Zeros) && bytes == [DISCARDED; SECTOR as usize] => {
+                    counts.discarded += 1;
+                }
                 None if is_mix(bytes, &allowed, sector) => counts.mixed += 1,
                 None => wrong.push(format!("sector {sector} is none of {allowed:?}: {:?}", &bytes[..32])),
             }

@@ -14,6 +14,7 @@ pub mod fuse_image;
 pub mod history;
 pub mod image;
 pub mod ioctl;
+pub mod log_writes;
 pub mod loop_device;
 pub mod mount;
 pub mod nbd;
