@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Mutex;
 use std::thread;
@@ -77,27 +77,42 @@ impl Restore<'_> {
     }
 
     /// Opens the file for writing. With `truncate`, all of it becomes zeros.
-    fn open(&self, truncate: bool) -> File {
+    fn open(&self, truncate: bool, flags: i32) -> File {
         if truncate {
             self.history.lock().expect("no writer panics").begin(&(0..SIZE), true);
         }
-        OpenOptions::new().write(true).truncate(truncate).open(self.file).expect("it opens")
+        OpenOptions::new().write(true).truncate(truncate).custom_flags(flags).open(self.file).expect("it opens")
     }
 
     /// Writes, in one of several ways, until all of it is flushed, and records that. The file is still open then, if it is flushed
     /// by something else than its last close.
     fn round(&self, random: &mut Random) {
         let truncate = random.one_in(8);
-        let file = self.open(truncate);
-        match random.within(0..3) {
-            // Another program flushes after the last close.
+        let way = random.within(0..5);
+        let file = self.open(truncate, if way == 0 { libc::O_DSYNC } else { 0 });
+        match way {
+            // Each write is on the disk when it returns.
             0 => {
+                if truncate {
+                    file.sync_all().expect("a flush");
+                }
+                for _ in 0..random.within(1..4) {
+                    self.operate(&file, &random.range(SIZE, SECTOR), false);
+                }
+            }
+            // Another open of the file flushes what this one has written.
+            1 => {
+                self.some_operations(&file, random);
+                File::open(self.file).and_then(|reader| reader.sync_all()).expect("a flush");
+            }
+            // Another program flushes after the last close.
+            2 => {
                 self.some_operations(&file, random);
                 drop(file);
                 run("sync", ["--data".as_ref(), self.file.as_os_str()]);
                 return self.settle();
             }
-            1 => {
+            3 => {
                 self.some_operations(&file, random);
                 file.sync_data().expect("a flush");
             }
