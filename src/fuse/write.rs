@@ -18,8 +18,11 @@ use crate::units::Bytes;
 /// remove: with FUSE_HANDLE_KILLPRIV_V2 the kernel does not ask for them before each write.
 pub(super) const CAPABILITIES: &[InitFlags] = &[InitFlags::FUSE_HANDLE_KILLPRIV_V2];
 
-/// The reply to an open for writing. Writes of several threads are sent at the same time (Linux 6.2 and newer).
-pub(super) const OPEN_FLAGS: FopenFlags = FopenFlags::FOPEN_DIRECT_IO.union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
+/// The reply to an open for writing. Writes of several threads are sent at the same time (Linux 6.2 and newer). A close sends no
+/// FUSE_FLUSH, for which there is nothing to do: the kernel would let it wait for the writes of other descriptors (`fuse_flush` of
+/// `fs/fuse/file.c`), and so would let each start of a program by a process that has the file open.
+pub(super) const OPEN_FLAGS: FopenFlags =
+    FopenFlags::FOPEN_DIRECT_IO.union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES).union(FopenFlags::FOPEN_NOFLUSH);
 
 /// What the flags of open(2) ask for. Those of each write have `O_SYNC` and `O_DSYNC` too, also where they come from
 /// pwritev2(2) or a mount with `sync` (`fuse_write_flags` of `fs/fuse/file.c`). The kernel sends no fsync request for them.

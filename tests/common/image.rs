@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
 use super::random::Random;
 use super::{ioctl, run};
 
@@ -62,6 +64,16 @@ pub fn write(path: &Path, range: Range<u64>) {
     let file = open_for_writing(path);
     write_at(&file, range);
     file.sync_data().expect("data reaches the device");
+}
+
+/// Makes a range of an open file zeros by FALLOC_FL_PUNCH_HOLE.
+///
+/// # Errors
+/// As fallocate(2).
+pub fn try_punch(file: &File, range: &Range<u64>) -> std::io::Result<()> {
+    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let signed = |value: u64| i64::try_from(value).expect("an offset of a file");
+    Ok(fallocate(file, mode, signed(range.start), signed(range.end - range.start))?)
 }
 
 /// Discards a range of a device, even if it is open elsewhere.
