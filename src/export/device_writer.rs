@@ -190,7 +190,7 @@ impl DeviceWriter {
     }
 
     /// Writes to what a device has after its last whole block. Only the page cache can write it, and some kernels refuse that too
-    /// when it is written back (`bio_unaligned` of `block/blk-core.c`): then the error is known here.
+    /// when it is written back (`bio_unaligned` of `block/blk-mq.c`): then the error is known here.
     fn write_remainder(&self, bytes: &[u8], offset: Bytes) -> io::Result<()> {
         let cached = device::reopen_writable(&self.device.file, false)?;
         cached.write_all_at(bytes, offset.get())?;
@@ -201,8 +201,8 @@ impl DeviceWriter {
     fn punch(&self, whole: &Range<Bytes>) -> Bytes {
         for piece in pieces(whole.clone(), PIECE) {
             let _lock = self.locks.lock(piece.clone(), Use::Shared);
-            // Any error: EOPNOTSUPP, EREMOTEIO of a SCSI disk that has refused WRITE SAME, or EIO of a loop device over a file system
-            // that cannot do it. If the device is at fault, writing zeros fails too, and reports the error.
+            // Any error: EOPNOTSUPP, EREMOTEIO of a SCSI disk that has refused WRITE SAME with UNMAP, or EIO of a loop device whose
+            // backing file has another error. If the device is at fault, writing zeros fails too, and reports the error.
             if zero::punch_hole(&self.direct, &piece).is_err() {
                 return piece.start;
             }
@@ -229,8 +229,9 @@ impl DeviceWriter {
         }
     }
 
-    /// Discards a piece. `bio_discard_limit` of `block/blk-lib.c` rounds as if each granularity were a power of two: where it is none,
-    /// the kernel divides a discard once, at a place that may be inside of a block of the pool. It does not from a power of two on.
+    /// Discards a piece. `bio_discard_limit` of `block/blk-lib.c` (`__blkdev_issue_discard` in Linux 5.10) rounds as if each
+    /// granularity were a power of two: where it is none, the kernel divides a discard once, at a place that may be inside of a
+    /// block of the pool. It does not from a power of two on.
     fn discard_piece(&self, piece: &Range<Bytes>) -> io::Result<()> {
         zero::discard(&self.direct, piece)?;
         let granularity = sysfs::number(self.device.id, "queue/discard_granularity").unwrap_or(1);

@@ -15,7 +15,7 @@ use crate::units::Bytes;
 /// The size of the reads and writes of a copy inside the mount.
 const COPY_PIECE: u64 = 1 << 20;
 
-/// How much one request copies at most. The kernel sends the next request for the rest.
+/// How much one request copies at most. copy_file_range(2) then returns that many bytes, and a program calls it again for the rest.
 const COPY_AT_ONCE: Bytes = Bytes::new(64 << 20);
 
 /// The writers of all devices that are open for writing. A device has one, which all of its opens share, by whatever name.

@@ -21,8 +21,8 @@ impl KernelCache {
     }
 
     /// Gives the kernel the length of a file, if it has a smaller one. For that a byte is stored at the end, since no other
-    /// notification changes the length (`fuse_notify_store` of `fs/fuse/dev.c`). Only for a file whose open is not replied to
-    /// yet: after the reply the kernel drops its cached pages, and so this byte.
+    /// notification changes the length (`fuse_notify_store` of `fs/fuse/dev.c`, in Linux 7.3 `fs/fuse/notify.c`). Only for a file
+    /// whose open is not replied to yet: after the reply the kernel drops its cached pages, and so this byte.
     pub(super) fn lengthen(&self, ino: Ino, len: Bytes) {
         let (Some(notifier), Some(last)) = (self.0.get(), len.get().checked_sub(1)) else { return };
         let ino = INodeNo(ino.0);

@@ -14,13 +14,15 @@ use crate::error::{Error, Result};
 use crate::fs::{Access, Fh, FileSystem, Ino};
 use crate::units::Bytes;
 
-/// What a mount that is written asks of the kernel. No file has set-user-id bits or capabilities that a write would have to
-/// remove: with FUSE_HANDLE_KILLPRIV_V2 the kernel does not ask for them before each write.
+/// What a mount that is written asks of the kernel. No file has set-user-id bits or capabilities that a change would have to
+/// remove: with FUSE_HANDLE_KILLPRIV_V2 the kernel does not ask for them before each fallocate(2) and copy_file_range(2)
+/// (`file_remove_privs` of `fs/inode.c`). It never does before a write through a file with FOPEN_DIRECT_IO.
 pub(super) const CAPABILITIES: &[InitFlags] = &[InitFlags::FUSE_HANDLE_KILLPRIV_V2];
 
-/// The reply to an open for writing. Writes of several threads are sent at the same time (Linux 6.2 and newer). A close sends no
-/// FUSE_FLUSH, for which there is nothing to do: the kernel would let it wait for the writes of other descriptors (`fuse_flush` of
-/// `fs/fuse/file.c`), and so would let each start of a program by a process that has the file open.
+/// The reply to an open for writing. Writes of several threads are sent at the same time (Linux 6.2 and newer; in 6.12 and newer
+/// only while no open file of the inode uses the page cache: `fuse_dio_lock` of `fs/fuse/file.c`). A close sends no FUSE_FLUSH, for
+/// which there is nothing to do: the kernel would let it wait for the writes of other descriptors (`fuse_flush` of `fs/fuse/file.c`),
+/// and so would let each start of a program by a process that has the file open.
 pub(super) const OPEN_FLAGS: FopenFlags =
     FopenFlags::FOPEN_DIRECT_IO.union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES).union(FopenFlags::FOPEN_NOFLUSH);
 

@@ -11,8 +11,8 @@
 //! since the kernel's page cache, into which the bytes go, is shared by all opens of a file; and when a guard of the stack
 //! finds a change. Both add one to the generation of the handle, and a piece is used only in the generation in which its
 //! read was begun. The kernel drops the cached pages of a file at each open, after the reply to the open, and waits for
-//! the reads that are in progress (`fuse_finish_open` of `fs/fuse/file.c`, `invalidate_inode_pages2`). So bytes that were
-//! passed to the kernel before an open are not seen through that open.
+//! the reads that are in progress (`fuse_open` or `fuse_open_common` of `fs/fuse/file.c`, `invalidate_inode_pages2`). So bytes
+//! that were passed to the kernel before an open are not seen through that open.
 //!
 //! A client that reads with `O_DIRECT` gets nothing that was fetched, and neither does any client of a mount with
 //! `direct_io`.

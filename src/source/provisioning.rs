@@ -80,8 +80,9 @@ impl Provisioning {
         self.is_sparse
     }
 
-    /// If a discard can leave no other bytes than zeros or those from before: the size of a piece of the device that has at least one
-    /// whole block of each pool that it is in, wherever it begins. `None` where a discard may leave other bytes.
+    /// If a discard leaves no other bytes than zeros, those from before, or those of a discarded block of the pool: the size of a
+    /// piece of the device that has at least one whole block of each pool that it is in, wherever it begins. `None` where a discard
+    /// may leave any bytes.
     pub fn discard_unit(&self) -> Option<Bytes> {
         self.top.discard_unit()
     }

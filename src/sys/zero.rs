@@ -16,8 +16,8 @@ mod raw {
 
 /// Makes a range of a file read as zeros by unmapping its blocks, with fallocate(2).
 ///
-/// Of a block device this succeeds only if the device makes zeros itself: `blkdev_fallocate` of `block/fops.c` calls
-/// `blkdev_issue_zeroout` with `BLKDEV_ZERO_NOFALLBACK`. The range must begin and end on logical blocks of it.
+/// Of a block device this succeeds only if the device makes zeros itself: `blkdev_fallocate` of `block/fops.c` (`fs/block_dev.c` in
+/// Linux 5.10) calls `blkdev_issue_zeroout` with `BLKDEV_ZERO_NOFALLBACK`. The range must begin and end on logical blocks of it.
 ///
 /// # Errors
 /// As fallocate(2): `EOPNOTSUPP` where that is not possible.
@@ -43,7 +43,8 @@ fn fallocate(file: &File, mode: libc::c_int, range: &Range<Bytes>) -> io::Result
 }
 
 /// Makes a range of a block device read as zeros: by the device, or else by writing them (`blkdev_issue_zeroout` of
-/// `block/blk-lib.c`). The range must begin and end on logical blocks.
+/// `block/blk-lib.c`; in Linux 6.12 and newer only if the device does not have the command, and after no other error). The range
+/// must begin and end on logical blocks.
 ///
 /// # Errors
 /// As ioctl(2).
