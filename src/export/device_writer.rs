@@ -258,7 +258,8 @@ impl Writer for DeviceWriter {
         let [head, whole, tail] = self.parts(range);
         let rest = self.punch(&whole)..whole.end;
         if provisioning.is_sparse() && rest.start < rest.end || provisioning.exposes_old_bytes() {
-            if let Some(unit) = provisioning.discard_unit() {
+            // A discard that unmaps nothing would only make the map void.
+            if let Some(unit) = provisioning.discard_unit().filter(|_| provisioning.discards_blocks(&rest)) {
                 self.discard(&rest, unit);
             }
             return Ok(Zeroed::Unproven);
