@@ -41,4 +41,6 @@ mod thin_since;
 mod thin_stress;
 mod uevents;
 mod write_devices;
+mod write_faults;
+mod write_races;
 mod write_thin;
