@@ -259,14 +259,18 @@ impl Writer for DeviceWriter {
         let [head, whole, tail] = self.parts(range);
         let rest = self.punch(&whole)..whole.end;
         if provisioning.is_sparse() && rest.start < rest.end || provisioning.exposes_old_bytes() {
-            if let Some(unit) = provisioning.discard_unit() {
+            // A discard that unmaps nothing would only make the map void.
+            if let Some(unit) = provisioning.discard_unit().filter(|_| provisioning.discards_blocks(&rest)) {
                 self.discard(&rest, unit);
             }
             return Ok(Zeroed::Unproven);
         }
         for piece in pieces(rest, WRITTEN_PIECE) {
             let _lock = self.locks.lock(piece.clone(), Use::Shared);
-            zero::zero_out(&self.direct, &piece)?;
+            // A kernel since 6.12 may fail where writing zeros works (`blkdev_issue_write_zeroes` of `block/blk-lib.c`).
+            if zero::zero_out(&self.direct, &piece).is_err() {
+                return Ok(Zeroed::Unproven);
+            }
         }
         for part in [head, tail].into_iter().filter(|part| part.start < part.end) {
             let _lock = self.locks.lock(self.around(&part), Use::Alone);

@@ -3,8 +3,8 @@
 use std::io;
 use std::ops::Range;
 
-use super::Handle;
 use super::sequence::SequenceNumber;
+use super::{EXTENTS_AT_ONCE, Handle};
 use crate::error::{Error, Result};
 use crate::export::{Writer, Zeroed};
 use crate::map::HoleMap;
@@ -52,8 +52,8 @@ impl Handle {
     /// # Errors
     /// As [`Handle::write`], except past the end, where there is nothing to do.
     pub fn make_zero(&self, writer: &dyn Writer, range: Range<Bytes>) -> Result<()> {
-        let range = range.start..range.end.min(self.export.len()?);
-        if range.start >= range.end || self.is_known_hole(&range) {
+        let range = self.without_known_holes(range.start..range.end.min(self.export.len()?));
+        if range.start >= range.end {
             return Ok(());
         }
         let zeroed = writer.make_zero(&range);
@@ -72,20 +72,22 @@ impl Handle {
         writer.flush().map_err(|error| self.write_error("flush", Bytes::ZERO, error))
     }
 
-    /// Whether a range is a hole in extents that are loaded already, and that own writes do not make void. A program that has
-    /// emptied a file first, and then makes each of its holes, changes nothing then.
+    /// The range without the holes at its start and its end, in extents that are loaded already, and that own writes do not make void:
+    /// an empty range if all of it is a hole. A program that has emptied a file first, and then writes data and makes the holes
+    /// between, changes nothing but the ends of what it has written.
     ///
     /// Only where a hole takes no space: in a file, a hole may be space that is reserved, and would be freed.
-    fn is_known_hole(&self, range: &Range<Bytes>) -> bool {
+    fn without_known_holes(&self, range: Range<Bytes>) -> Range<Bytes> {
         let request = SequenceNumber::last();
         let known = self.current().filter(|current| current.fits && current.stack.is_guarded());
         let Some((known, map)) = known.as_ref().and_then(|known| Some((known, known.loaded()?.map()))) else {
-            return false;
+            return range;
         };
-        let is_hole = |map: &dyn HoleMap| {
-            view::seek(map, Bytes::new(1), range.start, Whence::Data).is_none_or(|data| data >= range.end)
-        };
-        known.stack.write_back() && is_hole(map) && known.is_fresh(request, false)
+        if range.start >= range.end || !known.stack.write_back() {
+            return range;
+        }
+        let used = used_part(map, &range);
+        if used != range && known.is_fresh(request, false) { used } else { range }
     }
 
     /// Reads a range where the map has no hole, and writes zeros where there are other bytes.
@@ -148,6 +150,24 @@ impl Handle {
         };
         Error::failed(format!("cannot {what} at {offset}")).on(self.export.name()).because(cause).with_errno(errno)
     }
+}
+
+/// The part of a range from its first byte of data to the end of its last one; empty if there is none. Holes at the end stay if there
+/// are many extents before them.
+fn used_part(map: &dyn HoleMap, range: &Range<Bytes>) -> Range<Bytes> {
+    let next = |from: Bytes, whence: Whence| {
+        view::seek(map, Bytes::new(1), from, whence).map_or(range.end, |found| found.min(range.end))
+    };
+    let start = next(range.start, Whence::Data);
+    let mut data = start;
+    for _ in 0..EXTENTS_AT_ONCE {
+        let end = next(data, Whence::Hole);
+        data = next(end, Whence::Data);
+        if data >= range.end {
+            return start..end;
+        }
+    }
+    start..range.end
 }
 
 /// The ranges of `bytes`, which begin at `offset`, that have other bytes than zeros, in whole units of the device.

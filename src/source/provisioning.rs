@@ -87,6 +87,11 @@ impl Provisioning {
         self.top.discard_unit()
     }
 
+    /// Whether a discard of `range` can unmap anything: a pool unmaps whole blocks alone (`get_bio_block_range` of `dm-thin.c`).
+    pub fn discards_blocks(&self, range: &Range<Bytes>) -> bool {
+        self.top.discards_blocks(range)
+    }
+
     /// Whether a write of a part of a block may make old bytes of a pool visible in the rest of it.
     pub fn exposes_old_bytes(&self) -> bool {
         self.top.exposes_old_bytes()
@@ -121,6 +126,19 @@ impl Part {
                 let rows = unit.get().div_ceil(chunk.get()).checked_add(2)?;
                 rows.checked_mul(chunk.get())?.checked_mul(u64::try_from(legs.len()).ok()?).map(Bytes::new)
             }
+        }
+    }
+
+    fn discards_blocks(&self, range: &Range<Bytes>) -> bool {
+        match self {
+            Self::Thin { block, .. } => {
+                range.start.align_up(*block).is_some_and(|first| first < range.end.align_down(*block))
+            }
+            Self::From(start, inner) => {
+                inner.discards_blocks(&(range.start.saturating_add(*start)..range.end.saturating_add(*start)))
+            }
+            // Not worth a look at each part.
+            Self::Row(_) | Self::Stripe { .. } | Self::Other => true,
         }
     }
 
@@ -336,6 +354,24 @@ mod tests {
         let row = Part::Row(vec![(Bytes::new(BLOCK / 2), Part::Other), (Bytes::new(4 * BLOCK), thin(false, false))]);
         assert_eq!(filled(row.clone(), 10..20, 4 * BLOCK), [10..20]);
         assert_eq!(filled(row, 10..BLOCK, 4 * BLOCK), [10..3 * BLOCK / 2]);
+    }
+
+    #[test]
+    fn a_discard_needs_a_whole_block() {
+        let window = Part::From(Bytes::new(BLOCK / 2), Box::new(thin(true, false)));
+        let stripe = Part::Stripe { chunk: Bytes::new(BLOCK), legs: vec![thin(true, false)] };
+        for (top, range, discards) in [
+            (thin(true, false), 1..2 * BLOCK - 1, false),
+            (thin(true, false), 512..BLOCK, false),
+            (thin(true, false), 512..2 * BLOCK, true),
+            (thin(true, false), BLOCK..2 * BLOCK + 5, true),
+            (window.clone(), 0..BLOCK, false),
+            (window, BLOCK / 2..BLOCK + BLOCK / 2, true),
+            (stripe, 5..6, true),
+        ] {
+            let range = Bytes::new(range.start)..Bytes::new(range.end);
+            assert_eq!(top.discards_blocks(&range), discards, "{top:?} {range:?}");
+        }
     }
 
     #[test]

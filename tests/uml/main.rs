@@ -41,6 +41,8 @@ mod thin_live;
 mod thin_since;
 mod thin_stress;
 mod uevents;
+mod write_changes;
 mod write_devices;
 mod write_faults;
+mod write_races;
 mod write_thin;

@@ -1,6 +1,7 @@
 //! Writing to thin volumes through a mount: what is made zero is unmapped, and no byte is lost.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use crate::common::check::check;
@@ -315,7 +316,7 @@ struct Busy {
 
 impl Busy {
     fn new(device: &Path, range: std::ops::Range<u64>, writes: bool) -> Self {
-        use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+        use std::os::unix::fs::OpenOptionsExt as _;
         let device = std::fs::OpenOptions::new()
             .read(true)
             .write(writes)
@@ -348,4 +349,55 @@ impl Drop for Busy {
         let ended = self.thread.take().expect("it runs").join();
         assert!(ended.is_ok() || std::thread::panicking(), "a read or write failed");
     }
+}
+
+/// A counter of `/sys/dev/block/*/stat`.
+fn counter(device: &Path, index: usize) -> u64 {
+    let text = std::fs::read_to_string(crate::common::check::sysfs(device).join("stat")).expect("it has counters");
+    text.split_whitespace().nth(index).and_then(|word| word.parse().ok()).expect("a counter")
+}
+
+/// The discards of a device so far, and how often its map was read.
+fn discards_and_loads(thin: &Dm, mount: &Mount) -> (u64, usize) {
+    (counter(thin.path(), 11), mount.log().matches(": new map").count())
+}
+
+/// What a program does that restores a sparse image: it empties the file, writes data, and makes the holes between.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn holes_of_an_empty_volume_are_not_made_again() {
+    needs!(root, programs["dmsetup", "cp"]);
+    let pool = Pool::with_zeroing(64 * MIB, BLOCK);
+    let size = 64 * GIB;
+    let thin = pool.thin(0, size);
+    let mut data = Vec::new();
+    for n in 0..100 {
+        // Most of them begin and end inside of a block.
+        let start = n * 640 * MIB + n * 4 * KIB;
+        data.push(start..start + 4 * KIB * (1 + n % 20));
+    }
+    let image = Image::with_data(size, &data);
+    write(thin.path(), 0..4096);
+    let mount = Mount::with_options(thin.path(), &["-o", "rw"]);
+    // The map is kept as long as the file is open.
+    let _emptied = File::create(mount.file()).expect("it can be truncated");
+    assert_eq!(mapped(&thin, BLOCK), 0);
+    let before = discards_and_loads(&thin, &mount);
+    let start = std::time::Instant::now();
+    run("cp", ["--sparse=always".as_ref(), image.path().as_os_str(), mount.file().as_os_str()]);
+    println!("64 GiB: {:?}", start.elapsed());
+    let after = discards_and_loads(&thin, &mount);
+    let blocks: u64 = data.iter().map(|range| range.end.div_ceil(BLOCK) - range.start / BLOCK).sum();
+    assert_eq!(mapped(&thin, BLOCK), blocks);
+    let (shown, original) = (File::open(mount.file()).expect("it opens"), File::open(image.path()).expect("it opens"));
+    for range in &data {
+        let around = range.start.saturating_sub(BLOCK)..(range.end + BLOCK).min(size);
+        let [mut bytes, mut expected] =
+            [(); 2].map(|()| vec![0; usize::try_from(around.end - around.start).expect("small")]);
+        shown.read_exact_at(&mut bytes, around.start).expect("it can be read");
+        original.read_exact_at(&mut expected, around.start).expect("it can be read");
+        assert!(bytes == expected, "{range:?}");
+    }
+    assert_eq!(after.0 - before.0, 0, "discards");
+    assert!(after.1 - before.1 <= 3, "{} loads of the map", after.1 - before.1);
 }
