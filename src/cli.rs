@@ -123,12 +123,12 @@ struct MapArguments {
     since: Option<OsString>,
     offset: Bytes,
     length: Option<Bytes>,
-    checked: Checked,
+    verify: VerifyOptions,
 }
 
-/// What `verify` compares.
+/// The options of `verify`.
 #[derive(Default)]
-struct Checked {
+struct VerifyOptions {
     /// The number of pieces of a sample.
     sample: Option<u64>,
     /// The seed of a sample.
@@ -137,7 +137,7 @@ struct Checked {
     against: Option<OsString>,
 }
 
-impl Checked {
+impl VerifyOptions {
     /// # Errors
     /// A usage error where the options are not possible together.
     fn check(&self) -> Result<()> {
@@ -200,7 +200,7 @@ fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArgumen
     let mut parser = lexopt::Parser::from_args(arguments.iter().cloned());
     let (mut formats, mut since, mut offset, mut length) = (Vec::new(), None, Bytes::ZERO, None);
     let (mut list, mut volume, mut devices) = (OsString::new(), None, Vec::new());
-    let (is_map, is_verify, mut checked) = (command == "map", command == "verify", Checked::default());
+    let (is_map, is_verify, mut verify) = (command == "map", command == "verify", VerifyOptions::default());
     while let Some(argument) = parser.next().map_err(usage)? {
         match argument {
             Long("json") if !is_verify => formats.push(MapFormat::Json),
@@ -210,10 +210,10 @@ fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArgumen
             Long("offset") if is_map => offset = size(&parser.value().map_err(usage)?)?,
             Long("length") if is_map => length = Some(size(&parser.value().map_err(usage)?)?),
             Long("sample") if is_verify => {
-                checked.sample = Some(parser.value().and_then(|it| it.parse()).map_err(usage)?);
+                verify.sample = Some(parser.value().and_then(|it| it.parse()).map_err(usage)?);
             }
-            Long("seed") if is_verify => checked.seed = Some(parser.value().and_then(|it| it.parse()).map_err(usage)?),
-            Long("against") if is_verify => checked.against = Some(parser.value().map_err(usage)?),
+            Long("seed") if is_verify => verify.seed = Some(parser.value().and_then(|it| it.parse()).map_err(usage)?),
+            Long("against") if is_verify => verify.against = Some(parser.value().map_err(usage)?),
             Short('o') => options::append(&mut list, &parser.value().map_err(usage)?),
             Long("volume") => {
                 let id: u32 = parser.value().and_then(|value| value.parse()).map_err(usage)?;
@@ -240,11 +240,11 @@ fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArgumen
     if volume.is_some() && source.thin_metadata.is_none() {
         return Err(Error::usage("--volume is the volume of a thin pool, and needs -o thin_metadata=META"));
     }
-    checked.check()?;
+    verify.check()?;
     match devices.as_slice() {
         [device] => {
             let spec = Spec::parse(device)?;
-            Ok(CommandLine::Run(MapArguments { spec, source, format, since, offset, length, checked }))
+            Ok(CommandLine::Run(MapArguments { spec, source, format, since, offset, length, verify }))
         }
         [] => Err(Error::usage(format!("{command}: a device is missing")).hint("see blkholefs --help")),
         _ => Err(Error::usage(format!("{command}: one device at a time"))),

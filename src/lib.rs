@@ -37,7 +37,7 @@
 //! | [`range_locks`] | locks on ranges of a device, for writers that write more than they were given |
 //!
 //! A module uses none that is left of it in the flow. Only `fuse` and the mount's session name the FUSE library.
-//! `docs/architecture.md` has the types, and five requests from begin to end.
+//! `docs/architecture.md` has the types, and six requests from begin to end.
 //!
 //! # The freshness rule
 //!

@@ -8,6 +8,8 @@ mod copies;
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "nbd/fake.rs"]
 mod fake;
+#[path = "verify/readme.rs"]
+mod readme;
 #[path = "verify/servers.rs"]
 mod servers;
 

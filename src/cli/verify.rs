@@ -25,14 +25,14 @@ pub fn run(arguments: &[OsString]) -> Result<()> {
     let handle = arguments.handle()?;
     let name = shown(handle.export().name()).to_string();
     let progress = Progress::shown(format!("blkholefs: {name}"));
-    let checked = &arguments.checked;
-    let (text, agrees) = match (&checked.against, checked.sample) {
+    let options = &arguments.verify;
+    let (text, agrees) = match (&options.against, options.sample) {
         (Some(copy), _) => {
             let found = with(&progress, || verify::copy(&handle, &opened(copy)?, &progress))?;
             (text_of_copy(&name, copy, &found), found.agrees())
         }
         (None, Some(count)) => {
-            let seed = checked.seed.unwrap_or_else(verify::random_seed);
+            let seed = options.seed.unwrap_or_else(verify::random_seed);
             print(&format!("seed {seed}\n"))?;
             let found = with(&progress, || verify::sample(&handle, count, seed, &progress))?;
             (text_of_holes(&name, &handle, &found), found.findings.is_empty())

@@ -46,7 +46,7 @@ pub(super) struct DeviceWriter {
     filled: Filled,
 }
 
-/// Zeros for the rest of a block, and for a part of one.
+/// As many zeros as a range has bytes, which is a part of a block.
 fn zeros(range: &Range<Bytes>) -> io::Result<Vec<u8>> {
     len(range).map(|len| vec![0; len])
 }
@@ -192,7 +192,7 @@ impl DeviceWriter {
     /// Writes to what a device has after its last whole block. Only the page cache can write it, and some kernels refuse that too
     /// when it is written back (`bio_unaligned` of `block/blk-mq.c`): then the error is known here.
     fn write_remainder(&self, bytes: &[u8], offset: Bytes) -> io::Result<()> {
-        let cached = device::reopen_writable(&self.device.file, false)?;
+        let cached = device::reopen_writable(&self.device.file)?;
         cached.write_all_at(bytes, offset.get())?;
         cached.sync_data()
     }

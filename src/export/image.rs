@@ -103,7 +103,7 @@ impl Export for ImageExport {
         if in_use::used_loop(&self.file).is_some() {
             return Err(io::Error::from_raw_os_error(libc::EBUSY));
         }
-        let file = device::reopen_writable(&self.file, false)?;
+        let file = device::reopen_writable(&self.file)?;
         Ok(Arc::new(ImageWriter { file }))
     }
 

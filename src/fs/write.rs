@@ -152,7 +152,7 @@ impl FileSystem {
     pub fn make_zero(&self, fh: Fh, range: Range<Bytes>, may_exceed: bool) -> Result<()> {
         let (handle, writer) = self.open_for_writing(fh)?;
         if !may_exceed && range.end > handle.export().len()? {
-            return Err(Error::from_errno(libc::ENOSPC));
+            return Err(handle.past_end());
         }
         let zeroed = handle.make_zero(&*writer, range.clone());
         self.drop_old_bytes(&handle, range);
@@ -208,7 +208,10 @@ impl FileSystem {
             (None, None) => Ok(()),
         };
         match self.open.reported(fh) {
-            Some(reported) => self.flush_failures.report(export.identity(), &reported, flushed),
+            Some(reported) => self
+                .flush_failures
+                .report(export.identity(), &reported, flushed)
+                .map_err(|error| error.on(export.name())),
             None => flushed,
         }
     }
@@ -241,7 +244,7 @@ fn copy(source: &Handle, from: Bytes, target: &Handle, writer: &dyn Writer, to: 
     let len = len.min(source.export().len()?.saturating_sub(from));
     let room = target.export().len()?.saturating_sub(to);
     if len > Bytes::ZERO && room == Bytes::ZERO {
-        return Err(Error::from_errno(libc::ENOSPC));
+        return Err(target.past_end());
     }
     let end = from.saturating_add(len.min(room));
     let at_target = |at: Bytes| to.saturating_add(at.saturating_sub(from));

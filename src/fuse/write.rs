@@ -52,7 +52,7 @@ pub(super) fn fallocate(fs: &FileSystem, fh: Fh, range: Range<Bytes>, mode: i32)
     let keeps_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
     match mode & !libc::FALLOC_FL_KEEP_SIZE {
         libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE => fs.make_zero(fh, range, keeps_size),
-        _ => Err(Error::from_errno(libc::EOPNOTSUPP)),
+        _ => Err(Error::failed(format!("mode {mode:#x} is not supported")).with_errno(libc::EOPNOTSUPP)),
     }
 }
 

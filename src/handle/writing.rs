@@ -38,12 +38,12 @@ impl Handle {
         let left = usize::try_from(self.export.len()?.saturating_sub(offset).get()).unwrap_or(usize::MAX);
         let inside = &bytes[..bytes.len().min(left)];
         if inside.is_empty() {
-            return if bytes.is_empty() { Ok(0) } else { Err(Error::from_errno(libc::ENOSPC)) };
+            return if bytes.is_empty() { Ok(0) } else { Err(self.past_end()) };
         }
         let written = writer.write_at(inside, offset);
         // What was fetched ahead before is older than this write. It is not used after the reply to it.
         self.begin_generation();
-        written.map_err(|error| self.write_error("write", offset, error))?;
+        written.map_err(|error| self.write_error(&format!("write at {offset}"), error))?;
         Ok(inside.len())
     }
 
@@ -58,7 +58,7 @@ impl Handle {
         }
         let zeroed = writer.make_zero(&range);
         self.begin_generation();
-        match zeroed.map_err(|error| self.write_error("write zeros", range.start, error))? {
+        match zeroed.map_err(|error| self.write_error(&format!("make zeros at {}", range.start), error))? {
             Zeroed::Proven => Ok(()),
             Zeroed::Unproven => self.prove_zero(writer, range),
         }
@@ -69,7 +69,7 @@ impl Handle {
     /// # Errors
     /// As fsync(2).
     pub fn flush(&self, writer: &dyn Writer) -> Result<()> {
-        writer.flush().map_err(|error| self.write_error("flush", Bytes::ZERO, error))
+        writer.flush().map_err(|error| self.write_error("flush", error))
     }
 
     /// The range without the holes at its start and its end, in extents that are loaded already, and that own writes do not make void:
@@ -137,18 +137,23 @@ impl Handle {
         let zeros = vec![0; len];
         let written = writer.write_at(&zeros, offset);
         self.begin_generation();
-        written.map_err(|error| self.write_error("write zeros", offset, error))
+        written.map_err(|error| self.write_error(&format!("write zeros at {offset}"), error))
+    }
+
+    /// The error of a request that only concerns what is past the end.
+    pub fn past_end(&self) -> Error {
+        Error::failed("nothing can be written past its end").on(self.export.name()).with_errno(libc::ENOSPC)
     }
 
     /// The error of a request: the cause has the errno that the client gets, if that is one of write(2) that has a meaning for
     /// the client. All others are EIO.
-    fn write_error(&self, what: &str, offset: Bytes, cause: io::Error) -> Error {
+    fn write_error(&self, what: &str, cause: io::Error) -> Error {
         let errno = match cause.raw_os_error() {
             Some(errno @ (libc::ENOSPC | libc::EDQUOT | libc::EROFS | libc::EPERM | libc::ENODEV)) => errno,
             _ if self.export.is_gone() => libc::ENODEV,
             _ => libc::EIO,
         };
-        Error::failed(format!("cannot {what} at {offset}")).on(self.export.name()).because(cause).with_errno(errno)
+        Error::failed(format!("cannot {what}")).on(self.export.name()).because(cause).with_errno(errno)
     }
 }
 

@@ -50,8 +50,8 @@ enum Part {
     Other,
 }
 
-/// Goes down the layers of a device.
-struct Walk<'a> {
+/// Reads the layers of a device, from the top down.
+struct LayerReader<'a> {
     control: &'a dm::SharedControl,
     events: Option<Events>,
     depth: usize,
@@ -63,10 +63,10 @@ impl Provisioning {
     /// # Errors
     /// When a table cannot be read: then it is not known what a write does. `PermissionDenied` without the right to read tables.
     pub fn of(id: DeviceId, control: &dm::SharedControl) -> io::Result<Self> {
-        let mut walk = Walk { control, events: None, depth: 0 };
-        let top = walk.device(id)?;
-        let is_sparse = walk.is_sparse(id)?;
-        Ok(Self { top, is_sparse, events: walk.events })
+        let mut layers = LayerReader { control, events: None, depth: 0 };
+        let top = layers.device(id)?;
+        let is_sparse = layers.is_sparse(id)?;
+        Ok(Self { top, is_sparse, events: layers.events })
     }
 
     /// Whether no table was replaced since.
@@ -220,7 +220,7 @@ fn filled_stripe(chunk: Bytes, legs: &[Part], range: &Range<Bytes>, len: Bytes) 
     filled
 }
 
-impl Walk<'_> {
+impl LayerReader<'_> {
     fn device(&mut self, id: DeviceId) -> io::Result<Part> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {

@@ -85,12 +85,12 @@ pub fn reopen_direct(file: &File) -> io::Result<File> {
     open(&own_path(file), true)
 }
 
-/// Opens the file or device of an open descriptor again, for reading and writing: through the page cache, or with `O_DIRECT`.
+/// Opens the file or device of an open descriptor again, for reading and writing through the page cache.
 ///
 /// # Errors
 /// As open(2).
-pub fn reopen_writable(file: &File, direct: bool) -> io::Result<File> {
-    writable(file, if direct { libc::O_DIRECT } else { 0 })
+pub fn reopen_writable(file: &File) -> io::Result<File> {
+    writable(file, 0)
 }
 
 /// Opens the block device of an open descriptor again, for reading and writing, with `O_DIRECT` and exclusively (`O_EXCL` without

@@ -100,7 +100,7 @@ enum Kind {
 
 /// Two buffers for one piece.
 #[derive(Default)]
-struct Buffers {
+struct PieceBuffers {
     device: AlignedBuffer,
     copy: AlignedBuffer,
 }
@@ -123,7 +123,7 @@ struct Pair<'a> {
 
 impl Pair<'_> {
     /// Reads a piece of what is data, and compares it with the other side.
-    fn compare(&self, piece: Range<Bytes>, kind: Kind, buffers: &mut Buffers) -> Result<()> {
+    fn compare(&self, piece: Range<Bytes>, kind: Kind, buffers: &mut PieceBuffers) -> Result<()> {
         let ranges = match kind {
             Kind::Data => self.differences(&piece, buffers),
             Kind::DeviceHole => {
@@ -141,12 +141,12 @@ impl Pair<'_> {
     }
 
     /// Reads a piece from both, and compares it. `None` if it cannot be read.
-    fn differences(&self, piece: &Range<Bytes>, buffers: &mut Buffers) -> Option<Vec<Range<Bytes>>> {
+    fn differences(&self, piece: &Range<Bytes>, buffers: &mut PieceBuffers) -> Option<Vec<Range<Bytes>>> {
         let (device, copy) = self.read_both(piece, buffers)?;
         Some(between(device, copy, piece.start))
     }
 
-    fn read_both<'b>(&self, piece: &Range<Bytes>, buffers: &'b mut Buffers) -> Option<(&'b [u8], &'b [u8])> {
+    fn read_both<'b>(&self, piece: &Range<Bytes>, buffers: &'b mut PieceBuffers) -> Option<(&'b [u8], &'b [u8])> {
         let [device, copy] = self.handles;
         let device = read(&self.device, device, &mut buffers.device, piece);
         let copy = read(&self.copy, copy, &mut buffers.copy, piece);
@@ -155,7 +155,7 @@ impl Pair<'_> {
 
     /// Reads pieces again from both sides. Those that differ each time are differences.
     fn decide(&self, mut pieces: Vec<Different>) -> Result<()> {
-        let mut buffers = Buffers::default();
+        let mut buffers = PieceBuffers::default();
         for round in 0..LEAST_ROUNDS - 1 {
             if pieces.is_empty() {
                 return Ok(());
@@ -173,7 +173,7 @@ impl Pair<'_> {
 
     /// Compares a piece again, with the bytes of a hole in place of zeros. If they are equal now, but not zero, the hole may be a
     /// wrong one.
-    fn compare_again(&self, piece: &mut Different, buffers: &mut Buffers) -> Result<()> {
+    fn compare_again(&self, piece: &mut Different, buffers: &mut PieceBuffers) -> Result<()> {
         piece.ranges.clear();
         let Some((device, copy)) = self.read_both(&piece.piece, buffers) else { return Ok(()) };
         piece.ranges = between(device, copy, piece.piece.start);

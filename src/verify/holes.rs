@@ -36,7 +36,7 @@ pub struct HolesReport {
 pub fn holes(handle: &Handle, progress: &Progress) -> Result<HolesReport> {
     let len = handle.export().len()?;
     progress.begin(len);
-    let mut counts = Counts::default();
+    let mut counts = HoleCounts::default();
     let holes =
         Holes { extents: handle.walk(Bytes::ZERO..len), counts: &mut counts, passed: |data| progress.advance(data) };
     let (read, findings) = check(handle, Pieces::of(holes.map(|hole| hole.map(|hole| (hole, ())))), progress)?;
@@ -50,13 +50,13 @@ pub fn holes(handle: &Handle, progress: &Progress) -> Result<HolesReport> {
 /// When the device is gone.
 pub fn sample(handle: &Handle, count: u64, seed: u64, progress: &Progress) -> Result<HolesReport> {
     let range = Bytes::ZERO..handle.export().len()?;
-    let mut counts = Counts::default();
+    let mut counts = HoleCounts::default();
     Holes { extents: handle.walk(range.clone()), counts: &mut counts, passed: |_| {} }
         .try_for_each(|hole| hole.map(drop))?;
     let chosen = choose(count, counts.bytes, seed);
     let number = chosen.len() as u64;
     progress.begin(Bytes::new(number.saturating_mul(SAMPLE.get())).min(counts.bytes));
-    let mut again = Counts::default();
+    let mut again = HoleCounts::default();
     let holes = Holes { extents: handle.walk(range), counts: &mut again, passed: |_| {} };
     let (read, findings) = check(handle, Pieces::of(Chosen::of(holes, chosen)), progress)?;
     Ok(HolesReport { holes: counts.holes, bytes: counts.bytes, chosen: number, read, findings })
@@ -82,7 +82,7 @@ fn check(
 
 /// The number of holes and their bytes.
 #[derive(Default)]
-struct Counts {
+struct HoleCounts {
     holes: u64,
     bytes: Bytes,
     /// The end of the last one.
@@ -92,7 +92,7 @@ struct Counts {
 /// The holes among extents, which are counted. `passed` is called with the bytes of each extent of data.
 struct Holes<'a, E, F> {
     extents: E,
-    counts: &'a mut Counts,
+    counts: &'a mut HoleCounts,
     passed: F,
 }
 
@@ -135,7 +135,7 @@ mod tests {
         let extents =
             [(0, 5, ExtentKind::Hole), (5, 9, ExtentKind::Free), (9, 20, ExtentKind::Data), (20, 21, ExtentKind::Hole)];
         let extents = extents.map(|(start, end, kind)| Ok((Bytes::new(start), Extent { end: Bytes::new(end), kind })));
-        let mut counts = Counts::default();
+        let mut counts = HoleCounts::default();
         let passed = std::cell::Cell::new(0);
         let holes =
             Holes { extents: extents.into_iter(), counts: &mut counts, passed: |data: Bytes| passed.set(data.get()) };

@@ -19,6 +19,7 @@ pub mod loop_device;
 pub mod mount;
 pub mod nbd;
 pub mod random;
+pub mod readme;
 pub mod scsi;
 pub mod tail;
 pub mod written;

@@ -204,7 +204,7 @@ fn a_foreign_write_does_not_hide_among_own_ones() {
     check(mount.file(), thin.path());
 }
 
-/// Memory that is aligned as O_DIRECT wants it, full of ones. FUSE divides what is not aligned into requests that begin inside
+/// Memory that is aligned as O_DIRECT requires it, full of ones. FUSE divides what is not aligned into requests that begin inside
 /// of sectors.
 struct Aligned(Vec<u8>);
 

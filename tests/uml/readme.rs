@@ -1,22 +1,24 @@
-//! The backups that the README describes, typed as they are there.
+//! The backups and restores that the README describes, typed as they are there.
 
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use crate::common::image::Image;
+use crate::common::image::{Image, write};
 use crate::common::loop_device::Loop;
+use crate::common::readme::indented;
 use crate::common::{MIB, needs, run};
 use crate::lvm::Group;
 
-/// The size of the volume, smaller than in the README: comparisons read all of it.
+/// The size of the volumes, smaller than in the README: comparisons read all of them.
 const SIZE: &str = "256M";
 
-/// The commands of the section "Views", in the order of the page.
-fn commands() -> Vec<String> {
-    let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).expect("the README");
-    let section = page.split("\n## ").find(|section| section.starts_with("Views\n")).expect("a section about views");
-    section.lines().filter_map(|line| line.strip_prefix("    ")).map(ToOwned::to_owned).collect()
+/// Makes the program callable by both of its names in the directory `bin`.
+fn install(bin: &Path) {
+    fs::create_dir(bin).unwrap();
+    for name in ["blkholefs", "mount.blkholefs"] {
+        symlink(env!("CARGO_BIN_EXE_blkholefs"), bin.join(name)).unwrap();
+    }
 }
 
 #[test]
@@ -25,12 +27,10 @@ fn backups_are_restored() {
     needs!(root, programs["rclone", "restic", "qemu-img", "scp"]);
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name).into_os_string().into_string().unwrap();
-    for name in ["bin", "backup", "mnt", "data"] {
+    for name in ["backup", "mnt", "data"] {
         fs::create_dir(at(name)).unwrap();
     }
-    for name in ["blkholefs", "mount.blkholefs"] {
-        symlink(env!("CARGO_BIN_EXE_blkholefs"), Path::new(&at("bin")).join(name)).unwrap();
-    }
+    install(at("bin").as_ref());
     let group = Group::new("vg");
     group.lvm(&["lvcreate", "--quiet", "-T", "-L", "400M", "vg/pool"]);
     group.lvm(&["lvcreate", "--quiet", "-T", "-V", SIZE, "-n", "data", "vg/pool"]);
@@ -49,7 +49,7 @@ fn backups_are_restored() {
         at("rclone.conf"),
         at("restic"),
     );
-    for (number, command) in commands().into_iter().enumerate() {
+    for (number, command) in indented("Views").into_iter().enumerate() {
         // Every day has new files, and an old one less.
         if command.starts_with("lvcreate -s") {
             script += &format!("head -c 5M /dev/urandom >{0}/{number}; cp {0}/{number} {0}/copy; sync\n", at("data"));
@@ -74,4 +74,31 @@ fn backups_are_restored() {
     run("bash", ["-c", &script]);
     run("dmsetup", ["remove", "home"]);
     run("umount", [at("data")]);
+}
+
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_copy_is_restored_through_the_mount() {
+    needs!(root, programs["cp", "sync"]);
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).into_os_string().into_string().unwrap();
+    for name in ["backup", "mnt"] {
+        fs::create_dir(at(name)).unwrap();
+    }
+    install(at("bin").as_ref());
+    let group = Group::new("vg");
+    group.lvm(&["lvcreate", "--quiet", "-T", "-L", "400M", "-c", "64k", "vg/pool"]);
+    group.lvm(&["lvcreate", "--quiet", "-T", "-V", SIZE, "-n", "thin", "vg/pool"]);
+    let copy = Image::with_data(256 * MIB, &[0..MIB, 100 * MIB..105 * MIB]);
+    fs::copy(copy.path(), at("backup/thin.img")).unwrap();
+    // Old data, of which the copy has holes in place.
+    write(&group.volume("thin"), 50 * MIB..110 * MIB);
+
+    let commands = indented("Restoring: write through the mount").join("\n");
+    let commands = commands.replace("/backup", &at("backup")).replace(" /mnt", &format!(" {}", at("mnt")));
+    let environment =
+        format!("set -eux\nexport LVM_SYSTEM_DIR={} PATH={}:$PATH\n", group.configuration().display(), at("bin"));
+    let check = format!("\ncmp {} /dev/vg/thin\nblkholefs map --totals /dev/vg/thin\n", at("backup/thin.img"));
+    let printed = run("bash", ["-c", &(environment + &commands + &check)]);
+    assert!(printed.contains(&format!("{}", 6 * MIB)), "only the data of the copy is mapped: {printed}");
 }

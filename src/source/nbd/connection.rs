@@ -123,8 +123,8 @@ impl Connection {
         self.retired.load(Ordering::Relaxed) || self.pending().broken.is_some()
     }
 
-    /// Lets nobody choose the connection for a further request. The replies to earlier ones are still received. When nobody
-    /// uses the connection any more, it is closed with a request to disconnect.
+    /// Excludes the connection from further requests. The replies to earlier ones are still received. The last user of the
+    /// connection closes it with a request to disconnect.
     pub fn retire(&self) {
         self.retired.store(true, Ordering::Relaxed);
     }

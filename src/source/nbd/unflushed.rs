@@ -23,7 +23,7 @@ pub(super) struct Unflushed {
     reported: u64,
 }
 
-/// What one writer knows.
+/// What one writer has reported, and what there was before it.
 #[derive(Debug)]
 pub(super) struct WriterState {
     /// The number of losses that it has reported to its user.

@@ -12,7 +12,6 @@ use super::client::{Client, ESHUTDOWN, TRIES};
 use super::connection::{Connection, NbdChange, RequestId};
 use super::frame::ReplyWhen;
 use super::proto::ExportInfo;
-
 use super::reply::{ReplyContent, RequestError};
 use super::unflushed::{Unflushed, WriterState};
 use crate::range_locks::{RangeLock, RangeLocks, Use};
@@ -177,6 +176,7 @@ impl ExportWriter {
             let (connection, covered) = self.connection(until)?;
             if self.report_loss() {
                 let lost = "writes before the connection ended, or before a flush failed, may be lost";
+                log::error!("{}: {lost}", self.client.uri());
                 return Err(RequestError::Broken(lost.to_owned()));
             }
             let answer = match self.client.agreement().export.flush {

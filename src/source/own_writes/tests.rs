@@ -131,7 +131,7 @@ impl<'a> Model<'a> {
                 }
             }
         } else {
-            // All of it was counted before, and now the writer gets to know it.
+            // All of it was counted before. Now its write call returns.
             let own = now.own.take();
             self.fill(device, index);
             if let Some(own) = own {

@@ -51,7 +51,7 @@ impl WriteGuard {
     }
 
     /// Lets the extents follow the writes of this process: the result gets the range of each one, in blocks of `block` bytes.
-    /// `None` where the counters do not tell them from others. To be called before the extents are read.
+    /// `None` where the counters do not distinguish them from others. To be called before the extents are read.
     pub fn follow_own_writes(&mut self, len: Bytes, block: Bytes) -> Option<Arc<WrittenRanges>> {
         if !iostats::counts_each_sector() {
             return None;
