@@ -151,7 +151,7 @@ fn race(features: &'static [&'static str], block: u64, size: u64) {
     let pool = Pool::with_features(96 * MIB / block * block, block, features);
     // Every block has old bytes.
     let old = pool.thin(9, 96 * MIB / block * block);
-    crate::common::image::write(old.path(), 0..40 * MIB / block * block);
+    crate::common::image::write(old.path(), 0..24 * MIB / block * block);
     drop(old);
     pool.delete(9);
     let thin = pool.thin(0, size);
@@ -185,7 +185,7 @@ fn race(features: &'static [&'static str], block: u64, size: u64) {
         }
         let stops = StopAtEnd(&stop);
         let file = open(THREADS);
-        for round in Length::time(Duration::from_secs(6)).numbers() {
+        for round in Length::rounds(8).numbers() {
             let before = steps.load(Ordering::Relaxed);
             disturb(round, &pool, &thin, &mount, &device, &file, &epoch);
             let start = Instant::now();
