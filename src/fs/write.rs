@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use log::error;
 
-use super::{Attributes, Fh, FileSystem, Ino};
+use super::{Access, Attributes, Fh, FileSystem, Ino};
 use crate::error::{Error, Result};
-use crate::export::{Export, FileIdentity, Wanted, Writer, open_error};
+use crate::export::{Export, FileIdentity, Writer, open_error};
 use crate::handle::Handle;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -160,25 +160,27 @@ impl FileSystem {
         if self.open.is_synchronous(fh) { self.fsync(fh) } else { Ok(()) }
     }
 
-    /// Sets the length of a file. The length of a device does not change: 0 means that all of it is to read as zeros, as a
-    /// program expects that writes only the data into a file that it has emptied. Its length is accepted, and changes nothing.
+    /// Sets the length of a file, or of an open file `fh`. The length of a device does not change: 0 means that all of it is to read as
+    /// zeros, as a program expects that writes only the data into a file that it has emptied. Its length is accepted, and changes
+    /// nothing.
     ///
     /// # Errors
-    /// EPERM for any other length, and as [`FileSystem::write`].
-    pub fn truncate(&self, ino: Ino, len: Bytes) -> Result<Attributes> {
-        let target = self.catalog.find(&self.nodes.path(ino)?)?;
-        let handle = match self.handle_of(ino) {
-            Some(handle) => handle,
-            None => {
-                Arc::new(Handle::for_attributes(self.open_target(&target, Wanted::Contents)?, self.context.clone()))
-            }
+    /// EPERM for any other length, ESTALE when the name leads to another device, and as [`FileSystem::write`].
+    pub fn truncate(&self, ino: Ino, fh: Option<Fh>, len: Bytes) -> Result<Attributes> {
+        let Some(fh) = fh else {
+            // An open like any other: the device is the one whose permissions the kernel has checked, and other opens share it.
+            let fh = self.open(ino, Access::default())?;
+            let truncated = self.truncate(ino, Some(fh), len);
+            self.release(fh);
+            return truncated;
         };
+        let handle = self.handle(fh)?;
         let now = handle.export().len()?;
         if len != Bytes::ZERO && len != now {
             let error = Error::failed(format!("its length is {now}, and cannot be set to {len}"));
             return Err(error.on(handle.export().name()).with_errno(libc::EPERM));
         }
-        let writer = self.begin_writing(&handle)?;
+        let writer = self.open.writer(fh).map_or_else(|| self.begin_writing(&handle), Ok)?;
         let mut zeroed = Ok(());
         if len != now {
             zeroed = handle.make_zero(&*writer, Bytes::ZERO..now);
@@ -267,4 +269,42 @@ fn copy(source: &Handle, from: Bytes, target: &Handle, writer: &dyn Writer, to: 
         }
     }
     Ok(end.saturating_sub(from))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::fs::{Limits, Ownership, ROOT};
+    use crate::spec::{SourceOptions, Spec};
+
+    /// The kernel has checked the permissions of one image, and its owner has put a link to another image in its place.
+    #[test]
+    fn what_was_not_checked_is_not_truncated() {
+        let place = tempfile::tempdir().unwrap();
+        let [shown, own, other] = ["shown", "own", "other"].map(|name| place.path().join(name));
+        for (path, mode) in [(&own, 0o600), (&other, 0o400)] {
+            fs::write(path, [7; 8192]).unwrap();
+            fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        }
+        let link_to = |target| {
+            let _ = fs::remove_file(&shown);
+            std::os::unix::fs::symlink(target, &shown).unwrap();
+        };
+        link_to(&own);
+        let ownership = Ownership { uid: None, gid: None, mode: 0o777, is_writable: true };
+        let spec = Spec::parse(shown.as_os_str()).unwrap();
+        let fs = FileSystem::new(&spec, &SourceOptions::default(), ownership, Limits::default()).unwrap();
+        let ino = fs.lookup(ROOT, OsStr::new("shown")).unwrap().ino;
+        link_to(&other);
+        let refused = fs.truncate(ino, None, Bytes::ZERO).map(drop).unwrap_err();
+        assert_eq!(refused.errno(), libc::ESTALE, "{refused}");
+        assert_eq!(std::fs::read(&other).unwrap(), [7; 8192]);
+        link_to(&own);
+        fs.truncate(ino, None, Bytes::ZERO).unwrap();
+        assert_eq!(std::fs::read(&own).unwrap(), [0; 8192]);
+    }
 }
