@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use log::error;
 
 use super::{Access, Attributes, Fh, FileSystem, Ino};
+use crate::deadline;
 use crate::error::{Error, Result};
 use crate::export::{Export, FileIdentity, Writer, open_error};
 use crate::handle::Handle;
@@ -18,12 +19,18 @@ const COPY_PIECE: u64 = 1 << 20;
 /// How much one request copies at most. The kernel sends the next request for the rest.
 const COPY_AT_ONCE: Bytes = Bytes::new(64 << 20);
 
-/// The writers of all devices that are open for writing. A device has one, which all of its opens share, by whatever name.
+/// The writers of all devices that are open for writing. A device has one, which all of its opens share, by whatever name. After one
+/// that has ended while it was open, later opens share another one.
 #[derive(Default)]
 pub(super) struct Writers(Mutex<Vec<OpenWriter>>);
 
 /// The writer of a device, with the identity of the device. It exists as long as an open file has it.
 type OpenWriter = (Option<FileIdentity>, Weak<dyn Writer>);
+
+/// The writer of the last opens of a device.
+fn shared(writers: &[OpenWriter], identity: Option<FileIdentity>) -> Option<Arc<dyn Writer>> {
+    writers.iter().rev().filter(|(of, _)| *of == identity).find_map(|(_, writer)| writer.upgrade())
+}
 
 impl Writers {
     /// The writer of an open device: that of its other opens, or a new one.
@@ -32,8 +39,7 @@ impl Writers {
         let mut writers = self.lock();
         writers.retain(|(_, writer)| writer.strong_count() > 0);
         let identity = export.identity();
-        let shared = writers.iter().find(|(of, _)| *of == identity).and_then(|(_, writer)| writer.upgrade());
-        if let Some(writer) = shared {
+        if let Some(writer) = shared(&writers, identity).filter(|writer| !writer.has_ended()) {
             return Ok(writer);
         }
         let writer = export.writer().map_err(|cause| open_error(export, cause))?;
@@ -43,8 +49,7 @@ impl Writers {
 
     /// The writer of an open device that its opens for writing share, if there are any.
     fn shared(&self, export: &dyn Export) -> Option<Arc<dyn Writer>> {
-        let identity = export.identity();
-        self.lock().iter().find(|(of, _)| *of == identity).and_then(|(_, writer)| writer.upgrade())
+        shared(&self.lock(), export.identity())
     }
 
     /// Gives up one use of a writer. The last one flushes it, and ends the claim of the device before this returns, and before
@@ -188,7 +193,8 @@ impl FileSystem {
         }
         self.end_writing(&handle, writer);
         zeroed?;
-        self.getattr(ino)
+        // The truncation may have taken long.
+        deadline::anew(|| self.getattr(ino))
     }
 
     /// Returns when all completed writes to the device of an open file survive a loss of power, whatever file they came by. The
@@ -250,20 +256,20 @@ fn copy(source: &Handle, from: Bytes, target: &Handle, writer: &dyn Writer, to: 
     let mut buffer = AlignedBuffer::new();
     let mut at = from;
     while at < end {
-        for (start, extent) in source.extents(at..end)? {
+        for (start, extent) in deadline::anew(|| source.extents(at..end))? {
             at = extent.end;
             if extent.kind.is_hole() {
-                target.make_zero(writer, at_target(start)..at_target(extent.end))?;
+                deadline::anew(|| target.make_zero(writer, at_target(start)..at_target(extent.end)))?;
                 continue;
             }
             let mut piece = start;
             while piece < extent.end {
                 let size = extent.end.saturating_sub(piece).get().min(COPY_PIECE);
-                let bytes = source.read(&mut buffer, piece, usize::try_from(size).unwrap_or(0))?;
+                let bytes = deadline::anew(|| source.read(&mut buffer, piece, usize::try_from(size).unwrap_or(0)))?;
                 if bytes.is_empty() {
                     return Ok(piece.saturating_sub(from));
                 }
-                let count = target.write(writer, at_target(piece), bytes)?;
+                let count = deadline::anew(|| target.write(writer, at_target(piece), bytes))?;
                 piece = piece.saturating_add(Bytes::new(count as u64));
             }
         }
