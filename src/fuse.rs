@@ -433,14 +433,15 @@ impl Filesystem for BlkHoleFs {
         _atime: Option<TimeOrNow>,
         _mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _fh: Option<FileHandle>,
+        fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        self.answer(move |fs| write::set_attributes(fs, Ino(ino.0), size.map(Bytes::new), reply));
+        let fh = fh.map(|fh| Fh(fh.0));
+        self.answer(move |fs| write::set_attributes(fs, Ino(ino.0), fh, size.map(Bytes::new), reply));
     }
 
     // Nothing is created, removed or renamed, also in a mount that is written. In others the kernel refuses the following

@@ -31,8 +31,9 @@ pub use holes::{HolesReport, holes, sample};
 pub use progress::Progress;
 pub use sample::{LARGEST_SAMPLE, SAMPLE, random_seed};
 
-#[cfg(doc)]
+use crate::error::Error;
 use crate::handle::Handle;
+use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
 
 /// The longest read.
@@ -41,4 +42,20 @@ const PIECE: Bytes = Bytes::new(1 << 20);
 /// The number of bytes in a range that is at most [`PIECE`] long.
 fn length(range: &std::ops::Range<Bytes>) -> usize {
     usize::try_from(range.end.saturating_sub(range.start).get()).unwrap_or(usize::MAX)
+}
+
+/// The bytes of a piece, all of them.
+///
+/// # Errors
+/// As [`Handle::read`], and when the device has become shorter: what it does not have any more is not verified.
+fn read_piece<'a>(
+    handle: &Handle,
+    buffer: &'a mut AlignedBuffer,
+    piece: &std::ops::Range<Bytes>,
+) -> crate::error::Result<&'a [u8]> {
+    let bytes = handle.read(buffer, piece.start, length(piece))?;
+    match bytes.len() < length(piece) {
+        true => Err(Error::failed("it has become shorter").on(handle.export().name())),
+        false => Ok(bytes),
+    }
 }

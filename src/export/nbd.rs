@@ -81,6 +81,10 @@ impl Writer for ExportWriter {
     fn flush(&self) -> io::Result<()> {
         self.flush()
     }
+
+    fn has_ended(&self) -> bool {
+        self.has_ended()
+    }
 }
 
 /// The owner, permissions and times of an export that was opened at that time.

@@ -33,6 +33,11 @@ pub trait Writer: Send + Sync {
     /// # Errors
     /// As fsync(2). An error is reported once at least, also if an earlier write caused it.
     fn flush(&self) -> io::Result<()>;
+
+    /// Whether it writes nothing more, whatever is asked of it. An open that comes later needs another writer.
+    fn has_ended(&self) -> bool {
+        false
+    }
 }
 
 /// What is known of a range after [`Writer::make_zero`].

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use log::error;
 
-use super::{Attributes, Fh, FileSystem, Ino};
+use super::{Access, Attributes, Fh, FileSystem, Ino};
+use crate::deadline;
 use crate::error::{Error, Result};
-use crate::export::{Export, FileIdentity, Wanted, Writer, open_error};
+use crate::export::{Export, FileIdentity, Writer, open_error};
 use crate::handle::Handle;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
@@ -18,12 +19,18 @@ const COPY_PIECE: u64 = 1 << 20;
 /// How much one request copies at most. copy_file_range(2) then returns that many bytes, and a program calls it again for the rest.
 const COPY_AT_ONCE: Bytes = Bytes::new(64 << 20);
 
-/// The writers of all devices that are open for writing. A device has one, which all of its opens share, by whatever name.
+/// The writers of all devices that are open for writing. A device has one, which all of its opens share, by whatever name. After one
+/// that has ended while it was open, later opens share another one.
 #[derive(Default)]
 pub(super) struct Writers(Mutex<Vec<OpenWriter>>);
 
 /// The writer of a device, with the identity of the device. It exists as long as an open file has it.
 type OpenWriter = (Option<FileIdentity>, Weak<dyn Writer>);
+
+/// The writer of the last opens of a device.
+fn shared(writers: &[OpenWriter], identity: Option<FileIdentity>) -> Option<Arc<dyn Writer>> {
+    writers.iter().rev().filter(|(of, _)| *of == identity).find_map(|(_, writer)| writer.upgrade())
+}
 
 impl Writers {
     /// The writer of an open device: that of its other opens, or a new one.
@@ -32,8 +39,7 @@ impl Writers {
         let mut writers = self.lock();
         writers.retain(|(_, writer)| writer.strong_count() > 0);
         let identity = export.identity();
-        let shared = writers.iter().find(|(of, _)| *of == identity).and_then(|(_, writer)| writer.upgrade());
-        if let Some(writer) = shared {
+        if let Some(writer) = shared(&writers, identity).filter(|writer| !writer.has_ended()) {
             return Ok(writer);
         }
         let writer = export.writer().map_err(|cause| open_error(export, cause))?;
@@ -43,8 +49,7 @@ impl Writers {
 
     /// The writer of an open device that its opens for writing share, if there are any.
     fn shared(&self, export: &dyn Export) -> Option<Arc<dyn Writer>> {
-        let identity = export.identity();
-        self.lock().iter().find(|(of, _)| *of == identity).and_then(|(_, writer)| writer.upgrade())
+        shared(&self.lock(), export.identity())
     }
 
     /// Gives up one use of a writer. The last one flushes it, and ends the claim of the device before this returns, and before
@@ -160,25 +165,27 @@ impl FileSystem {
         if self.open.is_synchronous(fh) { self.fsync(fh) } else { Ok(()) }
     }
 
-    /// Sets the length of a file. The length of a device does not change: 0 means that all of it is to read as zeros, as a
-    /// program expects that writes only the data into a file that it has emptied. Its length is accepted, and changes nothing.
+    /// Sets the length of a file, or of an open file `fh`. The length of a device does not change: 0 means that all of it is to read as
+    /// zeros, as a program expects that writes only the data into a file that it has emptied. Its length is accepted, and changes
+    /// nothing.
     ///
     /// # Errors
-    /// EPERM for any other length, and as [`FileSystem::write`].
-    pub fn truncate(&self, ino: Ino, len: Bytes) -> Result<Attributes> {
-        let target = self.catalog.find(&self.nodes.path(ino)?)?;
-        let handle = match self.handle_of(ino) {
-            Some(handle) => handle,
-            None => {
-                Arc::new(Handle::for_attributes(self.open_target(&target, Wanted::Contents)?, self.context.clone()))
-            }
+    /// EPERM for any other length, ESTALE when the name leads to another device, and as [`FileSystem::write`].
+    pub fn truncate(&self, ino: Ino, fh: Option<Fh>, len: Bytes) -> Result<Attributes> {
+        let Some(fh) = fh else {
+            // An open like any other: the device is the one whose permissions the kernel has checked, and other opens share it.
+            let fh = self.open(ino, Access::default())?;
+            let truncated = self.truncate(ino, Some(fh), len);
+            self.release(fh);
+            return truncated;
         };
+        let handle = self.handle(fh)?;
         let now = handle.export().len()?;
         if len != Bytes::ZERO && len != now {
             let error = Error::failed(format!("its length is {now}, and cannot be set to {len}"));
             return Err(error.on(handle.export().name()).with_errno(libc::EPERM));
         }
-        let writer = self.begin_writing(&handle)?;
+        let writer = self.open.writer(fh).map_or_else(|| self.begin_writing(&handle), Ok)?;
         let mut zeroed = Ok(());
         if len != now {
             zeroed = handle.make_zero(&*writer, Bytes::ZERO..now);
@@ -186,7 +193,8 @@ impl FileSystem {
         }
         self.end_writing(&handle, writer);
         zeroed?;
-        self.getattr(ino)
+        // The truncation may have taken long.
+        deadline::anew(|| self.getattr(ino))
     }
 
     /// Returns when all completed writes to the device of an open file survive a loss of power, whatever file they came by. The
@@ -251,23 +259,61 @@ fn copy(source: &Handle, from: Bytes, target: &Handle, writer: &dyn Writer, to: 
     let mut buffer = AlignedBuffer::new();
     let mut at = from;
     while at < end {
-        for (start, extent) in source.extents(at..end)? {
+        for (start, extent) in deadline::anew(|| source.extents(at..end))? {
             at = extent.end;
             if extent.kind.is_hole() {
-                target.make_zero(writer, at_target(start)..at_target(extent.end))?;
+                deadline::anew(|| target.make_zero(writer, at_target(start)..at_target(extent.end)))?;
                 continue;
             }
             let mut piece = start;
             while piece < extent.end {
                 let size = extent.end.saturating_sub(piece).get().min(COPY_PIECE);
-                let bytes = source.read(&mut buffer, piece, usize::try_from(size).unwrap_or(0))?;
+                let bytes = deadline::anew(|| source.read(&mut buffer, piece, usize::try_from(size).unwrap_or(0)))?;
                 if bytes.is_empty() {
                     return Ok(piece.saturating_sub(from));
                 }
-                let count = target.write(writer, at_target(piece), bytes)?;
+                let count = deadline::anew(|| target.write(writer, at_target(piece), bytes))?;
                 piece = piece.saturating_add(Bytes::new(count as u64));
             }
         }
     }
     Ok(end.saturating_sub(from))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::fs::{Limits, Ownership, ROOT};
+    use crate::spec::{SourceOptions, Spec};
+
+    /// The kernel has checked the permissions of one image, and its owner has put a link to another image in its place.
+    #[test]
+    fn what_was_not_checked_is_not_truncated() {
+        let place = tempfile::tempdir().unwrap();
+        let [shown, own, other] = ["shown", "own", "other"].map(|name| place.path().join(name));
+        for (path, mode) in [(&own, 0o600), (&other, 0o400)] {
+            fs::write(path, [7; 8192]).unwrap();
+            fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        }
+        let link_to = |target| {
+            let _ = fs::remove_file(&shown);
+            std::os::unix::fs::symlink(target, &shown).unwrap();
+        };
+        link_to(&own);
+        let ownership = Ownership { uid: None, gid: None, mode: 0o777, is_writable: true };
+        let spec = Spec::parse(shown.as_os_str()).unwrap();
+        let fs = FileSystem::new(&spec, &SourceOptions::default(), ownership, Limits::default()).unwrap();
+        let ino = fs.lookup(ROOT, OsStr::new("shown")).unwrap().ino;
+        link_to(&other);
+        let refused = fs.truncate(ino, None, Bytes::ZERO).map(drop).unwrap_err();
+        assert_eq!(refused.errno(), libc::ESTALE, "{refused}");
+        assert_eq!(std::fs::read(&other).unwrap(), [7; 8192]);
+        link_to(&own);
+        fs.truncate(ino, None, Bytes::ZERO).unwrap();
+        assert_eq!(std::fs::read(&own).unwrap(), [0; 8192]);
+    }
 }

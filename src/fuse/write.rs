@@ -66,9 +66,9 @@ pub(super) fn copy(fs: &FileSystem, from: (Fh, Bytes), to: (Fh, Bytes), len: Byt
 }
 
 /// Sets the length, which is the only attribute that can be set: all others are those of the device node.
-pub(super) fn set_attributes(fs: &FileSystem, ino: Ino, len: Option<Bytes>, reply: ReplyAttr) {
+pub(super) fn set_attributes(fs: &FileSystem, ino: Ino, fh: Option<Fh>, len: Option<Bytes>, reply: ReplyAttr) {
     let Some(len) = len else { return reply.error(not_possible(fs)) };
-    match fs.truncate(ino, len) {
+    match fs.truncate(ino, fh, len) {
         Ok(attributes) => reply.attr(&ATTRIBUTE_TTL, &file_attr(&attributes)),
         Err(error) => reply.error(errno("truncate", &error)),
     }

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::sequence::SequenceNumber;
 use super::{EXTENTS_AT_ONCE, Handle};
+use crate::deadline;
 use crate::error::{Error, Result};
 use crate::export::{Writer, Zeroed};
 use crate::map::HoleMap;
@@ -97,7 +98,7 @@ impl Handle {
             return self.zero_data(writer, range);
         }
         while at < range.end {
-            for (start, extent) in self.extents(at..range.end)? {
+            for (start, extent) in deadline::anew(|| self.extents(at..range.end))? {
                 at = extent.end;
                 if extent.kind.is_data() {
                     at = at.min(start.saturating_add(LOOK_AGAIN));
@@ -119,7 +120,7 @@ impl Handle {
             // Pieces end where units do, so that a unit is looked at as a whole.
             let end = at.saturating_add(Bytes::new(1)).align_up(Bytes::new(PIECE)).unwrap_or(range.end).min(range.end);
             let size = usize::try_from(end.saturating_sub(at).get()).unwrap_or(0);
-            let bytes = self.read(&mut buffer, at, size)?;
+            let bytes = deadline::anew(|| self.read(&mut buffer, at, size))?;
             if bytes.len() < size {
                 // The device has become shorter.
                 return Ok(());

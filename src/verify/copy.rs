@@ -9,7 +9,7 @@ use super::findings::{Findings, Ranges};
 use super::pieces::Pieces;
 use super::progress::Progress;
 use super::suspects::{LEAST_ROUNDS, Suspects, pause};
-use super::{length, threads};
+use super::{length, read_piece, threads};
 use crate::error::Result;
 use crate::handle::{Handle, Walk};
 use crate::map::Extent;
@@ -196,7 +196,7 @@ fn read<'a>(
     buffer: &'a mut AlignedBuffer,
     piece: &Range<Bytes>,
 ) -> Option<&'a [u8]> {
-    handle.read(buffer, piece.start, length(piece)).inspect_err(|error| side.findings().add_unread(piece, error)).ok()
+    read_piece(handle, buffer, piece).inspect_err(|error| side.findings().add_unread(piece, error)).ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

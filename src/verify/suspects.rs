@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use super::differences::{intersection, not_zero};
 use super::findings::Findings;
-use super::length;
+use super::{length, read_piece};
 use crate::error::Result;
 use crate::handle::Handle;
 use crate::sys::buffer::AlignedBuffer;
@@ -65,7 +65,7 @@ impl<'a> Suspects<'a> {
     /// # Errors
     /// When the device is gone.
     pub(super) fn check(&self, piece: Range<Bytes>, buffer: &mut AlignedBuffer) -> Result<()> {
-        match self.handle.read(buffer, piece.start, length(&piece)) {
+        match read_piece(self.handle, buffer, &piece) {
             Ok(bytes) => {
                 let ranges = not_zero(bytes, piece.start);
                 self.add(piece, ranges)
@@ -159,7 +159,7 @@ impl Suspect {
         if self.ranges.is_empty() {
             return Ok(());
         }
-        match suspects.handle.read(buffer, self.piece.start, length(&self.piece)) {
+        match read_piece(suspects.handle, buffer, &self.piece) {
             Ok(bytes) => self.note_read(bytes),
             Err(error) => {
                 suspects.findings().add_unread(&self.piece, &error);

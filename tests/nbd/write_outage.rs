@@ -1,11 +1,18 @@
 //! Writes to servers that end, hang, or fail to flush: no error is lost, and each is reported in bounded time.
 
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use blkholefs::testing::source::nbd::{Client, ExportWriter, Timeouts};
+use blkholefs::testing::deadline;
+use blkholefs::testing::export::{Export, NbdExportFile};
+use blkholefs::testing::handle::Handle;
+use blkholefs::testing::source::nbd::{Client, ExportWriter, NbdExport, Timeouts, Uri};
+use blkholefs::testing::units::Bytes;
 
+use crate::common::mount::Mount;
 use crate::common::nbd::{Server, directory, image};
 use crate::common::{MIB, needs, wait_until};
 use crate::fake::{Action, BLOCK, Dialect, FakeServer, Message, Step, failure, set_export};
@@ -111,6 +118,59 @@ fn a_write_without_an_answer_is_an_error_and_ends_the_writing() {
         assert_eq!(errno(again.flush()), Ok(()));
         assert_eq!(fake.disk()[..3], *b"yes");
     }
+}
+
+/// A program that keeps its file open after the error does not keep others from writing.
+#[test]
+fn a_file_of_a_mount_can_be_opened_again_after_a_write_without_an_answer() {
+    needs!(root);
+    let is_cut = Arc::new(AtomicBool::new(false));
+    let cuts = Arc::clone(&is_cut);
+    let fake = server(FLAGS, move |message| match message.step {
+        Step::Write if cuts.swap(false, Ordering::Relaxed) => cut(message),
+        _ => Action::Continue,
+    });
+    let mount = Mount::with_options(fake.uri.as_ref(), &["-o", "rw"]);
+    let path = mount.directory().join("nbd");
+    let open = || OpenOptions::new().read(true).write(true).open(&path).expect("it is opened");
+    let write = |file: &File, bytes: &[u8]| file.write_all_at(bytes, 0).map_err(|error| error.raw_os_error());
+    let failed = open();
+    assert_eq!(write(&failed, b"old"), Ok(()));
+    failed.sync_all().unwrap();
+    is_cut.store(true, Ordering::Relaxed);
+    assert_eq!(write(&failed, b"lost?"), Err(Some(libc::EIO)));
+    let again = open();
+    assert_eq!(write(&again, b"new"), Ok(()), "{}", mount.log());
+    again.sync_all().unwrap();
+    assert_eq!(write(&failed, b"no"), Err(Some(libc::EIO)), "the order of its writes is unknown");
+    assert_eq!(fake.disk()[..3], *b"new");
+    nix::unistd::truncate(&path, 0).unwrap();
+    assert_eq!(fake.disk()[..3], [0; 3]);
+}
+
+/// Each step of a truncation has the time of a request: all of them may take longer.
+#[test]
+fn a_long_truncation_ends_at_no_deadline() {
+    const LIMIT: Duration = Duration::from_secs(3);
+    let data = vec![7; 40 << 20];
+    let len = data.len() as u64;
+    let hook = move |message: &mut Message| {
+        // Flushes, and no requests for zeros: all is read first.
+        set_export(message, len, 0x05);
+        if message.step == Step::Read {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Action::Continue
+    };
+    let fake = FakeServer::new(Dialect::Structured, &data, Arc::new(hook));
+    let export = NbdExportFile::open(&NbdExport::new(Uri::parse(&fake.uri).unwrap())).unwrap();
+    let export: Arc<dyn Export> = Arc::new(export);
+    let writer = export.writer().unwrap();
+    let handle = Handle::new(export, Arc::default(), Arc::default());
+    let begin = Instant::now();
+    deadline::within(LIMIT, || handle.make_zero(&*writer, Bytes::ZERO..Bytes::new(len))).unwrap();
+    assert!(begin.elapsed() > LIMIT);
+    assert!(fake.disk().iter().all(|byte| *byte == 0));
 }
 
 #[test]

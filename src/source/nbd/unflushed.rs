@@ -44,7 +44,7 @@ impl Unflushed {
     ///
     /// Why the writer cannot write any more.
     pub(super) fn begin(&mut self, writer: &WriterState, connection: u64) -> Result<u64, String> {
-        if self.unanswered > writer.unanswered {
+        if self.has_ended(writer) {
             return Err("an earlier write had no answer, so that its effect is unknown".to_owned());
         }
         if self.connection != connection {
@@ -54,6 +54,11 @@ impl Unflushed {
             (self.connection, self.answered, self.flushed) = (connection, 0, 0);
         }
         Ok(self.answered)
+    }
+
+    /// Whether the writer cannot write any more: a write had no answer since it was opened.
+    pub(super) fn has_ended(&self, writer: &WriterState) -> bool {
+        self.unanswered > writer.unanswered
     }
 
     /// A write was answered on that connection.

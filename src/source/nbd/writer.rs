@@ -206,6 +206,11 @@ impl ExportWriter {
         Err(RequestError::Broken("each connection ended before it had flushed".to_owned()))
     }
 
+    /// Whether a write without an answer has ended the writing.
+    pub fn has_ended(&self) -> bool {
+        self.unflushed().has_ended(&self.state())
+    }
+
     /// Whether there was a loss that this writer has not reported. It counts as reported from now on.
     fn report_loss(&self) -> bool {
         self.unflushed().report(&mut self.state())
