@@ -121,10 +121,11 @@ impl Error {
     }
 
     /// The level at which a failed request is logged: debug for the refusals that occur in normal use (a name that does not
-    /// exist or is to be looked up again, opening for writing, opening a directory as a file), warn for all others.
+    /// exist or is to be looked up again, opening for writing, opening a directory as a file, a kind of fallocate(2) that does not
+    /// exist), warn for all others.
     pub fn level(&self) -> Level {
         match self.errno() {
-            libc::ENOENT | libc::EROFS | libc::EISDIR | libc::ESTALE => Level::Debug,
+            libc::ENOENT | libc::EROFS | libc::EISDIR | libc::ESTALE | libc::EOPNOTSUPP => Level::Debug,
             _ => Level::Warn,
         }
     }
@@ -264,7 +265,7 @@ mod tests {
 
     #[test]
     fn refusals_of_normal_use_are_logged_for_debugging_only() {
-        for errno in [libc::ENOENT, libc::EROFS, libc::EISDIR, libc::ESTALE] {
+        for errno in [libc::ENOENT, libc::EROFS, libc::EISDIR, libc::ESTALE, libc::EOPNOTSUPP] {
             assert_eq!(Error::from_errno(errno).level(), Level::Debug);
         }
         for errno in [libc::EIO, libc::EBADF, libc::EACCES, libc::ENXIO] {

@@ -14,7 +14,6 @@ mod write;
 
 pub use attributes::{Attributes, Ownership};
 pub use nodes::{Ino, ROOT};
-pub use write::PageCache;
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -35,7 +34,7 @@ use nodes::Nodes;
 use open::{OpenFile, OpenFiles};
 use share::{OpenDevices, is_same};
 use usage::UsageCache;
-use write::Writers;
+use write::{DropPages, Writers};
 
 /// An open file's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -87,7 +86,7 @@ pub struct FileSystem {
     devices: Mutex<OpenDevices>,
     writers: Writers,
     flush_failures: FlushFailures,
-    page_cache: OnceLock<Arc<dyn PageCache>>,
+    drop_pages: OnceLock<DropPages>,
     listings: Mutex<HashMap<u64, OpenDirectory>>,
     next_fh: AtomicU64,
 }
@@ -122,7 +121,7 @@ impl FileSystem {
             devices: Mutex::default(),
             writers: Writers::default(),
             flush_failures: FlushFailures::default(),
-            page_cache: OnceLock::new(),
+            drop_pages: OnceLock::new(),
             listings: Mutex::default(),
             next_fh: AtomicU64::new(1),
         })

@@ -96,7 +96,8 @@ impl BlkHoleFs {
         // Without FOPEN_KEEP_CACHE each open drops the cached pages, so that no read returns bytes older than the open.
         let open_flags = if direct_io { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() };
         let (passthrough, kernel_cache, buffers) = (Arc::default(), Arc::<KernelCache>::default(), Arc::default());
-        fs.set_page_cache(kernel_cache.clone());
+        let cache = kernel_cache.clone();
+        fs.set_drop_pages(move |ino, range| cache.drop_range(ino, range));
         Self { fs, threads: Threads::new(SESSION_THREADS), passthrough, kernel_cache, buffers, open_flags }
     }
 

@@ -73,11 +73,8 @@ impl Writers {
     }
 }
 
-/// The pages of the files that the kernel keeps.
-pub trait PageCache: Send + Sync {
-    /// Drops the pages of a range of a file. Waits for those that are being read.
-    fn drop_range(&self, ino: Ino, range: Range<Bytes>);
-}
+/// Drops the pages that the kernel keeps of a range of a file. Waits for those that are being read.
+pub(super) type DropPages = Box<dyn Fn(Ino, Range<Bytes>) + Send + Sync>;
 
 impl FileSystem {
     /// Whether files can be opened for writing.
@@ -107,10 +104,10 @@ impl FileSystem {
         });
     }
 
-    /// Sets what keeps pages of the files. After a change of a file they are dropped.
-    pub fn set_page_cache(&self, cache: Arc<dyn PageCache>) {
+    /// Sets what drops the pages that the kernel keeps of a file: it is called after each change, before the reply to it.
+    pub fn set_drop_pages(&self, drop_pages: impl Fn(Ino, Range<Bytes>) + Send + Sync + 'static) {
         // A file system has one session, so the cell is empty here.
-        let _ = self.page_cache.set(cache);
+        let _ = self.drop_pages.set(Box::new(drop_pages));
     }
 
     /// Drops everything that was read of a device before a change of `range`, by whatever name it is open. Called after the
@@ -128,9 +125,9 @@ impl FileSystem {
                 inodes.push(*ino);
             }
         }
-        let Some(cache) = self.page_cache.get() else { return };
+        let Some(drop_pages) = self.drop_pages.get() else { return };
         for ino in inodes {
-            cache.drop_range(ino, range.clone());
+            drop_pages(ino, range.clone());
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use fuser::{INodeNo, Notifier};
 use log::debug;
 
-use crate::fs::{Ino, PageCache};
+use crate::fs::Ino;
 use crate::units::Bytes;
 
 /// Sends notifications about cached pages to the kernel. Does nothing before the session is connected.
@@ -39,12 +39,10 @@ impl KernelCache {
     pub(super) fn drop_pages(&self, ino: Ino) {
         self.drop_range(ino, Bytes::ZERO..Bytes::ZERO);
     }
-}
 
-impl PageCache for KernelCache {
-    /// `invalidate_inode_pages2_range` of `mm/truncate.c` locks each page, and a page stays locked until the reply to its read.
-    /// An empty range stands for the whole file.
-    fn drop_range(&self, ino: Ino, range: Range<Bytes>) {
+    /// Drops the cached pages of a range of a file, and waits for those that are being read: `invalidate_inode_pages2_range` of
+    /// `mm/truncate.c` locks each page, and a page stays locked until the reply to its read. An empty range stands for the whole file.
+    pub(super) fn drop_range(&self, ino: Ino, range: Range<Bytes>) {
         let Some(notifier) = self.0.get() else { return };
         let len = range.end.saturating_sub(range.start).get();
         // A length of 0 means up to the end of the file.
