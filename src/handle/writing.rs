@@ -147,11 +147,11 @@ impl Handle {
     }
 
     /// The error of a request: the cause has the errno that the client gets, if that is one of write(2) that has a meaning for
-    /// the client. All others are EIO.
+    /// the client. All others are EIO. A device that is gone has no length left, so the cause may be ENOSPC.
     fn write_error(&self, what: &str, cause: io::Error) -> Error {
         let errno = match cause.raw_os_error() {
-            Some(errno @ (libc::ENOSPC | libc::EDQUOT | libc::EROFS | libc::EPERM | libc::ENODEV)) => errno,
             _ if self.export.is_gone() => libc::ENODEV,
+            Some(errno @ (libc::ENOSPC | libc::EDQUOT | libc::EROFS | libc::EPERM | libc::ENODEV)) => errno,
             _ => libc::EIO,
         };
         Error::failed(format!("cannot {what}")).on(self.export.name()).because(cause).with_errno(errno)

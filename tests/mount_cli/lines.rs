@@ -11,7 +11,7 @@ use crate::common::{MIB, image, needs};
 fn helper_mounts_with_type_source_and_flags() {
     needs!(root);
     let bench = Bench::new();
-    bench.mount(&["-o", "rw"]);
+    bench.mount(&["-o", "ro"]);
     let line = bench.mounted().expect("it is mounted");
     assert_eq!(line[5], "ro,nosuid,nodev,noexec,relatime");
     let device = bench.device.path().to_str().unwrap();
@@ -27,7 +27,7 @@ fn options_reach_the_mount() {
     bench.mount(&[
         "-sn",
         "-o",
-        "rw,exec,suid,noatime,nofail,_netdev,user",
+        "ro,exec,suid,noatime,nofail,_netdev,user",
         "-o",
         "allow_other,max_read=65536,umask=077,",
     ]);
