@@ -1,6 +1,6 @@
 //! Mounting and unmounting: the commands `mount` and `umount`, and the daemon.
 //!
-//! [`argv`], [`options`] and [`mountinfo`] are parsers. [`helper`] is the program that mount(8) runs, and `start` has the
+//! [`argv`] and [`options`] are parsers. [`helper`] is the program that mount(8) runs, and `start` has the
 //! steps of a mount in their order: it opens the device, [`daemon`] forks, [`session`] mounts, and [`serve`] runs until the
 //! unmount. [`umount`] unmounts, finds the daemon by its [`record`], and waits until the daemon has closed the device
 //! ([`release`]).
@@ -10,7 +10,6 @@ pub mod daemon;
 mod fusermount;
 pub mod helper;
 pub mod logging;
-pub mod mountinfo;
 pub mod namespace;
 pub mod options;
 pub mod point;

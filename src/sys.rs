@@ -11,6 +11,7 @@ pub mod iostats;
 pub mod kmsg;
 pub mod loopdev;
 pub mod memory;
+pub mod mountinfo;
 pub mod process;
 pub mod sg;
 pub mod stamp;

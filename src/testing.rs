@@ -24,7 +24,8 @@ pub mod map {
     pub use crate::map::{ChangeMap, Extent, ExtentKind, FillMap, HoleMap, view};
 }
 pub mod mount {
-    pub use crate::mount::{argv, mountinfo, options, record};
+    pub use crate::mount::{argv, options, record};
+    pub use crate::sys::mountinfo;
     pub mod session {
         pub use crate::mount::session::CLONE_DESCRIPTOR;
     }

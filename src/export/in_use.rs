@@ -3,9 +3,7 @@
 //! The kernel shows devices above a device, mounted file systems, and swap. A program that holds it with `O_EXCL` is not shown. An
 //! image is in use if a loop device that it is bound to is.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +11,7 @@ use super::Export;
 use crate::error::{Error, shown};
 use crate::sys::device::{self, DeviceId};
 use crate::sys::loopdev::LoopStatus;
+use crate::sys::mountinfo::{self, MountEntry, unescape};
 use crate::sys::sysfs;
 
 /// The error of an open for writing that failed: with the users of a device that is in use, where the kernel shows them.
@@ -53,13 +52,11 @@ pub(super) fn used_loop(image: &File) -> Option<DeviceId> {
 /// (`bd_may_claim` of `block/bdev.c`).
 fn users(id: DeviceId) -> Vec<String> {
     let read = |path: &str| fs::read(path).unwrap_or_default();
-    let (mounts, swaps) = (read("/proc/self/mountinfo"), read("/proc/swaps"));
+    let (mounts, swaps) = (mountinfo::parse(&read("/proc/self/mountinfo")), read("/proc/swaps"));
     let mut users = Vec::new();
     for id in related(id) {
         users.extend(sysfs::holders(id).unwrap_or_default().into_iter().map(name));
-        let mounted = mounts.split(|byte| *byte == b'\n').filter_map(mount);
-        let here =
-            mounted.filter(|mount| mount.device == id || mount.source.as_deref().and_then(device_at) == Some(id));
+        let here = mounts.iter().filter(|mount| mount.device == id || source_device(mount) == Some(id));
         users.extend(here.map(|mount| format!("a file system that is mounted on {}", shown(&mount.point))));
         if swaps.split(|byte| *byte == b'\n').any(|line| swap(line).and_then(|path| device_at(&path)) == Some(id)) {
             users.push("swap".to_owned());
@@ -98,44 +95,19 @@ fn device_at(path: &Path) -> Option<DeviceId> {
     metadata.file_type().is_block_device().then(|| DeviceId::from_dev(metadata.rdev()))
 }
 
-/// A line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
-#[derive(Debug, PartialEq, Eq)]
-struct Mount {
-    device: DeviceId,
-    point: PathBuf,
-    /// The device of a file system whose device number is not that of its device.
-    source: Option<PathBuf>,
-}
-
 /// The file systems on a device that have a device number of their own.
-const NUMBERED: [&[u8]; 2] = [b"btrfs", b"bcachefs"];
+const NUMBERED: [&str; 2] = ["btrfs", "bcachefs"];
 
-fn mount(line: &[u8]) -> Option<Mount> {
-    let mut words = line.split(|byte| *byte == b' ');
-    let device = str::from_utf8(words.nth(2)?).ok()?.parse().ok()?;
-    let point = unescaped(words.nth(1)?);
-    let mut words = words.skip_while(|word| *word != b"-").skip(1);
-    let (kind, source) = (words.next()?, words.next()?);
-    let source = NUMBERED.contains(&kind).then(|| unescaped(source));
-    Some(Mount { device, point, source })
+/// The device of a file system whose device number is not that of its device.
+fn source_device(mount: &MountEntry) -> Option<DeviceId> {
+    let is_numbered = NUMBERED.iter().any(|kind| mount.fs_type == *kind);
+    is_numbered.then(|| device_at(Path::new(&mount.source))).flatten()
 }
 
 /// The path in a line of `/proc/swaps`; `None` for the headings.
 fn swap(line: &[u8]) -> Option<PathBuf> {
-    line.starts_with(b"/").then(|| unescaped(line.split(|byte| byte.is_ascii_whitespace()).next().unwrap_or_default()))
-}
-
-/// A path without the escapes of the kernel, such as `\040` for a space (`mangle_path` of `fs/seq_file.c`).
-fn unescaped(word: &[u8]) -> PathBuf {
-    let mut bytes = Vec::new();
-    let mut rest = word;
-    while let Some((&first, others)) = rest.split_first() {
-        let octal = (first == b'\\').then(|| others.get(..3)).flatten();
-        let value = octal.and_then(|digits| u8::from_str_radix(str::from_utf8(digits).ok()?, 8).ok());
-        bytes.push(value.unwrap_or(first));
-        rest = if value.is_some() { &others[3..] } else { others };
-    }
-    PathBuf::from(OsString::from_vec(bytes))
+    line.starts_with(b"/")
+        .then(|| unescape(line.split(|byte| byte.is_ascii_whitespace()).next().unwrap_or_default()).into())
 }
 
 #[cfg(test)]
@@ -143,21 +115,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_of_proc() {
-        let line = b"36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
-        let device = DeviceId { major: 98, minor: 0 };
-        assert_eq!(mount(line), Some(Mount { device, point: "/mnt 2".into(), source: None }));
-        let line = b"36 35 0:45 /root / rw - btrfs /dev/a\\134b rw";
-        let device = DeviceId { major: 0, minor: 45 };
-        assert_eq!(mount(line), Some(Mount { device, point: "/".into(), source: Some("/dev/a\\b".into()) }));
-        for line in
-            [&b""[..], b"36", b"36 35 x /a /b - ext3 /dev/root rw", b"36 35 98:0 /a /b rw - ext3", b"1 1 1:1 / / rw"]
-        {
-            assert_eq!(mount(line), None);
-        }
+    fn lines_of_the_list_of_swap() {
         assert_eq!(swap(b"/dev/dm-1                               partition\t123\t0\t-2"), Some("/dev/dm-1".into()));
         assert_eq!(swap(b"Filename\t\t\t\tType\t\tSize"), None);
-        assert_eq!(unescaped(b"\\"), PathBuf::from("\\"));
-        assert_eq!(unescaped(b"\\999a"), PathBuf::from("\\999a"));
     }
 }

@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use lexopt::Arg::{Long, Short, Value};
 
 use crate::error::{Error, Result};
-use crate::mount::mountinfo::FS_TYPE;
 use crate::mount::options::{self, FirstRw};
+use crate::sys::mountinfo::FS_TYPE;
 
 /// A parsed command line.
 #[derive(Debug, PartialEq, Eq)]

@@ -12,9 +12,10 @@ use nix::unistd::geteuid;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::fusermount;
-use crate::mount::mountinfo::{self, DeviceNumber, MountEntry};
 use crate::mount::namespace::Namespace;
 use crate::mount::record::{self, MountPointLock};
+use crate::sys::device::DeviceId;
+use crate::sys::mountinfo::{self, MountEntry};
 
 /// What the mountpoint is, and so what the root of the mount is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,7 +139,7 @@ pub struct Claim {
     point: MountPoint,
     /// The file systems that were mounted here before. A device number identifies a file system while it is mounted. Mount
     /// ids would not do, because the kernel reuses them at once.
-    below: Vec<DeviceNumber>,
+    below: Vec<DeviceId>,
     _lock: Option<MountPointLock>,
 }
 
@@ -176,7 +177,7 @@ impl Claim {
 pub struct Mounted {
     dir: PathBuf,
     namespace: Namespace,
-    device: DeviceNumber,
+    device: DeviceId,
 }
 
 /// The result of an unmount.
@@ -195,7 +196,7 @@ impl Mounted {
     }
 
     /// Its `st_dev`. No other file system has it while this one is served.
-    pub fn device(&self) -> DeviceNumber {
+    pub fn device(&self) -> DeviceId {
         self.device
     }
 

@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{Pid, geteuid};
 
-use crate::mount::mountinfo::DeviceNumber;
+use crate::sys::device::DeviceId;
 
 /// The record of this process. Dropping it removes the file.
 #[derive(Debug)]
@@ -72,7 +72,7 @@ impl MountRecord {
     ///
     /// # Errors
     /// When the directory cannot be written.
-    pub fn create(directory: &Path, device: DeviceNumber) -> io::Result<Self> {
+    pub fn create(directory: &Path, device: DeviceId) -> io::Result<Self> {
         make(directory)?;
         remove_stale(directory)?;
         let path = path(directory, device);
@@ -126,7 +126,7 @@ fn open_own(path: &Path) -> io::Result<File> {
 
 /// The process id of the daemon that serves the mount with `device`; `None` without a record in `directory`, and when the
 /// daemon has ended.
-pub fn daemon_of(directory: &Path, device: DeviceNumber) -> Option<Pid> {
+pub fn daemon_of(directory: &Path, device: DeviceId) -> Option<Pid> {
     const LONGEST: u64 = 16;
     let file = open(&path(directory, device)).ok()?;
     let mut text = String::new();
@@ -143,7 +143,7 @@ pub fn process_in(text: &str) -> Option<Pid> {
     text.trim_end().parse().ok().filter(|pid| *pid > 0).map(Pid::from_raw)
 }
 
-fn path(directory: &Path, device: DeviceNumber) -> PathBuf {
+fn path(directory: &Path, device: DeviceId) -> PathBuf {
     directory.join(format!("{}-{}", device.major, device.minor))
 }
 
@@ -183,7 +183,7 @@ fn if_missing(error: io::Error) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    const DEVICE: DeviceNumber = DeviceNumber { major: 0, minor: 45 };
+    const DEVICE: DeviceId = DeviceId { major: 0, minor: 45 };
 
     #[test]
     fn a_record_exists_as_long_as_its_daemon() {
@@ -192,7 +192,7 @@ mod tests {
         assert_eq!(daemon_of(&dir, DEVICE), None);
         let record = MountRecord::create(&dir, DEVICE).unwrap();
         assert_eq!(daemon_of(&dir, DEVICE), Some(Pid::this()));
-        assert_eq!(daemon_of(&dir, DeviceNumber { minor: 46, ..DEVICE }), None);
+        assert_eq!(daemon_of(&dir, DeviceId { minor: 46, ..DEVICE }), None);
         drop(record);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
     }

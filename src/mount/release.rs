@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
-use crate::mount::mountinfo::{DeviceNumber, MountEntry};
 use crate::mount::record;
+use crate::sys::device::DeviceId;
+use crate::sys::mountinfo::MountEntry;
 use crate::sys::process;
 
 /// The time that a daemon has to end in. Closing devices takes milliseconds, unless a device hangs.
@@ -30,7 +31,7 @@ const INTERVAL_MS: u8 = 10;
 pub struct Daemon {
     pid: Pid,
     process: OwnedFd,
-    device: DeviceNumber,
+    device: DeviceId,
 }
 
 /// The state of the daemon and its devices some time after an unmount.
@@ -92,7 +93,7 @@ impl Daemon {
 /// Whether the file system with this device number is mounted in any namespace. As long as it is, it has a directory in
 /// /sys/class/bdi (`fs/super.c: super_setup_bdi_name`), which is removed with its superblock
 /// (`fs/super.c: generic_shutdown_super`; 5.10, 6.1, 6.12, 7.3).
-fn is_mounted(class: &Path, device: DeviceNumber) -> bool {
+fn is_mounted(class: &Path, device: DeviceId) -> bool {
     class.join(device.to_string()).exists()
 }
 
@@ -130,7 +131,7 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
         let process = process::pidfd_open(pid).unwrap();
-        let daemon = Daemon { pid, process, device: DeviceNumber { major: 0, minor: u32::MAX } };
+        let daemon = Daemon { pid, process, device: DeviceId { major: 0, minor: u32::MAX } };
         assert_eq!(daemon.wait(), ReleaseOutcome::Ended);
         child.wait().unwrap();
     }

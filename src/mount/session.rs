@@ -15,9 +15,10 @@ use nix::unistd::{getegid, geteuid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::{BlkHoleFs, SESSION_THREADS};
 use crate::mount::fusermount;
-use crate::mount::mountinfo::{DeviceNumber, FS_TYPE};
 use crate::mount::options::MountOptions;
 use crate::mount::point::{Claim, MountPoint, MountPointKind, Mounted};
+use crate::sys::device::DeviceId;
+use crate::sys::mountinfo::FS_TYPE;
 
 /// Whether each session thread has a descriptor of the FUSE device of its own (`FUSE_DEV_IOC_CLONE`, Linux 4.5).
 pub const CLONE_DESCRIPTOR: bool = true;
@@ -141,7 +142,7 @@ fn mount_as_user(spec: &OsStr, point: &MountPoint, options: &MountOptions) -> Re
     fusermount::mount(point.dir(), &list)
 }
 
-fn raise_read_ahead(device: DeviceNumber) {
+fn raise_read_ahead(device: DeviceId) {
     let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
     if let Err(error) = fs::write(Path::new(&path), READ_AHEAD_KIB.to_string()) {
         log::debug!("{path}: cannot raise: {error}");

@@ -14,11 +14,12 @@ use crate::error::{Error, Result};
 use crate::mount::argv::{self, UmountRequest};
 use crate::mount::fusermount;
 use crate::mount::helper::finish;
-use crate::mount::mountinfo::{self, DeviceNumber, MountEntry};
 use crate::mount::namespace::Namespace;
 use crate::mount::release::{Daemon, ReleaseOutcome};
 use crate::mount::{logging, point, record};
 use crate::spec::absolute;
+use crate::sys::device::DeviceId;
+use crate::sys::mountinfo::{self, MountEntry};
 
 const USAGE: &str = "\
 Usage: umount.blkholefs DIR|SPEC [-flnrvhV] [-N NAMESPACE] [-t TYPE]
@@ -61,7 +62,7 @@ fn run(name: &str, request: &UmountRequest) -> Result<u8> {
 }
 
 /// The other mountpoints of a file system, in the namespace of the list.
-fn others(list: &[MountEntry], device: DeviceNumber) -> Vec<PathBuf> {
+fn others(list: &[MountEntry], device: DeviceId) -> Vec<PathBuf> {
     list.iter()
         .filter(|mount| mount.is_blkholefs() && mount.device == device)
         .map(|mount| mount.point.clone())

@@ -1,27 +1,13 @@
 //! The kernel's list of mounts, `/proc/PID/mountinfo` (proc_pid_mountinfo(5)).
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use super::device::DeviceId;
+
 /// The file system type of the mounts of this program.
 pub const FS_TYPE: &str = "fuse.blkholefs";
-
-/// A file system's device number, `st_dev`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct DeviceNumber {
-    /// The major number; zero for FUSE.
-    pub major: u32,
-    /// The minor number.
-    pub minor: u32,
-}
-
-impl fmt::Display for DeviceNumber {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.major, self.minor)
-    }
-}
 
 /// One line of the list.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,8 +16,8 @@ pub struct MountEntry {
     pub id: u64,
     /// The id of the parent mount.
     pub parent: u64,
-    /// The device number of the file system.
-    pub device: DeviceNumber,
+    /// The device number of the file system, `st_dev`. The major number of FUSE is zero.
+    pub device: DeviceId,
     /// The mountpoint.
     pub point: PathBuf,
     /// Its type, such as `fuse.blkholefs`.
@@ -60,9 +46,7 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|byte| *byte == b' ');
     let id = number(fields.next()?)?;
     let parent = number(fields.next()?)?;
-    let device = fields.next()?;
-    let colon = device.iter().position(|byte| *byte == b':')?;
-    let device = DeviceNumber { major: number(&device[..colon])?, minor: number(&device[colon + 1..])? };
+    let device = number(fields.next()?)?;
     let _root = fields.next()?;
     let point = unescape(fields.next()?).into();
     let _options = fields.next()?;
@@ -79,7 +63,7 @@ fn number<T: std::str::FromStr>(digits: &[u8]) -> Option<T> {
 
 /// Decodes the kernel's `mangle()` (`fs/proc_namespace.c`), which writes blanks, tabs, line breaks and backslashes as a
 /// backslash and three octal digits.
-fn unescape(field: &[u8]) -> OsString {
+pub fn unescape(field: &[u8]) -> OsString {
     let mut plain = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, after)) = rest.split_first() {
@@ -127,6 +111,25 @@ garbage\n\
         assert_eq!(list[2].fs_type, "tmpfs");
         assert_eq!(list[4].source, "", "an empty source is an empty field");
         assert!(list[1].is_blkholefs() && !list[0].is_blkholefs());
+    }
+
+    #[test]
+    fn fields_of_single_lines() {
+        let fields = |line: &[u8]| {
+            let entry = parse(line).pop()?;
+            Some((entry.device.to_string(), entry.point, entry.fs_type, entry.source))
+        };
+        let line = b"36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
+        assert_eq!(fields(line), Some(("98:0".into(), "/mnt 2".into(), "ext3".into(), "/dev/root".into())));
+        let line = b"36 35 0:45 /root / rw - btrfs /dev/a\\134b rw";
+        assert_eq!(fields(line), Some(("0:45".into(), "/".into(), "btrfs".into(), "/dev/a\\b".into())));
+        for line in
+            [&b""[..], b"36", b"36 35 x /a /b - ext3 /dev/root rw", b"36 35 98:0 /a /b rw - ext3", b"1 1 1:1 / / rw"]
+        {
+            assert_eq!(fields(line), None);
+        }
+        assert_eq!(unescape(b"\\"), "\\");
+        assert_eq!(unescape(b"\\999a"), "\\999a");
     }
 
     #[test]
