@@ -52,6 +52,11 @@ impl Bytes {
         Self(self.0.saturating_sub(other.0))
     }
 
+    /// The index of the byte at this position in a buffer that begins with the byte at `start`. The largest index if it cannot be in one.
+    pub fn index_from(self, start: Self) -> usize {
+        usize::try_from(self.saturating_sub(start).0).unwrap_or(usize::MAX)
+    }
+
     /// The largest multiple of `unit` at or below this position. If `unit` is zero, the position itself.
     pub const fn align_down(self, unit: Self) -> Self {
         match self.0.checked_rem(unit.0) {

@@ -26,7 +26,6 @@ use super::{Export, FileIdentity, FileSource, HostNode};
 use crate::error::{Error, Result};
 use crate::source::Context;
 use crate::spec::ViewOptions;
-use crate::units::Bytes;
 
 pub use older::OlderSource;
 use older::OpenedOlder;
@@ -101,11 +100,6 @@ fn named(base: &dyn Export, ending: &str) -> PathBuf {
     let mut name = base.name().as_os_str().to_owned();
     name.push(ending);
     PathBuf::from(name)
-}
-
-/// The index of the byte at `position` in a buffer that begins at `start`, which is not behind it by more than a request.
-fn index(position: Bytes, start: Bytes) -> usize {
-    usize::try_from(position.saturating_sub(start).get()).unwrap_or(usize::MAX)
 }
 
 fn next_identity() -> FileIdentity {

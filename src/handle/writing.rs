@@ -36,7 +36,7 @@ impl Handle {
     /// # Errors
     /// ENOSPC at or past the end of the device, and when a pool is full. Otherwise EIO, or ENODEV for a device that is gone.
     pub fn write(&self, writer: &dyn Writer, offset: Bytes, bytes: &[u8]) -> Result<usize> {
-        let left = usize::try_from(self.export.len()?.saturating_sub(offset).get()).unwrap_or(usize::MAX);
+        let left = self.export.len()?.index_from(offset);
         let inside = &bytes[..bytes.len().min(left)];
         if inside.is_empty() {
             return if bytes.is_empty() { Ok(0) } else { Err(self.past_end()) };

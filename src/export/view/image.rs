@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use log::{info, warn};
 
+use super::named;
 use super::older::OpenedOlder;
-use super::{index, named};
 use crate::error::{Error, Result, shown};
 use crate::export::read_queue::ReadQueue;
 use crate::export::{Export, FileIdentity, HostNode, MIN_ALIGN};
@@ -245,14 +245,14 @@ impl Export for ImageExport {
         }
         let bytes = buffer.resize(size);
         for part in parts {
-            let inside = index(part.range.start, offset)..index(part.range.end, offset);
+            let inside = part.range.start.index_from(offset)..part.range.end.index_from(offset);
             match part.content {
                 Content::Metadata => layout.fill_metadata(part.range.start, &mut bytes[inside]),
                 Content::Zeros => bytes[inside].fill(0),
                 Content::Device(device) => self.read_device(&mut bytes[inside], device)?,
             }
         }
-        Ok(0..index(end, offset))
+        Ok(0..end.index_from(offset))
     }
 
     fn read_queue(&self) -> Option<&dyn ReadQueue> {

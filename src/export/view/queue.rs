@@ -4,7 +4,6 @@ use std::io;
 use std::ops::Range;
 
 use super::image::ImageExport;
-use super::index;
 use crate::export::read_queue::{PendingRead, ReadQueue};
 use crate::qcow2::Content;
 use crate::sys::buffer::AlignedBuffer;
@@ -51,7 +50,7 @@ impl ImageExport {
         let mut parts = Vec::new();
         let mut done = 0;
         for part in layout.parts(offset..offset.saturating_add(Bytes::new(size as u64))) {
-            let range = done..index(part.range.end, offset);
+            let range = done..part.range.end.index_from(offset);
             done = range.end;
             match part.content {
                 Content::Device(device) if range.len() == size => {

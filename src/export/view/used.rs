@@ -11,7 +11,7 @@ use std::sync::Arc;
 use log::warn;
 
 use super::claim::Claim;
-use super::{Wanted, index, named};
+use super::{Wanted, named};
 use crate::error::{Error, Result, shown};
 use crate::export::{Export, FileIdentity, HostNode};
 use crate::filesystem::ReadBytes;
@@ -105,7 +105,7 @@ impl Export for UsedExport {
             (Some(first), Some(last)) => {
                 // One read from the first used byte to the last, without the free space in between.
                 let mut own = AlignedBuffer::new();
-                let (start, length) = (first.start, index(last.end, first.start));
+                let (start, length) = (first.start, last.end.index_from(first.start));
                 let range = self.base.read_at(&mut own, start, length)?;
                 if range.len() < length {
                     return Err(io::Error::from_raw_os_error(libc::EIO));
@@ -114,8 +114,8 @@ impl Export for UsedExport {
                 let bytes = buffer.resize(size);
                 bytes.fill(0);
                 for part in &used {
-                    let from = &read[index(part.start, start)..index(part.end, start)];
-                    bytes[index(part.start, offset)..index(part.end, offset)].copy_from_slice(from);
+                    let from = &read[part.start.index_from(start)..part.end.index_from(start)];
+                    bytes[part.start.index_from(offset)..part.end.index_from(offset)].copy_from_slice(from);
                 }
                 0..size
             }

@@ -117,7 +117,7 @@ impl ExportWriter {
         let mut edges = Vec::new();
         for edge in &parts.edges {
             let (mut block, place) = self.read_edge(edge, &range)?;
-            let at = index(edge.start.saturating_add(Bytes::new(place.start as u64)), offset);
+            let at = edge.start.saturating_add(Bytes::new(place.start as u64)).index_from(offset);
             block[place.clone()].copy_from_slice(&bytes[at..at + place.len()]);
             edges.push((edge.start, block));
         }
@@ -125,7 +125,7 @@ impl ExportWriter {
         let mut at = parts.inner.start;
         while at < parts.inner.end {
             let next = at.saturating_add(self.client.agreement().blocks.maximum).min(parts.inner.end);
-            changes.push(NbdChange::Write(at, &bytes[index(at, offset)..index(next, offset)]));
+            changes.push(NbdChange::Write(at, &bytes[at.index_from(offset)..next.index_from(offset)]));
             at = next;
         }
         changes.chunks(BATCH).try_for_each(|batch| self.send(batch)).map_err(|failure| self.io_error(&failure))
@@ -338,11 +338,11 @@ impl ExportWriter {
 
     /// The bytes of a block that `range` covers in part, and which of them are in the range.
     fn read_edge(&self, edge: &Range<Bytes>, range: &Range<Bytes>) -> io::Result<(Vec<u8>, Range<usize>)> {
-        let mut block = vec![0; index(edge.end, edge.start)];
+        let mut block = vec![0; edge.end.index_from(edge.start)];
         if self.client.read_at(&mut block, edge.start)? != block.len() {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        let place = index(range.start.max(edge.start), edge.start)..index(range.end.min(edge.end), edge.start);
+        let place = range.start.max(edge.start).index_from(edge.start)..range.end.min(edge.end).index_from(edge.start);
         Ok((block, place))
     }
 
@@ -365,11 +365,6 @@ impl ExportWriter {
         };
         io::Error::from_raw_os_error(errno)
     }
-}
-
-/// The index of the byte at `at` in a buffer that begins with the byte at `start`.
-fn index(at: Bytes, start: Bytes) -> usize {
-    usize::try_from(at.saturating_sub(start).get()).expect("a piece of a buffer fits into memory")
 }
 
 #[cfg(test)]
