@@ -15,6 +15,7 @@
 //! once more. So a byte that is not zero proves nothing by itself. [`suspects`] has the rounds that a range must pass before it is
 //! reported, and what they prove.
 
+mod batch;
 mod copy;
 mod differences;
 mod findings;
@@ -41,7 +42,7 @@ const PIECE: Bytes = Bytes::new(1 << 20);
 
 /// The number of bytes in a range that is at most [`PIECE`] long.
 fn length(range: &std::ops::Range<Bytes>) -> usize {
-    usize::try_from(range.end.saturating_sub(range.start).get()).unwrap_or(usize::MAX)
+    range.end.index_from(range.start)
 }
 
 /// The bytes of a piece, all of them.

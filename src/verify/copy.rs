@@ -1,9 +1,10 @@
 //! Whether a copy has the bytes of a device.
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use super::batch::Batch;
 use super::differences::{between, not_zero};
 use super::findings::{Findings, Ranges};
 use super::pieces::Pieces;
@@ -15,9 +16,6 @@ use crate::handle::{Handle, Walk};
 use crate::map::Extent;
 use crate::sys::buffer::AlignedBuffer;
 use crate::units::Bytes;
-
-/// The number of pieces that are read again together, so that they share the pauses.
-const BATCH: usize = 1024;
 
 /// The result of a comparison.
 #[derive(Debug)]
@@ -74,7 +72,7 @@ pub fn copy(device: &Handle, copy: &Handle, progress: &Progress) -> Result<CopyR
         device: Suspects::of(device),
         copy: Suspects::of(copy),
         handles: [device, copy],
-        waiting: Mutex::default(),
+        waiting: Batch::default(),
         different: Mutex::default(),
     };
     threads::for_each(Pieces::of(segments), |(piece, kind), buffers| {
@@ -83,8 +81,7 @@ pub fn copy(device: &Handle, copy: &Handle, progress: &Progress) -> Result<CopyR
         progress.advance(bytes);
         Ok(())
     })?;
-    let waiting = std::mem::take(&mut *lock(&pair.waiting));
-    pair.decide(waiting)?;
+    pair.decide(pair.waiting.take())?;
     let different = pair.different.into_inner().unwrap_or_else(PoisonError::into_inner);
     let findings = Findings { different, ..pair.device.end()? };
     Ok(CopyReport { device_len, copy_len, counts, device: findings, copy: pair.copy.end()? })
@@ -117,7 +114,7 @@ struct Pair<'a> {
     device: Suspects<'a>,
     copy: Suspects<'a>,
     handles: [&'a Handle; 2],
-    waiting: Mutex<Vec<Different>>,
+    waiting: Batch<Different>,
     different: Mutex<Ranges>,
 }
 
@@ -133,11 +130,7 @@ impl Pair<'_> {
                 .map(|bytes| not_zero(bytes, piece.start)),
         };
         let Some(ranges) = ranges.filter(|ranges| !ranges.is_empty()) else { return Ok(()) };
-        let mut waiting = lock(&self.waiting);
-        waiting.push(Different { piece, kind, ranges });
-        let batch = if waiting.len() < BATCH { Vec::new() } else { std::mem::take(&mut *waiting) };
-        drop(waiting);
-        self.decide(batch)
+        self.decide(self.waiting.add(Different { piece, kind, ranges }))
     }
 
     /// Reads a piece from both, and compares it. `None` if it cannot be read.
@@ -166,7 +159,7 @@ impl Pair<'_> {
             }
             pieces.retain(|piece| !piece.ranges.is_empty());
         }
-        let mut different = lock(&self.different);
+        let mut different = self.different.lock().unwrap_or_else(PoisonError::into_inner);
         pieces.into_iter().flat_map(|piece| piece.ranges).for_each(|range| different.add(range));
         Ok(())
     }
@@ -197,10 +190,6 @@ fn read<'a>(
     piece: &Range<Bytes>,
 ) -> Option<&'a [u8]> {
     read_piece(handle, buffer, piece).inspect_err(|error| side.findings().add_unread(piece, error)).ok()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The extents of one side, of which the current one is kept.

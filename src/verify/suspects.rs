@@ -22,6 +22,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use super::batch::Batch;
 use super::differences::{intersection, not_zero};
 use super::findings::Findings;
 use super::{length, read_piece};
@@ -36,9 +37,6 @@ pub(super) const LEAST_ROUNDS: u32 = 3;
 /// The rounds after which a suspect without proof is undecided.
 const MOST_ROUNDS: u32 = 8;
 
-/// The number of suspects that pass their rounds together, so that they share the pauses.
-const BATCH: usize = 1024;
-
 /// The pause after a round.
 pub(super) fn pause(round: u32) -> Duration {
     Duration::from_millis(if round == 0 { 50 } else { 250 })
@@ -47,13 +45,13 @@ pub(super) fn pause(round: u32) -> Duration {
 /// The suspects of one device. They are collected, and decided many at a time.
 pub(super) struct Suspects<'a> {
     handle: &'a Handle,
-    waiting: Mutex<Vec<Suspect>>,
+    waiting: Batch<Suspect>,
     findings: Mutex<Findings>,
 }
 
 impl<'a> Suspects<'a> {
     pub(super) fn of(handle: &'a Handle) -> Self {
-        Self { handle, waiting: Mutex::default(), findings: Mutex::default() }
+        Self { handle, waiting: Batch::default(), findings: Mutex::default() }
     }
 
     pub(super) fn findings(&self) -> MutexGuard<'_, Findings> {
@@ -85,11 +83,7 @@ impl<'a> Suspects<'a> {
         if ranges.is_empty() {
             return Ok(());
         }
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.push(Suspect::new(piece, ranges));
-        let batch = if waiting.len() < BATCH { Vec::new() } else { std::mem::take(&mut *waiting) };
-        drop(waiting);
-        self.decide(batch)
+        self.decide(self.waiting.add(Suspect::new(piece, ranges)))
     }
 
     /// Decides the remaining suspects, and returns all findings.
@@ -97,8 +91,7 @@ impl<'a> Suspects<'a> {
     /// # Errors
     /// When the device is gone.
     pub(super) fn end(self) -> Result<Findings> {
-        let waiting = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
-        self.decide(waiting)?;
+        self.decide(self.waiting.take())?;
         Ok(self.findings.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
