@@ -46,11 +46,6 @@ pub(super) struct DeviceWriter {
     filled: Filled,
 }
 
-/// As many zeros as a range has bytes, which is a part of a block.
-fn zeros(range: &Range<Bytes>) -> io::Result<Vec<u8>> {
-    len(range).map(|len| vec![0; len])
-}
-
 /// The length of a range that is in memory.
 fn len(range: &Range<Bytes>) -> io::Result<usize> {
     usize::try_from(range.end.saturating_sub(range.start).get())
@@ -159,17 +154,17 @@ impl DeviceWriter {
     /// Makes a part of one block zero, which the caller has locked. A block in which it is zero already is not written, because that
     /// could allocate it.
     fn zero_part(&self, part: &Range<Bytes>) -> io::Result<()> {
-        let zeros = zeros(part)?;
+        let size = len(part)?;
         if part.start >= self.whole_end()? {
-            return self.write_remainder(&zeros, part.start);
+            return self.write_remainder(&vec![0; size], part.start);
         }
         let mut buffer = AlignedBuffer::new();
         let (start, at) = self.read_block(&mut buffer, part)?;
-        let bytes = &mut buffer.bytes_mut()[at..at + zeros.len()];
-        if *bytes == zeros[..] {
+        let bytes = &mut buffer.bytes_mut()[at..at + size];
+        if bytes.iter().all(|byte| *byte == 0) {
             return Ok(());
         }
-        bytes.copy_from_slice(&zeros);
+        bytes.fill(0);
         self.direct.write_all_at(buffer.bytes(), start.get())
     }
 

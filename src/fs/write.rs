@@ -139,12 +139,27 @@ impl FileSystem {
     pub fn write(&self, fh: Fh, offset: Bytes, bytes: &[u8], is_durable: bool) -> Result<usize> {
         let (handle, writer) = self.open_for_writing(fh)?;
         let written = handle.write(&*writer, offset, bytes);
-        self.drop_old_bytes(&handle, offset..offset.saturating_add(Bytes::new(bytes.len() as u64)));
-        let written = written?;
+        let range = offset..offset.saturating_add(Bytes::new(bytes.len() as u64));
+        self.end_change(fh, &handle, range, is_durable, written)
+    }
+
+    /// Ends a change of a range of an open file, before the reply to it: what was read of the range before is dropped, and a change
+    /// that is to survive a loss of power (`is_durable`, or by the flags of the open) is flushed.
+    fn end_change<T>(
+        &self,
+        fh: Fh,
+        handle: &Handle,
+        range: Range<Bytes>,
+        is_durable: bool,
+        changed: Result<T>,
+    ) -> Result<T> {
+        // After a failure, too: a part of the range may have changed.
+        self.drop_old_bytes(handle, range);
+        let changed = changed?;
         if is_durable || self.open.is_synchronous(fh) {
             self.fsync(fh)?;
         }
-        Ok(written)
+        Ok(changed)
     }
 
     /// Makes a range of an open file read as zeros.
@@ -157,9 +172,7 @@ impl FileSystem {
             return Err(handle.past_end());
         }
         let zeroed = handle.make_zero(&*writer, range.clone());
-        self.drop_old_bytes(&handle, range);
-        zeroed?;
-        if self.open.is_synchronous(fh) { self.fsync(fh) } else { Ok(()) }
+        self.end_change(fh, &handle, range, false, zeroed)
     }
 
     /// Sets the length of a file, or of an open file `fh`. The length of a device does not change: 0 means that all of it is to read as
@@ -230,12 +243,7 @@ impl FileSystem {
         let (target, writer) = self.open_for_writing(to.0)?;
         let len = len.min(COPY_AT_ONCE);
         let copied = copy(&source, from.1, &target, &*writer, to.1, len);
-        self.drop_old_bytes(&target, to.1..to.1.saturating_add(len));
-        let copied = copied?;
-        if self.open.is_synchronous(to.0) {
-            self.fsync(to.0)?;
-        }
-        Ok(copied)
+        self.end_change(to.0, &target, to.1..to.1.saturating_add(len), false, copied)
     }
 
     fn open_for_writing(&self, fh: Fh) -> Result<(Arc<Handle>, Arc<dyn Writer>)> {

@@ -22,10 +22,7 @@ mod raw {
 /// # Errors
 /// As fallocate(2): `EOPNOTSUPP` where that is not possible.
 pub fn punch_hole(file: &File, range: &Range<Bytes>) -> io::Result<()> {
-    fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, range)
-}
-
-fn fallocate(file: &File, mode: libc::c_int, range: &Range<Bytes>) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     let too_big = |_| io::Error::from_raw_os_error(libc::EFBIG);
     let start = i64::try_from(range.start.get()).map_err(too_big)?;
     let len = i64::try_from(range.end.saturating_sub(range.start).get()).map_err(too_big)?;
