@@ -78,7 +78,7 @@ fn each_kind(size: u64) -> [(&'static str, Writable); 3] {
 }
 
 fn mount(spec: &Path) -> Mount {
-    Mount::with_options(spec, &["-o", "rw"])
+    Mount::writable(spec)
 }
 
 fn try_open(path: &Path, flags: i32) -> io::Result<File> {

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::thread;
 
-use common::image::Image;
+use common::image::{Image, open_rw};
 use common::loop_device::Loop;
 use common::mount::Mount;
 use common::random::Random;
@@ -54,8 +54,8 @@ fn writers_of_parts_of_a_block_lose_nothing() {
     needs!(root, programs["losetup"]);
     let image = Image::new(SIZE);
     let device = Loop::with_options(image.path(), &["--sector-size=4096"]);
-    let mount = Mount::with_options(device.path(), &["-o", "rw"]);
-    let file = &OpenOptions::new().read(true).write(true).open(mount.file()).expect("it can be opened");
+    let mount = Mount::writable(device.path());
+    let file = &open_rw(mount.file());
     const PARTS: u64 = 8;
     const PART: u64 = 1000;
     thread::scope(|scope| {
@@ -87,8 +87,8 @@ fn a_device_that_is_in_use_is_refused_with_the_name_of_the_user() {
     let image = Image::new(16 * MIB);
     run("mkfs.ext4", ["-q".as_ref(), image.path().as_os_str()]);
     let device = Loop::new(image.path());
-    let mount = Mount::with_options(device.path(), &["-o", "rw"]);
-    let of_image = Mount::with_options(image.path(), &["-o", "rw"]);
+    let mount = Mount::writable(device.path());
+    let of_image = Mount::writable(image.path());
     let place = tempfile::Builder::new().prefix("a place").tempdir().expect("a directory");
     run("mount", [device.path(), place.path()]);
     let (device_refused, image_refused) = (refused(mount.file()), refused(of_image.file()));
@@ -121,7 +121,7 @@ fn the_users_of_a_partition_are_those_of_its_disk_too() {
     let mut device = Loop::new(image.path());
     let partition = device.add_partition(1, 2048, 32768);
     run("mkfs.ext4", ["-q".as_ref(), partition.as_os_str()]);
-    let mount = Mount::with_options(device.path(), &["-o", "rw"]);
+    let mount = Mount::writable(device.path());
     let place = tempfile::tempdir().expect("a directory");
     run("mount", [partition.as_path(), place.path()]);
     let refused = refused(mount.file());
@@ -157,8 +157,8 @@ fn a_full_file_system_is_reported() {
     let full = std::panic::catch_unwind(|| {
         let path = place.path().join("image");
         File::create(&path).and_then(|file| file.set_len(SIZE)).expect("a sparse file");
-        let mount = Mount::with_options(&path, &["-o", "rw"]);
-        let file = OpenOptions::new().read(true).write(true).open(mount.file()).expect("it opens");
+        let mount = Mount::writable(&path);
+        let file = open_rw(mount.file());
         let error = file.write_all_at(&vec![1; 4 << 20], 0).expect_err("it does not fit");
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
         file.set_len(0).expect("that needs no space");

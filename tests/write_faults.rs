@@ -24,10 +24,6 @@ const WRITERS: u64 = 4;
 /// Writers write to every fourth of these: they have blocks of the device in common, and no sectors.
 const STRIPE: u64 = 6 * KIB;
 
-fn mount_writable(spec: &Path) -> Mount {
-    Mount::with_options(spec, &["-o", "rw"])
-}
-
 /// What a request returns whose daemon has gone (`fuse_abort_conn` of `fs/fuse/dev.c`), and the requests after it.
 fn is_of_a_lost_daemon(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::ENOTCONN))
@@ -98,7 +94,7 @@ fn what_was_acknowledged_is_on_the_device_after_the_daemon_is_killed() {
     let acknowledged = AtomicU64::new(0);
     let mut kills = 0;
     for kill in Length::rounds(30).numbers() {
-        let mut mount = mount_writable(device.path());
+        let mut mount = Mount::writable(device.path());
         let file = mount.file().to_owned();
         let enough = acknowledged.load(Ordering::SeqCst) + random.within(1..200);
         thread::scope(|scope| {
@@ -122,7 +118,7 @@ fn what_was_acknowledged_is_on_the_device_after_the_daemon_is_killed() {
         kills += 1;
     }
     println!("{kills} kills, {} acknowledged operations, none of them lost", acknowledged.into_inner());
-    let mount = mount_writable(device.path());
+    let mount = Mount::writable(device.path());
     check(mount.file(), device.path());
 }
 
@@ -159,7 +155,7 @@ fn a_copy_whose_daemon_is_killed_fails_and_leaves_old_and_new_bytes_only() {
             history.begin(&(0..SIZE), true);
         }
         new_source(source.path(), &mut history);
-        let mut mount = mount_writable(device.path());
+        let mut mount = Mount::writable(device.path());
         let enough = sectors_written(device.path()) + random.within(0..SIZE / 2 / SECTOR);
         let mut command = Command::new(program[0]);
         command.args(&program[1..]);

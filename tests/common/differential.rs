@@ -132,7 +132,7 @@ impl Rig {
     fn show(&mut self, device: &Target) {
         self.note(format!("show {}", device.path.display()));
         let mount = Mount::with_options(&device.path, &["-o", "compact"]);
-        let writable = Mount::with_options(&device.path, &["-o", "rw"]);
+        let writable = Mount::writable(&device.path);
         self.shown.push(Shown { device: device.clone(), mount, writable });
     }
 

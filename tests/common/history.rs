@@ -128,8 +128,8 @@ impl History {
         events.filter(|event| event.operation == operation).for_each(|event| event.has_failed = false);
     }
 
-    /// Compares the bytes of a device with the record: each must be what the operations up to `settled` have made of it, or what
-    /// one of those up to `begun` makes of it.
+    /// Compares the bytes of a device with the record. Each byte must have the value that the operations up to `settled` have given it,
+    /// or the value that one of the later operations up to `begun` gives it.
     ///
     /// # Errors
     /// The first sectors that have something else.

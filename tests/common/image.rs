@@ -92,6 +92,12 @@ pub fn write_at(file: &File, range: Range<u64>) {
     }
 }
 
+/// Opens an existing file or device for reading and writing.
+pub fn open_rw(path: &Path) -> File {
+    let opened = OpenOptions::new().read(true).write(true).open(path);
+    opened.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
 /// Opens an existing file or device for writing.
 pub fn open_for_writing(path: &Path) -> File {
     OpenOptions::new().write(true).open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))

@@ -32,6 +32,11 @@ impl Mount {
         Self::below(&std::env::temp_dir(), spec, options)
     }
 
+    /// [`Mount::new`], with files that can be written.
+    pub fn writable(spec: &Path) -> Self {
+        Self::with_options(spec, &["-o", "rw"])
+    }
+
     /// Mounts a directory of devices on a directory inside of it.
     pub fn inside(spec: &Path) -> Self {
         Self::below(spec, spec, &[])

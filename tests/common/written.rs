@@ -1,6 +1,6 @@
 //! A device that is written through a mount, with a model of its bytes.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::check::{check, check_same_bytes};
+use super::image::open_rw;
 use super::mount::Mount;
 use super::random::Random;
 
@@ -24,9 +25,9 @@ pub struct Written {
 impl Written {
     /// Mounts a device. The model begins with the bytes that it has.
     pub fn new(device: &Path) -> Self {
-        let mount = Mount::with_options(device, &["-o", "rw"]);
+        let mount = Mount::writable(device);
         let model = std::fs::read(mount.file()).expect("the file can be read");
-        let file = OpenOptions::new().read(true).write(true).open(mount.file()).expect("it can be opened for writing");
+        let file = open_rw(mount.file());
         let random = Random::new(Random::seed_or(1));
         Self { file: Some(file), mount, device: device.to_owned(), model, random }
     }

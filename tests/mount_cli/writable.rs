@@ -16,6 +16,12 @@ show() {
 }
 "#;
 
+/// Mounts with a command and perhaps a line of fstab. Only what [`SHOW`] prints is printed.
+fn shows(bench: &Bench, fstab: &str, mount: &str, expected: &str) {
+    let ran = bench.script(fstab, &[SHOW, mount, "; show"].concat());
+    assert_eq!((&*ran.out, &*ran.err), (expected, ""), "{fstab}{mount}");
+}
+
 #[test]
 fn a_line_of_fstab_is_written_only_if_it_says_writable() {
     needs!(root, programs["unshare", "findmnt", "mount", "umount"]);
@@ -31,8 +37,7 @@ fn a_line_of_fstab_is_written_only_if_it_says_writable() {
         ("writable,ro", "ro\nrefused\n"),
         ("ro,writable", "ro\nrefused\n"),
     ] {
-        let ran = bench.script(&bench.fstab_line(options), &[SHOW, r#"mount -T fstab "$PWD/mnt"; show"#].concat());
-        assert_eq!((&*ran.out, &*ran.err), (expected, ""), "{options}");
+        shows(&bench, &bench.fstab_line(options), r#"mount -T fstab "$PWD/mnt""#, expected);
     }
 }
 
@@ -54,8 +59,7 @@ fn mount_puts_rw_first_and_a_shell_does_not() {
         (r#"sh -c 'exec env mount.blkholefs "$DEV" mnt -o rw'"#, "rw\nwritten\n"),
         (r#"nohup mount.blkholefs "$DEV" mnt -o rw"#, "rw\nwritten\n"),
     ] {
-        let ran = bench.script("", &[SHOW, line, "\nshow"].concat());
-        assert_eq!((&*ran.out, &*ran.err), (expected, ""), "{line}");
+        shows(&bench, "", line, expected);
     }
 }
 
@@ -88,9 +92,7 @@ fn busybox_mounts_for_reading_unless_writable_is_given() {
         ("-o ro", "ro\nrefused\n"),
         ("-o writable", "rw\nwritten\n"),
     ] {
-        let line = format!("busybox mount -t blkholefs {options} \"$DEV\" mnt; show");
-        let ran = bench.script("", &[SHOW, &line].concat());
-        assert_eq!((&*ran.out, &*ran.err), (expected, ""), "{options}");
+        shows(&bench, "", &format!("busybox mount -t blkholefs {options} \"$DEV\" mnt"), expected);
     }
 }
 

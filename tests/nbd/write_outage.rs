@@ -130,7 +130,7 @@ fn a_file_of_a_mount_can_be_opened_again_after_a_write_without_an_answer() {
         Step::Write if cuts.swap(false, Ordering::Relaxed) => cut(message),
         _ => Action::Continue,
     });
-    let mount = Mount::with_options(fake.uri.as_ref(), &["-o", "rw"]);
+    let mount = Mount::writable(fake.uri.as_ref());
     let path = mount.directory().join("nbd");
     let open = || OpenOptions::new().read(true).write(true).open(&path).expect("it is opened");
     let write = |file: &File, bytes: &[u8]| file.write_all_at(bytes, 0).map_err(|error| error.raw_os_error());

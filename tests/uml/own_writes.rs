@@ -1,13 +1,13 @@
 //! Writes through a mount: the map of a thin volume follows them without being read anew.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::common::check::{assert_map, check, check_holes, check_same_bytes, map_holes, map_of, seek_data, sysfs};
 use crate::common::dm::{Dm, Pool};
-use crate::common::image::discard;
+use crate::common::image::{discard, open_rw};
 use crate::common::mount::Mount;
 use crate::common::random::Random;
 use crate::common::{MIB, assert_becomes, wait_until};
@@ -20,14 +20,6 @@ const FEW: usize = 30;
 
 /// The writes of a test that counts loads.
 const WRITES: u64 = 2 * FEW as u64;
-
-fn writable(spec: &Path) -> Mount {
-    Mount::with_options(spec, &["-o", "rw"])
-}
-
-fn open_for_writing(path: &Path) -> File {
-    OpenOptions::new().read(true).write(true).open(path).expect("the file can be written")
-}
 
 /// How often the daemon has read a map.
 fn loads(mount: &Mount) -> usize {
@@ -56,8 +48,8 @@ fn a_client_that_writes_and_asks_in_turn_loads_the_map_a_few_times() {
     const WRITES: u64 = 1000;
     let pool = Pool::new(128 * MIB, BLOCK);
     let thin = pool.thin(0, 256 * MIB);
-    let mount = writable(thin.path());
-    let file = open_for_writing(mount.file());
+    let mount = Mount::writable(thin.path());
+    let file = open_rw(mount.file());
     assert_eq!(seek_data(&file, 0), None);
     let commits = writes(pool.metadata());
     let (mut data, mut rough) = (Vec::new(), 0);
@@ -89,8 +81,8 @@ fn a_client_that_writes_and_asks_in_turn_loads_the_map_a_few_times() {
 fn the_allocated_size_follows_own_writes() {
     let pool = Pool::new(64 * MIB, BLOCK);
     let thin = pool.thin(0, 16 * MIB);
-    let mount = writable(thin.path());
-    let file = open_for_writing(mount.file());
+    let mount = Mount::writable(thin.path());
+    let file = open_rw(mount.file());
     let blocks = || fs::metadata(mount.file()).expect("attributes").blocks_of_64k();
     assert_eq!(seek_data(&file, 0), None);
     for n in 1..=WRITES {
@@ -124,8 +116,8 @@ fn the_device_counts_each_sector_of_an_own_write_once() {
     for name in ["a", "b"] {
         std::os::unix::fs::symlink(thin.path(), directory.path().join(name)).expect("a new name");
     }
-    let mount = writable(directory.path());
-    let files = ["a", "b"].map(|name| open_for_writing(&mount.directory().join(name)));
+    let mount = Mount::writable(directory.path());
+    let files = ["a", "b"].map(|name| open_rw(&mount.directory().join(name)));
     assert_eq!(seek_data(&files[0], 0), None);
     let before = sectors_written(thin.path());
     let written: u64 = std::thread::scope(|scope| {
@@ -168,8 +160,8 @@ fn the_device_counts_each_sector_of_an_own_write_once() {
 fn a_foreign_write_does_not_hide_among_own_ones() {
     let pool = Pool::new(128 * MIB, BLOCK);
     let thin = pool.thin(0, 64 * MIB);
-    let mount = writable(thin.path());
-    let file = open_for_writing(mount.file());
+    let mount = Mount::writable(thin.path());
+    let file = open_rw(mount.file());
     let foreign = OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(thin.path()).expect("not exclusive");
     let buffer = Aligned::new(4096);
     let check_foreign = |n: u64| {
@@ -226,8 +218,8 @@ impl Aligned {
 fn own_zeros_and_foreign_discards_leave_true_holes() {
     let pool = Pool::new(64 * MIB, BLOCK);
     let thin = pool.thin(0, 16 * MIB);
-    let mount = writable(thin.path());
-    let file = open_for_writing(mount.file());
+    let mount = Mount::writable(thin.path());
+    let file = open_rw(mount.file());
     for n in 0..8 {
         file.write_all_at(&[1; 2 << 16], n * 2 * MIB).expect("the pool has room");
         assert_eq!(seek_data(&file, n * 2 * MIB), Some(n * 2 * MIB));
@@ -253,8 +245,8 @@ fn a_volume_above_an_origin_follows_own_writes() {
     crate::common::image::write(origin.path(), MIB..2 * MIB);
     pool.dm().message("create_thin 1");
     let thin: Dm = pool.activate(1, 16 * MIB, Some(origin.path()));
-    let mount = writable(thin.path());
-    let file = open_for_writing(mount.file());
+    let mount = Mount::writable(thin.path());
+    let file = open_rw(mount.file());
     assert_map(mount.file(), &map_of(16 * MIB, &[MIB..2 * MIB]));
     let before = loads(&mount);
     for n in 0..WRITES {

@@ -224,7 +224,7 @@ fn cut_pool(features: &str, seed: u64) {
     pool.pool.message("create_snap 1 0");
     thin.resume();
 
-    let mount = Mount::with_options(thin.path(), &["-o", "rw"]);
+    let mount = Mount::writable(thin.path());
     let restore = Restore { file: mount.file(), disk: &disk, history: Mutex::new(history) };
     // A message that changes the metadata is on the disk when it returns.
     restore.settle();

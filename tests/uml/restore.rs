@@ -63,8 +63,8 @@ impl Outcome {
     }
 }
 
-/// A command that restores to the file `/mnt/thin`, and what it makes of it. It runs in the directory of [`Backup`]. A command that
-/// does not name the file itself can write to nothing but files of a directory.
+/// A command that restores to the file `/mnt/thin`, and its expected outcome. It runs in the directory of [`Backup`]. A command without
+/// that name writes into the directory `/mnt`, and cannot be run on a device itself.
 struct Tool(&'static str, Outcome);
 
 /// One image in the forms that the programs read. Dropping this value removes them.
@@ -193,7 +193,7 @@ impl Volume {
     }
 
     fn through_the_mount(&self, backup: &Backup, command: &str, before: Before) -> Restored {
-        let mount = || Target::Mount(Mount::with_options(&self.node(), &["-o", "rw"]));
+        let mount = || Target::Mount(Mount::writable(&self.node()));
         self.restore(backup, command, before, mount)
     }
 
@@ -403,7 +403,7 @@ fn a_server_of_the_file_passes_discards_on() {
     for (mode, unmapped) in [("unmap", 64), ("ignore", 0)] {
         volume.prepare(Before::Everywhere);
         volume.make_node();
-        let mount = Mount::with_options(&volume.node(), &["-o", "rw"]);
+        let mount = Mount::writable(&volume.node());
         let socket = sockets.path().join(mode);
         let file = mount.file().to_str().expect("temporary paths are text");
         let server = Server::qemu(&socket, &["--format=raw", &format!("--discard={mode}"), file]);

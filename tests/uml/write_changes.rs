@@ -2,11 +2,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::Path;
 
 use crate::common::check::{check, check_same_bytes, map_holes, map_of, seek_data};
 use crate::common::dm::{Dm, Pool, sectors};
-use crate::common::image::{Image, discard, write};
+use crate::common::image::{Image, discard, open_rw, write};
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::written::Written;
@@ -14,14 +13,6 @@ use crate::common::{KIB, MIB, assert_becomes, needs, run};
 
 const BLOCK: u64 = 64 * KIB;
 const SIZE: u64 = 8 * MIB;
-
-fn writable(spec: &Path) -> Mount {
-    Mount::with_options(spec, &["-o", "rw"])
-}
-
-fn open_for_writing(path: &Path) -> File {
-    OpenOptions::new().read(true).write(true).open(path).expect("the file can be written")
-}
 
 /// A volume that is shown by one process, and written through a device above it by the same process: that is no own write of the volume.
 #[test]
@@ -36,9 +27,9 @@ fn a_device_above_is_written_in_the_same_mount() {
     for (name, device) in [("thin", &thin), ("above", &above)] {
         std::os::unix::fs::symlink(device.path(), directory.path().join(name)).expect("a new name");
     }
-    let mount = writable(directory.path());
+    let mount = Mount::writable(directory.path());
     let [below, other] = ["thin", "above"].map(|name| mount.directory().join(name));
-    let file = open_for_writing(&other);
+    let file = open_rw(&other);
     let shown = File::open(&below).expect("it can be read");
     let second = Mount::new(thin.path());
     let second_file = File::open(second.file()).expect("it can be read");
@@ -74,8 +65,8 @@ fn blocks_that_were_filled_are_filled_again_after_a_change() {
     let thin = pool.thin(0, SIZE);
     pool.dm().message("create_thin 1");
     let table = |id: u32, size: u64| format!("0 {} thin {} {id}", size / 512, pool.dm().path().display());
-    let mount = writable(thin.path());
-    let file = open_for_writing(mount.file());
+    let mount = Mount::writable(thin.path());
+    let file = open_rw(mount.file());
     let block = usize::try_from(BLOCK).expect("small");
     let around = |at: u64, expected: u8| {
         let mut bytes = vec![0; block];
@@ -126,8 +117,8 @@ fn a_full_pool_that_grows() {
         let pool = Dm::new(&table(2 * MIB));
         pool.message("create_thin 0");
         let thin = Dm::new(&format!("0 {} thin {} 0", SIZE / 512, pool.path().display()));
-        let mount = writable(thin.path());
-        let file = open_for_writing(mount.file());
+        let mount = Mount::writable(thin.path());
+        let file = open_rw(mount.file());
         assert_eq!(seek_data(&file, 0), None);
         let mut written = Vec::new();
         let mut failed = Vec::new();
@@ -216,8 +207,8 @@ fn foreign_writes_in_other_blocks_stay() {
     needs!(root, programs["dmsetup"]);
     let pool = Pool::new(64 * MIB, BLOCK);
     let thin = pool.thin(0, SIZE);
-    let mount = writable(thin.path());
-    let file = open_for_writing(mount.file());
+    let mount = Mount::writable(thin.path());
+    let file = open_rw(mount.file());
     let foreign =
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(thin.path()).expect("it opens");
     let memory = vec![9; 8192];

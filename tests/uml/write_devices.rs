@@ -1,12 +1,11 @@
 //! Writing to devices of other kinds than thin volumes through a mount.
 
-use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use crate::common::check::{map_holes, map_of};
 use crate::common::dm::{Dm, sectors};
-use crate::common::image::Image;
+use crate::common::image::{Image, open_rw};
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::random::Random;
@@ -119,8 +118,8 @@ fn a_last_sector_that_is_not_whole() {
     let image = Image::with_data(size, &[SIZE - 4096..size]);
     let device = Loop::with_options(image.path(), &["--sector-size=4096"]);
     let mut model = std::fs::read(image.path()).expect("the image can be read");
-    let mount = Mount::with_options(device.path(), &["-o", "rw"]);
-    let file = OpenOptions::new().read(true).write(true).open(mount.file()).expect("it can be opened");
+    let mount = Mount::writable(device.path());
+    let file = open_rw(mount.file());
     for range in [SIZE - 1500..SIZE + 700, SIZE + 512..size, size - 1..size, 5..4100] {
         let bytes = vec![9; usize::try_from(range.end - range.start).expect("small")];
         let place = usize::try_from(range.start).expect("small")..usize::try_from(range.end).expect("small");
@@ -145,8 +144,8 @@ fn errors_of_a_leg_are_reported() {
     let below = Loop::new(image.path());
     let path = below.path().display();
     let device = Dm::new(&format!("0 2048 linear {path} 0\n2048 2048 error\n4096 2048 linear {path} 2048"));
-    let mount = Mount::with_options(device.path(), &["-o", "rw"]);
-    let file = OpenOptions::new().read(true).write(true).open(mount.file()).expect("it can be opened");
+    let mount = Mount::writable(device.path());
+    let file = open_rw(mount.file());
     let errno = |result: std::io::Result<()>| result.expect_err("an error").raw_os_error();
     for offset in [MIB, MIB + 5, 2 * MIB - 4096] {
         assert_eq!(errno(file.write_all_at(&[7; 4096], offset)), Some(libc::EIO), "a write at {offset}");

@@ -1,7 +1,7 @@
 //! Faults of devices and pools while files of a mount are written: each error is reported, in bounded time, and what was
 //! acknowledged is on the device.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, symlink};
@@ -13,7 +13,7 @@ use std::thread;
 use crate::common::check::{check, seek_data, seek_hole};
 use crate::common::dm::{Dm, Pool, sectors};
 use crate::common::history::{History, SECTOR, pattern};
-use crate::common::image::{Image, try_punch};
+use crate::common::image::{Image, open_rw, try_punch};
 use crate::common::loop_device::Loop;
 use crate::common::mount::Mount;
 use crate::common::random::Random;
@@ -23,14 +23,6 @@ use crate::common::{KIB, MIB, run, wait_until};
 const SIZE: u64 = 8 * MIB;
 const BLOCK: u64 = 64 * KIB;
 const WRITERS: u64 = 8;
-
-fn mount_writable(spec: &Path) -> Mount {
-    Mount::with_options(spec, &["-o", "rw"])
-}
-
-fn open_rw(path: &Path) -> File {
-    OpenOptions::new().read(true).write(true).open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
 
 fn errno<T>(result: io::Result<T>) -> Option<i32> {
     result.err().and_then(|error| error.raw_os_error())
@@ -165,7 +157,7 @@ fn a_full_pool_fails_writes_that_need_a_block_and_nothing_else() {
     let pool = GrowingPool::new(2 * MIB, "1 error_if_no_space");
     let (thin, other) = (pool.volume(0), pool.volume(1));
     let names = directory_of(&[thin.path(), other.path()]);
-    let mount = mount_writable(names.path());
+    let mount = Mount::writable(names.path());
     let [file, other_file] = ["0", "1"].map(|name| open_rw(&mount.directory().join(name)));
     let (record, of_other) = (Record::new(), Record::new());
     of_other.write(&other_file, &(0..BLOCK)).expect("the pool has space");
@@ -225,7 +217,7 @@ fn writes_to_a_full_pool_that_queues_wait_and_other_requests_do_not() {
     let pool = GrowingPool::new(2 * MIB, "0");
     let (thin, other) = (pool.volume(0), pool.volume(1));
     let names = directory_of(&[thin.path(), other.path()]);
-    let mount = mount_writable(names.path());
+    let mount = Mount::writable(names.path());
     let [file, other_file] = ["0", "1"].map(|name| open_rw(&mount.directory().join(name)));
     let (record, of_other) = (Record::new(), Record::new());
     of_other.write(&other_file, &(0..BLOCK)).expect("the pool has space");
@@ -275,7 +267,7 @@ fn an_error_in_the_middle_of_a_write_is_reported_and_what_is_before_it_is_counte
     let broken = format!("0 {bad} linear {path} 0\n{bad} 8 error\n{good} {} linear {path} {good}", all - good);
     let device = Dm::new(&broken);
     let whole = format!("0 {all} linear {path} 0");
-    let mount = mount_writable(device.path());
+    let mount = Mount::writable(device.path());
     let file = open_rw(mount.file());
     // The errors are sectors of the second MiB, and the range ends in the third.
     for (start, end) in [(0, 3 * MIB), (MIB, 2 * MIB), (MIB - 512, MIB + 8192), (MIB + 512, MIB + 1024)] {
@@ -314,7 +306,7 @@ fn a_device_that_fails_for_a_while_fails_writes_and_loses_none_that_was_acknowle
     let image = Image::new(SIZE);
     let disk = Loop::new(image.path());
     let device = Dm::linear(disk.path());
-    let mount = mount_writable(device.path());
+    let mount = Mount::writable(device.path());
     let file = open_rw(mount.file());
     let record = Record::new();
     for _ in 0..5 {
@@ -341,7 +333,7 @@ fn writes_to_a_suspended_device_wait_and_succeed() {
     let disks = [Loop::new(images[0].path()), Loop::new(images[1].path())];
     let (device, other) = (Dm::linear(disks[0].path()), Dm::linear(disks[1].path()));
     let names = directory_of(&[device.path(), other.path()]);
-    let mount = mount_writable(names.path());
+    let mount = Mount::writable(names.path());
     let [file, other_file] = ["0", "1"].map(|name| open_rw(&mount.directory().join(name)));
     let record = Record::new();
     record.write(&file, &(0..SIZE / 2)).expect("the device works");
@@ -377,7 +369,7 @@ fn writes_to_a_suspended_device_wait_and_succeed() {
 #[ignore = "needs a kernel with device-mapper: run tests/run"]
 fn a_disk_that_is_pulled_out_fails_writes() {
     let disk = ScsiDisk::new(SIZE / MIB, &[]);
-    let mount = mount_writable(disk.path());
+    let mount = Mount::writable(disk.path());
     let file = open_rw(mount.file());
     let record = Record::new();
     let failed = errors_after(&record, &file, || disk.pull_out());
@@ -396,7 +388,7 @@ fn a_flush_that_fails_is_reported_each_time() {
     let image = Image::new(SIZE);
     let disk = Loop::new(image.path());
     let device = Dm::linear(disk.path());
-    let mount = mount_writable(device.path());
+    let mount = Mount::writable(device.path());
     let file = open_rw(mount.file());
     let record = Record::new();
     record.write(&file, &(0..MIB)).expect("the device works");
@@ -423,7 +415,7 @@ fn a_kill_during_writes_to_a_thin_volume_loses_nothing_that_was_acknowledged() {
     let record = Record::new();
     let mut random = Random::new(Random::seed_or(1));
     for _ in 0..6 {
-        let mut mount = mount_writable(thin.path());
+        let mut mount = Mount::writable(thin.path());
         let file = open_rw(mount.file());
         let path = mount.file().to_owned();
         let enough = record.acknowledged() + random.within(1..40);
@@ -449,7 +441,7 @@ fn a_kill_during_writes_to_a_thin_volume_loses_nothing_that_was_acknowledged() {
         record.check(thin.path());
     }
     println!("6 kills, {} acknowledged writes, none of them lost", record.acknowledged());
-    let mount = mount_writable(thin.path());
+    let mount = Mount::writable(thin.path());
     check(mount.file(), thin.path());
     drop(mount);
     drop(thin);

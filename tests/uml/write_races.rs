@@ -159,7 +159,7 @@ fn race(features: &'static [&'static str], block: u64, size: u64) {
     for name in 0..=THREADS {
         std::os::unix::fs::symlink(thin.path(), directory.path().join(name.to_string())).expect("a new name");
     }
-    let mount = Mount::with_options(directory.path(), &["-o", "rw"]);
+    let mount = Mount::writable(directory.path());
     let open = |name: u64| {
         let path = mount.directory().join(name.to_string());
         OpenOptions::new().read(true).write(true).open(path).expect("it can be written")

@@ -85,7 +85,7 @@ fn a_large_volume_is_truncated_by_its_map() {
     for offset in [0, 5 * GIB, 700 * GIB, 1024 * GIB - 4096] {
         write(thin.path(), offset..offset + 4096);
     }
-    let mount = Mount::with_options(thin.path(), &["-o", "rw"]);
+    let mount = Mount::writable(thin.path());
     let before = crate::common::check::bytes_read(thin.path());
     let start = std::time::Instant::now();
     drop(File::create(mount.file()).expect("it can be truncated"));
@@ -378,7 +378,7 @@ fn holes_of_an_empty_volume_are_not_made_again() {
     }
     let image = Image::with_data(size, &data);
     write(thin.path(), 0..4096);
-    let mount = Mount::with_options(thin.path(), &["-o", "rw"]);
+    let mount = Mount::writable(thin.path());
     // The map is kept as long as the file is open.
     let _emptied = File::create(mount.file()).expect("it can be truncated");
     assert_eq!(mapped(&thin, BLOCK), 0);
