@@ -1,6 +1,6 @@
 //! Mounts of the program under test.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read as _;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -75,6 +75,13 @@ impl Mount {
     /// The daemon's process.
     pub fn pid(&self) -> u32 {
         self.daemon.id()
+    }
+
+    /// Whether the daemon has a file or device open. A close(2) does not wait for it: after the last one, the daemon closes
+    /// the device a moment later.
+    pub fn has_open(&self, path: &Path) -> bool {
+        let files = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the daemon runs").flatten();
+        files.into_iter().any(|file| fs::read_link(file.path()).is_ok_and(|open| open == path))
     }
 
     /// Kills the daemon; its mount stays until this value is dropped.
