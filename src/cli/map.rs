@@ -6,7 +6,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{HELP, MapArguments, parse, print, written};
+use super::arguments::{MapArguments, parse};
+use super::{HELP, print, written};
 use crate::error::{Error, Result, shown};
 use crate::map::{HoleMap, view};
 use crate::mount::argv::CommandLine;

@@ -4,7 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use super::{HELP, open, parse, print};
+use super::arguments::{open, parse};
+use super::{HELP, print};
 use crate::error::{Error, Result, shown};
 use crate::handle::Handle;
 use crate::mount::argv::CommandLine;

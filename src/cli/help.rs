@@ -1,0 +1,48 @@
+//! The text of `blkholefs --help`.
+
+/// Printed by `--help`.
+pub const HELP: &str = "\
+Shows block devices as regular files whose holes are real.
+
+Usage:
+  blkholefs mount [-f|--foreground] [-o OPTIONS] SPEC DIR
+  blkholefs umount DIR
+  blkholefs map [--json|--totals|--format FORM] [--since OLDER] [--offset N] [--length N] [-o OPTIONS] DEVICE
+  blkholefs info [--json] [-o OPTIONS] DEVICE
+  blkholefs verify [--sample N [--seed S] | --against FILE] [-o OPTIONS] DEVICE
+  blkholefs demo
+
+Commands:
+  mount    shows SPEC (a device, an image, or a directory of devices) at DIR
+  umount   unmounts DIR and waits until the daemon has closed the device
+  map      prints the data and holes of a device, without a mount
+  info     prints the layers of a device, and where their holes come from
+  verify   reads the holes of a device and compares them with zeros, or compares a copy with the device
+  demo     mounts and copies a sparse image that it makes, and removes everything
+
+Options of map:
+  --json                  prints JSON: as qemu-img map; with --since, an identity and extents
+  --totals                prints only the sums
+  --format FORM           prints a map that another program reads: borg, bmap (bmaptool), ddrescue, csi
+  --since OLDER           prints what changed in DEVICE since OLDER, an older snapshot of it: a device; with thin_metadata, the
+                          id of a volume; with an NBD URI, the name of a dirty bitmap
+  --offset N, --length N  limit the range, in bytes
+
+Options of verify:
+  --sample N              reads N pieces of holes, which are chosen at random, and prints the seed
+  --seed S                chooses the same pieces as the run that printed this seed
+  --against FILE          compares FILE, a copy of DEVICE, with it; what is a hole in both is not read
+
+Options of map, info and verify:
+  -o thin_metadata=META   DEVICE is the data of a thin pool that is not active
+      --volume ID         the volume of that pool
+  -o nbd=URI              the export that the NBD device of the kernel is connected to
+  -o used                 the view of the used space, instead of the exact file
+  -o compact              the compact image, instead of the exact file
+
+Options of all commands:
+  -h, --help              prints this text
+  -V, --version           prints the version
+
+See blkholefs(8) and mount.blkholefs(8).
+";
