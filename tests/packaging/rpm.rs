@@ -11,7 +11,10 @@ use crate::tree::{Entry, Tree, files, installed, program, source, tree};
 fn make(directory: &Path) -> PathBuf {
     let mut command = Command::new("rpmbuild");
     let define = |name: &str| format!("{name} {}", directory.display());
-    command.args(["-bb", "--build-in-place", "--define", &define("_topdir"), "--define", &define("_rpmdir")]);
+    command.args(["-bb", "--build-in-place"]);
+    for name in ["_topdir", "_rpmdir", "_tmppath"] {
+        command.args(["--define", &define(name)]);
+    }
     command.arg("mount-helpers/packages/blkholefs.spec").current_dir(source("")).env("BINARY", program());
     let ran = Ran::of(&mut command);
     assert_eq!(ran.code, 0, "{ran:?}");
