@@ -12,7 +12,7 @@ fn make(directory: &Path) -> PathBuf {
     let mut command = Command::new("rpmbuild");
     let define = |name: &str| format!("{name} {}", directory.display());
     command.args(["-bb", "--build-in-place"]);
-    for name in ["_topdir", "_rpmdir", "_tmppath"] {
+    for name in ["_topdir", "_tmppath"] {
         command.args(["--define", &define(name)]);
     }
     command.arg("mount-helpers/packages/blkholefs.spec").current_dir(source("")).env("BINARY", program());
