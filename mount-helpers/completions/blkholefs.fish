@@ -1,0 +1,1 @@
+# fish completion of blkholefs(8)
