@@ -10,6 +10,7 @@ use crate::mount::argv::{self, CommandLine, MountRequest};
 use crate::mount::logging::one_line;
 use crate::mount::options::FirstRw;
 use crate::mount::start;
+use crate::output;
 use crate::sys::process::{self, Parent};
 
 const HELPER_USAGE: &str = "\
@@ -60,21 +61,15 @@ pub(super) fn finish<T>(
     run: impl FnOnce(T) -> Result<u8>,
 ) -> ExitCode {
     let result = match command_line {
-        Ok(CommandLine::Help) => {
-            println!("{usage}");
-            Ok(0)
-        }
-        Ok(CommandLine::Version) => {
-            println!("{name} {}", env!("CARGO_PKG_VERSION"));
-            Ok(0)
-        }
+        Ok(CommandLine::Help) => output::print(&format!("{usage}\n")).map(|()| 0),
+        Ok(CommandLine::Version) => output::print(&format!("{name} {}\n", env!("CARGO_PKG_VERSION"))).map(|()| 0),
         Ok(CommandLine::Run(request)) => refuse_setuid().and_then(|()| run(request)),
         Err(error) => Err(error.hint(usage.lines().next().unwrap_or_default())),
     };
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("{}", error_text(name, &error));
+            output::say(error_text(name, &error));
             ExitCode::from(error.exit_code())
         }
     }

@@ -20,6 +20,7 @@ use crate::mount::point::{MountPoint, MountPointKind, Mounted};
 use crate::mount::record::{self, MountRecord};
 use crate::mount::signals::Signals;
 use crate::mount::{resources, serve, session};
+use crate::output::say;
 use crate::source::nbd::Uri;
 use crate::source::thin::held;
 use crate::spec::{Spec, absolute};
@@ -47,7 +48,7 @@ pub fn run(name: &str, request: &MountRequest) -> Result<u8> {
     let fs = open_file_system(&spec, &options, point.kind())?;
     if request.verbose {
         let action = if request.fake { "would mount" } else { "mounting" };
-        eprintln!("{name}: {action} {spec} on {}", shown(&dir));
+        say(format_args!("{name}: {action} {spec} on {}", shown(&dir)));
     }
     if request.fake {
         return Ok(0);
@@ -116,7 +117,7 @@ fn wait_for(daemon: StartingDaemon, point: &MountPoint) -> Result<u8> {
     match daemon.wait()? {
         StartOutcome::Serving => Ok(0),
         StartOutcome::Failed { text, exit_code } => {
-            eprintln!("{text}");
+            say(text);
             Ok(exit_code)
         }
         StartOutcome::Died(error) => Err(match point.remove_dead_mount() {
