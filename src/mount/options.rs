@@ -258,7 +258,7 @@ impl ParsedOptions {
             "compact" => self.source.views.compact = true,
             "used" => self.source.views.used = true,
             _ if words::IGNORED.contains(&name) => {}
-            _ if words::MOUNT_WITH_VALUE.contains(&name) || words::SOURCE.contains(&name) => {
+            _ if words::has_value(name) => {
                 return Err(Error::usage(format!("option '{name}' needs a value: {name}=...")).into());
             }
             _ => return Err(WordError::Unknown(unknown_option(name))),

@@ -187,7 +187,10 @@ fn wrong_values_say_what_was_expected() {
         let (message, _) = refused(list);
         assert!(message.contains(list) && message.contains("expected"), "{message}");
     }
-    for name in words::MOUNT_WITH_VALUE.iter().chain(words::SOURCE) {
+    for name in words::MOUNT_WITH_VALUE.iter().chain(words::SOURCE).chain(words::IGNORED_WITH_VALUE) {
+        if words::IGNORED.contains(name) {
+            continue;
+        }
         assert!(refused(name).0.contains("needs a value"), "{name}");
     }
 }
@@ -196,7 +199,7 @@ fn wrong_values_say_what_was_expected() {
 fn unknown_words_are_named_with_their_neighbours() {
     assert_eq!(
         refused("alow_other"),
-        ("unknown option 'alow_other'".to_owned(), Some("did you mean allow_other or allow-other?".to_owned()))
+        ("unknown option 'alow_other'".to_owned(), Some("did you mean allow_other?".to_owned()))
     );
     assert_eq!(refused("ro,frobnicate"), ("unknown option 'frobnicate'".to_owned(), None));
     for word in ["fd=3", "rootmode=40000", "user_id=0", "group_id=0", "blksize=512", "ro=1", "=", "loop", "allow_root"]
