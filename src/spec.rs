@@ -37,6 +37,8 @@ pub struct SourceOptions {
     pub nbd: Option<Uri>,
     /// Whether nobody writes to the devices while they are mounted, by the word of the user. Only for mounts.
     pub is_static: bool,
+    /// The name of the only file, instead of that of the device. Only for mounts.
+    pub name: Option<OsString>,
     /// The views that are shown beside each file.
     pub views: ViewOptions,
 }

@@ -148,6 +148,10 @@ fn parse_options(request: &MountRequest) -> Result<ParsedOptions> {
 fn open_file_system(spec: &Spec, options: &ParsedOptions, kind: MountPointKind) -> Result<Arc<FileSystem>> {
     let mut fs = FileSystem::new(spec, &options.source, options.mount.ownership(), options.mount.limits)?;
     if kind == MountPointKind::File {
+        if options.source.name.is_some() {
+            let why = "option 'name' is not possible: the mountpoint is a file, and its name is that of the device";
+            return Err(Error::usage(why).hint("mount on a directory, or leave the option out"));
+        }
         fs.show_as_file()?;
     }
     Ok(Arc::new(fs))

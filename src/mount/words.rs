@@ -72,7 +72,7 @@ pub const REFUSED: &[(&str, &str)] = &[
 
 /// Options of a mount that have a value.
 pub const MOUNT_WITH_VALUE: &[&str] =
-    &["uid", "gid", "mode", "umask", "max_read", "map_cache", "read_ahead", "queue_depth"];
+    &["uid", "gid", "mode", "umask", "max_read", "map_cache", "read_ahead", "queue_depth", "name"];
 
 /// Options of what is shown, with a value.
 pub const SOURCE: &[&str] = &["thin_metadata", "nbd", "since", "cluster_size", "backing"];

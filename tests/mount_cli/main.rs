@@ -8,6 +8,7 @@ mod bench;
 mod daemon;
 mod files;
 mod lines;
+mod names;
 mod output;
 mod service;
 mod start;
