@@ -35,12 +35,13 @@ pub fn run(name: &str, request: &MountRequest) -> Result<u8> {
     logging::start(name, if request.verbose { LevelFilter::Debug } else { LevelFilter::Warn });
     let options = parse_options(request)?;
     // All paths are made absolute first: entering another mount namespace changes the current directory.
-    let spec = Spec::parse(&request.spec)?;
+    let spec = Spec::parse(&request.spec);
     let dir = absolute(&request.dir)?;
-    if options.mount.nofail && spec.is_missing() {
-        log::debug!("{spec} does not exist, and with nofail that is no failure");
+    if options.mount.nofail && is_missing(&spec) {
+        log::debug!("{} does not exist, and with nofail that is no failure", shown(&request.spec));
         return Ok(0);
     }
+    let spec = spec?;
     let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
     for path in spec.path().into_iter().chain(options.source.thin_metadata.as_deref()) {
         point.keeps_visible(path)?;
@@ -67,6 +68,14 @@ pub fn run(name: &str, request: &MountRequest) -> Result<u8> {
             report.failed(&error_text(name, &error), error.exit_code());
             Ok(error.exit_code())
         }
+    }
+}
+
+/// Whether a SPEC leads to nothing: a path, or a tag that no device has.
+fn is_missing(spec: &Result<Spec>) -> bool {
+    match spec {
+        Ok(spec) => spec.is_missing(),
+        Err(error) => error.errno() == libc::ENOENT,
     }
 }
 

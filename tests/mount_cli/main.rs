@@ -13,6 +13,7 @@ mod output;
 mod service;
 mod start;
 mod system;
+mod tags;
 mod umount;
 mod users;
 mod writable;
