@@ -49,7 +49,7 @@ fn print_map(arguments: &MapArguments) -> Result<()> {
     }
     printed(
         arguments.format,
-        &Subject { len, since: None },
+        &Subject { len, part: (arguments.offset, arguments.length), since: None },
         &mut handle.walk(range).map(|extent| extent.map_err(io::Error::other)),
     )
 }
@@ -57,7 +57,11 @@ fn print_map(arguments: &MapArguments) -> Result<()> {
 fn print_changes(arguments: &MapArguments, changes: &Changes) -> Result<()> {
     let len = changes.map.len();
     let runs = view::runs(&changes.map, Bytes::new(1), arguments.range(len));
-    printed(arguments.format, &Subject { len, since: Some(&changes.identity) }, &mut runs.map(Ok))
+    printed(
+        arguments.format,
+        &Subject { len, part: (arguments.offset, arguments.length), since: Some(&changes.identity) },
+        &mut runs.map(Ok),
+    )
 }
 
 /// Prints a map to the standard output. An error of the device, which `extents` passes on, is returned as it was.
