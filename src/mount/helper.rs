@@ -52,6 +52,21 @@ pub fn command(args: &[OsString]) -> ExitCode {
     finish("blkholefs", COMMAND_USAGE, argv::mount_command(args), |request| start::run("blkholefs", &request))
 }
 
+/// Mounts what mount.fuse3(8) runs this program for ([`argv::mount_fuse`]). The program must not have opened anything before.
+///
+/// The shell between mount(8) and this process hides who put `rw` first, which mount(8) does for each mount that is not `ro`.
+pub fn fuse(request: MountRequest) -> ExitCode {
+    process::close_inherited_descriptors();
+    let request = MountRequest { first_rw: FirstRw::IsImplied, ..request };
+    finish("blkholefs", COMMAND_USAGE, Ok(CommandLine::Run(request)), |request| {
+        if request.dir.starts_with("/dev/fd") {
+            let why = "the daemon needs its privileges, to unmount and to ask device-mapper";
+            return Err(Error::usage(format!("option 'drop_privileges' of mount.fuse3 is not possible: {why}")));
+        }
+        start::run("blkholefs", &request)
+    })
+}
+
 /// Runs a command line, or prints its help or version. Returns the exit code. An error is one line on standard error, and
 /// its hint, if any, a second line.
 pub(super) fn finish<T>(

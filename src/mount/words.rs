@@ -66,6 +66,7 @@ pub const IGNORED_WITH_VALUE: &[&str] = &["user", "comment", "helper", "uhelper"
 
 /// Options that this program knows and refuses, with the reason.
 pub const REFUSED: &[(&str, &str)] = &[
+    ("drop_privileges", "the daemon needs its privileges, to unmount and to ask device-mapper"),
     ("remount", "a mount cannot be changed: unmount it and mount it again"),
     ("auto_unmount", "the daemon unmounts on SIGTERM; auto_unmount could unmount another mount at the same place"),
 ];

@@ -9,6 +9,7 @@ mod daemon;
 mod files;
 mod lines;
 mod names;
+mod other_programs;
 mod output;
 mod service;
 mod start;
