@@ -66,3 +66,19 @@ fn report_error(error: &Error) -> ExitCode {
     }
     ExitCode::from(error.exit_code())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Words that begin with another one are those of mount.fuse3 ([`crate::mount::argv::mount_fuse`]).
+    #[test]
+    fn every_command_of_the_help_text_is_known() {
+        let commands = HELP.split("\nCommands:\n").nth(1).and_then(|rest| rest.split("\n\n").next()).unwrap();
+        let commands: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        assert!(commands.contains(&"map"), "{commands:?}");
+        for command in commands {
+            assert!(is_command(command) || matches!(command, "mount" | "umount"), "{command}");
+        }
+    }
+}
