@@ -62,7 +62,10 @@ fn output_that_nobody_wants_is_no_error() {
     needs!(root);
     let bench = Bench::new();
     for (name, words) in printing(bench.device.path().to_str().unwrap()) {
-        for redirections in [">/dev/null", "1<>/dev/null", "<&- 2>&- >/dev/null", "2>/dev/full >/dev/null"] {
+        let all = ["1<>/dev/null", ">/dev/null", "<&- 2>&- >/dev/null", "2>/dev/full >/dev/null"];
+        // The demo copies a GiB.
+        let count = if words == ["demo"] { 1 } else { all.len() };
+        for redirections in &all[..count] {
             let ran = bench.redirected(name, &words, redirections);
             assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{words:?} {redirections}");
         }
