@@ -16,5 +16,6 @@ pub mod process;
 pub mod sg;
 pub mod stamp;
 pub mod statx;
+pub mod stdio;
 pub mod sysfs;
 pub mod zero;

@@ -3,11 +3,12 @@
 use std::ffi::OsString;
 use std::sync::Arc;
 
+use super::HELP;
 use super::arguments::parse;
-use super::{HELP, print};
 use crate::error::Result;
 use crate::export;
 use crate::mount::argv::CommandLine;
+use crate::output::print;
 use crate::report::{self, MapFormat};
 use crate::source::Context;
 use crate::source::thin::offline::OfflinePool;

@@ -6,11 +6,12 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::HELP;
 use super::arguments::{MapArguments, parse};
-use super::{HELP, print, written};
 use crate::error::{Error, Result, shown};
 use crate::map::{HoleMap, view};
 use crate::mount::argv::CommandLine;
+use crate::output::{Stdout, print, written};
 use crate::report::{self, Extents, MapFormat, Subject, Totals};
 use crate::source::Context;
 use crate::source::changes::{self, Changes};
@@ -44,11 +45,11 @@ fn print_map(arguments: &MapArguments) -> Result<()> {
         (arguments.format == MapFormat::Totals && !range.is_empty()).then(|| handle.count_data(&range)).flatten();
     if let Some(data) = counted {
         let holes = range.end.saturating_sub(range.start).saturating_sub(data);
-        return written(Totals::new(data, holes).print(&mut io::stdout(), false));
+        return written(Totals::new(data, holes).print(&mut Stdout, false));
     }
     printed(
         arguments.format,
-        &Subject { len, since: None },
+        &Subject { len, part: (arguments.offset, arguments.length), since: None },
         &mut handle.walk(range).map(|extent| extent.map_err(io::Error::other)),
     )
 }
@@ -56,12 +57,16 @@ fn print_map(arguments: &MapArguments) -> Result<()> {
 fn print_changes(arguments: &MapArguments, changes: &Changes) -> Result<()> {
     let len = changes.map.len();
     let runs = view::runs(&changes.map, Bytes::new(1), arguments.range(len));
-    printed(arguments.format, &Subject { len, since: Some(&changes.identity) }, &mut runs.map(Ok))
+    printed(
+        arguments.format,
+        &Subject { len, part: (arguments.offset, arguments.length), since: Some(&changes.identity) },
+        &mut runs.map(Ok),
+    )
 }
 
 /// Prints a map to the standard output. An error of the device, which `extents` passes on, is returned as it was.
 fn printed(format: MapFormat, subject: &Subject<'_>, extents: Extents<'_>) -> Result<()> {
-    let mut out = BufWriter::new(io::stdout().lock());
+    let mut out = BufWriter::new(Stdout);
     match report::map(&mut out, format, subject, extents).map_err(io::Error::downcast::<Error>) {
         Err(Ok(of_device)) => Err(of_device),
         Err(Err(of_output)) => written(Err(of_output)),

@@ -4,11 +4,12 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
+use super::HELP;
 use super::arguments::{open, parse};
-use super::{HELP, print};
 use crate::error::{Error, Result, shown};
 use crate::handle::Handle;
 use crate::mount::argv::CommandLine;
+use crate::output::print;
 use crate::source::Context;
 use crate::spec::Spec;
 use crate::units::Bytes;
