@@ -1,10 +1,11 @@
-//! The commands `blkholefs map`, `info`, `verify` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
+//! The commands `blkholefs map`, `info`, `verify`, `status` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
 
 mod arguments;
 mod demo;
 mod help;
 mod info;
 mod map;
+mod status;
 mod verify;
 
 use std::ffi::OsString;
@@ -14,13 +15,14 @@ use std::process::ExitCode;
 use crate::error::{Error, Result};
 use help::HELP;
 
-/// Runs `map`, `info`, `verify`, `demo`, `--help` or `--version`, from the words after the program's name.
+/// Runs `map`, `info`, `verify`, `status`, `demo`, `--help` or `--version`, from the words after the program's name.
 pub fn main(words: &[OsString]) -> ExitCode {
     let (command, arguments) = words.split_first().map_or((None, words), |(first, rest)| (first.to_str(), rest));
     let result = match command {
         Some("map") => map::run(arguments),
         Some("info") => info::run(arguments),
         Some("verify") => verify::run(arguments),
+        Some("status") => status::run(arguments),
         Some("demo") => demo::run(),
         Some("-h" | "--help" | "help") => print(HELP),
         Some("-V" | "--version") => print(&format!("blkholefs {}\n", env!("CARGO_PKG_VERSION"))),

@@ -15,6 +15,7 @@ mod write;
 
 pub use attributes::{Attributes, Ownership};
 pub use nodes::{Ino, ROOT};
+pub use status::{FileStatus, Status};
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};

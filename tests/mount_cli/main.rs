@@ -10,6 +10,7 @@ mod files;
 mod lines;
 mod service;
 mod start;
+mod status;
 mod system;
 mod umount;
 mod users;
