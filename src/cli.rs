@@ -1,10 +1,11 @@
-//! The commands `blkholefs map`, `info`, `verify` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
+//! The commands `blkholefs map`, `info`, `verify`, `status` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
 
 mod arguments;
 mod demo;
 mod help;
 mod info;
 mod map;
+mod status;
 mod verify;
 
 use std::ffi::{OsStr, OsString};
@@ -17,14 +18,14 @@ use help::HELP;
 const VERSION: &str = concat!("blkholefs ", env!("CARGO_PKG_VERSION"), "\n");
 
 /// The commands that [`main`] runs.
-const COMMANDS: [&str; 5] = ["map", "info", "verify", "demo", "help"];
+const COMMANDS: [&str; 6] = ["map", "info", "verify", "status", "demo", "help"];
 
 /// Whether [`main`] has a command with this name.
 pub fn is_command(word: &str) -> bool {
     COMMANDS.contains(&word)
 }
 
-/// Runs `map`, `info`, `verify`, `demo`, `--help` or `--version`, from the words after the program's name.
+/// Runs `map`, `info`, `verify`, `status`, `demo`, `--help` or `--version`, from the words after the program's name.
 pub fn main(words: &[OsString]) -> ExitCode {
     match run(words) {
         Ok(()) => ExitCode::SUCCESS,
@@ -39,10 +40,11 @@ fn run(words: &[OsString]) -> Result<()> {
     };
     let is_only = |names: [&str; 2]| matches!(arguments, [word] if names.iter().any(|name| word == name));
     match command.to_str() {
-        Some("map" | "info" | "verify" | "demo") if is_only(["-V", "--version"]) => print(VERSION),
+        Some("map" | "info" | "verify" | "status" | "demo") if is_only(["-V", "--version"]) => print(VERSION),
         Some("map") => map::run(arguments),
         Some("info") => info::run(arguments),
         Some("verify") => verify::run(arguments),
+        Some("status") => status::run(arguments),
         Some("demo") if is_only(["-h", "--help"]) => print(HELP),
         Some("demo") => alone(command, arguments).and_then(|()| demo::run()),
         Some("-h" | "--help" | "help") => alone(command, arguments).and_then(|()| print(HELP)),

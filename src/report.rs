@@ -1,4 +1,4 @@
-//! The output of `blkholefs map` and `blkholefs info`.
+//! The output of `blkholefs map`, `blkholefs info` and `blkholefs status`.
 //!
 //! A map is printed by one function for each form. It takes the extents one by one: the memory that it needs does not depend
 //! on their number, and no form needs a sum before the first extent.
@@ -12,6 +12,7 @@ mod qemu;
 mod ranges;
 mod since;
 mod stack;
+mod status;
 mod text;
 mod totals;
 mod volumes;
@@ -23,6 +24,7 @@ use crate::source::changes::Identity;
 use crate::units::Bytes;
 
 pub use stack::{json, tree};
+pub use status::{status, status_json};
 pub use text::human;
 pub use totals::Totals;
 pub use volumes::{volumes, volumes_json};

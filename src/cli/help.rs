@@ -10,6 +10,7 @@ Usage:
   blkholefs map [--json|--totals|--format FORM] [--since OLDER] [--offset N] [--length N] [-o OPTIONS] DEVICE
   blkholefs info [--json] [-o OPTIONS] DEVICE
   blkholefs verify [--sample N [--seed S] | --against FILE] [-o OPTIONS] DEVICE
+  blkholefs status [--json] [DIR...]
   blkholefs demo
 
 Commands:
@@ -18,6 +19,7 @@ Commands:
   map      prints the data and holes of a device, without a mount
   info     prints the layers of a device, and where their holes come from
   verify   reads the holes of a device and compares them with zeros, or compares a copy with the device
+  status   prints the mounts of this machine: daemons, open files, memory, and what is data because something failed
   demo     mounts and copies a sparse image that it makes, and removes everything
 
 Options of map:
@@ -32,6 +34,9 @@ Options of verify:
   --sample N              reads N pieces of holes, which are chosen at random, and prints the seed
   --seed S                chooses the same pieces as the run that printed this seed
   --against FILE          compares FILE, a copy of DEVICE, with it; what is a hole in both is not read
+
+Options of status:
+  --json                  prints JSON
 
 Options of map, info and verify:
   -o thin_metadata=META   DEVICE is the data of a thin pool that is not active
