@@ -2,9 +2,12 @@
 
 mod arguments;
 mod demo;
+mod devices;
 mod help;
 mod info;
 mod map;
+mod svg_file;
+mod terminal;
 mod verify;
 
 use std::ffi::OsString;
@@ -18,8 +21,9 @@ use help::HELP;
 pub fn main(words: &[OsString]) -> ExitCode {
     let (command, arguments) = words.split_first().map_or((None, words), |(first, rest)| (first.to_str(), rest));
     let result = match command {
-        Some("map") => map::run(arguments),
-        Some("info") => info::run(arguments),
+        // These two report the error of each device, and end with the worst exit code.
+        Some("map") => return map::run(arguments).unwrap_or_else(|error| report_error(&error)),
+        Some("info") => return info::run(arguments).unwrap_or_else(|error| report_error(&error)),
         Some("verify") => verify::run(arguments),
         Some("demo") => demo::run(),
         Some("-h" | "--help" | "help") => print(HELP),

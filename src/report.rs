@@ -7,11 +7,14 @@ mod bmap;
 mod borg;
 mod csi;
 mod ddrescue;
+mod grid;
+mod picture;
 mod plain;
 mod qemu;
 mod ranges;
 mod since;
 mod stack;
+mod svg;
 mod text;
 mod totals;
 mod volumes;
@@ -22,12 +25,13 @@ use crate::map::Extent;
 use crate::source::changes::Identity;
 use crate::units::Bytes;
 
-pub use stack::{json, tree};
-pub use text::human;
+pub use grid::Scene;
+pub use picture::{Look, picture};
+pub use stack::{json, json_fields, tree};
+pub use svg::{DECLARATION as SVG_DECLARATION, svg};
+pub use text::{human, quoted};
 pub use totals::Totals;
 pub use volumes::{volumes, volumes_json};
-
-use text::quoted;
 
 /// How a map is printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -17,4 +17,5 @@ pub mod sg;
 pub mod stamp;
 pub mod statx;
 pub mod sysfs;
+pub mod terminal;
 pub mod zero;

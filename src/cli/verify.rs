@@ -23,7 +23,8 @@ const LISTED: usize = 10;
 /// When something does not agree or cannot be read.
 pub fn run(arguments: &[OsString]) -> Result<()> {
     let CommandLine::Run(arguments) = parse(arguments, "verify")? else { return print(HELP) };
-    let handle = arguments.handle()?;
+    let [device] = arguments.devices.as_slice() else { return Err(Error::usage("verify: one device at a time")) };
+    let handle = arguments.handle(device)?;
     let name = shown(handle.export().name()).to_string();
     let progress = Progress::shown(format!("blkholefs: {name}"));
     let options = &arguments.verify;
