@@ -15,7 +15,11 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use crate::error::{Error, Result};
+use crate::mount::argv::CommandLine;
 use help::HELP;
+
+/// Printed by `--version`.
+const VERSION: &str = concat!("blkholefs ", env!("CARGO_PKG_VERSION"), "\n");
 
 /// Runs `map`, `info`, `verify`, `demo`, `--help` or `--version`, from the words after the program's name.
 pub fn main(words: &[OsString]) -> ExitCode {
@@ -27,7 +31,7 @@ pub fn main(words: &[OsString]) -> ExitCode {
         Some("verify") => verify::run(arguments),
         Some("demo") => demo::run(),
         Some("-h" | "--help" | "help") => print(HELP),
-        Some("-V" | "--version") => print(&format!("blkholefs {}\n", env!("CARGO_PKG_VERSION"))),
+        Some("-V" | "--version") => print(VERSION),
         Some(other) => Err(Error::usage(format!("there is no command {other:?}")).hint("see blkholefs --help")),
         None => Err(Error::usage("a command is missing").hint("see blkholefs --help")),
     };
@@ -44,6 +48,11 @@ fn report_error(error: &Error) -> ExitCode {
         eprintln!("{hint}");
     }
     ExitCode::from(error.exit_code())
+}
+
+/// Prints the help text or the version, which a command line asked for instead of the command.
+fn print_about<T>(asked: &CommandLine<T>) -> Result<()> {
+    print(if matches!(asked, CommandLine::Version) { VERSION } else { HELP })
 }
 
 fn print(text: &str) -> Result<()> {

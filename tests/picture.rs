@@ -178,6 +178,17 @@ fn an_error_of_one_device_does_not_stop_the_others() {
 }
 
 #[test]
+fn each_command_prints_the_help_and_the_version() {
+    let version = format!("blkholefs {}\n", env!("CARGO_PKG_VERSION"));
+    for command in ["map", "info", "verify"] {
+        for flag in ["-V", "--version"] {
+            assert_eq!(printed(&[command, "x", flag], &[]), version, "{command} {flag}");
+        }
+        assert!(printed(&[command, "x", "--help"], &[]).contains("\nUsage:\n"), "{command}");
+    }
+}
+
+#[test]
 fn wrong_options_are_usage_errors() {
     let image = image();
     let name = text(image.path());

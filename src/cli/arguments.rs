@@ -183,6 +183,7 @@ pub fn parse(arguments: &[OsString], command: &str) -> Result<CommandLine<MapArg
                 words.volume = Some(ThinId::new(id).ok_or_else(|| Error::usage(format!("no volume has the id {id}")))?);
             }
             Short('h') | Long("help") => return Ok(CommandLine::Help),
+            Short('V') | Long("version") => return Ok(CommandLine::Version),
             Value(device) => words.devices.push(device),
             Long(option) => {
                 let option = option.to_owned();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::arguments::{MapArguments, parse};
 use super::devices::{self, Division};
-use super::{HELP, print};
+use super::print_about;
 use crate::error::Result;
 use crate::export;
 use crate::mount::argv::CommandLine;
@@ -18,7 +18,10 @@ use crate::spec::Spec;
 /// Prints the layers of each device, and where the holes of each layer come from. It changes nothing on the system, apart from
 /// writing back dirty pages.
 pub fn run(arguments: &[OsString]) -> Result<ExitCode> {
-    let CommandLine::Run(arguments) = parse(arguments, "info")? else { return print(HELP).map(|()| ExitCode::SUCCESS) };
+    let arguments = match parse(arguments, "info")? {
+        CommandLine::Run(arguments) => arguments,
+        asked => return print_about(&asked).map(|()| ExitCode::SUCCESS),
+    };
     let division = if arguments.is_json() { Division::Json } else { Division::Headers };
     devices::each(&arguments.devices, division, |device, output| {
         let text = text(&arguments, device, output.is_list())?;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::arguments::{Form, MapArguments, parse};
 use super::devices::{self, Division, Failure, Output};
 use super::svg_file::SvgFile;
-use super::{HELP, print, terminal};
+use super::{print_about, terminal};
 use crate::error::{Error, Result, shown};
 use crate::map::{HoleMap, view};
 use crate::mount::argv::CommandLine;
@@ -27,7 +27,10 @@ type Printed = std::result::Result<(), Failure>;
 
 /// Prints the data and holes that lseek(2) would find in the file of a mount; with `--since`, what changed.
 pub fn run(arguments: &[OsString]) -> Result<ExitCode> {
-    let CommandLine::Run(arguments) = parse(arguments, "map")? else { return print(HELP).map(|()| ExitCode::SUCCESS) };
+    let arguments = match parse(arguments, "map")? {
+        CommandLine::Run(arguments) => arguments,
+        asked => return print_about(&asked).map(|()| ExitCode::SUCCESS),
+    };
     let division = match &arguments.form {
         Form::Text(MapFormat::Json) => Division::Json,
         Form::Text(_) => Division::Headers,

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use super::arguments::{open, parse};
-use super::{HELP, print};
+use super::{print, print_about};
 use crate::error::{Error, Result, shown};
 use crate::handle::Handle;
 use crate::mount::argv::CommandLine;
@@ -22,7 +22,10 @@ const LISTED: usize = 10;
 /// # Errors
 /// When something does not agree or cannot be read.
 pub fn run(arguments: &[OsString]) -> Result<()> {
-    let CommandLine::Run(arguments) = parse(arguments, "verify")? else { return print(HELP) };
+    let arguments = match parse(arguments, "verify")? {
+        CommandLine::Run(arguments) => arguments,
+        asked => return print_about(&asked),
+    };
     let [device] = arguments.devices.as_slice() else { return Err(Error::usage("verify: one device at a time")) };
     let handle = arguments.handle(device)?;
     let name = shown(handle.export().name()).to_string();
@@ -143,7 +146,7 @@ fn counted(count: u64, what: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::cli::HELP;
 
     #[test]
     fn the_help_text_and_the_man_page_have_every_option() {
