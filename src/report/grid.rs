@@ -1,4 +1,4 @@
-//! A device as a grid of cells, each for the same number of bytes: what [`super::picture`] and [`super::svg`] draw.
+//! A device as a grid of cells, each for the same number of bytes, which the forms `picture` and `svg` draw.
 
 use std::io;
 use std::ops::Range;

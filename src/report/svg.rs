@@ -26,8 +26,8 @@ const ITEM: usize = 150;
 const SUM: usize = 250;
 /// The items of the legend in a line.
 const ITEMS: usize = (WIDTH - LEFT) / ITEM;
-/// The characters of a name that fit into the first line.
-const NAME: usize = 72;
+/// How much fits into the first line, in half the width of a usual letter.
+const NAME: usize = 140;
 
 /// The first line of each picture. A file that begins with it may be replaced by another picture.
 pub const DECLARATION: &str = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>";
@@ -119,18 +119,17 @@ fn head(out: &mut dyn Write, title: &str, measure: &str, sums: &[String], height
         "<g font-family=\"system-ui, 'DejaVu Sans', Helvetica, Arial, sans-serif\" font-size=\"12\" fill=\"#1f2328\">"
     )?;
     let name = escaped(&shortened(title));
-    writeln!(out, "<text x=\"24\" y=\"36\" font-size=\"18\" font-weight=\"bold\">{name}</text>")?;
+    writeln!(out, "<text x=\"24\" y=\"36\" font-size=\"16\" font-weight=\"bold\">{name}</text>")?;
     writeln!(out, "<text x=\"24\" y=\"60\" font-size=\"13\" fill=\"#57606a\">{}</text>", escaped(measure))
 }
 
-/// The begin and the end of a text that is too long for its line. A character outside ASCII may be as wide as two others.
+/// The begin and the end of a text that is too long for its line.
 fn shortened(text: &str) -> String {
-    let width = |character: char| if character.is_ascii() { 1 } else { 2 };
     if text.chars().map(width).sum::<usize>() <= NAME {
         return text.to_owned();
     }
     let half = |characters: &mut dyn Iterator<Item = char>| {
-        let mut left = NAME / 2 - 1;
+        let mut left = NAME / 2 - width('\u{2026}');
         let fits = characters.take_while(|character| {
             left = left.saturating_sub(width(*character));
             left > 0
@@ -140,6 +139,15 @@ fn shortened(text: &str) -> String {
     let (begin, mut end) = (half(&mut text.chars()), half(&mut text.chars().rev()));
     end.reverse();
     begin.into_iter().chain(['\u{2026}']).chain(end).collect()
+}
+
+/// The width of a character, at most, in half the width of a usual letter.
+fn width(character: char) -> usize {
+    match character {
+        'A'..='Z' | 'm' | 'w' => 3,
+        _ if character.is_ascii() => 2,
+        _ => 4,
+    }
 }
 
 /// Text of an XML document (XML 1.0, section 2.2: not every character may be in one, not even as a reference).
@@ -207,8 +215,11 @@ mod tests {
     fn a_long_name_keeps_its_ends() {
         assert_eq!(shortened("/dev/x"), "/dev/x");
         let long = shortened(&format!("/dev/a{}z", "-".repeat(500)));
-        assert!(long.starts_with("/dev/a-") && long.ends_with("-z") && long.chars().count() <= NAME, "{long}");
-        assert!(shortened(&"\u{65e5}".repeat(500)).chars().count() <= NAME / 2);
+        assert!(long.starts_with("/dev/a-") && long.ends_with("-z") && long.chars().count() <= NAME / 2, "{long}");
+        for wide in ["W", "\u{65e5}"] {
+            // The widest letters are 18 pixels wide, in the font of 16 pixels.
+            assert!(shortened(&wide.repeat(500)).chars().count() * 18 <= WIDTH - 24, "{wide}");
+        }
     }
 
     #[test]
