@@ -172,9 +172,14 @@ fn an_error_of_one_device_does_not_stop_the_others() {
             assert_eq!((parsed[0]["device"].as_str(), parsed[2]["device"].as_str()), (Some(good), Some(good)));
         }
     }
-    // The worst one is not the last one.
-    let worst = output(&["map", "--totals", "/nowhere", "nbd:bad://", good], &[]);
-    assert_eq!(worst.status.code(), Some(32));
+    // The exit code is that of the worst error, whatever its place.
+    for (devices, code) in
+        [(["/nowhere", "no://uri", good], 32), (["no://uri", good, "/nowhere"], 32), (["no://uri", good, good], 1)]
+    {
+        let all = output(&[&["map", "--totals"][..], &devices].concat(), &[]);
+        assert_eq!(all.status.code(), Some(code), "{devices:?}: {}", String::from_utf8_lossy(&all.stderr));
+        assert!(String::from_utf8_lossy(&all.stdout).contains(" data\n"), "{devices:?}");
+    }
 }
 
 #[test]

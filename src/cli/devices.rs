@@ -54,7 +54,12 @@ pub struct Output<'a> {
     is_within: bool,
 }
 
-impl Output<'_> {
+impl<'a> Output<'a> {
+    /// An output to which nothing was printed. Without a division it is for one device.
+    pub fn new(out: &'a mut dyn Write, division: Option<Division>) -> Self {
+        Self { out, division, is_first: true, is_within: false }
+    }
+
     /// Whether the fields of an object are to be printed, and not a whole document.
     pub fn is_list(&self) -> bool {
         self.division == Some(Division::Json)
@@ -81,7 +86,10 @@ impl Output<'_> {
     }
 
     /// Ends the output of a device, with the error that it ended with.
-    fn end(&mut self, device: &OsStr, error: Option<&Error>) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// As write(2).
+    pub fn end(&mut self, device: &OsStr, error: Option<&Error>) -> io::Result<()> {
         if self.is_list() {
             if let Some(error) = error {
                 let comma = if self.is_within { ", " } else { "" };
@@ -109,7 +117,7 @@ pub fn each(
 ) -> Result<ExitCode> {
     let mut out = BufWriter::new(io::stdout().lock());
     let division = (devices.len() > 1).then_some(division);
-    let mut output = Output { out: &mut out, division, is_first: true, is_within: false };
+    let mut output = Output::new(&mut out, division);
     let mut worst = 0;
     let mut printed = || {
         for device in devices {
@@ -139,7 +147,7 @@ mod tests {
     /// The output for devices, each with what is printed and whether it fails before or after that.
     fn printed(division: Option<Division>, devices: &[(&str, &str, bool)]) -> String {
         let mut out = Vec::new();
-        let mut output = Output { out: &mut out, division, is_first: true, is_within: false };
+        let mut output = Output::new(&mut out, division);
         for (device, text, fails) in devices {
             let device = OsStr::new(device);
             if !text.is_empty() {

@@ -150,3 +150,26 @@ fn changes(arguments: &MapArguments, device: &OsStr, older: &OsStr) -> Result<Ch
     let newer_id = source.volume.ok_or_else(|| refused("the newer volume is missing: choose it with --volume"))?;
     Arc::new(OfflinePool::open(metadata, newer)?).changes(older, newer_id)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map::{Extent, ExtentKind};
+
+    #[test]
+    fn a_list_stays_valid_where_a_device_fails_within_its_map() {
+        let mut out = Vec::new();
+        let (mut output, device) = (Output::new(&mut out, Some(Division::Json)), OsStr::new("a"));
+        let hole = Extent { end: Bytes::new(4096), kind: ExtentKind::Hole };
+        let failed = io::Error::other(Error::failed("cannot read").on(device));
+        let mut extents = [Ok((Bytes::ZERO, hole)), Err(failed), Ok((Bytes::new(4096), hole))].into_iter();
+        let subject = Subject { len: Bytes::new(8192), since: None };
+        let Err(Failure::Device(error)) = print_field(device, &subject, &mut extents, &mut output) else {
+            panic!("the error of the device is returned");
+        };
+        output.end(device, Some(&error)).unwrap();
+        let parsed: serde_json::Value = serde_json::from_str(&format!("{}]", String::from_utf8(out).unwrap())).unwrap();
+        assert_eq!(parsed[0]["error"], "a: cannot read");
+        assert_eq!(parsed[0]["map"].as_array().map(Vec::len), Some(1));
+    }
+}
