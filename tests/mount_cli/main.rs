@@ -8,6 +8,7 @@ mod bench;
 mod daemon;
 mod files;
 mod lines;
+mod readme;
 mod service;
 mod start;
 mod system;

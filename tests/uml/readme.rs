@@ -1,4 +1,4 @@
-//! The backups and restores that the README describes, typed as they are there.
+//! The backups of `docs/backups.md` and the restore of the README, typed as they are there.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,8 +10,11 @@ use crate::common::readme::indented;
 use crate::common::{MIB, needs, run};
 use crate::lvm::Group;
 
-/// The size of the volumes, smaller than in the README: comparisons read all of them.
+/// The size of the volumes, smaller than on the page: comparisons read all of them.
 const SIZE: &str = "256M";
+
+/// The page with the backups.
+const PAGE: &str = "docs/backups.md";
 
 /// Makes the program callable by both of its names in the directory `bin`.
 fn install(bin: &Path) {
@@ -49,7 +52,8 @@ fn backups_are_restored() {
         at("rclone.conf"),
         at("restic"),
     );
-    for (number, command) in indented("Views").into_iter().enumerate() {
+    let commands = ["Back up a thin volume", "Back up the used space of any device"].map(|title| indented(PAGE, title));
+    for (number, command) in commands.concat().into_iter().enumerate() {
         // Every day has new files, and an old one less.
         if command.starts_with("lvcreate -s") {
             script += &format!("head -c 5M /dev/urandom >{0}/{number}; cp {0}/{number} {0}/copy; sync\n", at("data"));
@@ -94,7 +98,7 @@ fn a_copy_is_restored_through_the_mount() {
     // Old data, of which the copy has holes in place.
     write(&group.volume("thin"), 50 * MIB..110 * MIB);
 
-    let commands = indented("Restoring: write through the mount").join("\n");
+    let commands = indented("README.md", "Restore").join("\n");
     let commands = commands.replace("/backup", &at("backup")).replace(" /mnt", &format!(" {}", at("mnt")));
     let environment =
         format!("set -eux\nexport LVM_SYSTEM_DIR={} PATH={}:$PATH\n", group.configuration().display(), at("bin"));

@@ -1,7 +1,7 @@
 //! Programs that restore a sparse image into a thin volume: through a mount with `-o rw`, and to the device itself.
 //!
 //! Each program restores once over old data everywhere. With `BLKHOLEFS_TABLE=1` it also restores over some old data, to a new
-//! volume, and to the device itself, which takes five times as long, and the rows of the table in the README are printed:
+//! volume, and to the device itself, which takes five times as long, and the rows of the table in `docs/restoring.md` are printed:
 //! `BLKHOLEFS_TABLE=1 tests/run restore:: --nocapture | grep '^|'`.
 
 use std::fs;

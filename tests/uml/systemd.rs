@@ -7,10 +7,13 @@ use std::time::{Duration, Instant};
 
 use crate::common::image::Image;
 use crate::common::loop_device::Loop;
+use crate::common::readme::indented;
 use crate::common::{MIB, needs, run};
 
 /// For a slow kernel; the idle timeout of the automount is part of it.
 const TIMEOUT: Duration = Duration::from_secs(240);
+
+const GENERATOR: &str = "/usr/lib/systemd/system-generators/systemd-fstab-generator";
 
 /// What becomes systemd: /usr/sbin gets the helpers, /run is empty.
 const FIRST_PROCESS: &str = r#"
@@ -97,7 +100,6 @@ fn source(name: &str) -> PathBuf {
 #[test]
 #[ignore = "needs a kernel of its own: run tests/run"]
 fn automount_of_an_fstab_line_mounts_and_expires() {
-    const GENERATOR: &str = "/usr/lib/systemd/system-generators/systemd-fstab-generator";
     needs!(programs["systemd", "unshare", GENERATOR]);
     run("modprobe", ["-a", "autofs4", "fuse"]);
     let (directory, image) = prepare();
@@ -128,6 +130,26 @@ fn automount_of_an_fstab_line_mounts_and_expires() {
     );
     let mut systemd = Systemd::start(directory, &format!("{name}.automount"), &script);
     assert_eq!(systemd.result(), "read\n1\nexpired\nread again\nstopped\n");
+}
+
+/// The line of the README for an NBD export.
+#[test]
+#[ignore = "needs a kernel of its own: run tests/run"]
+fn a_network_mount_waits_for_the_network() {
+    needs!(programs["systemd", "unshare", GENERATOR]);
+    let (directory, _image) = prepare();
+    let lines = indented("README.md", "Use it");
+    let line = lines.iter().find(|line| line.starts_with("nbd://")).expect("a line of fstab");
+    fs::write(directory.path().join("fstab"), format!("{line}\n")).unwrap();
+    let units = directory.path().join("units");
+    let table = format!("SYSTEMD_FSTAB={}/fstab", directory.path().display());
+    run("env", [table.as_ref(), GENERATOR.as_ref()].into_iter().chain([units.as_os_str(); 3]));
+    let script = r#"
+        systemctl show --property=After --value mnt-export.mount | tr ' ' '\n' >after
+        grep -x -e network-online.target -e remote-fs-pre.target after | sort
+    "#;
+    let mut systemd = Systemd::start(directory, "", script);
+    assert_eq!(systemd.result(), "network-online.target\nremote-fs-pre.target\n");
 }
 
 #[test]

@@ -17,7 +17,7 @@ struct Transcript {
 /// The commands of the section, with `device` in place of the README's.
 fn transcripts(device: &str) -> Vec<Transcript> {
     let mut transcripts: Vec<Transcript> = Vec::new();
-    for line in indented("Prove it") {
+    for line in indented("README.md", "Prove it") {
         let line = line.replace("/dev/loop0", device);
         match (line.strip_prefix("# "), transcripts.last_mut()) {
             (Some(command), _) => transcripts.push(Transcript { command: command.to_owned(), output: String::new() }),
