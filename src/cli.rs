@@ -10,42 +10,63 @@ mod svg_file;
 mod terminal;
 mod verify;
 
-use std::ffi::OsString;
-use std::io::{self, Write};
+use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shown};
 use crate::mount::argv::CommandLine;
+use crate::output::{print, say};
 use help::HELP;
 
 /// Printed by `--version`.
 const VERSION: &str = concat!("blkholefs ", env!("CARGO_PKG_VERSION"), "\n");
 
+/// The commands that [`main`] runs.
+const COMMANDS: [&str; 5] = ["map", "info", "verify", "demo", "help"];
+
+/// Whether [`main`] has a command with this name.
+pub fn is_command(word: &str) -> bool {
+    COMMANDS.contains(&word)
+}
+
 /// Runs `map`, `info`, `verify`, `demo`, `--help` or `--version`, from the words after the program's name.
 pub fn main(words: &[OsString]) -> ExitCode {
-    let (command, arguments) = words.split_first().map_or((None, words), |(first, rest)| (first.to_str(), rest));
-    let result = match command {
-        // These two report the error of each device, and end with the worst exit code.
-        Some("map") => return map::run(arguments).unwrap_or_else(|error| report_error(&error)),
-        Some("info") => return info::run(arguments).unwrap_or_else(|error| report_error(&error)),
-        Some("verify") => verify::run(arguments),
-        Some("demo") => demo::run(),
-        Some("-h" | "--help" | "help") => print(HELP),
-        Some("-V" | "--version") => print(VERSION),
-        Some(other) => Err(Error::usage(format!("there is no command {other:?}")).hint("see blkholefs --help")),
-        None => Err(Error::usage("a command is missing").hint("see blkholefs --help")),
+    run(words).unwrap_or_else(|error| report_error(&error))
+}
+
+/// Runs a command. Those that have several devices report the error of each, and return the worst exit code.
+fn run(words: &[OsString]) -> Result<ExitCode> {
+    let hinted = |error: Error| error.hint("see blkholefs --help");
+    let Some((command, arguments)) = words.split_first() else {
+        return Err(hinted(Error::usage("a command is missing")));
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => report_error(&error),
-    }
+    let is_only = |names: [&str; 2]| matches!(arguments, [word] if names.iter().any(|name| word == name));
+    let result = match command.to_str() {
+        Some("map") => return map::run(arguments),
+        Some("info") => return info::run(arguments),
+        Some("verify") => verify::run(arguments),
+        Some("demo") if is_only(["-h", "--help"]) => print(HELP),
+        Some("demo") if is_only(["-V", "--version"]) => print(VERSION),
+        Some("demo") => alone(command, arguments).and_then(|()| demo::run()),
+        Some("-h" | "--help" | "help") => alone(command, arguments).and_then(|()| print(HELP)),
+        Some("-V" | "--version") => alone(command, arguments).and_then(|()| print(VERSION)),
+        _ => Err(hinted(Error::usage(format!("there is no command '{}'", shown(command))))),
+    };
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Refuses arguments of a command that has none.
+fn alone(command: &OsStr, arguments: &[OsString]) -> Result<()> {
+    let Some(first) = arguments.first() else { return Ok(()) };
+    let (command, first) = (shown(command), shown(first));
+    Err(Error::usage(format!("{command}: unexpected argument '{first}'")).hint("see blkholefs --help"))
 }
 
 /// Prints an error on one line and its hint, if any, on the next. Returns its exit code.
 fn report_error(error: &Error) -> ExitCode {
-    eprintln!("blkholefs: {error}");
+    say(format_args!("blkholefs: {error}"));
     if let Some(hint) = error.hint_text() {
-        eprintln!("{hint}");
+        say(hint);
     }
     ExitCode::from(error.exit_code())
 }
@@ -55,16 +76,18 @@ fn print_about<T>(asked: &CommandLine<T>) -> Result<()> {
     print(if matches!(asked, CommandLine::Version) { VERSION } else { HELP })
 }
 
-fn print(text: &str) -> Result<()> {
-    written(io::stdout().write_all(text.as_bytes()))
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Turns a failed write into an error. A pipe whose reader has exited, as `head` does, is no error.
-fn written(result: io::Result<()>) -> Result<()> {
-    match result {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Error::failed("cannot write the output").because(error))
+    /// Words that begin with another one are those of mount.fuse3 ([`crate::mount::argv::mount_fuse`]).
+    #[test]
+    fn every_command_of_the_help_text_is_known() {
+        let commands = HELP.split("\nCommands:\n").nth(1).and_then(|rest| rest.split("\n\n").next()).unwrap();
+        let commands: Vec<_> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        assert!(commands.contains(&"map"), "{commands:?}");
+        for command in commands {
+            assert!(is_command(command) || matches!(command, "mount" | "umount"), "{command}");
         }
-        _ => Ok(()),
     }
 }

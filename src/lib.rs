@@ -33,6 +33,7 @@
 //! | [`cli`], [`report`] | the other commands, and their output |
 //! | [`error`], [`units`] | one error with one errno and one exit code; bytes and sectors as types |
 //! | [`reason`] | why a device is shown without holes |
+//! | [`output`] | the standard output and the standard error of the commands |
 //! | [`deadline`] | how long a request may wait for servers |
 //! | [`range_locks`] | locks on ranges of a device, for writers that write more than they were given |
 //!
@@ -58,6 +59,7 @@ mod fuse;
 mod handle;
 mod map;
 mod mount;
+mod output;
 mod program;
 mod qcow2;
 mod range_locks;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use crate::cli;
-use crate::mount::{helper, logging, umount};
+use crate::mount::{argv, helper, logging, umount};
 use crate::source::thin::keeper;
 use crate::sys::process;
 
@@ -32,7 +32,11 @@ fn dispatch(name: &str, words: &[OsString]) -> ExitCode {
             logging::start_helper("blkholefs");
             keep(&words[1..])
         }
-        _ => cli::main(words),
+        (_, Some(word)) if cli::is_command(word) => cli::main(words),
+        _ => match argv::mount_fuse(words) {
+            Some(request) => helper::fuse(request),
+            None => cli::main(words),
+        },
     }
 }
 

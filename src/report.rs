@@ -69,6 +69,8 @@ impl MapFormat {
 pub struct Subject<'a> {
     /// The length of the device.
     pub len: Bytes,
+    /// The part that was asked for, where it is not all of the device: its start, and its length if there is a limit.
+    pub part: (Bytes, Option<Bytes>),
     /// For a map of changes, the devices that were compared. `None` for a map of data and holes.
     pub since: Option<&'a Identity>,
 }
@@ -84,7 +86,7 @@ pub fn map(out: &mut dyn Write, format: MapFormat, subject: &Subject<'_>, extent
     match (format, subject.since) {
         (MapFormat::Plain, None) => plain::map(out, extents)?,
         (MapFormat::Plain, Some(_)) => plain::changes(out, extents)?,
-        (MapFormat::Json, None) => qemu::map(out, extents)?,
+        (MapFormat::Json, None) => qemu::map(out, subject, extents)?,
         (MapFormat::Json, Some(identity)) => since::map(out, identity, extents)?,
         (MapFormat::Totals, since) => Totals::of(extents)?.print(out, since.is_some())?,
         (MapFormat::Borg, _) => borg::map(out, subject, extents)?,
@@ -108,6 +110,9 @@ mod tests {
         (1_114_112, 10_485_760, ExtentKind::Hole),
     ];
 
+    /// The part that is all of a device.
+    pub const WHOLE: (Bytes, Option<Bytes>) = (Bytes::ZERO, None);
+
     /// The extents of a map of changes: one of each kind, and two that must be listed as one range.
     pub const CHANGES: [(u64, u64, ExtentKind); 4] = [
         (0, 65_536, ExtentKind::Unchanged),
@@ -126,7 +131,7 @@ mod tests {
     pub fn printed(format: MapFormat, is_since: bool, extents: &[(u64, u64, ExtentKind)]) -> String {
         let identity = identity();
         let len = Bytes::new(extents.last().map_or(0, |extent| extent.1));
-        let subject = Subject { len, since: is_since.then_some(&identity) };
+        let subject = Subject { len, part: WHOLE, since: is_since.then_some(&identity) };
         let mut extents = extents
             .iter()
             .map(|(start, end, kind)| Ok((Bytes::new(*start), Extent { end: Bytes::new(*end), kind: *kind })));
@@ -144,7 +149,7 @@ mod tests {
             for since in [None, Some(&identity)] {
                 let data = Extent { end: Bytes::new(4096), kind: ExtentKind::Data };
                 let mut extents = [Ok((Bytes::ZERO, data)), Err(io::ErrorKind::TimedOut.into())].into_iter();
-                let subject = Subject { len: Bytes::new(8192), since };
+                let subject = Subject { len: Bytes::new(8192), part: WHOLE, since };
                 let error = map(&mut Vec::new(), format, &subject, &mut extents).unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{format:?}");
             }

@@ -1,5 +1,7 @@
 //! The SPEC of a command line, which names what is to be shown, and the options that say more about it.
 
+mod tag;
+
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
@@ -9,6 +11,8 @@ use crate::error::{Error, Result, shown};
 use crate::qcow2::ClusterSize;
 use crate::source::nbd::Uri;
 use crate::source::thin::ThinId;
+
+pub use tag::Tag;
 
 /// A SPEC, parsed once. No later change of the current directory changes its meaning.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +41,8 @@ pub struct SourceOptions {
     pub nbd: Option<Uri>,
     /// Whether nobody writes to the devices while they are mounted, by the word of the user. Only for mounts.
     pub is_static: bool,
+    /// The name of the only file, instead of that of the device. Only for mounts.
+    pub name: Option<OsString>,
     /// The views that are shown beside each file.
     pub views: ViewOptions,
 }
@@ -104,12 +110,17 @@ impl Older {
 }
 
 impl Spec {
-    /// Parses a SPEC. Text that begins with a URI scheme and `://` is a URI, all else is a path.
+    /// Parses a SPEC. Text that begins with a URI scheme and `://` is a URI, text such as `UUID=...` a tag, all else is a path. A tag
+    /// is the path of the device that has it, as if that were typed: mount(8) too runs its helpers with that path.
     ///
     /// # Errors
-    /// A usage error for a URI that is not a usable NBD URI. A failure for a relative path when the current directory was
-    /// removed.
+    /// A usage error for a URI that is not a usable NBD URI, and for a tag without a value. A failure with ENOENT for a tag that no
+    /// device has, and for a relative path when the current directory was removed.
     pub fn parse(typed: &OsStr) -> Result<Self> {
+        if let Some(tag) = Tag::parse(typed)? {
+            let device = tag.device()?;
+            return Ok(Self { typed: device.clone().into(), kind: SpecKind::Path(device) });
+        }
         let kind = match typed.to_str().filter(|text| is_uri(text)) {
             Some(text) => SpecKind::Nbd(Uri::parse(text)?),
             None => SpecKind::Path(absolute(Path::new(typed))?),
@@ -117,7 +128,7 @@ impl Spec {
         Ok(Self { typed: typed.to_owned(), kind })
     }
 
-    /// The text as the user typed it. mount(8) and systemd compare the source of a mount with it.
+    /// The text as the user typed it, or the device that has the tag that was typed. mount(8) and systemd compare the source of a mount with it.
     pub fn typed(&self) -> &OsStr {
         &self.typed
     }

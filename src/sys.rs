@@ -16,6 +16,7 @@ pub mod process;
 pub mod sg;
 pub mod stamp;
 pub mod statx;
+pub mod stdio;
 pub mod sysfs;
 pub mod terminal;
 pub mod zero;

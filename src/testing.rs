@@ -57,7 +57,7 @@ pub mod source {
     }
 }
 pub mod spec {
-    pub use crate::spec::Spec;
+    pub use crate::spec::{Spec, Tag};
 }
 pub mod sys {
     pub use crate::sys::{buffer, device, dm, sysfs};

@@ -1,7 +1,7 @@
 //! `blkholefs demo`: mounts and copies a sparse image that it makes, and removes everything.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::error::{Error, Result};
+use crate::output::{self, say};
 use crate::report::human;
 use crate::source::BlockDevice;
 use crate::sys::device::DeviceId;
@@ -44,31 +45,31 @@ fn show(scratch: &Scratch) -> Result<()> {
     make_image(&image)?;
     let device = LoopDevice::bind(&image)?;
     let data = Bytes::new(EXTENTS * EXTENT as u64);
-    print(&format!("image   {} with {} of data, on {}", human(IMAGE), human(data), device.path.display()));
+    print(&format!("image   {} with {} of data, on {}", human(IMAGE), human(data), device.path.display()))?;
 
     let mount = Mount::new(&device.path, scratch.path("mnt"))?;
     let shown = mount.file(&device.path);
-    print(&format!("mount   blkholefs mount {} {}", device.path.display(), mount.directory.display()));
+    print(&format!("mount   blkholefs mount {} {}", device.path.display(), mount.directory.display()))?;
 
     let (from_device, from_mount) = (scratch.path("from-device"), scratch.path("from-mount"));
     let whole = device.timed_copy(&device.path, &from_device)?;
     let sparse = device.timed_copy(&shown, &from_mount)?;
-    print(&format!("cp from the device   read {:>8} in {:.2} s", human(whole.read), whole.took.as_secs_f64()));
-    print(&format!("cp from the mount    read {:>8} in {:.2} s", human(sparse.read), sparse.took.as_secs_f64()));
+    print(&format!("cp from the device   read {:>8} in {:.2} s", human(whole.read), whole.took.as_secs_f64()))?;
+    print(&format!("cp from the mount    read {:>8} in {:.2} s", human(sparse.read), sparse.took.as_secs_f64()))?;
 
     for copy in [&from_device, &from_mount] {
         if !identical(&image, copy)? {
             return Err(Error::failed("differs from the image").on(copy));
         }
     }
-    print("copies  identical to the image, byte for byte");
+    print("copies  identical to the image, byte for byte")?;
     mount.end()?;
     device.end()
 }
 
-fn print(line: &str) {
-    // A closed pipe must not prevent the clean-up.
-    let _ = writeln!(io::stdout(), "{line}");
+/// Prints a line. What was made is removed also if it cannot be printed.
+fn print(line: &str) -> Result<()> {
+    output::print(&format!("{line}\n"))
 }
 
 /// A temporary directory. Dropping it removes it.
@@ -89,7 +90,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("blkholefs: {}: cannot remove: {error}", self.0.display());
+            say(format_args!("blkholefs: {}: cannot remove: {error}", self.0.display()));
         }
     }
 }
@@ -159,7 +160,7 @@ impl Drop for LoopDevice {
         if self.bound
             && let Err(error) = self.detach()
         {
-            eprintln!("blkholefs: {error}");
+            say(format_args!("blkholefs: {error}"));
         }
     }
 }
@@ -197,7 +198,7 @@ impl Drop for Mount {
         if self.mounted
             && let Err(error) = self.unmount()
         {
-            eprintln!("blkholefs: {error}");
+            say(format_args!("blkholefs: {error}"));
         }
     }
 }

@@ -4,8 +4,9 @@ use std::ffi::{OsStr, OsString};
 use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
 
-use super::{report_error, written};
+use super::report_error;
 use crate::error::{Error, Result, shown};
+use crate::output::{Stdout, written};
 use crate::report::quoted;
 
 /// Why the output for a device ended early.
@@ -115,7 +116,7 @@ pub fn each(
     division: Division,
     mut print: impl FnMut(&OsStr, &mut Output<'_>) -> std::result::Result<(), Failure>,
 ) -> Result<ExitCode> {
-    let mut out = BufWriter::new(io::stdout().lock());
+    let mut out = BufWriter::new(Stdout);
     let division = (devices.len() > 1).then_some(division);
     let mut output = Output::new(&mut out, division);
     let mut worst = 0;

@@ -61,15 +61,17 @@ fn print_map(arguments: &MapArguments, device: &OsStr, output: &mut Output<'_>) 
         let holes = range.end.saturating_sub(range.start).saturating_sub(data);
         return Ok(Totals::new(data, holes).print(output.begin(device)?, false)?);
     }
+    let part = (arguments.offset, arguments.length);
     let mut extents = handle.walk(range).map(|extent| extent.map_err(io::Error::other));
-    print_extents(arguments, device, &Subject { len, since: None }, &mut extents, output)
+    print_extents(arguments, device, &Subject { len, part, since: None }, &mut extents, output)
 }
 
 fn print_changes(arguments: &MapArguments, device: &OsStr, older: &OsStr, output: &mut Output<'_>) -> Printed {
     let changes = changes(arguments, device, older)?;
     let len = changes.map.len();
+    let part = (arguments.offset, arguments.length);
     let mut extents = view::runs(&changes.map, Bytes::new(1), arguments.range(len)).map(Ok);
-    print_extents(arguments, device, &Subject { len, since: Some(&changes.identity) }, &mut extents, output)
+    print_extents(arguments, device, &Subject { len, part, since: Some(&changes.identity) }, &mut extents, output)
 }
 
 /// Prints the extents of a device in the form that was chosen.
@@ -163,7 +165,7 @@ mod tests {
         let hole = Extent { end: Bytes::new(4096), kind: ExtentKind::Hole };
         let failed = io::Error::other(Error::failed("cannot read").on(device));
         let mut extents = [Ok((Bytes::ZERO, hole)), Err(failed), Ok((Bytes::new(4096), hole))].into_iter();
-        let subject = Subject { len: Bytes::new(8192), since: None };
+        let subject = Subject { len: Bytes::new(8192), part: (Bytes::ZERO, None), since: None };
         let Err(Failure::Device(error)) = print_field(device, &subject, &mut extents, &mut output) else {
             panic!("the error of the device is returned");
         };

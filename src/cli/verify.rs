@@ -5,10 +5,11 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use super::arguments::{open, parse};
-use super::{print, print_about};
+use super::print_about;
 use crate::error::{Error, Result, shown};
 use crate::handle::Handle;
 use crate::mount::argv::CommandLine;
+use crate::output::print;
 use crate::source::Context;
 use crate::spec::Spec;
 use crate::units::Bytes;

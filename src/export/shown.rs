@@ -76,12 +76,30 @@ impl Shown {
     /// Looks up what a SPEC names, and opens it once to find out whether it can be read.
     ///
     /// # Errors
-    /// When it does not exist, cannot be opened for reading, or is none of the things that can be shown.
+    /// When it does not exist, cannot be opened for reading, or is none of the things that can be shown. A usage error where the
+    /// option `name` is not possible.
     pub fn new(spec: &Spec, options: &SourceOptions) -> Result<Self> {
-        match (spec.kind(), &options.thin_metadata) {
+        let shown = match (spec.kind(), &options.thin_metadata) {
             (SpecKind::Nbd(uri), _) => Self::of_export(uri),
             (SpecKind::Path(data), Some(metadata)) => Self::of_pool(metadata, data),
             (SpecKind::Path(path), None) => Self::of_path(path),
+        }?;
+        match &options.name {
+            Some(name) => shown.named(name),
+            None => Ok(shown),
+        }
+    }
+
+    /// The same, with a name for the only file.
+    ///
+    /// # Errors
+    /// A usage error where there is more than one file.
+    fn named(self, name: &OsStr) -> Result<Self> {
+        match self {
+            Self::File { source, export_len, .. } => Ok(Self::File { source, name: name.to_owned(), export_len }),
+            Self::Directory(_) | Self::Pool(_) => {
+                Err(Error::usage("option 'name' is for one file, and this SPEC has one for each device"))
+            }
         }
     }
 

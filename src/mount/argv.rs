@@ -111,6 +111,29 @@ pub fn mount_command(args: &[OsString]) -> Result<CommandLine<MountRequest>> {
     finish_mount(request, operands)
 }
 
+/// Parses the words that mount.fuse3(8) runs this program with for `mount -t fuse 'blkholefs#SPEC' DIR`, and for the type
+/// fuse.blkholefs where there is no `mount.fuse.blkholefs`: `SPEC DIR -o OPTIONS`. `None` for all other words.
+///
+/// mount.fuse3 adds `dev` and `suid` to each list that has not `nodev` or `nosuid`. These two are removed, so that the mount is
+/// as safe as all others.
+pub fn mount_fuse(args: &[OsString]) -> Option<MountRequest> {
+    let [spec, dir, flag, options] = args else { return None };
+    if spec.as_bytes().starts_with(b"-") || flag != "-o" {
+        return None;
+    }
+    let mut list = options.as_bytes();
+    for (added, opposite) in [(&b"suid"[..], &b"nosuid"[..]), (b"dev", b"nodev")] {
+        let is_added = list.split(|byte| *byte == b',').all(|word| word != opposite);
+        list = match list.strip_suffix(added).filter(|_| is_added) {
+            Some([rest @ .., b',']) => rest,
+            Some([]) => b"",
+            _ => list,
+        };
+    }
+    let options = OsStr::from_bytes(list).to_owned();
+    Some(MountRequest { spec: spec.clone(), dir: dir.into(), options, ..MountRequest::default() })
+}
+
 /// Parses what umount(8) passes to `umount.blkholefs`, and the words after `blkholefs umount`.
 ///
 /// # Errors
@@ -215,6 +238,28 @@ mod tests {
         let parsed = mount_command(&words("/dev/x /m --foreground --options=ro -v")).unwrap();
         assert_eq!(parsed, CommandLine::Run(MountRequest { foreground: true, verbose: true, ..expected("ro") }));
         assert!(mount_command(&words("-s /dev/x /m")).is_err());
+    }
+
+    #[test]
+    fn command_lines_of_mount_fuse() {
+        for (given, options) in [
+            ("rw,dev,suid", "rw"),
+            ("ro,mode=0400,dev,suid", "ro,mode=0400"),
+            ("dev,suid", ""),
+            ("suid", ""),
+            ("ro,nodev,suid", "ro,nodev"),
+            ("ro,nosuid,dev", "ro,nosuid"),
+            ("ro,nodev,nosuid", "ro,nodev,nosuid"),
+            ("nodev,name=a\\,dev,suid", "nodev,name=a\\,dev"),
+            ("ro,dev,suid,x-a", "ro,dev,suid,x-a"),
+        ] {
+            assert_eq!(mount_fuse(&words(&format!("/dev/x /m -o {given}"))), Some(expected(options)), "{given}");
+        }
+        for line in
+            ["", "/dev/x", "/dev/x /m", "/dev/x /m -o", "/dev/x /m -v ro", "-v /dev/x -o ro", "/dev/x /m -o ro x"]
+        {
+            assert_eq!(mount_fuse(&words(line)), None, "{line}");
+        }
     }
 
     #[test]

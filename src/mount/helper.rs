@@ -10,6 +10,7 @@ use crate::mount::argv::{self, CommandLine, MountRequest};
 use crate::mount::logging::one_line;
 use crate::mount::options::FirstRw;
 use crate::mount::start;
+use crate::output;
 use crate::sys::process::{self, Parent};
 
 const HELPER_USAGE: &str = "\
@@ -51,6 +52,21 @@ pub fn command(args: &[OsString]) -> ExitCode {
     finish("blkholefs", COMMAND_USAGE, argv::mount_command(args), |request| start::run("blkholefs", &request))
 }
 
+/// Mounts what mount.fuse3(8) runs this program for ([`argv::mount_fuse`]). The program must not have opened anything before.
+///
+/// The shell between mount(8) and this process hides who put `rw` first, which mount(8) does for each mount that is not `ro`.
+pub fn fuse(request: MountRequest) -> ExitCode {
+    process::close_inherited_descriptors();
+    let request = MountRequest { first_rw: FirstRw::IsImplied, ..request };
+    finish("blkholefs", COMMAND_USAGE, Ok(CommandLine::Run(request)), |request| {
+        if request.dir.starts_with("/dev/fd") {
+            let why = "the daemon needs its privileges, to unmount and to ask device-mapper";
+            return Err(Error::usage(format!("option 'drop_privileges' of mount.fuse3 is not possible: {why}")));
+        }
+        start::run("blkholefs", &request)
+    })
+}
+
 /// Runs a command line, or prints its help or version. Returns the exit code. An error is one line on standard error, and
 /// its hint, if any, a second line.
 pub(super) fn finish<T>(
@@ -60,21 +76,15 @@ pub(super) fn finish<T>(
     run: impl FnOnce(T) -> Result<u8>,
 ) -> ExitCode {
     let result = match command_line {
-        Ok(CommandLine::Help) => {
-            println!("{usage}");
-            Ok(0)
-        }
-        Ok(CommandLine::Version) => {
-            println!("{name} {}", env!("CARGO_PKG_VERSION"));
-            Ok(0)
-        }
+        Ok(CommandLine::Help) => output::print(&format!("{usage}\n")).map(|()| 0),
+        Ok(CommandLine::Version) => output::print(&format!("{name} {}\n", env!("CARGO_PKG_VERSION"))).map(|()| 0),
         Ok(CommandLine::Run(request)) => refuse_setuid().and_then(|()| run(request)),
         Err(error) => Err(error.hint(usage.lines().next().unwrap_or_default())),
     };
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("{}", error_text(name, &error));
+            output::say(error_text(name, &error));
             ExitCode::from(error.exit_code())
         }
     }

@@ -135,6 +135,9 @@ pub fn parse(list: &OsStr, unknown: UnknownOptions, first_rw: FirstRw) -> Result
         );
     }
     check_views(&options.source.views)?;
+    if options.source.name.is_some() && options.source.thin_metadata.is_some() {
+        return Err(Error::usage("option 'name' is for one file, and a thin pool has one for each volume"));
+    }
     check_writing(&options)?;
     Ok(options)
 }
@@ -258,7 +261,7 @@ impl ParsedOptions {
             "compact" => self.source.views.compact = true,
             "used" => self.source.views.used = true,
             _ if words::IGNORED.contains(&name) => {}
-            _ if words::MOUNT_WITH_VALUE.contains(&name) || words::SOURCE.contains(&name) => {
+            _ if words::has_value(name) => {
                 return Err(Error::usage(format!("option '{name}' needs a value: {name}=...")).into());
             }
             _ => return Err(WordError::Unknown(unknown_option(name))),
@@ -315,10 +318,23 @@ impl ParsedOptions {
                 return Err(wrong("the name of a file, of 1 to 1023 bytes"));
             }
             "backing" => self.source.views.backing = Some(OsString::from_vec(value.to_vec())),
+            "name" if !is_file_name(value) => {
+                return Err(wrong("the name of a file, of 1 to 255 bytes, without a directory"));
+            }
+            "name" => self.source.name = Some(OsString::from_vec(value.to_vec())),
+            _ if !name.is_empty() && words::is_known(name) => {
+                return Err(WordError::Unknown(Error::usage(format!("option '{name}' takes no value"))));
+            }
             _ => return Err(WordError::Unknown(unknown_option(name))),
         }
         Ok(())
     }
+}
+
+/// Whether a name can be that of a file in a directory.
+fn is_file_name(name: &[u8]) -> bool {
+    const LONGEST: usize = 255;
+    !matches!(name, b"" | b"." | b"..") && name.len() <= LONGEST && !name.iter().any(|byte| matches!(byte, b'/' | 0))
 }
 
 fn unknown_option(name: &str) -> Error {

@@ -20,6 +20,7 @@ use crate::mount::point::{MountPoint, MountPointKind, Mounted};
 use crate::mount::record::{self, MountRecord};
 use crate::mount::signals::Signals;
 use crate::mount::{resources, serve, session};
+use crate::output::say;
 use crate::source::nbd::Uri;
 use crate::source::thin::held;
 use crate::spec::{Spec, absolute};
@@ -34,12 +35,13 @@ pub fn run(name: &str, request: &MountRequest) -> Result<u8> {
     logging::start(name, if request.verbose { LevelFilter::Debug } else { LevelFilter::Warn });
     let options = parse_options(request)?;
     // All paths are made absolute first: entering another mount namespace changes the current directory.
-    let spec = Spec::parse(&request.spec)?;
+    let spec = Spec::parse(&request.spec);
     let dir = absolute(&request.dir)?;
-    if options.mount.nofail && spec.is_missing() {
-        log::debug!("{spec} does not exist, and with nofail that is no failure");
+    if options.mount.nofail && is_missing(&spec) {
+        log::debug!("{} does not exist, and with nofail that is no failure", shown(&request.spec));
         return Ok(0);
     }
+    let spec = spec?;
     let point = MountPoint::find(&dir, Namespace::open(request.namespace.as_deref())?)?;
     for path in spec.path().into_iter().chain(options.source.thin_metadata.as_deref()) {
         point.keeps_visible(path)?;
@@ -47,7 +49,7 @@ pub fn run(name: &str, request: &MountRequest) -> Result<u8> {
     let fs = open_file_system(&spec, &options, point.kind())?;
     if request.verbose {
         let action = if request.fake { "would mount" } else { "mounting" };
-        eprintln!("{name}: {action} {spec} on {}", shown(&dir));
+        say(format_args!("{name}: {action} {spec} on {}", shown(&dir)));
     }
     if request.fake {
         return Ok(0);
@@ -66,6 +68,14 @@ pub fn run(name: &str, request: &MountRequest) -> Result<u8> {
             report.failed(&error_text(name, &error), error.exit_code());
             Ok(error.exit_code())
         }
+    }
+}
+
+/// Whether a SPEC leads to nothing: a path, or a tag that no device has.
+fn is_missing(spec: &Result<Spec>) -> bool {
+    match spec {
+        Ok(spec) => spec.is_missing(),
+        Err(error) => error.errno() == libc::ENOENT,
     }
 }
 
@@ -116,7 +126,7 @@ fn wait_for(daemon: StartingDaemon, point: &MountPoint) -> Result<u8> {
     match daemon.wait()? {
         StartOutcome::Serving => Ok(0),
         StartOutcome::Failed { text, exit_code } => {
-            eprintln!("{text}");
+            say(text);
             Ok(exit_code)
         }
         StartOutcome::Died(error) => Err(match point.remove_dead_mount() {
@@ -147,6 +157,10 @@ fn parse_options(request: &MountRequest) -> Result<ParsedOptions> {
 fn open_file_system(spec: &Spec, options: &ParsedOptions, kind: MountPointKind) -> Result<Arc<FileSystem>> {
     let mut fs = FileSystem::new(spec, &options.source, options.mount.ownership(), options.mount.limits)?;
     if kind == MountPointKind::File {
+        if options.source.name.is_some() {
+            let why = "option 'name' is not possible: the mountpoint is a file, and its name is that of the device";
+            return Err(Error::usage(why).hint("mount on a directory, or leave the option out"));
+        }
         fs.show_as_file()?;
     }
     Ok(Arc::new(fs))

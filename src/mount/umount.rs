@@ -17,7 +17,8 @@ use crate::mount::helper::finish;
 use crate::mount::namespace::Namespace;
 use crate::mount::release::{Daemon, ReleaseOutcome};
 use crate::mount::{logging, point, record};
-use crate::spec::absolute;
+use crate::output::say;
+use crate::spec::{Tag, absolute};
 use crate::sys::device::DeviceId;
 use crate::sys::mountinfo::{self, MountEntry};
 
@@ -37,7 +38,7 @@ pub fn main(name: &str, args: &[OsString]) -> ExitCode {
 }
 
 fn run(name: &str, request: &UmountRequest) -> Result<u8> {
-    let target = absolute(&request.target)?;
+    let target = target(&request.target)?;
     let namespace = Namespace::open(request.namespace.as_deref())?;
     let mount = namespace.within(|| find(&point::list()?, &target, &request.target, geteuid().as_raw()))?;
     // Looked up before the unmount: after that, another mount may have the device number.
@@ -48,17 +49,29 @@ fn run(name: &str, request: &UmountRequest) -> Result<u8> {
         let _ = record::remove_stale(&records);
     }
     if request.verbose {
-        eprintln!("{name}: {} unmounted", mount.point.display());
+        say(format_args!("{name}: {} unmounted", mount.point.display()));
     }
     let Some(daemon) = daemon else { return Ok(0) };
     let outcome = daemon.wait();
     let others = namespace.within(|| Ok(others(&point::list()?, mount.device))).unwrap_or_default();
     if let Some(warning) = warning(&outcome, daemon.pid(), &others) {
-        eprintln!("{name}: {}: {}", mount.point.display(), logging::one_line(&warning));
+        say(format_args!("{name}: {}: {}", mount.point.display(), logging::one_line(&warning)));
     } else if request.verbose && outcome == ReleaseOutcome::Idle {
-        eprintln!("{name}: the daemon (process {}) serves {}, and has no device open", daemon.pid(), place(&others));
+        say(format_args!(
+            "{name}: the daemon (process {}) serves {}, and has no device open",
+            daemon.pid(),
+            place(&others)
+        ));
     }
     Ok(0)
+}
+
+/// The absolute path of what is to be unmounted: for a tag that of the device that has it, which is the source of the mount.
+fn target(typed: &Path) -> Result<PathBuf> {
+    match Tag::parse(typed.as_os_str())? {
+        Some(tag) => tag.device(),
+        None => absolute(typed),
+    }
 }
 
 /// The other mountpoints of a file system, in the namespace of the list.

@@ -66,13 +66,14 @@ pub const IGNORED_WITH_VALUE: &[&str] = &["user", "comment", "helper", "uhelper"
 
 /// Options that this program knows and refuses, with the reason.
 pub const REFUSED: &[(&str, &str)] = &[
+    ("drop_privileges", "the daemon needs its privileges, to unmount and to ask device-mapper"),
     ("remount", "a mount cannot be changed: unmount it and mount it again"),
     ("auto_unmount", "the daemon unmounts on SIGTERM; auto_unmount could unmount another mount at the same place"),
 ];
 
 /// Options of a mount that have a value.
 pub const MOUNT_WITH_VALUE: &[&str] =
-    &["uid", "gid", "mode", "umask", "max_read", "map_cache", "read_ahead", "queue_depth"];
+    &["uid", "gid", "mode", "umask", "max_read", "map_cache", "read_ahead", "queue_depth", "name"];
 
 /// Options of what is shown, with a value.
 pub const SOURCE: &[&str] = &["thin_metadata", "nbd", "since", "cluster_size", "backing"];
@@ -83,9 +84,17 @@ pub const SOURCE_PLAIN: &[&str] = &["compact", "used"];
 /// Options of a mount that have no value.
 pub const MOUNT_PLAIN: &[&str] = &["allow_other", "allow-other", "direct_io", "nofail", "static", "writable"];
 
+/// Further spellings of options, which are accepted and not suggested.
+const SPELLINGS: [&str; 1] = ["allow-other"];
+
 /// Whether an option is a comment, which only other programs read (`X-` and `x-`, mount(8)).
 pub fn is_comment(name: &str) -> bool {
     name.starts_with("x-") || name.starts_with("X-")
+}
+
+/// Whether an option has a value.
+pub fn has_value(name: &str) -> bool {
+    [MOUNT_WITH_VALUE, SOURCE, IGNORED_WITH_VALUE].iter().any(|list| list.contains(&name))
 }
 
 /// Whether this program knows an option, whatever it does with it.
@@ -105,7 +114,7 @@ pub fn near(word: &str) -> Vec<&'static str> {
     let known =
         flags.chain([IGNORED, MOUNT_WITH_VALUE, SOURCE, SOURCE_PLAIN, MOUNT_PLAIN].into_iter().flatten().copied());
     let mut found: Vec<_> = known
-        .filter(|name| !name.is_empty())
+        .filter(|name| !name.is_empty() && !SPELLINGS.contains(name))
         .map(|name| (distance(word.as_bytes(), name.as_bytes()), name))
         .filter(|(distance, name)| *distance <= 2 && *distance * 2 < name.len())
         .collect();
@@ -145,12 +154,8 @@ mod tests {
     #[test]
     fn the_man_page_has_every_option() {
         let page = include_str!("../../mount-helpers/man/mount.blkholefs.8");
-        // `allow-other` is another spelling of `allow_other`.
-        for word in [MOUNT_WITH_VALUE, SOURCE, SOURCE_PLAIN, MOUNT_PLAIN]
-            .concat()
-            .into_iter()
-            .filter(|word| *word != "allow-other")
-        {
+        let words = [MOUNT_WITH_VALUE, SOURCE, SOURCE_PLAIN, MOUNT_PLAIN].concat();
+        for word in words.into_iter().filter(|word| !SPELLINGS.contains(word)) {
             let lists = |line: &str| line.split([' ', '=', '\\']).any(|part| part == word);
             assert!(page.lines().any(|line| line.starts_with(".B") && lists(line)), "{word}");
         }
@@ -158,7 +163,9 @@ mod tests {
 
     #[test]
     fn near_words() {
-        assert_eq!(near("alow_other"), ["allow_other", "allow-other"]);
+        for word in ["alow_other", "allow-othr", "allow-other"] {
+            assert_eq!(near(word), ["allow_other"], "{word}: one spelling");
+        }
         assert_eq!(near("map_cahce"), ["map_cache"]);
         assert_eq!(near("zz"), [""; 0]);
         assert_eq!(near(&"x".repeat(100_000)), [""; 0]);

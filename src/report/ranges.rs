@@ -56,7 +56,7 @@ mod tests {
         let extents =
             [(0, 4095, true), (4095, 5000, false), (5000, 5001, true), (5001, 9000, false), (9000, 9001, true)];
         let of = |block: u64| {
-            let subject = Subject { len: Bytes::new(9001), since: None };
+            let subject = Subject { len: Bytes::new(9001), part: (Bytes::ZERO, None), since: None };
             let kind = |data| if data { ExtentKind::Data } else { ExtentKind::Hole };
             let mut extents = extents.iter().map(|(start, end, data)| {
                 Ok((Bytes::new(*start), Extent { end: Bytes::new(*end), kind: kind(*data) }))

@@ -146,6 +146,18 @@ fn nodes(id: DeviceId) -> impl Iterator<Item = PathBuf> {
     kernel.into_iter().chain(mapper)
 }
 
+/// The path in `/dev/mapper` of a device-mapper device, by which mount(8) calls it. `None` for other paths, and if that node is not
+/// there.
+pub fn mapper_path(device: &Path) -> Option<PathBuf> {
+    let id = |path: &Path| {
+        let metadata = path.metadata().ok().filter(|metadata| metadata.file_type().is_block_device())?;
+        Some(DeviceId::from_dev(metadata.rdev()))
+    };
+    let device = id(device)?;
+    let path = Path::new("/dev/mapper").join(sysfs::mapper_name(device)?);
+    (id(&path) == Some(device)).then_some(path)
+}
+
 /// Whether an open file is the block device `id`.
 fn is_device(file: &File, id: DeviceId) -> io::Result<bool> {
     let metadata = file.metadata()?;

@@ -122,9 +122,14 @@ pub fn requires_modules(modules: &[&str]) -> bool {
 }
 
 fn skip(missing: &str) -> bool {
-    assert!(std::env::var_os("CI").is_none_or(|value| value.is_empty()), "this test needs {missing}");
+    assert!(!is_ci(), "this test needs {missing}");
     eprintln!("skipped: this test needs {missing}");
     false
+}
+
+/// Whether what is missing must fail a test.
+pub fn is_ci() -> bool {
+    std::env::var_os("CI").is_some_and(|value| !value.is_empty())
 }
 
 /// Waits until `condition` holds; false when it does not within a minute. The machine may be loaded or emulated, and only a

@@ -1,10 +1,14 @@
 //! Volumes that LVM made: linear, striped and thin, with LVM's own names.
 
+use std::ffi::OsStr;
+use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use blkholefs::testing::map::{ExtentKind, HoleMap as _};
 use blkholefs::testing::source::Context;
 use blkholefs::testing::source::changes::{self, IdentityValue};
+use blkholefs::testing::spec::Spec;
+use blkholefs::testing::sys::device::DeviceId;
 use blkholefs::testing::units::Bytes;
 
 use crate::common::check::{assert_map, check, map_of};
@@ -63,6 +67,24 @@ impl Drop for Group {
             self.lvm(&["vgremove", "--quiet", "--force", "--yes", &self.name]);
         }
     }
+}
+
+/// udev's link leads to the kernel's name, and mount(8) calls the device by its name in /dev/mapper.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn a_tag_of_a_logical_volume_is_its_path_in_dev_mapper() {
+    let group = Group::new("testtag");
+    group.lvm(&["lvcreate", "--quiet", "-L", "4M", "-n", "data", "testtag"]);
+    let number = std::fs::metadata(group.volume("data")).expect("a volume").rdev();
+    let kernel = Path::new("/dev").join(format!("dm-{}", DeviceId::from_dev(number).minor));
+    assert!(kernel.exists(), "{}", kernel.display());
+    std::fs::create_dir_all("/dev/disk/by-id").expect("/dev is that of this kernel");
+    let link = Path::new("/dev/disk/by-id/dm-name-testtag-data");
+    symlink(kernel, link).expect("there is no such link");
+    let spec = Spec::parse(OsStr::new("ID=dm-name-testtag-data")).expect("the link is there");
+    assert_eq!(spec.typed(), "/dev/mapper/testtag-data");
+    assert_eq!(spec.path(), Some(Path::new("/dev/mapper/testtag-data")));
+    std::fs::remove_file(link).expect("it is ours");
 }
 
 #[test]

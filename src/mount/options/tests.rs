@@ -183,27 +183,57 @@ fn wrong_values_say_what_was_expected() {
         "map_cache=99999999999T",
         "thin_metadata=",
         "nbd=",
+        "name=",
+        "name=.",
+        "name=..",
+        "name=a/b",
+        "name=/",
+        LONG_NAME,
     ] {
         let (message, _) = refused(list);
         assert!(message.contains(list) && message.contains("expected"), "{message}");
     }
-    for name in words::MOUNT_WITH_VALUE.iter().chain(words::SOURCE) {
+    for name in words::MOUNT_WITH_VALUE.iter().chain(words::SOURCE).chain(words::IGNORED_WITH_VALUE) {
+        if words::IGNORED.contains(name) {
+            continue;
+        }
         assert!(refused(name).0.contains("needs a value"), "{name}");
     }
+}
+
+/// A name of 256 bytes.
+const LONG_NAME: &str = concat!(
+    "name=",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+);
+
+#[test]
+fn a_name_is_one_file() {
+    for name in ["a", "disk.img", "...", "-o", "a b", &LONG_NAME[5..260]] {
+        assert_eq!(parsed(&format!("name={name}")).source.name, Some(name.into()), "{name}");
+    }
+    assert_eq!(parsed("name=\"a,b\",ro").source.name, Some("a,b".into()));
+    let (message, _) = refused("name=a,thin_metadata=/m");
+    assert_eq!(message, "option 'name' is for one file, and a thin pool has one for each volume");
 }
 
 #[test]
 fn unknown_words_are_named_with_their_neighbours() {
     assert_eq!(
         refused("alow_other"),
-        ("unknown option 'alow_other'".to_owned(), Some("did you mean allow_other or allow-other?".to_owned()))
+        ("unknown option 'alow_other'".to_owned(), Some("did you mean allow_other?".to_owned()))
     );
     assert_eq!(refused("ro,frobnicate"), ("unknown option 'frobnicate'".to_owned(), None));
-    for word in ["fd=3", "rootmode=40000", "user_id=0", "group_id=0", "blksize=512", "ro=1", "=", "loop", "allow_root"]
-    {
+    for word in ["fd=3", "rootmode=40000", "user_id=0", "group_id=0", "blksize=512", "=", "loop", "allow_root"] {
         assert!(refused(word).0.starts_with("unknown option"), "{word}");
     }
-    assert!(refused("static=yes").0.starts_with("unknown option"));
+    for word in ["static=yes", "ro=1", "allow_other=1", "allow-other=", "remount=x"] {
+        let name = word.split('=').next().unwrap();
+        assert_eq!(refused(word), (format!("option '{name}' takes no value"), None));
+    }
     assert!(refused("remount,ro").0.contains("unmount it"));
     assert!(refused("auto_unmount").0.contains("not possible"));
 }
