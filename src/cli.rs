@@ -1,4 +1,4 @@
-//! The commands `blkholefs map`, `info`, `verify` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
+//! The commands `blkholefs map`, `info`, `verify`, `status` and `demo`. The module [`crate::mount`] has `mount` and `umount`.
 
 mod arguments;
 mod demo;
@@ -6,6 +6,7 @@ mod devices;
 mod help;
 mod info;
 mod map;
+mod status;
 mod svg_file;
 mod terminal;
 mod verify;
@@ -22,14 +23,14 @@ use help::HELP;
 const VERSION: &str = concat!("blkholefs ", env!("CARGO_PKG_VERSION"), "\n");
 
 /// The commands that [`main`] runs.
-const COMMANDS: [&str; 5] = ["map", "info", "verify", "demo", "help"];
+const COMMANDS: [&str; 6] = ["map", "info", "verify", "status", "demo", "help"];
 
 /// Whether [`main`] has a command with this name.
 pub fn is_command(word: &str) -> bool {
     COMMANDS.contains(&word)
 }
 
-/// Runs `map`, `info`, `verify`, `demo`, `--help` or `--version`, from the words after the program's name.
+/// Runs `map`, `info`, `verify`, `status`, `demo`, `--help` or `--version`, from the words after the program's name.
 pub fn main(words: &[OsString]) -> ExitCode {
     run(words).unwrap_or_else(|error| report_error(&error))
 }
@@ -45,8 +46,9 @@ fn run(words: &[OsString]) -> Result<ExitCode> {
         Some("map") => return map::run(arguments),
         Some("info") => return info::run(arguments),
         Some("verify") => verify::run(arguments),
+        Some("status" | "demo") if is_only(["-V", "--version"]) => print(VERSION),
+        Some("status") => status::run(arguments),
         Some("demo") if is_only(["-h", "--help"]) => print(HELP),
-        Some("demo") if is_only(["-V", "--version"]) => print(VERSION),
         Some("demo") => alone(command, arguments).and_then(|()| demo::run()),
         Some("-h" | "--help" | "help") => alone(command, arguments).and_then(|()| print(HELP)),
         Some("-V" | "--version") => alone(command, arguments).and_then(|()| print(VERSION)),

@@ -9,11 +9,13 @@ mod flush;
 mod nodes;
 mod open;
 mod share;
+mod status;
 mod usage;
 mod write;
 
 pub use attributes::{Attributes, Ownership};
 pub use nodes::{Ino, ROOT};
+pub use status::{FileStatus, Status};
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -415,19 +417,5 @@ impl FileSystem {
         let devices = self.lock_devices();
         devices.by_ino.values().for_each(|device| device.handle.drop_map());
         info!("dropped the maps of {} open devices", devices.by_ino.len());
-    }
-
-    /// Logs the number of open files, the open devices and their memory.
-    pub fn log_counters(&self) {
-        let opens = self.open.len();
-        let devices = self.lock_devices();
-        let (names, maps, ahead) = (self.nodes.len(), self.maps.used(), self.ahead.memory());
-        let devices_open = devices.by_ino.len();
-        info!(
-            "{opens} open files on {devices_open} devices, maps of {maps} bytes, {ahead} bytes of read-ahead, {names} names"
-        );
-        for device in devices.by_ino.values() {
-            info!("{}: {} opens", shown(device.handle.export().name()), device.opens);
-        }
     }
 }

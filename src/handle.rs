@@ -12,6 +12,7 @@
 //! The same holds for extents that were dropped because those of other devices take all the memory of the [`MapCache`].
 
 mod clock;
+mod degraded;
 mod holes_now;
 mod map_cache;
 mod read_memory;
@@ -30,23 +31,23 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use log::{Level, log};
-
-use crate::error::{Result, shown};
+use crate::error::Result;
 use crate::export::Export;
 use crate::map::view::{self, Whence};
 use crate::map::{Extent, ExtentKind, HoleMap};
-use crate::reason::DenseReason;
+use crate::reason::{DegradedState, DenseReason};
 use crate::source::{Context, Loaded, Stack};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::memory;
 use crate::units::Bytes;
+use degraded::NoAnswer;
 use read_memory::ReadMemory;
 use resolved::{Cost, Resolved};
 use sequence::SequenceNumber;
 use slot::{Content, Slot};
 use waits::Waits;
 
+pub use degraded::DenseLayer;
 pub use holes_now::{HolesNow, StackState};
 pub use map_cache::MapCache;
 pub use read_memory::ReadPermit;
@@ -76,6 +77,10 @@ pub struct Handle {
     resolving: Mutex<Waits>,
     /// The reason of the last stack that was all data, so that it is logged once.
     logged_reason: Mutex<Option<DenseReason>>,
+    /// The layers of the last stack that were all data when it was loaded.
+    dense_layers: Mutex<Vec<DenseLayer>>,
+    /// Whether the last question had no valid answer, so that the reply was data.
+    unanswered: DegradedState,
     /// Whether it was logged that the device changes too fast.
     logged_busy: AtomicBool,
     /// Whether it was logged that the extents do not fit in the memory of all extents.
@@ -108,6 +113,8 @@ impl Handle {
             slot: Arc::default(),
             resolving: Mutex::new(waits),
             logged_reason: Mutex::default(),
+            dense_layers: Mutex::default(),
+            unanswered: DegradedState::default(),
             logged_busy: AtomicBool::new(false),
             logged_evicted: AtomicBool::new(false),
             quiet,
@@ -250,6 +257,24 @@ impl Handle {
         ask: impl Fn(&dyn HoleMap) -> T,
         inside: impl Fn(&T) -> bool,
     ) -> Option<(T, Arc<Resolved>)> {
+        match self.try_fresh_answer_of(known, ask, inside) {
+            Ok(answer) => {
+                self.unanswered.clear();
+                Some(answer)
+            }
+            Err(why) => {
+                self.note_no_answer(why);
+                None
+            }
+        }
+    }
+
+    fn try_fresh_answer_of<T>(
+        &self,
+        known: Option<KnownAnswer<'_, T>>,
+        ask: impl Fn(&dyn HoleMap) -> T,
+        inside: impl Fn(&T) -> bool,
+    ) -> std::result::Result<(T, Arc<Resolved>), NoAnswer> {
         let (request, asked) = (SequenceNumber::last(), self.maps.clock.now());
         let mut resolved = self.current().filter(|current| current.fits);
         let mut newer_than = request;
@@ -261,7 +286,7 @@ impl Handle {
             };
             newer_than = newer_than.max(now.born);
             if !now.stack.write_back() {
-                return None;
+                return Err(NoAnswer::of_write_back(&now.stack));
             }
             let answer = match (now.is_loaded(), known) {
                 (false, Some(known)) => known(&now.stack),
@@ -287,23 +312,26 @@ impl Handle {
             };
             self.count_memory_again(&now, asked);
             if now.is_fresh(request, inside(&answer)) {
-                return Some((answer, now));
+                return Ok((answer, now));
             }
         }
         self.log_busy();
-        None
+        Err(NoAnswer::Busy)
     }
 
     /// Resolves the stack again, and stores it in the slot. Concurrent requests share the work: a stack that another
     /// one resolved after `newer_than` is returned as it is.
     ///
     /// Waits until the device may be resolved again (see [`Resolved::cost`]), and with `to_load` until extents that were
-    /// evicted may be loaded again. `None` if that would take longer than a request may wait.
-    fn resolve(&self, newer_than: SequenceNumber, to_load: bool) -> Option<Arc<Resolved>> {
+    /// evicted may be loaded again.
+    ///
+    /// # Errors
+    /// If that would take longer than a request may wait.
+    fn resolve(&self, newer_than: SequenceNumber, to_load: bool) -> std::result::Result<Arc<Resolved>, NoAnswer> {
         let clock = &self.maps.clock;
         let mut waits = self.resolving.lock().unwrap_or_else(PoisonError::into_inner);
         let (before, evicted) = match self.slot.content() {
-            Content::Stack(current) if current.born > newer_than => return Some(current),
+            Content::Stack(current) if current.born > newer_than => return Ok(current),
             // Extents that were loaded have a rest of their own.
             Content::Stack(current) => (Some(current.cost()), current.evicted.filter(|_| !current.is_loaded())),
             // The description alone costs little, and stat(2) needs no more.
@@ -320,10 +348,11 @@ impl Handle {
         if !waits.take(rest, now) {
             // What was fetched ahead may be older than the change that a guard found.
             self.begin_generation();
-            if of_evicted == Duration::ZERO {
-                self.log_busy();
+            if of_evicted > Duration::ZERO {
+                return Err(NoAnswer::Evicted);
             }
-            return None;
+            self.log_busy();
+            return Err(NoAnswer::Busy);
         }
         // The lock is kept during the wait, because the other requests would have to wait as long.
         clock.sleep(rest);
@@ -333,7 +362,7 @@ impl Handle {
         // stack were made, so that they find each change since.
         self.begin_generation();
         self.slot.set(Content::Stack(resolved.clone()));
-        Some(resolved)
+        Ok(resolved)
     }
 
     /// How long it is until the extents of a stack may be loaded, because those that the device had before were evicted.
@@ -351,6 +380,7 @@ impl Handle {
     fn load<'a>(&self, resolved: &'a Arc<Resolved>, asked: Duration) -> &'a Loaded {
         resolved.load(&self.maps.clock, |loaded| {
             self.log_loaded(loaded);
+            self.note_dense_layers(&resolved.stack);
             if resolved.evicted.is_some() {
                 self.log_evicted();
             }
@@ -365,43 +395,6 @@ impl Handle {
         if let Some(memory) = resolved.memory_again(self.context.static_devices.as_ref()) {
             self.maps.keep(&self.slot, resolved, memory, asked);
         }
-    }
-
-    fn log_loaded(&self, loaded: &Loaded) {
-        let name = shown(self.export.name());
-        let mut logged = self.logged_reason.lock().unwrap_or_else(PoisonError::into_inner);
-        match &loaded.dense_because {
-            Some(reason) if logged.as_ref() != Some(reason) => {
-                self.log(Level::Warn, &format!("{name}: all data: {reason}"));
-            }
-            Some(_) => {}
-            None => self.log(Level::Info, &format!("{name}: new map")),
-        }
-        logged.clone_from(&loaded.dense_because);
-    }
-
-    /// Logs, once for this device, that it changes faster than its extents can be loaded.
-    fn log_busy(&self) {
-        // The guards of a device that is gone find a change too, which is no reason for this message.
-        if self.export.len().is_ok() && !self.logged_busy.swap(true, Ordering::Relaxed) {
-            let name = shown(self.export.name());
-            let why = "changes faster than its map can be read: all data in between; back up a snapshot instead";
-            self.log(Level::Warn, &format!("{name}: {why}"));
-        }
-    }
-
-    /// Logs, once for this device, that its extents are needed again after they were dropped for the limit of the memory.
-    fn log_evicted(&self) {
-        if !self.logged_evicted.swap(true, Ordering::Relaxed) {
-            let name = shown(self.export.name());
-            let why = "its map does not fit in map_cache beside the maps of the other open files, and is read again for \
-                       at most a tenth of the time: mount with a larger -o map_cache";
-            self.log(Level::Warn, &format!("{name}: {why}"));
-        }
-    }
-
-    fn log(&self, level: Level, message: &str) {
-        log!(if self.quiet { Level::Debug } else { level }, "{message}");
     }
 }
 

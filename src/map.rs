@@ -29,7 +29,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Once;
 
-use crate::reason::DenseReason;
+use crate::reason::{Degraded, DenseReason};
 use crate::units::Bytes;
 
 /// What an extent holds. There is one kind of data and there are several kinds of holes.
@@ -154,6 +154,12 @@ pub trait HoleMap: Send + Sync {
 
     /// Why the map can find no holes at all, if so. Some maps know it only after the first [`HoleMap::extent_at`].
     fn dense_because(&self) -> Option<DenseReason> {
+        None
+    }
+
+    /// Since when the source of the map fails to answer, and why, if it failed at the last query. A composition does not have
+    /// this of its parts: each of them is the map of a layer.
+    fn degraded(&self) -> Option<Degraded> {
         None
     }
 

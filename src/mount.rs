@@ -2,7 +2,7 @@
 //!
 //! [`argv`] and [`options`] are parsers. [`helper`] is the program that mount(8) runs, and `start` has the
 //! steps of a mount in their order: it opens the device, [`daemon`] forks, [`session`] mounts, and [`serve`] runs until the
-//! unmount. [`umount`] unmounts, finds the daemon by its [`record`], and waits until the daemon has closed the device
+//! unmount. [`status`] is the socket at which a daemon answers how it does. [`umount`] unmounts, finds the daemon by its [`record`], and waits until the daemon has closed the device
 //! ([`release`]).
 
 pub mod argv;
@@ -20,5 +20,6 @@ pub mod serve;
 pub mod session;
 mod signals;
 mod start;
+pub mod status;
 pub mod umount;
 mod words;

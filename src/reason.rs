@@ -1,10 +1,14 @@
-//! Why a device is shown without holes.
+//! Why a device is shown without holes, and why answers about it are data.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::io;
 
 use crate::error::plain;
+
+mod degraded;
+
+pub use degraded::{Degraded, DegradedState};
 
 /// Text that is mostly known when the program is compiled.
 type Text = Cow<'static, str>;
@@ -60,6 +64,17 @@ impl DenseReason {
     #[must_use]
     pub fn of_kind(self, kind: &str) -> Self {
         Self::OfKind { kind: kind.to_owned(), reason: Box::new(self) }
+    }
+
+    /// Whether holes cannot be found out because of something that failed, or in a state that may pass. With any other reason
+    /// the device is shown as data by design.
+    pub fn is_degradation(&self) -> bool {
+        match self {
+            Self::Unreadable { .. } | Self::State(_) | Self::NotNow(_) | Self::Damaged(_) => true,
+            Self::Unsupported(_) | Self::NotUnderstood { .. } | Self::Unproven(_) => false,
+            Self::OfKind { reason, .. } => reason.is_degradation(),
+            Self::Parts(reasons) => reasons.iter().any(Self::is_degradation),
+        }
     }
 
     /// Whether a later request may find holes although nothing has changed that a guard sees.
@@ -118,5 +133,7 @@ mod tests {
         let both = DenseReason::Parts(vec![refused.clone(), later]);
         assert!(both.to_string().contains("Permission denied; dm-thin"), "{both}");
         assert!(both.is_temporary() && !refused.is_temporary());
+        assert!(both.is_degradation() && refused.is_degradation());
+        assert!(!DenseReason::from("it is encrypted").of_kind("dm-crypt").is_degradation());
     }
 }

@@ -1,4 +1,4 @@
-//! The output of `blkholefs map` and `blkholefs info`.
+//! The output of `blkholefs map`, `blkholefs info` and `blkholefs status`.
 //!
 //! A map is printed by one function for each form. It takes the extents one by one: the memory that it needs does not depend
 //! on their number, and no form needs a sum before the first extent.
@@ -14,6 +14,7 @@ mod qemu;
 mod ranges;
 mod since;
 mod stack;
+mod status;
 mod svg;
 mod text;
 mod totals;
@@ -28,6 +29,7 @@ use crate::units::Bytes;
 pub use grid::Scene;
 pub use picture::{Look, picture};
 pub use stack::{json, json_fields, tree};
+pub use status::{status, status_json};
 pub use svg::{DECLARATION as SVG_DECLARATION, svg};
 pub use text::{human, quoted};
 pub use totals::Totals;

@@ -24,7 +24,7 @@ pub mod map {
     pub use crate::map::{ChangeMap, Extent, ExtentKind, FillMap, HoleMap, view};
 }
 pub mod mount {
-    pub use crate::mount::{argv, options, record};
+    pub use crate::mount::{argv, options, record, status};
     pub use crate::sys::mountinfo;
     pub mod session {
         pub use crate::mount::session::CLONE_DESCRIPTOR;
@@ -35,6 +35,9 @@ pub mod qcow2 {
 }
 pub mod reason {
     pub use crate::reason::DenseReason;
+}
+pub mod report {
+    pub use crate::report::{status, status_json};
 }
 pub mod source {
     pub use crate::source::{BlockDevice, Context, Stack, changes};

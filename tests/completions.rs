@@ -19,9 +19,6 @@ const BASH: &str = include_str!("../mount-helpers/completions/blkholefs.bash");
 const ZSH: &str = include_str!("../mount-helpers/completions/_blkholefs");
 const FISH: &str = include_str!("../mount-helpers/completions/blkholefs.fish");
 
-/// The commands that are completed before the program has them.
-const AHEAD: [&str; 1] = ["status"];
-
 fn strings(words: &[&str]) -> BTreeSet<String> {
     words.iter().map(|word| (*word).to_owned()).collect()
 }
@@ -126,16 +123,11 @@ fn check_list(shell: &str, command: &str, mut offered: BTreeSet<String>) {
     assert_eq!(offered, list_options(command), "{shell}: {command} -o");
 }
 
-fn without_ahead(words: BTreeSet<String>) -> BTreeSet<String> {
-    words.into_iter().filter(|word| !AHEAD.contains(&word.as_str())).collect()
-}
-
 #[test]
 fn bash_offers_the_commands_and_their_options() {
     let help = help();
     assert!(help.len() >= 6 && help["map"].contains("--picture") && help["verify"].contains("--volume"), "{help:?}");
-    let commands = without_ahead(help.keys().cloned().collect());
-    assert_eq!(without_ahead(bash_line("blkholefs ")), commands);
+    assert_eq!(bash_line("blkholefs "), help.keys().cloned().collect());
     for (command, mut options) in help {
         // A list of options is that of mounts, or of what has a device.
         assert_eq!(bash_line(&format!("blkholefs {command} -")), options, "{command}");
@@ -151,7 +143,7 @@ fn bash_offers_the_commands_and_their_options() {
 fn fish_offers_the_commands_and_their_options() {
     needs!(programs["fish"]);
     let help = help();
-    assert_eq!(without_ahead(fish("blkholefs ")), without_ahead(help.keys().cloned().collect()));
+    assert_eq!(fish("blkholefs "), help.keys().cloned().collect());
     for (command, options) in help {
         // fish offers the long name of an option that has both.
         let short = if command == "mount" { &["-f", "-h", "-V"][..] } else { &["-h", "-V"] };

@@ -124,6 +124,7 @@ targets!(
     partitions,
     qcow2,
     scsi_pages,
+    status,
     thin_changes,
     thin_metadata,
     thin_params,

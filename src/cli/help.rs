@@ -11,6 +11,7 @@ Usage:
                 [-o OPTIONS] DEVICE...
   blkholefs info [--json] [-o OPTIONS] DEVICE...
   blkholefs verify [--sample N [--seed S] | --against FILE] [-o OPTIONS] DEVICE
+  blkholefs status [--json] [DIR...]
   blkholefs demo
 
 Commands:
@@ -19,6 +20,7 @@ Commands:
   map      prints the data and holes of devices, without a mount
   info     prints the layers of devices, and where their holes come from
   verify   reads the holes of a device and compares them with zeros, or compares a copy with the device
+  status   prints the mounts of this machine: daemons, open files, memory, and what is data because something failed
   demo     mounts and copies a sparse image that it makes, and removes everything
 
 Options of map:
@@ -36,6 +38,9 @@ Options of verify:
   --sample N              reads N pieces of holes, which are chosen at random, and prints the seed
   --seed S                chooses the same pieces as the run that printed this seed
   --against FILE          compares FILE, a copy of DEVICE, with it; what is a hole in both is not read
+
+Options of status:
+  --json                  prints JSON
 
 Options of map, info and verify:
   -o thin_metadata=META   DEVICE is the data of a thin pool that is not active

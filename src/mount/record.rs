@@ -1,20 +1,28 @@
 //! Files in /run: the record of each daemon, and the lock of a mountpoint.
 //!
-//! A record contains the process id of the daemon, which locks it as long as it runs. Its name is the `st_dev` of the mount:
+//! A record contains the process id of the daemon, which locks it as long as it runs, and what it serves. Its name is the `st_dev` of the mount:
 //! `umount.blkholefs` finds the daemon by it, and waits until the daemon has closed the device (see
 //! [`crate::mount::release`]). The lock of a mountpoint is held while one daemon mounts there. Only the owner of the
-//! directory can open these files, because a user who could lock them could block all mounts.
+//! directory can open these files, because a user who could lock them could block all mounts. Beside a record is the socket at
+//! which the daemon answers how it does (see [`crate::mount::status`]). Its name has the process id in it, so that no other
+//! daemon ever has the same one.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{Pid, geteuid};
 
 use crate::sys::device::DeviceId;
+
+mod found;
+mod text;
+
+use found::Owned;
+pub use found::{Record, list, socket_name};
+pub use text::{Description, RecordText, escape, process_in};
 
 /// The record of this process. Dropping it removes the file.
 #[derive(Debug)]
@@ -72,14 +80,15 @@ impl MountRecord {
     ///
     /// # Errors
     /// When the directory cannot be written.
-    pub fn create(directory: &Path, device: DeviceId) -> io::Result<Self> {
+    pub fn create(directory: &Path, device: DeviceId, description: Description) -> io::Result<Self> {
         make(directory)?;
         remove_stale(directory)?;
         let path = path(directory, device);
+        let text = RecordText { daemon: Pid::this(), description: Some(description) }.format();
         let temporary = directory.join(format!(".new-{}", Pid::this()));
         for _ in 0..ATTEMPTS {
             fs::remove_file(&temporary).or_else(if_missing)?;
-            match Self::create_as(&temporary, &path) {
+            match Self::create_as(&temporary, &path, &text) {
                 // Another process removed it as a stale record, before it was locked.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 result => return result,
@@ -88,10 +97,10 @@ impl MountRecord {
         Err(io::ErrorKind::ResourceBusy.into())
     }
 
-    fn create_as(temporary: &Path, path: &Path) -> io::Result<Self> {
+    fn create_as(temporary: &Path, path: &Path, text: &[u8]) -> io::Result<Self> {
         let file = open_own(temporary)?;
         let mut file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| io::Error::from(e))?;
-        if let Err(error) = writeln!(file, "{}", Pid::this()).and_then(|()| fs::rename(temporary, path)) {
+        if let Err(error) = file.write_all(text).and_then(|()| fs::rename(temporary, path)) {
             fs::remove_file(temporary).or_else(if_missing)?;
             return Err(error);
         }
@@ -127,20 +136,7 @@ fn open_own(path: &Path) -> io::Result<File> {
 /// The process id of the daemon that serves the mount with `device`; `None` without a record in `directory`, and when the
 /// daemon has ended.
 pub fn daemon_of(directory: &Path, device: DeviceId) -> Option<Pid> {
-    const LONGEST: u64 = 16;
-    let file = open(&path(directory, device)).ok()?;
-    let mut text = String::new();
-    (&file).take(LONGEST).read_to_string(&mut text).ok()?;
-    let daemon = process_in(&text)?;
-    match Flock::lock(file, FlockArg::LockSharedNonblock) {
-        Err((_, Errno::EWOULDBLOCK)) => Some(daemon),
-        _ => None,
-    }
-}
-
-/// Parses the text of a record.
-pub fn process_in(text: &str) -> Option<Pid> {
-    text.trim_end().parse().ok().filter(|pid| *pid > 0).map(Pid::from_raw)
+    Record::read(directory, device).filter(|record| record.is_running).map(|record| record.text.daemon)
 }
 
 fn path(directory: &Path, device: DeviceId) -> PathBuf {
@@ -151,13 +147,22 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
 }
 
-/// Removes the records and locks of processes that were killed.
+/// Removes the records, locks and sockets of processes that were killed, and no other file.
 ///
 /// # Errors
 /// When the directory cannot be read or written.
 pub fn remove_stale(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
+        match path.file_name().and_then(Owned::parse) {
+            // A daemon has its record before its socket, and keeps it for longer.
+            Some(Owned::Socket(device, daemon)) if daemon_of(directory, device) != Some(daemon) => {
+                fs::remove_file(&path).or_else(if_missing)?;
+                continue;
+            }
+            Some(Owned::Socket(..)) | None => continue,
+            Some(Owned::Record(_) | Owned::Lock) => {}
+        }
         let Ok(file) = open(&path) else { continue };
         if let Ok(file) = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             && is_same(&file, &path)
@@ -185,12 +190,17 @@ mod tests {
 
     const DEVICE: DeviceId = DeviceId { major: 0, minor: 45 };
 
+    fn create(directory: &Path) -> io::Result<MountRecord> {
+        let description = Description { spec: "/dev/x".into(), directory: "/mnt".into(), options: "ro".into() };
+        MountRecord::create(directory, DEVICE, description)
+    }
+
     #[test]
     fn a_record_exists_as_long_as_its_daemon() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("new");
         assert_eq!(daemon_of(&dir, DEVICE), None);
-        let record = MountRecord::create(&dir, DEVICE).unwrap();
+        let record = create(&dir).unwrap();
         assert_eq!(daemon_of(&dir, DEVICE), Some(Pid::this()));
         assert_eq!(daemon_of(&dir, DeviceId { minor: 46, ..DEVICE }), None);
         drop(record);
@@ -204,16 +214,42 @@ mod tests {
             fs::write(dir.path().join(name), "1\n").unwrap();
         }
         assert_eq!(daemon_of(dir.path(), DEVICE), None, "process 1 does not hold the lock");
-        let _record = MountRecord::create(dir.path(), DEVICE).unwrap();
+        let _record = create(dir.path()).unwrap();
         assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]
+    fn sockets_are_removed_with_their_daemons_and_other_files_stay() {
+        use std::os::unix::net::UnixListener;
+        let dir = tempfile::tempdir().unwrap();
+        let names = || {
+            let entries = fs::read_dir(dir.path()).unwrap();
+            let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        let record = create(dir.path()).unwrap();
+        let own = socket_name(DEVICE, Pid::this());
+        let killed =
+            [socket_name(DEVICE, Pid::from_raw(1)), socket_name(DeviceId { minor: 46, ..DEVICE }, Pid::this())];
+        for name in killed.iter().chain([&own]) {
+            UnixListener::bind(dir.path().join(name)).unwrap();
+        }
+        let others = ["0-45.x.socket", "times", "times.lock"];
+        others.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
+        remove_stale(dir.path()).unwrap();
+        assert_eq!(names(), ["0-45", &own, others[0], others[1], others[2]]);
+        drop(record);
+        remove_stale(dir.path()).unwrap();
+        assert_eq!(names(), others);
+    }
+
+    #[test]
     fn a_reused_number_is_that_of_the_new_mount() {
         let dir = tempfile::tempdir().unwrap();
-        let old = MountRecord::create(dir.path(), DEVICE).unwrap();
-        let new = MountRecord::create(dir.path(), DEVICE).unwrap();
+        let old = create(dir.path()).unwrap();
+        let new = create(dir.path()).unwrap();
         drop(old);
         assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()), "dropping the old record keeps the new one");
         drop(new);
@@ -234,7 +270,7 @@ mod tests {
                 });
             }
             for _ in 0..500 {
-                let record = MountRecord::create(dir.path(), DEVICE).unwrap();
+                let record = create(dir.path()).unwrap();
                 assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()));
                 drop(record);
                 assert_eq!(daemon_of(dir.path(), DEVICE), None);

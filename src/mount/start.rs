@@ -1,5 +1,6 @@
 //! The start of a mount, step by step, and its end.
 
+use std::ffi::OsString;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,13 +18,14 @@ use crate::mount::logging;
 use crate::mount::namespace::Namespace;
 use crate::mount::options::{self, ParsedOptions, UnknownOptions};
 use crate::mount::point::{MountPoint, MountPointKind, Mounted};
-use crate::mount::record::{self, MountRecord};
+use crate::mount::record::{self, Description, MountRecord};
 use crate::mount::signals::Signals;
+use crate::mount::status::StatusSocket;
 use crate::mount::{resources, serve, session};
 use crate::output::say;
 use crate::source::nbd::Uri;
 use crate::source::thin::held;
-use crate::spec::{Spec, absolute};
+use crate::spec::{Older, Spec, absolute};
 use crate::sys::process::{self, Capability};
 
 /// Makes a mount and has a daemon serve it; in the foreground, serves it until it is unmounted. `name` is the program's
@@ -100,11 +102,13 @@ fn serve_mount(
     let signals = Signals::block(report.is_foreground())?;
     let filesystem = BlkHoleFs::new(fs.clone(), options.mount.direct_io);
     let (session, mounted) = session::mount(filesystem, spec.typed(), &claim, &options.mount)?;
-    let record = create_record(&mounted);
+    let record = create_record(description(spec, options, &mounted), &mounted);
+    let status = record.as_ref().and_then(|_| create_status_socket(&mounted));
     // Privileges are dropped before the first thread starts, because each thread has capabilities of its own. An error in one
     // of these steps unmounts.
     let started = drop_privileges(&mounted, needs_override(spec, options))
         .and_then(|()| serve::start(session, signals))
+        .inspect(|_| answer_status(status.as_ref(), &fs))
         .and_then(|events| report.serving().map(|()| events));
     let events = started.map_err(|error| mounted.unmount_after(error))?;
     drop(claim);
@@ -114,6 +118,7 @@ fn serve_mount(
     let result = serve::until_unmounted(&fs, &mounted, &events);
     log::info!("{} is unmounted", shown(mounted.dir()));
     // From here on, another mount may have the device number that the record is named by.
+    drop(status);
     drop(record);
     drop(fs);
     // A thread of the session may still read a pool's metadata snapshot, which is released before the process ends.
@@ -168,11 +173,54 @@ fn open_file_system(spec: &Spec, options: &ParsedOptions, kind: MountPointKind) 
 
 /// Creates the record of the daemon. A mount without one is served all the same; a user without a session has no
 /// directory for it.
-fn create_record(mounted: &Mounted) -> Option<MountRecord> {
+fn create_record(description: Description, mounted: &Mounted) -> Option<MountRecord> {
     let directory = record::directory()?;
-    MountRecord::create(&directory, mounted.device())
+    MountRecord::create(&directory, mounted.device(), description)
         .inspect_err(|e| log::warn!("{}: no record, umount will not wait: {}", directory.display(), plain(e)))
         .ok()
+}
+
+/// What the record contains about the mount.
+fn description(spec: &Spec, options: &ParsedOptions, mounted: &Mounted) -> Description {
+    let (mount, source) = (&options.mount, &options.source);
+    let mut words = OsString::from(if mount.is_writable() { "rw" } else { "ro" });
+    let flags = [
+        ("allow_other", mount.allow_other),
+        ("direct_io", mount.direct_io),
+        ("static", source.is_static),
+        ("compact", source.views.compact),
+        ("used", source.views.used),
+    ];
+    for (word, _) in flags.into_iter().filter(|(_, is_set)| *is_set) {
+        words.push(format!(",{word}"));
+    }
+    let values = [
+        ("since", source.views.since.as_ref().map(Older::typed)),
+        ("thin_metadata", source.thin_metadata.clone().map(OsString::from)),
+        ("nbd", source.nbd.as_ref().map(|uri| uri.to_string().into())),
+    ];
+    for (word, value) in values {
+        if let Some(value) = value {
+            words.push(format!(",{word}="));
+            words.push(value);
+        }
+    }
+    Description { spec: spec.typed().to_owned(), directory: mounted.dir().to_owned(), options: words }
+}
+
+/// Creates the socket for `blkholefs status`, while the daemon has all its privileges. A mount without one is served all the same.
+fn create_status_socket(mounted: &Mounted) -> Option<StatusSocket> {
+    let directory = record::directory()?;
+    StatusSocket::new(&directory, mounted.device())
+        .inspect_err(|e| log::info!("{}: no socket for the status: {}", directory.display(), plain(e)))
+        .ok()
+}
+
+/// Starts the thread that answers `blkholefs status`.
+fn answer_status(socket: Option<&StatusSocket>, fs: &Arc<FileSystem>) {
+    if let Some(Err(error)) = socket.map(|socket| socket.answer(fs)) {
+        log::info!("cannot start the thread for the status: {}", plain(&error));
+    }
 }
 
 /// Whether the daemon may have to open what belongs to other users for writing: the Unix socket of an NBD server, or an image.

@@ -16,7 +16,7 @@ use log::warn;
 
 use crate::error::{plain, shown};
 use crate::map::{self, Extent, ExtentKind, HoleMap};
-use crate::reason::DenseReason;
+use crate::reason::{Degraded, DegradedState, DenseReason};
 use crate::source::{Guard, Layer, Resolver, dense};
 use crate::sys::device;
 use crate::sys::file::{Seeks, end, len_now, next_data, next_hole, reads_from_server};
@@ -32,13 +32,15 @@ pub struct FileMap {
     file: File,
     len: Bytes,
     seeks: Seeks,
+    /// Whether the last lseek failed.
+    failing: DegradedState,
 }
 
 impl FileMap {
     /// The map of a file of `len` bytes. The descriptor must be private: lseek moves its position.
     pub fn new(file: File, len: Bytes) -> Self {
         let seeks = Seeks::of(&file);
-        Self { file, len, seeks }
+        Self { file, len, seeks, failing: DegradedState::default() }
     }
 
     fn size(&self) -> io::Result<Bytes> {
@@ -66,7 +68,9 @@ impl FileMap {
 
     /// The next data, if one call finds it. Then the file is at least as long.
     fn quick_data(&self, offset: Bytes) -> Option<Bytes> {
-        next_data(&self.file, offset).ok()?.filter(|&data| data >= offset).map(|data| data.min(self.len))
+        let data = next_data(&self.file, offset).ok()?.filter(|&data| data >= offset)?;
+        self.failing.clear();
+        Some(data.min(self.len))
     }
 
     /// The next hole, if two calls find it: one for the hole, and one that proves it is not the end of a file that was cut
@@ -74,6 +78,7 @@ impl FileMap {
     fn quick_hole(&self, offset: Bytes) -> Option<Range<Bytes>> {
         let Seeks::Exact { unit } = self.seeks else { return None };
         let hole = next_hole(&self.file, offset).ok()?.filter(|&hole| offset <= hole && hole < self.len)?;
+        self.failing.clear();
         let unit_end = hole.align_down(unit).checked_add(unit)?;
         (end(&self.file).ok()? == self.len).then(|| hole..unit_end.min(self.len))
     }
@@ -87,9 +92,14 @@ impl HoleMap for FileMap {
     fn extent_at(&self, offset: Bytes) -> Extent {
         let one_more = offset.saturating_add(Bytes::new(1));
         match self.try_run(offset) {
-            Ok(run) => Extent { end: run.end.max(one_more), kind: run.kind },
+            Ok(run) => {
+                self.failing.clear();
+                Extent { end: run.end.max(one_more), kind: run.kind }
+            }
             Err(error) => {
-                warn!("lseek on the backing file failed at {offset}: {}: shown as data", plain(&error));
+                let failed = format!("lseek on the backing file failed at {offset}: {}", plain(&error));
+                warn!("{failed}: shown as data");
+                self.failing.set(failed);
                 Extent { end: self.len.max(one_more), kind: ExtentKind::Data }
             }
         }
@@ -115,6 +125,10 @@ impl HoleMap for FileMap {
         // st_blocks counts sectors of 512 bytes on every Linux file system, and the file system's own blocks too.
         let blocks = self.file.metadata().ok()?.blocks();
         Some(Bytes::new(blocks.checked_mul(512)?).min(self.len))
+    }
+
+    fn degraded(&self) -> Option<Degraded> {
+        self.failing.now()
     }
 }
 
@@ -241,6 +255,19 @@ mod tests {
         file.set_len(512 << 10).unwrap();
         assert_eq!(run(300 << 10), (512 << 10, ExtentKind::Hole));
         assert_eq!(run(512 << 10), (1 << 20, ExtentKind::Data));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_seeked_is_data_with_a_reason() {
+        use std::os::unix::fs::OpenOptionsExt;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        // lseek(2) of such a descriptor is EBADF.
+        let path_only = File::options().read(true).custom_flags(libc::O_PATH).open(file.path()).unwrap();
+        let map = FileMap::new(path_only, Bytes::new(4096));
+        assert_eq!(map.degraded(), None);
+        assert_eq!(map.extent_at(Bytes::ZERO), Extent { end: Bytes::new(4096), kind: ExtentKind::Data });
+        assert!(map.degraded().unwrap().reason.starts_with("lseek on the backing file failed at 0: "));
     }
 
     /// Compares the quick answers with those found extent by extent, on file systems for which quick answers are used.

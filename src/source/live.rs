@@ -21,7 +21,6 @@ pub(super) use evidence::WriteEvidence;
 pub use static_device::StaticDevices;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -32,7 +31,7 @@ use self::remembered::RememberedData;
 use self::window::{ENOUGH_EXTENTS, QueryWindow};
 use crate::error::Error;
 use crate::map::{Extent, ExtentKind, HoleMap};
-use crate::reason::DenseReason;
+use crate::reason::{Degraded, DegradedState, DenseReason};
 use crate::sys::sysfs::IoCounters;
 use crate::units::Bytes;
 
@@ -103,8 +102,10 @@ pub(super) struct LiveMap<S> {
     /// Where data may be, for reading ahead. No answer comes from it.
     last_answers: Mutex<LastAnswers>,
     budgets: Mutex<Budgets>,
-    /// The last query failed. The first failure of several in a row is logged.
-    failing: AtomicBool,
+    /// Whether the last query failed. The first failure of several in a row is logged.
+    failing: DegradedState,
+    /// Whether the last question was answered without a query, because its extent takes too long to find.
+    spent: DegradedState,
 }
 
 impl<S: LiveSource> LiveMap<S> {
@@ -118,7 +119,8 @@ impl<S: LiveSource> LiveMap<S> {
             remembered: Mutex::default(),
             last_answers: Mutex::default(),
             budgets: Mutex::default(),
-            failing: AtomicBool::new(false),
+            failing: DegradedState::default(),
+            spent: DegradedState::default(),
         }
     }
 
@@ -171,7 +173,7 @@ impl<S: LiveSource> LiveMap<S> {
         let start = offset.align_down(self.source.block());
         let (range, answer) = once.ask(&mut asking, &self.source, start);
         if answer.is_ok() {
-            self.failing.store(false, Ordering::Relaxed);
+            self.note_answer();
         }
         self.extent_in(answer, offset, &[range])
     }
@@ -218,10 +220,15 @@ impl<S: LiveSource> LiveMap<S> {
 
     /// Remembers the data in an answer, and what is expected where.
     fn remember(&self, start: Bytes, extents: &[Extent]) {
-        self.failing.store(false, Ordering::Relaxed);
+        self.note_answer();
         let is_cut = self.source.longest_query().is_some() && extents.len() > ENOUGH_EXTENTS;
         self.remembered().add(start, if is_cut { &extents[..ENOUGH_EXTENTS] } else { extents });
         self.last_answers().add(start, extents);
+    }
+
+    fn note_answer(&self) {
+        self.failing.clear();
+        self.spent.clear();
     }
 
     /// The data in place of the answer to a query that failed.
@@ -230,12 +237,13 @@ impl<S: LiveSource> LiveMap<S> {
             QueryError::Ranges(error) => (ranges.last().map_or(self.len(), |range| range.end), error),
             QueryError::Device(error) => (self.len(), error),
         };
-        if !self.failing.swap(true, Ordering::Relaxed) {
-            let effect = match self.source.unusable() {
-                Some(_) => "all data from now on",
-                None => "data where a query fails",
-            };
-            log::warn!("{}: {effect}: {error}", self.source.name());
+        let effect = match self.source.unusable() {
+            Some(_) => "all data from now on",
+            None => "data where a query fails",
+        };
+        let text = format!("{effect}: {error}");
+        if self.failing.set(text.clone()) {
+            log::warn!("{}: {text}", self.source.name());
         }
         self.window.reset();
         Extent { end, kind: ExtentKind::Data }
@@ -252,8 +260,9 @@ impl<S: LiveSource> LiveMap<S> {
     /// Makes `len` bytes from `offset` on data without a query. They are remembered, so that the next question about
     /// them has the same answer.
     fn data_without_query(&self, offset: Bytes, len: Bytes) -> Extent {
-        let name = self.source.name();
-        log::warn!("{name}: the end of an extent takes too long to find: {len} bytes from byte {offset} are data");
+        let text = format!("the end of an extent takes too long to find: {len} bytes from byte {offset} are data");
+        log::warn!("{}: {text}", self.source.name());
+        self.spent.set(text);
         let extent = Extent { end: offset.saturating_add(len).min(self.len()), kind: ExtentKind::Data };
         self.remembered().add(offset, &[extent]);
         extent
@@ -312,6 +321,10 @@ impl<S: LiveSource> HoleMap for LiveMap<S> {
 
     fn dense_because(&self) -> Option<DenseReason> {
         self.source.unusable()
+    }
+
+    fn degraded(&self) -> Option<Degraded> {
+        self.failing.now().or_else(|| self.spent.now())
     }
 
     fn memory(&self) -> Bytes {

@@ -178,10 +178,10 @@ fn backing_file(device: &BlockDevice, status: &LoopStatus, resolver: &mut Resolv
         Ok(None) => {
             let why =
                 format!("{name} is not the file that is bound to it: that was moved, or is in another mount namespace");
-            Err(DenseReason::Unproven(why.into()))
+            Err(DenseReason::State(why.into()))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(DenseReason::Unproven(format!("its backing file is not reachable: {name}").into()))
+            Err(DenseReason::State(format!("its backing file is not reachable: {name}").into()))
         }
         Err(error) => Err(DenseReason::cannot(format!("open its backing file {name}"), &error)),
     }

@@ -97,7 +97,7 @@ impl Bench {
     pub fn server(&self, place: &Path) -> u32 {
         let device = &mount_at("/proc/self/mountinfo", place).expect("it is mounted")[2];
         let record = fs::read_to_string(format!("/run/blkholefs/{}", device.replace(':', "-"))).expect("a record");
-        record.trim_end().parse().expect("a process")
+        record.lines().next().expect("a line").parse().expect("a process")
     }
 
     /// The fields of the mount table's line for `mnt`.

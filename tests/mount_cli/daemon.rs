@@ -121,7 +121,7 @@ fn killed_daemon_can_be_unmounted() {
     assert!(wait_until(|| fs::metadata(bench.mnt()).is_err()));
     bench.run("mount.blkholefs", [device, "mnt"]).fails(32, "already mounted here");
     let record = format!("/run/blkholefs/{}", bench.mounted().unwrap()[2].replace(':', "-"));
-    let names_it = || fs::read_to_string(&record).unwrap_or_default().trim_end() == daemon.to_string();
+    let names_it = || fs::read_to_string(&record).unwrap_or_default().starts_with(&format!("{daemon}\n"));
     bench.umount();
     // Another process may be about to remove it at this moment.
     assert!(wait_until(|| !names_it()), "{record}");

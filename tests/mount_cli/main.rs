@@ -14,6 +14,7 @@ mod output;
 mod readme;
 mod service;
 mod start;
+mod status;
 mod system;
 mod tags;
 mod umount;

@@ -91,6 +91,34 @@ fn a_resumed_device_has_its_holes_again() {
     assert_becomes(&Some(MIB), || seek_data(&file, 0));
 }
 
+/// `blkholefs status` names the file whose answers are data because its device is suspended, until an answer is not.
+#[test]
+#[ignore = "needs a kernel with device-mapper: run tests/run"]
+fn the_status_names_a_file_whose_device_is_suspended() {
+    let image = Image::with_data(4 * MIB, &[MIB..2 * MIB]);
+    let disk = Loop::new(image.path());
+    let below = Dm::linear(disk.path());
+    let above = Dm::linear(below.path());
+    let mount = Mount::new(above.path());
+    let file = open(mount.file());
+    let degraded = || {
+        let status = run(env!("CARGO_BIN_EXE_blkholefs"), ["status".as_ref(), mount.directory().as_os_str()]);
+        let name = mount.file().file_name().unwrap().display().to_string();
+        let mut lines = status.lines().filter(|line| line.starts_with(&format!("  {name}: degraded to data since 20")));
+        lines.next().map(|line| line.rsplit(": ").next().unwrap().to_owned())
+    };
+    assert_eq!((seek_data(&file, 0), degraded()), (Some(MIB), None));
+    for suspended in [&above, &below] {
+        suspended.suspend();
+        let (seen, reason) = (seek_data(&file, 0), degraded());
+        suspended.resume();
+        assert_eq!(seen, Some(0), "all data");
+        assert_eq!(reason.as_deref(), Some("it, or a device below it, is suspended"));
+        assert_becomes(&Some(MIB), || seek_data(&file, 0));
+        assert_eq!(degraded(), None);
+    }
+}
+
 /// No query waits for the suspended lower device of a dense layer, here a crypt device.
 #[test]
 #[ignore = "needs a kernel with device-mapper: run tests/run"]

@@ -167,6 +167,7 @@ fn service_is_reloaded_stopped_and_cleared_away() {
         r#"
         unit=blkholefs@dev-{name} place=/run/blkholefs-dev-{name}
         systemctl start $unit && cmp $place/{name} /dev/{name} && echo started
+        blkholefs status --json $place | grep -o '"state": "[a-z]*"'
         systemctl reload $unit && cmp $place/{name} /dev/{name} && echo reloaded
         systemctl stop $unit && ! [ -e $place ] && echo stopped
         systemctl start $unit && echo started
@@ -176,5 +177,6 @@ fn service_is_reloaded_stopped_and_cleared_away() {
         name = device.name(),
     );
     let mut systemd = Systemd::start(directory, "", &script);
-    assert_eq!(systemd.result(), "started\nreloaded\nstopped\nstarted\ncleared away\n");
+    let expected = "started\n\"state\": \"serving\"\nreloaded\nstopped\nstarted\ncleared away\n";
+    assert_eq!(systemd.result(), expected);
 }

@@ -15,7 +15,9 @@ use crate::export::read_queue::ReadQueue;
 use crate::export::{Export, FileIdentity, HostNode, MIN_ALIGN};
 use crate::map::{ExtentKind, HoleMap, Uniform, view};
 use crate::qcow2::{Backing, BackingFormat, Builder, ClusterSize, Content, Layout, Part};
+use crate::reason::DenseReason;
 use crate::source::changes::Changes;
+use crate::source::dense::Dense;
 use crate::source::{Context, Layer, Stack};
 use crate::spec::ViewOptions;
 use crate::sys::buffer::AlignedBuffer;
@@ -30,6 +32,9 @@ const EXTENTS: Bytes = Bytes::new(1 << 20);
 /// Why an image has no holes.
 const NO_HOLES: &str = "an image holds what is data, and nothing else";
 
+/// Why an image is degraded.
+const DEGRADED: &str = "the device was suspended or changed too fast when the image was opened";
+
 /// What the log and `info` say of a device that can be written.
 const CAN_CHANGE: &str = "the device can change: make an image of a snapshot for a consistent one";
 
@@ -39,6 +44,8 @@ pub struct ImageLayout {
     pub layout: Layout,
     /// The stack of the device when its extents were read, if its guards notice each change of them.
     guarded: Option<Guarded>,
+    /// Whether all of the device is data in it, because its extents could not be read.
+    is_degraded: bool,
 }
 
 /// What notices that a new layout would be another one.
@@ -96,7 +103,12 @@ impl ImageExport {
     pub(super) fn dense(base: Arc<dyn Export>, options: &ViewOptions, identity: FileIdentity) -> Result<Self> {
         let len = base.len()?;
         let layout = build(&*base, options, None, &all_data(len))?;
-        Ok(Self { name: named(&*base, ".qcow2"), base, image: ImageLayout { layout, guarded: None }, identity })
+        Ok(Self {
+            name: named(&*base, ".qcow2"),
+            base,
+            image: ImageLayout { layout, guarded: None, is_degraded: false },
+            identity,
+        })
     }
 
     pub(super) fn layout(&self) -> &Layout {
@@ -137,12 +149,13 @@ impl ImageLayout {
             let layout = build(base, options, None, loaded.map())?;
             if stack.unchanged() && base.len()? == len {
                 let is_guarded = stack.is_guarded() && !loaded.is_temporary;
-                return Ok(Self { layout, guarded: is_guarded.then(|| Guarded::Device(stack.without_extents())) });
+                let guarded = is_guarded.then(|| Guarded::Device(stack.without_extents()));
+                return Ok(Self { layout, guarded, is_degraded: false });
             }
         }
         warn!("{}: it is suspended or changes too fast: all of it is data in the image", shown(base.name()));
         let len = base.len()?;
-        Ok(Self { layout: build(base, options, None, &all_data(len))?, guarded: None })
+        Ok(Self { layout: build(base, options, None, &all_data(len))?, guarded: None, is_degraded: true })
     }
 
     /// The layout of an image of what changed in `base` since the snapshot `older`.
@@ -151,7 +164,7 @@ impl ImageLayout {
     /// When the device is too large for an image.
     pub fn of_changes(base: &dyn Export, changes: Changes, options: &ViewOptions, older: OpenedOlder) -> Result<Self> {
         let layout = build(base, options, Some(backing(options, &older.source.name())), &changes.map)?;
-        Ok(Self { layout, guarded: Some(Guarded::Changes(changes, older)) })
+        Ok(Self { layout, guarded: Some(Guarded::Changes(changes, older)), is_degraded: false })
     }
 
     /// Whether a layout that is made now would be the same.
@@ -265,7 +278,10 @@ impl Export for ImageExport {
         let (clusters, size) = (layout.data_clusters(), layout.cluster_size().bytes());
         let kind = format!("qcow2 image with {clusters} data clusters of {size} bytes");
         let holes_from = format!("none: {NO_HOLES}{}", warning(&*self.base));
-        let map = Arc::new(Uniform { len, kind: ExtentKind::Data });
+        let map: Arc<dyn HoleMap> = match self.image.is_degraded {
+            true => Arc::new(Dense::new(len, DenseReason::State(DEGRADED.into()))),
+            false => Arc::new(Uniform { len, kind: ExtentKind::Data }),
+        };
         let layer = Layer { name, kind, holes_from, map, device: None, below: Vec::new() };
         Stack::build(context, |_| Arc::new(layer))
     }

@@ -1,6 +1,7 @@
 mod asked_once;
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 
@@ -86,9 +87,25 @@ fn where_a_query_fails_its_range_is_data() {
 #[test]
 fn where_the_device_fails_the_rest_of_it_is_data() {
     let map = map([Err(QueryError::Device(error()))]);
+    assert_eq!(map.degraded(), None);
     assert_eq!(map.extent_at(BLOCK), extent(LEN, ExtentKind::Data));
     assert_eq!(map.extent_at(FIRST), extent(LEN, ExtentKind::Data), "remembered");
     assert_eq!(map.dense_because(), None);
+    assert_eq!(map.degraded().unwrap().reason, format!("data where a query fails: {}", error()));
+}
+
+#[test]
+fn answers_are_degraded_until_a_query_succeeds() {
+    let hole = || vec![extent(BLOCK, ExtentKind::Hole)];
+    let first = vec![Bytes::ZERO..BLOCK];
+    let map = map([Err(QueryError::Ranges(error())), Ok(hole())]);
+    let ask = || map.extent_in(map.query(&first), Bytes::ZERO, &first).kind;
+    assert!(ask().is_data());
+    assert!(map.degraded().is_some());
+    assert!(ask().is_hole());
+    assert_eq!(map.degraded(), None);
+    map.data_without_query(BLOCK, BLOCK);
+    assert!(map.degraded().unwrap().reason.contains("takes too long to find"));
 }
 
 #[test]

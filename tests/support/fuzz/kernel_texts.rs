@@ -30,7 +30,10 @@ pub fn run(input: &[u8]) {
         let is_kernels = id.major < 1 << 12 && id.minor < 1 << 20;
         assert!(!is_kernels || DeviceId::from_huge(id.to_huge()) == id);
     }
-    assert!(record::process_in(&text).is_none_or(|process| process.as_raw() > 0));
+    if let Some(record) = record::RecordText::parse(input) {
+        assert!(record.daemon.as_raw() > 0);
+        assert_eq!(record::RecordText::parse(&record.format()), Some(record));
+    }
 }
 
 /// Parses the text as the attributes of an array, one line `NAME=VALUE` for each. The first line with a name counts.

@@ -13,6 +13,7 @@ pub mod nbd_client;
 pub mod partitions;
 pub mod qcow2;
 pub mod scsi_pages;
+pub mod status;
 pub mod thin_changes;
 pub mod thin_metadata;
 pub mod thin_params;
