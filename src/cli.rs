@@ -2,19 +2,24 @@
 
 mod arguments;
 mod demo;
+mod devices;
 mod help;
 mod info;
 mod map;
 mod status;
+mod svg_file;
+mod terminal;
 mod verify;
 
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 
 use crate::error::{Error, Result, shown};
+use crate::mount::argv::CommandLine;
 use crate::output::{print, say};
 use help::HELP;
 
+/// Printed by `--version`.
 const VERSION: &str = concat!("blkholefs ", env!("CARGO_PKG_VERSION"), "\n");
 
 /// The commands that [`main`] runs.
@@ -27,30 +32,29 @@ pub fn is_command(word: &str) -> bool {
 
 /// Runs `map`, `info`, `verify`, `status`, `demo`, `--help` or `--version`, from the words after the program's name.
 pub fn main(words: &[OsString]) -> ExitCode {
-    match run(words) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => report_error(&error),
-    }
+    run(words).unwrap_or_else(|error| report_error(&error))
 }
 
-fn run(words: &[OsString]) -> Result<()> {
+/// Runs a command. Those that have several devices report the error of each, and return the worst exit code.
+fn run(words: &[OsString]) -> Result<ExitCode> {
     let hinted = |error: Error| error.hint("see blkholefs --help");
     let Some((command, arguments)) = words.split_first() else {
         return Err(hinted(Error::usage("a command is missing")));
     };
     let is_only = |names: [&str; 2]| matches!(arguments, [word] if names.iter().any(|name| word == name));
-    match command.to_str() {
-        Some("map" | "info" | "verify" | "status" | "demo") if is_only(["-V", "--version"]) => print(VERSION),
-        Some("map") => map::run(arguments),
-        Some("info") => info::run(arguments),
+    let result = match command.to_str() {
+        Some("map") => return map::run(arguments),
+        Some("info") => return info::run(arguments),
         Some("verify") => verify::run(arguments),
+        Some("status" | "demo") if is_only(["-V", "--version"]) => print(VERSION),
         Some("status") => status::run(arguments),
         Some("demo") if is_only(["-h", "--help"]) => print(HELP),
         Some("demo") => alone(command, arguments).and_then(|()| demo::run()),
         Some("-h" | "--help" | "help") => alone(command, arguments).and_then(|()| print(HELP)),
         Some("-V" | "--version") => alone(command, arguments).and_then(|()| print(VERSION)),
         _ => Err(hinted(Error::usage(format!("there is no command '{}'", shown(command))))),
-    }
+    };
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 /// Refuses arguments of a command that has none.
@@ -67,6 +71,11 @@ fn report_error(error: &Error) -> ExitCode {
         say(hint);
     }
     ExitCode::from(error.exit_code())
+}
+
+/// Prints the help text or the version, which a command line asked for instead of the command.
+fn print_about<T>(asked: &CommandLine<T>) -> Result<()> {
+    print(if matches!(asked, CommandLine::Version) { VERSION } else { HELP })
 }
 
 #[cfg(test)]

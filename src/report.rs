@@ -7,12 +7,15 @@ mod bmap;
 mod borg;
 mod csi;
 mod ddrescue;
+mod grid;
+mod picture;
 mod plain;
 mod qemu;
 mod ranges;
 mod since;
 mod stack;
 mod status;
+mod svg;
 mod text;
 mod totals;
 mod volumes;
@@ -23,13 +26,14 @@ use crate::map::Extent;
 use crate::source::changes::Identity;
 use crate::units::Bytes;
 
-pub use stack::{json, tree};
+pub use grid::Scene;
+pub use picture::{Look, picture};
+pub use stack::{json, json_fields, tree};
 pub use status::{status, status_json};
-pub use text::human;
+pub use svg::{DECLARATION as SVG_DECLARATION, svg};
+pub use text::{human, quoted};
 pub use totals::Totals;
 pub use volumes::{volumes, volumes_json};
-
-use text::quoted;
 
 /// How a map is printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

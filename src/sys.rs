@@ -18,4 +18,5 @@ pub mod stamp;
 pub mod statx;
 pub mod stdio;
 pub mod sysfs;
+pub mod terminal;
 pub mod zero;

@@ -10,6 +10,7 @@ mod thin_image;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use common::check::check_same_bytes;
 use common::image::Image;
@@ -119,6 +120,35 @@ fn changes_are_data_zero_or_unchanged() {
 
     let part = pool.map(&["--offset", "100K", "--length", "64K"]);
     assert_eq!(columns(&part), [["102400", "28672", "0", "unchanged"], ["131072", "36864", "0", "data"]]);
+}
+
+#[test]
+fn a_picture_has_three_kinds() {
+    needs!(programs["thin_restore"]);
+    let pool = Pool::new();
+    let option = pool.option();
+    let words = ["map", "--since", "1", "--volume", "2", "-o", &option, "--picture", "--ascii", text(pool.data.path())];
+    let output = Command::new(env!("CARGO_BIN_EXE_blkholefs")).args(words).env_remove("COLUMNS").output();
+    let picture = String::from_utf8(output.expect("the program runs").stdout).expect("text");
+    // Block 9 is behind the end of the older volume.
+    let block = |cell: &str| cell.repeat((BLOCK / (4 * KIB)) as usize);
+    let rows = [
+        block(".") + &block(".") + &block("#") + &block("0"),
+        block(".").repeat(4),
+        block(".") + &block("0") + &block("#"),
+    ];
+    let rows: Vec<_> =
+        ["       0B", "   256KiB", "   512KiB"].iter().zip(rows).map(|(at, row)| format!("{at}  {row}\n")).collect();
+    assert!(picture.contains(&rows.concat()), "{picture}");
+    assert!(
+        picture.lines().next().is_some_and(|title| title.ends_with(".img, volume 2, changes since 1")),
+        "{picture}"
+    );
+    for sum in ["changed data 128KiB (18.2%)", "zeros now 128KiB (18.2%)", "unchanged 448KiB (63.6%)"] {
+        assert!(picture.contains(sum), "{sum}: {picture}");
+    }
+    let svg = pool.map(&["--svg", "-"]);
+    assert!(svg.contains("<title>all changed</title>") && svg.contains("<title>all zeros now</title>"), "{svg}");
 }
 
 #[test]

@@ -7,8 +7,9 @@ Shows block devices as regular files whose holes are real.
 Usage:
   blkholefs mount [-f|--foreground] [-o OPTIONS] SPEC DIR
   blkholefs umount DIR
-  blkholefs map [--json|--totals|--format FORM] [--since OLDER] [--offset N] [--length N] [-o OPTIONS] DEVICE
-  blkholefs info [--json] [-o OPTIONS] DEVICE
+  blkholefs map [--json|--totals|--picture [--ascii]|--svg FILE|--format FORM] [--since OLDER] [--offset N] [--length N]
+                [-o OPTIONS] DEVICE...
+  blkholefs info [--json] [-o OPTIONS] DEVICE...
   blkholefs verify [--sample N [--seed S] | --against FILE] [-o OPTIONS] DEVICE
   blkholefs status [--json] [DIR...]
   blkholefs demo
@@ -16,15 +17,18 @@ Usage:
 Commands:
   mount    shows SPEC (a device, an image, or a directory of devices) at DIR
   umount   unmounts DIR and waits until the daemon has closed the device
-  map      prints the data and holes of a device, without a mount
-  info     prints the layers of a device, and where their holes come from
+  map      prints the data and holes of devices, without a mount
+  info     prints the layers of devices, and where their holes come from
   verify   reads the holes of a device and compares them with zeros, or compares a copy with the device
   status   prints the mounts of this machine: daemons, open files, memory, and what is data because something failed
   demo     mounts and copies a sparse image that it makes, and removes everything
 
 Options of map:
-  --json                  prints JSON: as qemu-img map; with --since, an identity and extents
+  --json                  prints JSON: as qemu-img map; with --since, an identity and extents; for several devices, an array
   --totals                prints only the sums
+  --picture               draws the device as a grid of blocks, as wide as the terminal
+      --ascii             with plain ASCII characters, without colours
+  --svg FILE              draws it into FILE, for documents; - is the standard output
   --format FORM           prints a map that another program reads: borg, bmap (bmaptool), ddrescue, csi
   --since OLDER           prints what changed in DEVICE since OLDER, an older snapshot of it: a device; with thin_metadata, the
                           id of a volume; with an NBD URI, the name of a dirty bitmap

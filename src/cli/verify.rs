@@ -4,8 +4,8 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use super::HELP;
 use super::arguments::{open, parse};
+use super::print_about;
 use crate::error::{Error, Result, shown};
 use crate::handle::Handle;
 use crate::mount::argv::CommandLine;
@@ -23,8 +23,12 @@ const LISTED: usize = 10;
 /// # Errors
 /// When something does not agree or cannot be read.
 pub fn run(arguments: &[OsString]) -> Result<()> {
-    let CommandLine::Run(arguments) = parse(arguments, "verify")? else { return print(HELP) };
-    let handle = arguments.handle()?;
+    let arguments = match parse(arguments, "verify")? {
+        CommandLine::Run(arguments) => arguments,
+        asked => return print_about(&asked),
+    };
+    let [device] = arguments.devices.as_slice() else { return Err(Error::usage("verify: one device at a time")) };
+    let handle = arguments.handle(device)?;
     let name = shown(handle.export().name()).to_string();
     let progress = Progress::shown(format!("blkholefs: {name}"));
     let options = &arguments.verify;
@@ -143,7 +147,7 @@ fn counted(count: u64, what: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::cli::HELP;
 
     #[test]
     fn the_help_text_and_the_man_page_have_every_option() {

@@ -42,19 +42,24 @@ fn holes(layer: &Layer) -> String {
 
 /// A stack as JSON: `{"name","kind","size","holes-from","dense-because","below":[...]}`.
 pub fn json(stack: &Stack) -> String {
+    format!("{{ {}}}\n", json_fields(stack))
+}
+
+/// The fields of that object, for an object that has further ones.
+pub fn json_fields(stack: &Stack) -> String {
     let loaded = stack.load();
     let sparse = view::has_hole(loaded.map(), Bytes::new(4096));
     let mut text = String::new();
     json_layer(&stack.top, Some(sparse), &mut text);
-    text.push('\n');
     text
 }
 
+/// Appends the fields of the object of a layer.
 fn json_layer(layer: &Layer, sparse: Option<bool>, text: &mut String) {
     let dense = layer.map.dense_because().map(|reason| reason.to_string());
     let _ = write!(
         text,
-        "{{ \"name\": {}, \"kind\": {}, \"size\": {}, \"holes-from\": {}, \"dense-because\": {}",
+        "\"name\": {}, \"kind\": {}, \"size\": {}, \"holes-from\": {}, \"dense-because\": {}",
         quoted(&layer.name),
         quoted(&layer.kind),
         layer.len(),
@@ -66,8 +71,9 @@ fn json_layer(layer: &Layer, sparse: Option<bool>, text: &mut String) {
     }
     text.push_str(", \"below\": [");
     for (index, below) in layer.below.iter().enumerate() {
-        text.push_str(if index == 0 { "" } else { ", " });
+        text.push_str(if index == 0 { "{ " } else { ", { " });
         json_layer(below, None, text);
+        text.push('}');
     }
-    text.push_str("]}");
+    text.push(']');
 }
