@@ -5,6 +5,7 @@
 //! [`crate::mount::release`]). The lock of a mountpoint is held while one daemon mounts there. Only the owner of the
 //! directory can open these files, because a user who could lock them could block all mounts.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -14,6 +15,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{Pid, geteuid};
 
+use crate::fs::TIMES_FILE;
 use crate::sys::device::DeviceId;
 
 /// The record of this process. Dropping it removes the file.
@@ -151,13 +153,17 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)
 }
 
-/// Removes the records and locks of processes that were killed.
+/// Removes the records and locks of processes that were killed. The times of devices stay: no process keeps that file locked.
 ///
 /// # Errors
 /// When the directory cannot be read or written.
 pub fn remove_stale(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
+        // It, and the file that replaces it.
+        if path.file_stem() == Some(OsStr::new(TIMES_FILE)) {
+            continue;
+        }
         let Ok(file) = open(&path) else { continue };
         if let Ok(file) = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             && is_same(&file, &path)
@@ -207,6 +213,17 @@ mod tests {
         let _record = MountRecord::create(dir.path(), DEVICE).unwrap();
         assert_eq!(daemon_of(dir.path(), DEVICE), Some(Pid::this()));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_times_of_devices_are_not_stale() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [TIMES_FILE, "times.new", "0-45"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        remove_stale(dir.path()).unwrap();
+        assert!(dir.path().join(TIMES_FILE).exists() && dir.path().join("times.new").exists());
+        assert!(!dir.path().join("0-45").exists());
     }
 
     #[test]

@@ -149,6 +149,9 @@ fn open_file_system(spec: &Spec, options: &ParsedOptions, kind: MountPointKind) 
     if kind == MountPointKind::File {
         fs.show_as_file()?;
     }
+    if let Some(directory) = record::directory() {
+        fs.share_times_in(&directory);
+    }
     Ok(Arc::new(fs))
 }
 
