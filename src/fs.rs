@@ -4,7 +4,7 @@
 //! with a file for each block device in it. A device is open only while one of its files is open.
 
 mod attributes;
-mod change;
+pub mod change;
 mod flush;
 mod nodes;
 mod open;
@@ -19,6 +19,7 @@ pub use status::{FileStatus, Status};
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -127,6 +128,12 @@ impl FileSystem {
             listings: Mutex::default(),
             next_fh: AtomicU64::new(1),
         })
+    }
+
+    /// Shares the times of devices with other mounts through a file in this directory, so that an unchanged device has the same
+    /// times in all of them.
+    pub fn share_times_in(&self, directory: &Path) {
+        self.changes.share_in(directory);
     }
 
     /// Starts the threads that some sources need. Must be called in the process that serves the mount, after the fork.

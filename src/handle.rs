@@ -36,9 +36,9 @@ use crate::export::Export;
 use crate::map::view::{self, Whence};
 use crate::map::{Extent, ExtentKind, HoleMap};
 use crate::reason::{DegradedState, DenseReason};
-use crate::source::{Context, Loaded, Stack};
+use crate::source::{Context, Loaded, Stack, StackTrace};
 use crate::sys::buffer::AlignedBuffer;
-use crate::sys::memory;
+use crate::sys::{memory, stamp};
 use crate::units::Bytes;
 use degraded::NoAnswer;
 use read_memory::ReadMemory;
@@ -232,9 +232,17 @@ impl Handle {
         self.current().and_then(|current| current.stack.allocated())
     }
 
-    /// A number that changes when the stack does; `None` while it is not known how the stack is built now.
-    pub fn trace(&self) -> Option<u64> {
+    /// A state that changes when the stack does; `None` while it is not known how the stack is built now.
+    pub fn trace(&self) -> Option<StackTrace> {
         self.current().filter(|current| current.stack.same_shape()).map(|current| current.stack.trace())
+    }
+
+    /// Waits until no write to a file at the bottom is under way that the times of the file do not show, as far as
+    /// [`stamp::finish_writes`] can.
+    pub fn finish_file_writes(&self) {
+        if let Some(current) = self.current() {
+            current.stack.files().for_each(stamp::finish_writes);
+        }
     }
 
     /// Drops the extents and everything that they hold open. The next question resolves and loads them again.

@@ -38,6 +38,7 @@ mod stored;
 mod table;
 mod target;
 pub mod thin;
+mod trace;
 
 pub use device::BlockDevice;
 pub use live::StaticDevices;
@@ -47,9 +48,9 @@ pub use resolve::{Context, Resolver};
 pub use stack::{Loaded, Stack};
 pub use stored::LoadExtents;
 pub use thin::guard::WriteGuard;
+pub use trace::{Reach, StackTrace, Trace};
 
 use std::fs::File;
-use std::hash::Hasher;
 use std::sync::Arc;
 
 use crate::map::HoleMap;
@@ -114,6 +115,7 @@ pub trait Guard: Send + Sync {
         None
     }
 
-    /// Adds the guarded state to a hash, from which the times of a file are derived.
-    fn trace(&self, _trace: &mut dyn Hasher) {}
+    /// Adds the guarded state to a trace, from which the times of a file are derived. What is added must have the same value in
+    /// another process if and only if nothing changed, or limit the reach of the trace.
+    fn trace(&self, _trace: &mut Trace) {}
 }

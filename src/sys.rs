@@ -3,6 +3,7 @@
 pub mod acl;
 pub mod aio;
 pub mod block;
+pub mod boot;
 pub mod buffer;
 pub mod device;
 pub mod dm;

@@ -10,6 +10,11 @@ pub mod deadline {
 pub mod export {
     pub use crate::export::{Export, NbdExportFile, VolumeExport, Writer, Zeroed, open};
 }
+pub mod fs {
+    pub mod change {
+        pub use crate::fs::change::records;
+    }
+}
 pub mod filesystem {
     pub use crate::filesystem::memory::MemoryDevice;
     pub use crate::filesystem::{ReadBytes, btrfs, detect, ext, partitions, swap, xfs};
@@ -63,7 +68,7 @@ pub mod spec {
     pub use crate::spec::{Spec, Tag};
 }
 pub mod sys {
-    pub use crate::sys::{buffer, device, dm, sysfs};
+    pub use crate::sys::{boot, buffer, device, dm, sysfs};
 }
 pub mod units {
     pub use crate::units::{Bytes, Sectors};

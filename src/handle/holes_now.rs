@@ -8,6 +8,7 @@ use super::{EXTENTS_AT_ONCE, Handle};
 use crate::error::Result;
 use crate::map::{HoleMap, view};
 use crate::reason::DenseReason;
+use crate::source::StackTrace;
 use crate::units::Bytes;
 
 /// The holes of a range, as a question found them that was asked after the call began.
@@ -23,7 +24,7 @@ pub struct HolesNow {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StackState {
     stack: SequenceNumber,
-    trace: u64,
+    trace: StackTrace,
     /// Whether the guards find each change of the extents (`Stack::is_guarded`).
     pub is_guarded: bool,
 }

@@ -1,7 +1,7 @@
 //! Files in /run: the record of each daemon, and the lock of a mountpoint.
 //!
-//! A record contains the process id of the daemon, which locks it as long as it runs, and what it serves. Its name is the `st_dev` of the mount:
-//! `umount.blkholefs` finds the daemon by it, and waits until the daemon has closed the device (see
+//! A record contains the process id of the daemon, which locks it as long as it runs, and what it serves. Its name is the
+//! `st_dev` of the mount: `umount.blkholefs` finds the daemon by it, and waits until the daemon has closed the device (see
 //! [`crate::mount::release`]). The lock of a mountpoint is held while one daemon mounts there. Only the owner of the
 //! directory can open these files, because a user who could lock them could block all mounts. Beside a record is the socket at
 //! which the daemon answers how it does (see [`crate::mount::status`]). Its name has the process id in it, so that no other
@@ -236,7 +236,7 @@ mod tests {
         for name in killed.iter().chain([&own]) {
             UnixListener::bind(dir.path().join(name)).unwrap();
         }
-        let others = ["0-45.x.socket", "times", "times.lock"];
+        let others = ["0-45.x.socket", "times", "times.new"];
         others.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
         remove_stale(dir.path()).unwrap();
         assert_eq!(names(), ["0-45", &own, others[0], others[1], others[2]]);

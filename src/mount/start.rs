@@ -168,6 +168,9 @@ fn open_file_system(spec: &Spec, options: &ParsedOptions, kind: MountPointKind) 
         }
         fs.show_as_file()?;
     }
+    if let Some(directory) = record::directory() {
+        fs.share_times_in(&directory);
+    }
     Ok(Arc::new(fs))
 }
 

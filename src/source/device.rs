@@ -1,16 +1,16 @@
 //! An open block device, and the guards that every block device has.
 
 use std::fs::File;
-use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, Result, shown};
-use crate::source::Guard;
+use crate::source::{Guard, Reach, Trace, nbd};
 use crate::sys::block;
 use crate::sys::device::{self, DeviceId};
+use crate::sys::sysfs;
 use crate::units::Bytes;
 
 /// A block device, open for reading.
@@ -68,6 +68,7 @@ impl BlockDevice {
 
 /// Guards the length of a block device and the end of its whole logical blocks.
 pub struct SizeGuard {
+    id: DeviceId,
     file: Arc<File>,
     len: Bytes,
     whole: Option<Bytes>,
@@ -76,7 +77,8 @@ pub struct SizeGuard {
 impl SizeGuard {
     /// Guards the length that a device had when it was opened.
     pub fn new(device: &BlockDevice) -> Self {
-        Self { file: device.file.clone(), len: device.len, whole: block::whole_blocks(&device.file, device.len).ok() }
+        let whole = block::whole_blocks(&device.file, device.len).ok();
+        Self { id: device.id, file: device.file.clone(), len: device.len, whole }
     }
 
     /// The end of the whole logical blocks: reads up to there are certain to work. `None` where the block size is not known.
@@ -95,13 +97,21 @@ impl Guard for SizeGuard {
         true
     }
 
-    fn trace(&self, mut trace: &mut dyn Hasher) {
-        self.len.hash(&mut trace);
+    /// The device and all below it are known by more than their numbers, which are used again. A device of the kernel's NBD
+    /// client may get another export, and its server may have other clients that write.
+    fn trace(&self, trace: &mut Trace) {
+        trace.add(&self.len);
+        let devices = sysfs::incarnations(self.id);
+        if devices.as_ref().is_ok_and(|devices| devices.keys().any(|id| id.major == nbd::MAJOR)) {
+            trace.limit(Reach::Process);
+        }
+        trace.add_or_nothing(devices);
     }
 }
 
 /// Guards the medium or backing file of a block device, by the disk sequence number.
 pub struct MediumGuard {
+    id: DeviceId,
     file: Arc<File>,
     sequence: Option<u64>,
 }
@@ -109,7 +119,7 @@ pub struct MediumGuard {
 impl MediumGuard {
     /// Guards the present medium of a device.
     pub fn new(device: &BlockDevice) -> Self {
-        Self { file: device.file.clone(), sequence: block::disk_sequence(&device.file).ok().flatten() }
+        Self { id: device.id, file: device.file.clone(), sequence: block::disk_sequence(&device.file).ok().flatten() }
     }
 }
 
@@ -118,7 +128,11 @@ impl Guard for MediumGuard {
         block::disk_sequence(&self.file).is_ok_and(|sequence| sequence == self.sequence)
     }
 
-    fn trace(&self, mut trace: &mut dyn Hasher) {
-        self.sequence.hash(&mut trace);
+    /// Linux 5.10 has no such number. There a disk whose medium can be changed proves nothing to another process.
+    fn trace(&self, trace: &mut Trace) {
+        trace.add(&self.sequence);
+        if self.sequence.is_none() && sysfs::number(self.id, "removable") == Some(1) {
+            trace.limit(Reach::Process);
+        }
     }
 }

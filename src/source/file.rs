@@ -5,7 +5,6 @@
 //! while the page cache of this machine may hold older bytes: its holes are used only where reads use direct I/O.
 
 use std::fs::File;
-use std::hash::{Hash, Hasher};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
@@ -17,10 +16,10 @@ use log::warn;
 use crate::error::{plain, shown};
 use crate::map::{self, Extent, ExtentKind, HoleMap};
 use crate::reason::{Degraded, DegradedState, DenseReason};
-use crate::source::{Guard, Layer, Resolver, dense};
+use crate::source::{Guard, Layer, Reach, Resolver, Trace, dense};
 use crate::sys::device;
 use crate::sys::file::{Seeks, end, len_now, next_data, next_hole, reads_from_server};
-use crate::sys::stamp::{self, Stamp};
+use crate::sys::stamp::Stamp;
 use crate::units::Bytes;
 
 /// Why a file on an unknown file system, or one with a server, is dense.
@@ -167,11 +166,10 @@ impl Guard for Times {
         Some(&self.0)
     }
 
-    /// Times that prove nothing yet give a different hash at each call: the file may be written again within the same tick.
-    fn trace(&self, mut trace: &mut dyn Hasher) {
+    fn trace(&self, trace: &mut Trace) {
         match Stamp::of(&self.0) {
-            Ok(stamp) => stamp.hash(&mut trace),
-            Err(_) => stamp::increasing_now().hash(&mut trace),
+            Ok(stamp) => trace.add_file(&stamp),
+            Err(_) => trace.limit(Reach::Nothing),
         }
     }
 }

@@ -10,7 +10,6 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::hash::{Hash, Hasher};
 use std::io;
 use std::ops::Range;
 use std::os::unix::ffi::OsStringExt;
@@ -23,9 +22,9 @@ use crate::map::{Clip, Extent, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard};
 use crate::source::file::Reads;
-use crate::source::{Guard, Layer, Resolver, dense, file};
+use crate::source::{Guard, Layer, Reach, Resolver, Trace, dense, file};
 use crate::sys::device::{self, DeviceId};
-use crate::sys::loopdev::LoopStatus;
+use crate::sys::loopdev::{LoopStatus, MAJOR};
 use crate::sys::sysfs;
 use crate::units::Bytes;
 
@@ -38,6 +37,8 @@ const BUFFERED: &str = "it reads through the page cache of the device below, whi
 struct LoopGuard {
     file: Arc<File>,
     status: LoopStatus,
+    /// Whether the stack has a guard of what the device is bound to.
+    guards_below: bool,
 }
 
 impl Guard for LoopGuard {
@@ -45,13 +46,16 @@ impl Guard for LoopGuard {
         LoopStatus::of(&self.file).is_ok_and(|status| status == self.status)
     }
 
-    fn trace(&self, mut trace: &mut dyn Hasher) {
-        self.status.hash(&mut trace);
+    /// A file that cannot be reached may be written without a trace, and another process cannot hold it.
+    fn trace(&self, trace: &mut Trace) {
+        trace.add(&self.status);
+        match self.status.block_device {
+            Some(below) => trace.add_or_nothing(sysfs::incarnations(below)),
+            None if self.guards_below => {}
+            None => trace.limit(Reach::Process),
+        }
     }
 }
-
-/// The loop driver's major number (`Documentation/admin-guide/devices.txt`).
-const MAJOR: u32 = 7;
 
 /// Whether a device is a loop device.
 ///
@@ -76,13 +80,13 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
             });
         }
     };
-    resolver.guard(LoopGuard { file: device.file.clone(), status });
     let below = match status.block_device {
         _ if status.encrypted => Err("it is encrypted".into()),
         Some(_) if !status.direct_io => Err(DenseReason::Unproven(BUFFERED.into())),
         Some(id) => Ok(resolver.device(id, status.offset.saturating_add(device.len))),
         None => backing_file(device, &status, resolver).map(Arc::new),
     };
+    resolver.guard(LoopGuard { file: device.file.clone(), status, guards_below: below.is_ok() });
     // A regular file is held open below, so no other file has its inode number: the status alone proves the binding.
     if status.block_device.is_some() || below.is_err() {
         resolver.guard(medium);

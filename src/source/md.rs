@@ -20,7 +20,7 @@ use self::array::Array;
 use crate::map::{Concat, HoleMap, Overlay, Stripe};
 use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
-use crate::source::{Guard, Layer, Resolver, dense};
+use crate::source::{Guard, Layer, Reach, Resolver, Trace, dense};
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs;
 use crate::units::Bytes;
@@ -66,6 +66,14 @@ struct ArrayGuard {
 impl Guard for ArrayGuard {
     fn unchanged(&self) -> bool {
         read(self.id) == self.seen
+    }
+
+    /// The level and the legs with their places. Where the attributes are not read, another process cannot compare them.
+    fn trace(&self, trace: &mut Trace) {
+        match &self.seen {
+            Ok(array) => trace.add(array),
+            Err(_) => trace.limit(Reach::Process),
+        }
     }
 }
 

@@ -73,7 +73,7 @@ fn layer_of(status: ExportStatus, context: &Context) -> Layer {
 }
 
 /// The major number of the kernel's NBD driver (`NBD_MAJOR` of `include/uapi/linux/major.h`).
-const MAJOR: u32 = 43;
+pub(super) const MAJOR: u32 = 43;
 
 /// Whether a device is one of the kernel's NBD driver.
 ///

@@ -1,7 +1,6 @@
 //! A device and all devices below it: the description that resolving gives, and the extents that loading it gives.
 
 use std::fs::File;
-use std::hash::{DefaultHasher, Hasher};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,7 +10,7 @@ use crate::reason::DenseReason;
 use crate::source::device::BlockDevice;
 use crate::source::file::{self, Reads};
 use crate::source::stored::StoredExtents;
-use crate::source::{Context, Guard, Layer, Resolver, dense};
+use crate::source::{Context, Guard, Layer, Resolver, StackTrace, Trace, dense};
 use crate::sys::block;
 use crate::sys::file::write_through;
 use crate::sys::sysfs::SuspendFile;
@@ -182,9 +181,9 @@ impl Stack {
         self.guards.iter().all(|guard| guard.is_of_content() || guard.unchanged())
     }
 
-    /// A number that changes when a layer is built otherwise, or a file at the bottom was written.
-    pub fn trace(&self) -> u64 {
-        let mut trace = DefaultHasher::new();
+    /// A state that changes when a layer is built otherwise, or a file at the bottom was written.
+    pub fn trace(&self) -> StackTrace {
+        let mut trace = Trace::new();
         self.guards.iter().for_each(|guard| guard.trace(&mut trace));
         trace.finish()
     }

@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::device::DeviceId;
-use super::sysfs;
+use super::sysfs::{self, StatFile};
 
 /// The first version of Linux in which the attribute has an effect on bio-based device-mapper devices ("dm: support turning
 /// off block-core's io stats accounting"). The patch was proposed in June 2023, after the merge window of 6.4.
@@ -62,6 +62,14 @@ impl CompleteAccounting {
         // The value is read first: the watch then covers any write after the read.
         is_on(attribute) && with_watches(|watches| watches.is_unwritten(*watch)).unwrap_or(false)
     }
+}
+
+/// Whether a device has I/O counters that count. Drivers without request queues need not count: `drivers/block/brd.c` and
+/// `drivers/md/md-linear.c` do not, nor does native multipath of NVMe before Linux 6.4. Their counters are 0 for ever. Those of
+/// another such device that was never used look the same.
+pub fn counts(id: DeviceId, stat: &StatFile) -> bool {
+    let has_queue = || ["mq", "../mq"].iter().any(|name| sysfs::directory(id).join(name).exists());
+    has_queue() || sysfs::dm_name(id).is_some() || stat.is_moved().unwrap_or(false)
 }
 
 /// Whether the value of the attribute is 1.

@@ -15,6 +15,9 @@ const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
 /// only then.
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 
+/// The loop driver's major number (`Documentation/admin-guide/devices.txt`).
+pub const MAJOR: u32 = 7;
+
 /// Bytes in `struct loop_info64`.
 const LOOP_INFO64: usize = 232;
 
@@ -50,6 +53,11 @@ impl LoopStatus {
             return Err(io::Error::last_os_error());
         }
         Ok(Self::parse(&info))
+    }
+
+    /// The configuration of the open device `id`. `None` if it is no loop device, or has no backing file.
+    pub fn of_loop(id: DeviceId, device: &File) -> Option<Self> {
+        (id.major == MAJOR).then(|| Self::of(device).ok())?
     }
 
     fn parse(info: &[u8; LOOP_INFO64]) -> Self {

@@ -12,10 +12,9 @@
 #![allow(unsafe_code)]
 
 use std::fs::{File, Metadata};
-use std::hash::{Hash, Hasher};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
@@ -48,6 +47,16 @@ pub struct Stamp {
     steps: Option<u64>,
     /// How much older the change time must become until the stamp is settled.
     too_young_by: Duration,
+    /// Whether a write to a mapping of the file changes its times.
+    has_mapped_writes: bool,
+}
+
+/// The state of a file that has a settled stamp. If it is the same later in this boot, the file was not written in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileState {
+    fields: StampFields,
+    /// See [`clock_offset`]: a clock that is set back could give old times again.
+    clock: i64,
 }
 
 /// The fields of stat(2) that identify a file, and those that change when it is written.
@@ -86,8 +95,10 @@ impl Stamp {
         let settled_age = if fields.ctime.1 == 0 { WHOLE_SECONDS } else { tick()? * 2 };
         // A fine-grained change time can be later than the coarse clock.
         let too_young_by = since_1970(fields.ctime).saturating_add(settled_age).saturating_sub(clock.into());
-        let is_local = fstatfs(file).is_ok_and(|stat| LOCAL_CLOCK.contains(&stat.filesystem_type()));
-        Ok(Self { fields, steps: steps.filter(|_| is_local && too_young_by.is_zero()), too_young_by })
+        let kind = fstatfs(file).map(|stat| stat.filesystem_type());
+        let is_local = kind.is_ok_and(|kind| LOCAL_CLOCK.contains(&kind));
+        let steps = steps.filter(|_| is_local && too_young_by.is_zero());
+        Ok(Self { fields, steps, too_young_by, has_mapped_writes: is_local && kind != Ok(TMPFS_MAGIC) })
     }
 
     /// The stamp of a file. Waits up to a few seconds until the stamp is settled. `file` must be open for reading only.
@@ -120,6 +131,26 @@ impl Stamp {
         Ok(stamp)
     }
 
+    /// The state of the file, to be compared by any process of this boot. `None` if the stamp is not settled.
+    pub fn state(&self) -> Option<FileState> {
+        let steps = self.steps?;
+        let state = FileState { fields: self.fields, clock: clock_offset().ok()? };
+        // The clock was not set since before the stat, so the offset is that of the stat.
+        (clock_steps() == Some(steps)).then_some(state)
+    }
+
+    /// Whether a write to a mapping of the file changes its times. It does not on tmpfs (`shmem_vm_ops` of `mm/shmem.c` has no
+    /// `page_mkwrite`), and is not known on other file systems.
+    pub fn has_mapped_writes(&self) -> bool {
+        self.has_mapped_writes
+    }
+
+    /// The later one of the modification time and the change time. A time before 1970 is taken for 1970.
+    pub fn last_change(&self) -> SystemTime {
+        let [mtime, ctime] = [self.fields.mtime, self.fields.ctime].map(since_1970);
+        SystemTime::UNIX_EPOCH + mtime.max(ctime)
+    }
+
     /// Whether the stamp can prove anything.
     fn is_settled(&self) -> bool {
         self.steps.is_some()
@@ -137,13 +168,34 @@ impl Stamp {
     }
 }
 
-/// If the hashes of two stamps are equal, the file was not written between them. An unsettled stamp has a new hash each time.
-impl Hash for Stamp {
-    fn hash<H: Hasher>(&self, hasher: &mut H) {
-        static UNSETTLED: AtomicU64 = AtomicU64::new(0);
-        match self.steps {
-            Some(steps) => (0, steps, self.fields).hash(hasher),
-            None => (1, UNSETTLED.fetch_add(1, Ordering::Relaxed)).hash(hasher),
+/// Waits for the writes to a file that are under way. Its times change when a write begins, and when a page of a mapping is
+/// written for the first time after it was written back. So a stamp that is taken after this covers the writes before it:
+/// - writing back makes the next write to a page of a mapping a first one (`folio_clear_dirty_for_io`);
+/// - a search and a read wait for a write(2) that goes through the page cache, because it holds the lock of the inode (the
+///   search in ext4 and btrfs, the read in XFS).
+///
+/// It does not wait for direct writes: they hold no lock up to their end. Errors are ignored: they change no bytes.
+pub fn finish_writes(file: &File) {
+    let is_known = fstatfs(file).is_ok_and(|stat| LOCAL_CLOCK.contains(&stat.filesystem_type()));
+    if is_known {
+        let _ = super::file::write_through(file);
+        let _ = super::file::next_data(file, crate::units::Bytes::ZERO);
+        let _ = file.read_at(&mut [0], 0);
+    }
+}
+
+/// The difference of the real-time clock and the monotonic clock, in nanoseconds. It changes when the clock is set, and by the
+/// time that the machine was suspended for. It is constant otherwise, because both are slewed together
+/// (`kernel/time/timekeeping.c: wall_to_monotonic`). The coarse clocks advance at the same ticks, so it is exact.
+fn clock_offset() -> io::Result<i64> {
+    let coarse = || clock_gettime(ClockId::CLOCK_REALTIME_COARSE);
+    loop {
+        let before = coarse()?;
+        let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)?;
+        if coarse()? == before {
+            let nanoseconds =
+                |time: TimeSpec| time.tv_sec().saturating_mul(1_000_000_000).saturating_add(time.tv_nsec());
+            return Ok(nanoseconds(before).saturating_sub(nanoseconds(monotonic)));
         }
     }
 }
@@ -215,12 +267,9 @@ fn since_1970((seconds, nanoseconds): (i64, i64)) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use std::collections::HashSet;
     use std::fs::FileTimes;
-    use std::hash::{BuildHasher, RandomState};
-    use std::os::unix::fs::FileExt;
-
-    use super::*;
 
     #[test]
     fn every_write_after_a_settled_stamp_is_noticed() {
@@ -254,14 +303,51 @@ mod tests {
     }
 
     #[test]
-    fn unsettled_stamps_have_new_hashes() {
+    fn only_settled_stamps_have_a_state() {
         let file = tempfile::tempfile().unwrap();
-        let state = RandomState::new();
         file.write_all_at(b"1", 0).unwrap();
         let young = Stamp::of(&file).unwrap();
-        let settled = Stamp::settled_in_time(&file).unwrap();
-        let hashes: HashSet<_> = [young, young, settled, settled].iter().map(|stamp| state.hash_one(stamp)).collect();
-        assert_eq!(hashes.len(), if young.is_settled() { 1 } else { 3 });
+        assert_eq!(young.state().is_some(), young.is_settled());
+        let [first, second] = [0; 2].map(|_| Stamp::settled_in_time(&file).unwrap().state());
+        assert!(first.is_some() && first == second);
+        file.write_all_at(b"1", 0).unwrap();
+        assert_ne!(Stamp::settled_in_time(&file).unwrap().state(), first);
+    }
+
+    #[test]
+    fn the_clock_has_one_offset_until_it_is_set() {
+        let steps = clock_steps();
+        let offsets: HashSet<_> = (0..10_000).map(|_| clock_offset().unwrap()).collect();
+        assert!(offsets.len() == 1 || clock_steps() != steps, "{offsets:?}");
+    }
+
+    /// Of the writes to a dirty page of a mapping only the first one changes the times, until the page was written back.
+    #[test]
+    fn writes_to_a_mapping_change_the_times_after_those_before_it_are_finished() {
+        let file = tempfile::Builder::new().tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        if !Stamp::of(file.as_file()).unwrap().has_mapped_writes() {
+            return;
+        }
+        file.as_file().set_len(4096).unwrap();
+        let map = map(file.as_file());
+        for round in 0..3 {
+            map(round);
+            finish_writes(file.as_file());
+            let stamp = Stamp::settled_in_time(file.as_file()).unwrap();
+            assert!(stamp.is_settled() && stamp.looks_unchanged(file.as_file()));
+            map(round + 1);
+            assert!(!stamp.looks_unchanged(file.as_file()), "round {round}");
+        }
+    }
+
+    /// Maps the first page of a file, and returns what writes a byte to it. The mapping stays until the process ends.
+    fn map(file: &File) -> impl Fn(u8) {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        // SAFETY: the mapping has 4096 bytes and is never unmapped.
+        move |byte| unsafe { at.cast::<u8>().write_volatile(byte) }
     }
 
     #[test]

@@ -4,6 +4,8 @@ mod counters;
 
 pub use counters::{Activity, IoCounters, StatFile, parse_stat, writes_in_flight};
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
@@ -140,6 +142,37 @@ pub fn slaves(id: DeviceId) -> io::Result<Vec<DeviceId>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         slaves => slaves,
     }
+}
+
+/// What is known of a device by more than its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Incarnation {
+    /// The inode number of the attribute `stat`, which no other device has: also none that gets its number later (see
+    /// [`StatFile::inode`]).
+    pub inode: u64,
+    /// The disk sequence number of a device below. `None` for the device itself, partitions, and before Linux 5.15.
+    pub disk_sequence: Option<u64>,
+}
+
+/// A device and all devices below it. Those below a loop device or a partition are not in the list.
+///
+/// # Errors
+/// As stat(2) and [`slaves`], and `OutOfMemory` for more than 4096 devices.
+pub fn incarnations(device: DeviceId) -> io::Result<BTreeMap<DeviceId, Incarnation>> {
+    const MOST: usize = 4096;
+    let (mut found, mut next) = (BTreeMap::new(), vec![device]);
+    while let Some(id) = next.pop() {
+        if let Entry::Vacant(entry) = found.entry(id) {
+            let inode = StatFile::open(id)?.inode()?;
+            let disk_sequence = if id == device { None } else { number(id, "diskseq") };
+            entry.insert(Incarnation { inode, disk_sequence });
+            next.extend(slaves(id)?);
+        }
+        if found.len() > MOST {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+    }
+    Ok(found)
 }
 
 /// The devices to which there are links in a subdirectory of a device's sysfs directory.

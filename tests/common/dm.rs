@@ -22,9 +22,18 @@ pub struct Dm {
 impl Dm {
     /// A device with this table, one target in a line.
     pub fn new(table: &str) -> Self {
+        Self::with_options(table, &[])
+    }
+
+    /// A device with this uuid.
+    pub fn with_uuid(table: &str, uuid: &str) -> Self {
+        Self::with_options(table, &["--uuid", uuid])
+    }
+
+    fn with_options(table: &str, options: &[&str]) -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        run_with_input("dmsetup", ["create", &name], table);
+        run_with_input("dmsetup", ["create", &name].iter().chain(options), table);
         let path = Path::new("/dev/mapper").join(&name);
         Self { name, path }
     }

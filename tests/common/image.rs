@@ -21,6 +21,18 @@ impl Image {
         Self(file.into_temp_path())
     }
 
+    /// A file of `size` bytes with data in the ranges, in the directory of the build. The temporary directory may be in memory,
+    /// where the times of a file do not show writes to a mapping.
+    pub fn on_disk(size: u64, data: &[Range<u64>]) -> Self {
+        let place = env!("CARGO_TARGET_TMPDIR");
+        std::fs::create_dir_all(place).expect("the directory of the build is writable");
+        let file = tempfile::Builder::new().prefix("blkholefs-").suffix(".img").tempfile_in(place).expect("a file");
+        file.as_file().set_len(size).expect("a size that the file system can hold");
+        let image = Self(file.into_temp_path());
+        data.iter().for_each(|range| image.write(range.clone()));
+        image
+    }
+
     /// A file of `size` bytes with data in the ranges.
     pub fn with_data(size: u64, data: &[Range<u64>]) -> Self {
         let image = Self::new(size);

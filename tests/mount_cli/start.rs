@@ -36,8 +36,8 @@ for limit in $LIMITS; do
     ! grep " $PWD/mnt " /proc/self/mountinfo || { echo "$limit: $code, still mounted"; umount -l mnt; }
     # If another mount of this machine takes the device number of the one that is gone, it looks as if that were mounted at
     # another place. Then umount waits for the device and not for the end of the daemon.
-    for _ in $(seq 500); do [ -z "$(ls -A /run/blkholefs)" ] && break; sleep 0.01; done
-    [ -z "$(ls -A /run/blkholefs)" ] || { echo "$limit: $code, a record is left"; rm -f /run/blkholefs/*; }
+    for _ in $(seq 500); do [ -z "$(ls -A -I times /run/blkholefs)" ] && break; sleep 0.01; done
+    [ -z "$(ls -A -I times /run/blkholefs)" ] || { echo "$limit: $code, a record is left"; rm -f /run/blkholefs/*; }
 done
 [ $served -gt 0 ] && [ $refused -gt 0 ] || echo "$served served, $refused refused"
 "#;

@@ -50,6 +50,10 @@ impl Group {
         run("env", [&[configuration.as_str(), "LVM_SUPPRESS_FD_WARNINGS=1"], arguments].concat());
     }
 
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The directory with the configuration of LVM.
     pub fn configuration(&self) -> &Path {
         self.configuration.path()

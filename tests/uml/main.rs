@@ -40,6 +40,7 @@ mod thin_held;
 mod thin_live;
 mod thin_since;
 mod thin_stress;
+mod times;
 mod uevents;
 mod write_changes;
 mod write_devices;

@@ -254,6 +254,25 @@ fn a_device_that_is_connected_again_is_all_data() {
     assert_map(mount.file(), &map_of(SIZE, &[]));
 }
 
+/// Between two mounts the device may have been connected to another export, or another client may have written to it.
+#[test]
+#[ignore = "needs a kernel with nbd: run tests/run"]
+fn a_device_has_the_same_times_in_one_mount_only() {
+    let _kernel = Kernel::new(&[]);
+    let linear = Dm::new("0 65536 linear /dev/nbd0 0");
+    for device in [Kernel::path(), linear.path()] {
+        let mut before = None;
+        for _ in 0..3 {
+            let mount = Mount::new(device);
+            let time = || mount.file().metadata().and_then(|file| file.modified()).expect("a file with a time");
+            let now = time();
+            assert_eq!(time(), now, "{}", device.display());
+            assert!(before < Some(now), "{}: {before:?}, {now:?}", device.display());
+            before = Some(now);
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
 fn a_device_that_is_disconnected_while_its_file_is_open_is_all_data() {

@@ -5,14 +5,14 @@
 //! used again, and each of them has guards of its own. [`TableGuard`] is enough for it. A target with metadata of its
 //! own (thin, snapshot, clone) may be restored with other metadata: it needs a [`TableReloadGuard`] too.
 
-use std::hash::{Hash, Hasher};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::reason::DenseReason;
-use crate::source::Guard;
+use crate::source::{Guard, Reach, Trace};
 use crate::sys::device::DeviceId;
 use crate::sys::dm::{Commit, Control, Events, Table};
+use crate::sys::sysfs;
 use crate::units::Sectors;
 
 /// Guards the text of the live table of a device, and whether the device is suspended.
@@ -47,9 +47,56 @@ impl Guard for TableGuard {
         same
     }
 
-    fn trace(&self, mut trace: &mut dyn Hasher) {
-        self.seen.hash(&mut trace);
+    /// A table whose text does not say what the device reads proves something together with the events within this process.
+    /// Another process cannot know of a table that was replaced and restored, except for a device of LVM: that is given
+    /// another table only with another text, or as a new device.
+    fn trace(&self, trace: &mut Trace) {
+        trace.add(&self.seen);
+        if self.seen.targets.iter().all(|target| PLACED.contains(&target.kind.as_str())) {
+            return;
+        }
+        let uuid = sysfs::attribute(self.id, "dm/uuid");
+        if uuid.is_some_and(|uuid| uuid.starts_with("LVM-")) {
+            trace.add_or_nothing(tables_below(&self.control, self.id));
+        } else {
+            match self.control.events() {
+                Ok(events) => trace.add_of_process(&events),
+                Err(_) => trace.limit(Reach::Nothing),
+            }
+        }
     }
+}
+
+/// The targets of which each byte is at a place that their arguments name, or the result of one that is. All others have
+/// metadata of their own, which they find when their table is loaded.
+const PLACED: [&str; 14] = [
+    "linear",
+    "striped",
+    "unstriped",
+    "zero",
+    "error",
+    "delay",
+    "flakey",
+    "snapshot-origin",
+    "era",
+    "multipath",
+    "mirror",
+    "raid",
+    "crypt",
+    "verity",
+];
+
+/// The targets of all device-mapper devices below a device: the kind and the arguments of each. Their lengths are left out,
+/// because a pool may grow.
+fn tables_below(control: &Control, id: DeviceId) -> io::Result<Vec<(DeviceId, String, String)>> {
+    let mut targets = Vec::new();
+    for below in sysfs::incarnations(id)?.into_keys().filter(|below| *below != id) {
+        if sysfs::bytes(below, "dm/name")?.is_some() {
+            let table = control.table(below)?;
+            targets.extend(table.targets.into_iter().map(|target| (below, target.kind, target.params)));
+        }
+    }
+    Ok(targets)
 }
 
 /// Guards against any reload of a table, even to the same text.
@@ -69,11 +116,6 @@ impl Guard for TableReloadGuard {
     fn unchanged(&self) -> bool {
         self.control.events().is_ok_and(|now| now == self.events)
     }
-
-    /// The counter is one for all devices, so each event may be a change of this device.
-    fn trace(&self, mut trace: &mut dyn Hasher) {
-        self.events.hash(&mut trace);
-    }
 }
 
 /// Guards a device whose table cannot be read, because the control device cannot be opened or the ioctl fails: the map
@@ -91,6 +133,10 @@ impl Guard for NoTable {
             None => Control::open().is_err(),
             Some(control) => control.events().and_then(|_| control.table(self.id)).is_err(),
         }
+    }
+
+    fn trace(&self, trace: &mut Trace) {
+        trace.limit(Reach::Process);
     }
 }
 

@@ -14,7 +14,7 @@ const MAX_LEGS: usize = 4096;
 pub type Attribute<'a> = &'a dyn Fn(&str) -> io::Result<Option<String>>;
 
 /// An array that runs, is idle and has all its legs in sync.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Array {
     /// The level, `raid1`.
     pub level: String,
@@ -29,7 +29,7 @@ pub struct Array {
 }
 
 /// A leg of an array.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Leg {
     /// Its device.
     pub device: DeviceId,

@@ -1,13 +1,11 @@
 //! Guards against a second activation of a volume. The kernel allows a volume to be active as several devices, and a
 //! write to one of them does not change the I/O counters of the others.
 
-use std::hash::{Hash as _, Hasher};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::params::{self, ThinTable};
-use crate::source::Guard;
+use crate::source::{Guard, Reach, Trace};
 use crate::sys::device::DeviceId;
 use crate::sys::dm::{Control, Events};
 use crate::sys::sysfs;
@@ -23,6 +21,8 @@ pub struct SingleActivationGuard {
     control: Arc<Control>,
     /// The event counter before the volume's own table was read.
     events: Events,
+    device: DeviceId,
+    table: ThinTable,
     is_single: bool,
 }
 
@@ -33,15 +33,25 @@ impl SingleActivationGuard {
     /// # Errors
     /// When the list of devices that use the pool cannot be read.
     pub fn new(control: Arc<Control>, events: Events, device: DeviceId, table: ThinTable) -> io::Result<Self> {
-        let holders = sysfs::holders(table.pool)?;
-        let is_single = holders.into_iter().all(|id| id == device || is_other_volume(&control, id, &table));
-        Ok(Self { control, events, is_single })
+        let is_single = is_single(&control, device, &table)?;
+        Ok(Self { control, events, device, table, is_single })
+    }
+
+    /// Whether no other device is the same volume now.
+    fn is_single_now(&self) -> bool {
+        is_single(&self.control, self.device, &self.table).unwrap_or(false)
     }
 
     /// Whether no other device was the same volume.
     pub fn is_single(&self) -> bool {
         self.is_single
     }
+}
+
+/// Whether no other device that uses the pool is the volume `table`, which `device` is.
+fn is_single(control: &Control, device: DeviceId, table: &ThinTable) -> io::Result<bool> {
+    let holders = sysfs::holders(table.pool)?;
+    Ok(holders.into_iter().all(|id| id == device || is_other_volume(control, id, table)))
 }
 
 /// Whether the live table of a device that uses the pool proves that it is not this volume. `false` when the table
@@ -65,14 +75,11 @@ impl Guard for SingleActivationGuard {
         true
     }
 
-    /// Writes through another device leave no other evidence than the event of its activation. The counter of events
-    /// covers a device that was removed before this guard was made. While there is such a device, or may be one, each
-    /// trace is a new one.
-    fn trace(&self, mut trace: &mut dyn Hasher) {
-        static TRACES: AtomicU64 = AtomicU64::new(0);
-        self.events.hash(&mut trace);
-        if !self.is_single || !self.unchanged() {
-            TRACES.fetch_add(1, Ordering::Relaxed).hash(&mut trace);
+    /// Writes through another device leave no other evidence than the event of its activation, which the guard of the table
+    /// adds where it must. While there is another device, or may be one, nothing is proven.
+    fn trace(&self, trace: &mut Trace) {
+        if !self.is_single || !self.unchanged() && !self.is_single_now() {
+            trace.limit(Reach::Nothing);
         }
     }
 }

@@ -9,7 +9,7 @@ use super::directory;
 use crate::units::Sectors;
 
 /// Those I/O counters of a block device that change with writes (`Documentation/block/stat.rst`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct IoCounters {
     /// Completed writes. Bio-based devices count a write at its start before Linux 6.4.
     pub writes: u64,
@@ -66,6 +66,15 @@ impl StatFile {
         self.fields().map(|(read, _)| read)
     }
 
+    /// Whether any read, write or discard was counted so far.
+    ///
+    /// # Errors
+    /// As [`StatFile::read`].
+    pub fn is_moved(&self) -> io::Result<bool> {
+        let (read, counters) = self.fields()?;
+        Ok(read > Sectors::new(0) || counters.is_some_and(|counters| counters != IoCounters::default()))
+    }
+
     fn fields(&self) -> io::Result<(Sectors, Option<IoCounters>)> {
         let mut text = [0; 512];
         let count = self.0.read_at(&mut text, 0)?;
@@ -79,7 +88,7 @@ impl StatFile {
 /// While both stay the same, no write completes. A write is counted at its end, or at its start before Linux 6.4, and it is
 /// in flight until its end. The counters never decrease. The number of writes in flight can return to the same value after
 /// a write has ended, but only if another write was started. Then the counters have changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Activity {
     counters: IoCounters,
     in_flight: u64,

@@ -1,13 +1,16 @@
-//! Texts of sysfs: md arrays, the I/O counters and the name of a device, device numbers; and the records of daemons.
+//! Texts of sysfs: md arrays, the I/O counters and the name of a device, device numbers; the records of daemons; and the times of
+//! devices.
 //!
 //! Invariant: no text makes a parser panic. An md array has as many legs as its attribute `raid_disks` states, and
 //! each leg has a device, an offset and a size. The name of a device is a path below `/dev`. A device number that is parsed and
-//! formatted again is the same.
+//! formatted again is the same. So are the times of devices, of which there are no more than the limit.
 
 use std::collections::HashMap;
 
+use blkholefs::testing::fs::change::records::{LONGEST_TEXT, Records};
 use blkholefs::testing::mount::record;
 use blkholefs::testing::source::md::array::Array;
+use blkholefs::testing::sys::boot::BootId;
 use blkholefs::testing::sys::device::DeviceId;
 use blkholefs::testing::sys::sysfs;
 use blkholefs::testing::units::Sectors;
@@ -34,6 +37,17 @@ pub fn run(input: &[u8]) {
         assert!(record.daemon.as_raw() > 0);
         assert_eq!(record::RecordText::parse(&record.format()), Some(record));
     }
+    times(&text);
+}
+
+/// Parses the text as the times of devices in the boot that the corpus has.
+fn times(text: &str) {
+    let boot = BootId::parse("0b1c2d3e-0000-4000-8000-0123456789ab").expect("a UUID");
+    let records = Records::parse(text, boot);
+    let again = records.text(boot);
+    assert!(again.len() <= LONGEST_TEXT && Records::parse(&again, boot) == records);
+    let lines = again.lines().count() - 1;
+    assert!(lines == 0 || lines == text.lines().count() - 1, "all devices or none");
 }
 
 /// Parses the text as the attributes of an array, one line `NAME=VALUE` for each. The first line with a name counts.
