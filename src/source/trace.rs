@@ -4,11 +4,11 @@
 //! also between processes of one boot. Which of the two it is depends on what was added, and is a part of the result
 //! ([`Reach`]).
 
-mod siphash;
-
 use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
+
+use siphasher::sip128::{Hasher128, SipHasher24};
 
 use crate::sys::boot::BootId;
 use crate::sys::stamp::Stamp;
@@ -29,7 +29,7 @@ pub enum Reach {
 
 /// What the guards of a stack have added so far.
 pub struct Trace {
-    bytes: Vec<u8>,
+    hasher: SipHasher24,
     reach: Reach,
     files: Vec<SystemTime>,
 }
@@ -48,7 +48,10 @@ pub struct StackTrace {
 impl Trace {
     /// A trace without values.
     pub fn new() -> Self {
-        let mut trace = Self { bytes: Vec::new(), reach: Reach::Boot, files: Vec::new() };
+        let boot = BootId::current();
+        let hasher = SipHasher24::new_with_key(&boot.map_or(0, BootId::get).to_le_bytes());
+        let reach = if boot.is_some() { Reach::Boot } else { Reach::Process };
+        let mut trace = Self { hasher, reach, files: Vec::new() };
         trace.add(&VERSION);
         trace
     }
@@ -94,14 +97,10 @@ impl Trace {
     /// The result.
     pub fn finish(mut self) -> StackTrace {
         static UNIQUE: AtomicU64 = AtomicU64::new(0);
-        let boot = BootId::current();
-        if boot.is_none() {
-            self.limit(Reach::Process);
-        }
         if self.reach == Reach::Nothing {
             UNIQUE.fetch_add(1, Ordering::Relaxed).hash(&mut self);
         }
-        let number = siphash::siphash(boot.map_or(0, BootId::get), &self.bytes);
+        let number = self.hasher.finish128().as_u128();
         let file_changed = if let [file] = self.files[..] { Some(file) } else { None };
         StackTrace { number, reach: self.reach, file_changed }
     }
@@ -110,7 +109,7 @@ impl Trace {
 /// Values add their bytes. A value of variable length adds its length or an end too, as every [`Hash`] does.
 impl Hasher for Trace {
     fn write(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
+        self.hasher.write(bytes);
     }
 
     fn finish(&self) -> u64 {
