@@ -106,6 +106,8 @@ fn mount_fuse_runs_the_program() {
         shows disk
         mount -t fuse "blkholefs#$DEV" mnt -o nodev,nosuid,writable
         shows
+        mount -t fuse "mount.blkholefs#$DEV" mnt -o rw
+        shows
         rm farm/sbin/mount.fuse.blkholefs
         mount -t fuse.blkholefs "$DEV" mnt
         shows
@@ -115,7 +117,7 @@ fn mount_fuse_runs_the_program() {
     let line = |options: &str| format!("{device} fuse.blkholefs {options}\n");
     let plain = line("ro,nosuid,nodev,noexec,relatime");
     let writable = line("rw,nosuid,nodev,noexec,relatime");
-    assert_eq!((ran.out, ran.err), (format!("{plain}400\n{plain}{writable}{plain}"), String::new()));
+    assert_eq!((ran.out, ran.err), (format!("{plain}400\n{plain}{writable}{}", plain.repeat(2)), String::new()));
 }
 
 /// mount(8) does not know the mount again by a source that has `blkholefs#` before it.
