@@ -35,10 +35,6 @@ regular file in DIR whose holes are real. See blkholefs(8).
 
 /// Runs `mount.blkholefs` with the words after its name. The program must not have opened anything before.
 pub fn main(name: &str, args: &[OsString]) -> ExitCode {
-    // `mount -t fuse 'mount.blkholefs#SPEC'`, where `blkholefs#SPEC` is meant.
-    if let Some(request) = argv::mount_fuse(args).filter(|_| process::is_in_shell_of_mount()) {
-        return fuse(request);
-    }
     process::close_inherited_descriptors();
     finish(name, HELPER_USAGE, argv::mount_helper(args), |request| {
         let first_rw = match process::parent() {

@@ -144,6 +144,31 @@ fn the_type_fuse_in_fstab_is_mounted_once() {
     assert_eq!(ran.err.lines().count(), texts.len(), "{ran:?}");
 }
 
+/// `umount` as a SPEC would unmount what is there, and report that as a mount.
+#[test]
+fn a_spec_of_mount_fuse_is_no_command() {
+    needs!(root, programs["unshare", "mount", "umount", "mount.fuse3", "findmnt"]);
+    let bench = Bench::new();
+    let ran = bench.script(
+        "",
+        r#"
+        ln -sf "$PROGRAM" farm/sbin/blkholefs
+        ln -sf mount.fuse3 farm/sbin/mount.fuse
+        for name in umount map; do
+            cp "$DEV" $name
+            mount -t fuse "blkholefs#$name" mnt
+            cmp $name mnt/$name
+            mount -t fuse "blkholefs#umount" mnt || echo $?
+            findmnt -rno SOURCE mnt
+            umount mnt -c
+            rm $name
+        done
+        "#,
+    );
+    assert_eq!(ran.out, "32\numount\n32\nmap\n", "{ran:?}");
+    assert!(ran.err.starts_with("blkholefs: ") && ran.err.contains(": umount is already mounted here\n"), "{ran:?}");
+}
+
 /// With `setuid=`, mount.fuse3 runs the program as that user, who mounts what this user can read.
 #[test]
 fn mount_fuse_mounts_for_another_user() {
