@@ -151,6 +151,14 @@ impl FileSystem {
         self.nodes.root_is_file(&self.catalog)
     }
 
+    /// Checks that the files can have their names, for a mount on a directory.
+    ///
+    /// # Errors
+    /// As [`Catalog::check_names`].
+    pub fn check_names(&self) -> Result<()> {
+        self.catalog.check_names()
+    }
+
     /// The entry `name` of a directory.
     ///
     /// # Errors

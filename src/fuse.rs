@@ -33,6 +33,7 @@ use crate::deadline;
 use crate::error::Error;
 use crate::fs::{Fh, FileSystem, Ino};
 use crate::map::view::Whence;
+use crate::spec::LONGEST_NAME;
 use crate::units::Bytes;
 use attributes::{file_attr, file_type};
 use buffers::Buffers;
@@ -74,7 +75,7 @@ const DEFAULT_BACKGROUND: u16 = 12;
 const PASSTHROUGH_DEPTH: u32 = 1;
 
 /// The longest name of an entry in bytes, as on devtmpfs and most other file systems.
-const NAME_MAX: u32 = 255;
+const NAME_MAX: u32 = LONGEST_NAME as u32;
 
 /// The block size of statfs(2) in bytes: bsdtar aligns its buffers to it.
 const BLOCK_SIZE: u32 = 4096;

@@ -21,6 +21,11 @@ pub fn run(args: &[OsString]) -> ExitCode {
 
 /// Runs the command that the name of the program, or else the first word, stands for.
 fn dispatch(name: &str, words: &[OsString]) -> ExitCode {
+    // Below `mount -t fuse` the first word is a SPEC, also where it is that of a command, or where the program was named as
+    // `mount.blkholefs#`.
+    if let Some(request) = argv::mount_fuse(words).filter(|_| process::is_in_shell_of_mount()) {
+        return helper::fuse(request);
+    }
     match (name, words.first().and_then(|word| word.to_str())) {
         ("mount.blkholefs" | "mount.fuse.blkholefs", _) => helper::main(name, words),
         ("umount.blkholefs" | "umount.fuse.blkholefs", _) => umount::main(name, words),

@@ -14,6 +14,9 @@ use crate::source::thin::ThinId;
 
 pub use tag::Tag;
 
+/// The length in bytes of the longest name of a file (`NAME_MAX`).
+pub const LONGEST_NAME: usize = 255;
+
 /// A SPEC, parsed once. No later change of the current directory changes its meaning.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spec {

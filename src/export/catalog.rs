@@ -1,6 +1,7 @@
 //! What a mount shows: the exact files, and the views of them that the user asked for.
 
 use std::ffi::{OsStr, OsString};
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::source::Context;
 use crate::source::nbd::{SideExport, Uri};
 use crate::source::thin::ThinId;
-use crate::spec::{Older, SourceOptions, Spec, ViewOptions};
+use crate::spec::{LONGEST_NAME, Older, SourceOptions, Spec, ViewOptions};
 
 /// The files and directories of a mount.
 pub struct Catalog {
@@ -53,6 +54,19 @@ impl Catalog {
             [(_, name)] => Ok(PathBuf::from(name)),
             _ => Err(Error::usage("several views cannot be mounted on one file: choose one, or mount on a directory")),
         }
+    }
+
+    /// Checks that the only file and its views can have their names in a directory.
+    ///
+    /// # Errors
+    /// A usage error for a name that is too long.
+    pub fn check_names(&self) -> Result<()> {
+        let Some(only) = self.shown.only_file() else { return Ok(()) };
+        let views = self.views.names_of(only.as_os_str()).map(|(_, name)| name);
+        let is_too_long = |name: &OsString| name.len() > LONGEST_NAME;
+        let Some(name) = iter::once(only.clone().into()).chain(views).find(is_too_long) else { return Ok(()) };
+        let what = format!("the name would have {} bytes, and that of a file has at most {LONGEST_NAME}", name.len());
+        Err(Error::usage(what).on(name).hint("give the file a shorter name with name="))
     }
 
     /// The export `uri`, with the NBD device of the kernel that is connected to it: the device that the only file
@@ -118,7 +132,7 @@ impl Catalog {
             }
             let Ok(CatalogEntry::File(source, _)) = self.shown.find(&directory.join(name)) else { continue };
             for (view, name) in self.views.names_of(name) {
-                let is_hidden = exact.iter().any(|(other, _)| *other == name);
+                let is_hidden = name.len() > LONGEST_NAME || exact.iter().any(|(other, _)| *other == name);
                 if !is_hidden && self.is_offered(view, &source) {
                     entries.push((name, FileKind::File));
                 }

@@ -15,7 +15,7 @@ use crate::fs::{Limits, Ownership};
 use crate::mount::words;
 use crate::qcow2::{ClusterSize, LONGEST_BACKING_NAME};
 use crate::source::nbd::Uri;
-use crate::spec::{Older, SourceOptions, ViewOptions, absolute};
+use crate::spec::{LONGEST_NAME, Older, SourceOptions, ViewOptions, absolute};
 use crate::units::Bytes;
 
 /// The options of a mount.
@@ -333,8 +333,9 @@ impl ParsedOptions {
 
 /// Whether a name can be that of a file in a directory.
 fn is_file_name(name: &[u8]) -> bool {
-    const LONGEST: usize = 255;
-    !matches!(name, b"" | b"." | b"..") && name.len() <= LONGEST && !name.iter().any(|byte| matches!(byte, b'/' | 0))
+    !matches!(name, b"" | b"." | b"..")
+        && name.len() <= LONGEST_NAME
+        && !name.iter().any(|byte| matches!(byte, b'/' | 0))
 }
 
 fn unknown_option(name: &str) -> Error {

@@ -158,7 +158,7 @@ fn parse_options(request: &MountRequest) -> Result<ParsedOptions> {
 /// this.
 ///
 /// # Errors
-/// When it cannot be shown, and when it is more than one file and the mountpoint is a regular file.
+/// When it cannot be shown, when it is more than one file and the mountpoint is a regular file, and for a name that is too long.
 fn open_file_system(spec: &Spec, options: &ParsedOptions, kind: MountPointKind) -> Result<Arc<FileSystem>> {
     let mut fs = FileSystem::new(spec, &options.source, options.mount.ownership(), options.mount.limits)?;
     if kind == MountPointKind::File {
@@ -167,6 +167,8 @@ fn open_file_system(spec: &Spec, options: &ParsedOptions, kind: MountPointKind) 
             return Err(Error::usage(why).hint("mount on a directory, or leave the option out"));
         }
         fs.show_as_file()?;
+    } else {
+        fs.check_names()?;
     }
     if let Some(directory) = record::directory() {
         fs.share_times_in(&directory);

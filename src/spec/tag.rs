@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -61,14 +62,21 @@ impl Tag {
     /// The device that has the tag: the path that mount(8) would find.
     ///
     /// # Errors
-    /// ENOENT when no device has it, as far as udev knows.
+    /// ENOENT when no device has it, as far as udev knows. When its link does not lead to a block device.
     pub fn device(&self) -> Result<PathBuf> {
-        match fs::canonicalize(&self.link) {
-            Ok(device) => Ok(device::mapper_path(&device).unwrap_or(device)),
+        let failed = |what: &str| Error::failed(what).on(&self.typed);
+        let found = fs::canonicalize(&self.link).and_then(|device| Ok((fs::metadata(&device)?.file_type(), device)));
+        match found {
+            Ok((kind, device)) if kind.is_block_device() => Ok(device::mapper_path(&device).unwrap_or(device)),
+            // Also `LABEL=..`, which is the name of a directory and of no link.
+            Ok((_, other)) => {
+                let hint = format!("{} leads to {}", self.link.display(), other.display());
+                Err(failed("this tag does not lead to a block device").hint(hint))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(self.not_found()),
             Err(error) => {
                 let cause = Error::failed("cannot follow").on(&self.link).because(error);
-                Err(Error::failed("cannot be looked up").on(&self.typed).because(cause))
+                Err(failed("cannot be looked up").because(cause))
             }
         }
     }
@@ -82,6 +90,9 @@ impl Tag {
                 .hint("name the device by its path; blkid(8) shows the tags of devices");
         }
         let error = Error::failed("no device has this tag").on(&self.typed).with_errno(libc::ENOENT);
+        if let Ok(device) = fs::read_link(&self.link) {
+            return error.hint(format!("{} leads to {}, which is gone", self.link.display(), device.display()));
+        }
         match self.differs_in_case() {
             Some(other) => error.hint(format!("there is {}: tags are compared as text", other.display())),
             None => error.hint(format!("there is no {}; lsblk -o +UUID,LABEL shows the tags", self.link.display())),

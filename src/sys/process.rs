@@ -75,6 +75,16 @@ pub fn parent() -> Parent {
     parent_of(fs::read(parent.join("comm")).ok().as_deref(), || fs::read(parent.join("maps")).ok())
 }
 
+/// Whether the parent of this process is a shell of mount.fuse3(8), which mount(8) has run.
+pub fn is_in_shell_of_mount() -> bool {
+    let name = |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let shell = getppid().as_raw();
+    let status = fs::read_to_string(format!("/proc/{shell}/status")).unwrap_or_default();
+    let above = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
+    // mount.fuse3 itself becomes the shell.
+    name(shell).trim_end() == "sh" && above.is_some_and(|above| name(above).trim_end() == "mount")
+}
+
 /// What a process is, by its name and the names of the files in its memory.
 fn parent_of(name: Option<&[u8]>, maps: impl FnOnce() -> Option<Vec<u8>>) -> Parent {
     match name.map(<[u8]>::trim_ascii_end) {

@@ -58,6 +58,38 @@ fn a_path_has_one_inode_number() {
     assert_ne!(number("name=a", "a"), number("name=b", "b"));
 }
 
+/// A directory has no entries that cannot be looked up.
+#[test]
+fn a_name_leaves_room_for_the_endings_of_views() {
+    needs!(root);
+    let bench = Bench::new();
+    let device = bench.device.path().to_str().unwrap();
+    let mount = |length: usize, more: &str| {
+        let options = format!("name={}{more}", "n".repeat(length));
+        bench.run("mount.blkholefs", [device, "mnt", "-o", &options])
+    };
+    let text =
+        ": the name would have 256 bytes, and that of a file has at most 255\ngive the file a shorter name with name=";
+    mount(250, ",compact").fails(1, text);
+    for (length, more) in [(249, ",compact"), (255, "")] {
+        mount(length, more).succeeds();
+        for name in names(&bench.mnt()) {
+            fs::metadata(bench.mnt().join(name)).unwrap();
+        }
+        bench.umount();
+    }
+    let long = "i".repeat(250);
+    fs::copy(bench.image.path(), bench.path(&long)).unwrap();
+    bench.run("mount.blkholefs", [&long, "mnt", "-o", "compact"]).fails(1, text);
+    bench.run("mount.blkholefs", [&long, "mnt", "-o", "compact,name=i"]).succeeds();
+    bench.umount();
+    // The only file of such a mount has the name of the mountpoint.
+    fs::write(bench.path("file"), "").unwrap();
+    bench.run("mount.blkholefs", [&long, "file", "-o", "compact"]).succeeds();
+    assert!(fs::read(bench.path("file")).unwrap().starts_with(b"QFI\xfb"));
+    bench.umount_by(&[bench.path("file")]);
+}
+
 #[test]
 fn a_name_for_none_or_for_many_files_is_refused() {
     needs!(root);

@@ -106,6 +106,8 @@ fn mount_fuse_runs_the_program() {
         shows disk
         mount -t fuse "blkholefs#$DEV" mnt -o nodev,nosuid,writable
         shows
+        mount -t fuse "mount.blkholefs#$DEV" mnt -o rw
+        shows
         rm farm/sbin/mount.fuse.blkholefs
         mount -t fuse.blkholefs "$DEV" mnt
         shows
@@ -115,7 +117,7 @@ fn mount_fuse_runs_the_program() {
     let line = |options: &str| format!("{device} fuse.blkholefs {options}\n");
     let plain = line("ro,nosuid,nodev,noexec,relatime");
     let writable = line("rw,nosuid,nodev,noexec,relatime");
-    assert_eq!((ran.out, ran.err), (format!("{plain}400\n{plain}{writable}{plain}"), String::new()));
+    assert_eq!((ran.out, ran.err), (format!("{plain}400\n{plain}{writable}{}", plain.repeat(2)), String::new()));
 }
 
 /// mount(8) does not know the mount again by a source that has `blkholefs#` before it.
@@ -140,6 +142,31 @@ fn the_type_fuse_in_fstab_is_mounted_once() {
     let texts = ["is already mounted here", "unmount it first", "no file systems processed"];
     assert!(ran.err.lines().zip(texts).all(|(line, text)| line.contains(text)), "{ran:?}");
     assert_eq!(ran.err.lines().count(), texts.len(), "{ran:?}");
+}
+
+/// `umount` as a SPEC would unmount what is there, and report that as a mount.
+#[test]
+fn a_spec_of_mount_fuse_is_no_command() {
+    needs!(root, programs["unshare", "mount", "umount", "mount.fuse3", "findmnt"]);
+    let bench = Bench::new();
+    let ran = bench.script(
+        "",
+        r#"
+        ln -sf "$PROGRAM" farm/sbin/blkholefs
+        ln -sf mount.fuse3 farm/sbin/mount.fuse
+        for name in umount map; do
+            cp "$DEV" $name
+            mount -t fuse "blkholefs#$name" mnt
+            cmp $name mnt/$name
+            mount -t fuse "blkholefs#umount" mnt || echo $?
+            findmnt -rno SOURCE mnt
+            umount mnt -c
+            rm $name
+        done
+        "#,
+    );
+    assert_eq!(ran.out, "32\numount\n32\nmap\n", "{ran:?}");
+    assert!(ran.err.starts_with("blkholefs: ") && ran.err.contains(": umount is already mounted here\n"), "{ran:?}");
 }
 
 /// With `setuid=`, mount.fuse3 runs the program as that user, who mounts what this user can read.

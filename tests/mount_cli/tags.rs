@@ -81,6 +81,45 @@ fn a_tag_that_no_device_has_is_an_error_with_a_hint() {
     assert_eq!(ran.err.lines().collect::<Vec<_>>(), expected);
 }
 
+/// The label of a disk from elsewhere may be any text. A link may lead to nothing for a moment, when a device is unplugged.
+#[test]
+fn a_tag_leads_to_a_block_device_or_nowhere() {
+    needs!(root, programs["unshare", "findmnt", "mount", "umount"]);
+    let bench = Bench::new();
+    let ran = bench.with_links(
+        r#"
+        cd dev/disk/by-label
+        ln -s /dev directory
+        touch "$OLDPWD/file"
+        ln -s "$OLDPWD/file" file
+        ln -s /dev/null null
+        ln -s /dev/gone gone
+        ln -s loop loop
+        cd "$OLDPWD"
+        for value in .. . directory file null gone loop; do
+            bin/mount.blkholefs "LABEL=$value" mnt || echo $?
+            mountpoint -q mnt && echo "$value: mounted"
+        done
+        "#,
+    );
+    assert_eq!(ran.out, "32\n".repeat(7));
+    let lines: Vec<_> = ran.err.lines().collect();
+    let no_device = "this tag does not lead to a block device";
+    assert_eq!(lines[0], format!("mount.blkholefs: LABEL=..: {no_device}"));
+    assert_eq!(lines[1], "/dev/disk/by-label/.. leads to /dev/disk");
+    for (line, value) in [2, 4, 6, 8].into_iter().zip([".", "directory", "file", "null"]) {
+        assert_eq!(lines[line], format!("mount.blkholefs: LABEL={value}: {no_device}"));
+    }
+    assert_eq!(
+        lines[10..12],
+        [
+            "mount.blkholefs: LABEL=gone: no device has this tag",
+            "/dev/disk/by-label/gone leads to /dev/gone, which is gone",
+        ]
+    );
+    assert!(lines[12].ends_with("cannot follow: Too many levels of symbolic links") && lines.len() == 13, "{lines:?}");
+}
+
 #[test]
 fn without_udev_a_sentence_says_so() {
     needs!(root, programs["unshare", "findmnt", "mount", "umount"]);

@@ -64,6 +64,7 @@ fn package_has_what_is_installed_by_hand() {
 /// A root over that of this system, where a package is installed without a change of the system. $PWD is the same there.
 const PRIVATE_ROOT: &str = r#"
 set -eu
+umask 022
 mount --make-rprivate /
 mkdir root
 mount -t tmpfs none root

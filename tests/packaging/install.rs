@@ -3,10 +3,11 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::process::Command;
 
-use crate::bench::NAMES;
+use crate::bench::{NAMES, Ran};
 use crate::common::needs;
-use crate::tree::{Entry, install, tree, uninstall};
+use crate::tree::{Entry, install, program, source, tree, uninstall};
 
 const PREFIXES: [&str; 3] = ["/usr", "/usr/local", "/opt/blk"];
 
@@ -107,9 +108,107 @@ fn all_that_is_on_the_list_is_removed() {
 fn a_prefix_that_cannot_be_in_a_unit_is_refused() {
     needs!(programs["strip"]);
     let root = tempfile::tempdir().unwrap();
-    for prefix in ["usr", "/a b", "/a%b", "/", "/usr/"] {
+    for prefix in ["usr", "/a b", "/a%b", "/", "//"] {
         install(root.path(), prefix).fails(1, "PREFIX is not an absolute path");
     }
+    // Such a directory is outside of the root, and got the mode of one that is made.
+    for prefix in ["/usr/..", "/usr/../../etc", "/./usr", "/.."] {
+        install(root.path(), prefix).fails(1, "PREFIX has . or .. in it");
+    }
+    assert_eq!(tree(root.path()).len(), 0);
+}
+
+#[test]
+fn a_slash_at_the_end_of_the_prefix_means_nothing() {
+    needs!(programs["strip"]);
+    let root = tempfile::tempdir().unwrap();
+    install(root.path(), "/usr/local/").succeeds();
+    let made = tree(root.path());
+    assert!(made.contains_key("/usr/local/sbin/blkholefs"), "{made:?}");
+    uninstall(root.path(), "/usr/local").succeeds();
+    assert_eq!(tree(root.path()).len(), 0);
+}
+
+#[test]
+fn a_link_to_the_script_installs_too() {
+    needs!(programs["strip"]);
+    let root = tempfile::tempdir().unwrap();
+    for name in ["install", "uninstall"] {
+        let link = root.path().join(name);
+        symlink(source("mount-helpers").join(name), &link).unwrap();
+        let mut command = Command::new(link);
+        command.env("DESTDIR", root.path().join("place")).env("BINARY", program()).env_remove("PREFIX");
+        Ran::of(&mut command).succeeds();
+        assert_eq!(root.path().join("place/usr/sbin/mount.blkholefs").exists(), name == "install");
+    }
+}
+
+/// Also the directory that is the root of the installation.
+#[test]
+fn every_user_can_read_what_is_installed_with_any_umask() {
+    needs!(programs["strip"]);
+    let root = tempfile::tempdir().unwrap();
+    let place = root.path().join("place");
+    let script = source("mount-helpers/install");
+    let mut command = Command::new("sh");
+    command.args(["-c", "umask 077; exec \"$0\""]).arg(script).env("DESTDIR", &place).env("BINARY", program());
+    Ran::of(command.env_remove("PREFIX")).succeeds();
+    for (path, entry) in tree(root.path()) {
+        if let Entry::File(mode) | Entry::Directory(mode) = entry {
+            assert_eq!(mode & 0o444, 0o444, "{path} has the mode {mode:o}");
+        }
+    }
+}
+
+/// A list that was damaged, or written by someone else, removes nothing.
+#[test]
+fn a_list_with_other_files_removes_nothing() {
+    needs!(programs["strip"]);
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("root");
+    install(&root, "/usr").succeeds();
+    fs::create_dir_all(root.join("etc/blkholefs")).unwrap();
+    fs::write(root.join("etc/passwd"), "").unwrap();
+    fs::write(directory.path().join("blkholefs"), "").unwrap();
+    let list = root.join("usr/share/doc/blkholefs/installed");
+    let text = fs::read_to_string(&list).unwrap();
+    for (line, why) in [
+        ("/etc/passwd", "not a file of blkholefs: /etc/passwd"),
+        ("/../blkholefs", "not a path of an installation: /../blkholefs"),
+        ("/usr/../../blkholefs", "not a path of an installation"),
+        ("blkholefs", "not a path of an installation: blkholefs"),
+        ("", "not a path of an installation: "),
+        ("/etc/blkholefs", "a directory and not a file: /etc/blkholefs"),
+        ("/etc/../../", "not a path of an installation"),
+    ] {
+        fs::write(&list, format!("{line}\n{text}")).unwrap();
+        let before = tree(directory.path());
+        uninstall(&root, "/usr").fails(1, why);
+        assert_eq!(tree(directory.path()), before, "{line}");
+    }
+    fs::write(&list, text).unwrap();
+    uninstall(&root, "/usr").succeeds();
+    assert!(root.join("etc/passwd").exists() && directory.path().join("blkholefs").exists());
+}
+
+/// dpkg replaces files that no package has.
+#[test]
+fn a_package_that_was_installed_over_it_stays() {
+    needs!(programs["dpkg-query", "strip"]);
+    let root = tempfile::tempdir().unwrap();
+    install(root.path(), "/usr").succeeds();
+    let state = root.path().join("var/lib/dpkg");
+    fs::create_dir_all(state.join("info")).unwrap();
+    let about = "Package: blkholefs\nStatus: install ok installed\nArchitecture: all\nVersion: 1\nMaintainer: x\nDescription: x\n";
+    fs::write(state.join("status"), about).unwrap();
+    fs::write(state.join("info/format"), "1\n").unwrap();
+    fs::write(state.join("info/blkholefs.list"), "/.\n/usr\n/usr/sbin\n/usr/sbin/mount.blkholefs\n").unwrap();
+    let before = tree(root.path());
+    install(root.path(), "/usr").fails(1, "the package blkholefs has files of blkholefs in ");
+    uninstall(root.path(), "/usr").fails(1, "the package blkholefs was installed over it: remove that first");
+    assert_eq!(tree(root.path()), before);
+    fs::remove_dir_all(root.path().join("var")).unwrap();
+    uninstall(root.path(), "/usr").succeeds();
     assert_eq!(tree(root.path()).len(), 0);
 }
 
