@@ -171,7 +171,9 @@ fn a_killed_daemon_is_listed_until_its_mount_is_gone() {
     assert!(wait_until(|| fs::metadata(bench.mnt()).is_err()));
     assert_becomes(&json!("killed"), || bench.status()["state"].clone());
     let status = bench.status();
-    assert_eq!((&status["spec"], &status["pid"]), (&json!(bench.device.path()), &json!(daemon)));
+    assert_eq!(status["spec"], json!(bench.device.path()));
+    // A daemon of another test may have removed the record already.
+    assert!([json!(daemon), Value::Null].contains(&status["pid"]), "{status}");
     assert_eq!((&status["open-files"], &status["memory"]["resident"]), (&Value::Null, &Value::Null));
     let place = bench.mnt();
     let advice = format!("\n  the daemon was killed and the mount is left: umount {}\n", place.display());
