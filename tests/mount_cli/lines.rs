@@ -135,6 +135,8 @@ fn wrong_input() {
         (&["/dev/null", "mnt"], 32, "/dev/null: "),
         (&[device, "nonexistent"], 32, "/nonexistent: cannot mount here: No such file"),
         (&[device, "/dev/null"], 32, "neither a directory nor a regular file"),
+        (&["mnt", device], 32, "the device comes first, and then the directory"),
+        (&["/dev/nonexistent", "mnt"], 32, "lvchange -ay -K VG/VOLUME"),
         (&[device, "bin/blkholefs/x"], 32, "cannot mount here: Not a directory"),
     ] {
         let ran = bench.run("mount.blkholefs", words);
