@@ -106,8 +106,11 @@ fn help_and_version() {
         ("blkholefs", vec!["mount", "--help"]),
         ("blkholefs", vec!["umount", "-h"]),
     ] {
+        let usage =
+            if name == "blkholefs" { format!("Usage: blkholefs {} ", words[0]) } else { format!("Usage: {name} ") };
         let ran = bench.run(name, words);
-        assert!(ran.code == 0 && ran.out.starts_with("Usage: ") && ran.err.is_empty(), "{ran:?}");
+        assert!(ran.code == 0 && ran.out.starts_with(&usage) && ran.err.is_empty(), "{ran:?}");
+        assert!(ran.out.lines().all(|line| line.len() <= 80), "wider than a terminal: {ran:?}");
     }
     let version = format!("mount.blkholefs {}\n", env!("CARGO_PKG_VERSION"));
     assert_eq!(bench.run("mount.blkholefs", ["-V"]).out, version);
