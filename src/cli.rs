@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use crate::error::{Error, Result, shown};
 use crate::mount::argv::CommandLine;
+use crate::mount::words;
 use crate::output::{print, say};
 use help::HELP;
 
@@ -52,9 +53,20 @@ fn run(words: &[OsString]) -> Result<ExitCode> {
         Some("demo") => alone(command, arguments).and_then(|()| demo::run()),
         Some("-h" | "--help" | "help") => alone(command, arguments).and_then(|()| print(HELP)),
         Some("-V" | "--version") => alone(command, arguments).and_then(|()| print(VERSION)),
-        _ => Err(hinted(Error::usage(format!("there is no command '{}'", shown(command))))),
+        _ => Err(unknown(command)),
     };
     result.map(|()| ExitCode::SUCCESS)
+}
+
+/// The error for a first word that is neither a command nor an option.
+fn unknown(word: &OsStr) -> Error {
+    let what = if word.as_encoded_bytes().starts_with(b"-") { "option" } else { "command" };
+    let error = Error::usage(format!("there is no {what} '{}'", shown(word)));
+    let known = COMMANDS.into_iter().chain(["mount", "umount", "--help", "--version"]);
+    match word.to_str().map(|word| words::near_in(word, known)).as_deref() {
+        Some([nearest, ..]) => error.hint(format!("did you mean {nearest}? see blkholefs --help")),
+        _ => error.hint("see blkholefs --help"),
+    }
 }
 
 /// Refuses arguments of a command that has none.
@@ -81,6 +93,22 @@ fn print_about<T>(asked: &CommandLine<T>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_misspelt_command_has_a_hint() {
+        for (word, message, hint) in [
+            ("mout", "there is no command 'mout'", "did you mean mount? see blkholefs --help"),
+            ("unmount", "there is no command 'unmount'", "did you mean umount? see blkholefs --help"),
+            ("statu", "there is no command 'statu'", "did you mean status? see blkholefs --help"),
+            ("--versio", "there is no option '--versio'", "did you mean --version? see blkholefs --help"),
+            ("-v", "there is no option '-v'", "see blkholefs --help"),
+            ("frob", "there is no command 'frob'", "see blkholefs --help"),
+        ] {
+            let error = run(&[word.into()]).unwrap_err();
+            assert_eq!((error.to_string().as_str(), error.hint_text()), (message, Some(hint)));
+            assert_eq!(error.exit_code(), 1);
+        }
+    }
 
     /// Words that begin with another one are those of mount.fuse3 ([`crate::mount::argv::mount_fuse`]).
     #[test]

@@ -150,13 +150,24 @@ pub trait Export: Send + Sync {
     }
 }
 
+/// The error for a device or image at `path` that cannot be opened. LVM removes the node of a volume that is not active, which
+/// is what a snapshot of a thin volume is at first.
+fn cannot_open(path: &Path, error: io::Error) -> Error {
+    let is_missing_device = error.kind() == io::ErrorKind::NotFound && path.starts_with("/dev");
+    let error = Error::failed("cannot open").on(path).because(error);
+    if !is_missing_device {
+        return error;
+    }
+    error.hint("an LVM volume is only there while it is active: lvchange -ay -K VG/VOLUME")
+}
+
 /// Opens the block device or regular file at `path`, for reading.
 ///
 /// # Errors
 /// When it cannot be opened, or is neither.
 pub fn open(path: &Path) -> Result<Arc<dyn Export>> {
     let failed = |what: &str, error: io::Error| Error::failed(what).on(path).because(error);
-    let file = device::open(path, false).map_err(|error| failed("cannot open", error))?;
+    let file = device::open(path, false).map_err(|error| cannot_open(path, error))?;
     let metadata = file.metadata().map_err(|error| failed("cannot stat", error))?;
     if metadata.is_file() {
         let image = ImageExport::new(file, &metadata, path);

@@ -22,4 +22,4 @@ mod signals;
 mod start;
 pub mod status;
 pub mod umount;
-mod words;
+pub mod words;

@@ -30,7 +30,7 @@ fn dispatch(name: &str, words: &[OsString]) -> ExitCode {
         ("mount.blkholefs" | "mount.fuse.blkholefs", _) => helper::main(name, words),
         ("umount.blkholefs" | "umount.fuse.blkholefs", _) => umount::main(name, words),
         (_, Some("mount")) => helper::command(&words[1..]),
-        (_, Some("umount")) => umount::main("blkholefs", &words[1..]),
+        (_, Some("umount")) => umount::command(&words[1..]),
         // This program starts itself with this command.
         (_, Some(keeper::COMMAND)) => {
             process::close_inherited_descriptors();

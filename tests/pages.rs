@@ -123,3 +123,22 @@ fn the_reasons_of_all_data_are_those_of_the_program() {
         assert!(source.contains(reason), "the program has no reason {reason:?}");
     }
 }
+
+/// The lines of a man page that are not filled, as they are printed.
+fn unfilled(page: &str) -> Vec<String> {
+    let blocks = page.split("\n.nf\n").skip(1).filter_map(|rest| rest.split("\n.fi").next());
+    let lines = blocks.flat_map(str::lines).map(|line| line.strip_prefix(".B ").unwrap_or(line));
+    lines.map(|line| line.replace("\\-", "-").replace("\\(aq", "'")).collect()
+}
+
+/// Such a line is indented by 14 columns, and a longer one is broken at any letter by a terminal of 80.
+#[test]
+fn the_examples_of_the_man_pages_fit_a_terminal() {
+    for page in ["blkholefs.8", "mount.blkholefs.8"] {
+        let text = fs::read_to_string(repository().join("mount-helpers/man").join(page)).expect("a page");
+        let lines = unfilled(&text);
+        assert!(lines.len() > 10, "{page}: {lines:?}");
+        let long: Vec<_> = lines.iter().filter(|line| line.len() > 80 - 14).collect();
+        assert!(long.is_empty(), "{page}: {long:?}");
+    }
+}

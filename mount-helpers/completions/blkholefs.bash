@@ -132,7 +132,8 @@ _blkholefs() {
         return
     fi
     case $command in
-        mount) options="-f --foreground -o" ;;
+        mount) options="-f --foreground -v -o" ;;
+        umount) options="-f -l -v" ;;
         map) options="--json --totals --picture --ascii --svg --format --since --offset --length -o --volume" ;;
         info) options="--json -o --volume" ;;
         verify) options="--sample --seed --against -o --volume" ;;

@@ -110,6 +110,9 @@ complete -c blkholefs -n __blkholefs_is -a status -d 'Print the mounts of this m
 complete -c blkholefs -n __blkholefs_is -a demo -d 'Mount and copy a sparse image'
 
 complete -c blkholefs -n '__blkholefs_is mount' -s f -l foreground -d 'Serve in the foreground'
+complete -c blkholefs -n '__blkholefs_is mount umount' -s v -d 'Print what is done'
+complete -c blkholefs -n '__blkholefs_is umount' -s f -d 'Abort requests without an answer'
+complete -c blkholefs -n '__blkholefs_is umount' -s l -d 'Detach a mount that is in use'
 complete -c blkholefs -n '__blkholefs_is mount map info verify' -s o -x -a '(__blkholefs_options)' -d Options
 complete -c blkholefs -n '__blkholefs_is map info verify' -l volume -x -d 'Volume of a thin pool that is not active'
 complete -c blkholefs -n '__blkholefs_is map info status' -l json -d 'Print JSON'

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use log::error;
 
 use super::view::{ViewSource, has_known_file_system};
-use super::{DeviceDirectory, Export, FileKind, HostNode, NbdExportFile, VolumeExport, nbd};
+use super::{DeviceDirectory, Export, FileKind, HostNode, NbdExportFile, VolumeExport, cannot_open, nbd};
 use crate::error::{Error, Result};
 use crate::source::nbd::{NbdExport, SideExport, Uri};
 use crate::source::thin::ThinId;
@@ -119,7 +119,7 @@ impl Shown {
 
     fn of_path(path: &Path) -> Result<Self> {
         let failed = |what: &str, error: io::Error| Error::failed(what).on(path).because(error);
-        let found = fs::metadata(path).map_err(|error| failed("cannot open", error))?;
+        let found = fs::metadata(path).map_err(|error| cannot_open(path, error))?;
         let kind = found.file_type();
         if kind.is_dir() {
             fs::read_dir(path).map_err(|error| failed("cannot read the directory", error))?;
@@ -129,7 +129,7 @@ impl Shown {
         if !kind.is_block_device() && !kind.is_file() {
             return Err(Error::failed("is neither a block device, nor a regular file, nor a directory").on(path));
         }
-        device::open(path, false).map_err(|error| failed("cannot open", error))?;
+        device::open(path, false).map_err(|error| cannot_open(path, error))?;
         let name = path.file_name().map(ToOwned::to_owned);
         let name = name.ok_or_else(|| Error::failed("has no file name").on(path))?;
         Ok(Self::File { name, source: FileSource::Path(path.to_owned()), export_len: Bytes::ZERO })

@@ -82,10 +82,9 @@ pub fn escaped(value: &OsStr) -> OsString {
 }
 
 fn command() -> Result<Command> {
-    let program = PLACES
-        .iter()
-        .find(|place| Path::new(place).exists())
-        .ok_or_else(|| Error::usage("only root can mount without fusermount3").hint("install the package fuse3"))?;
+    let program = PLACES.iter().find(|place| Path::new(place).exists()).ok_or_else(|| {
+        Error::usage("only root can mount and unmount without fusermount3").hint("install the package fuse3")
+    })?;
     let mut command = Command::new(program);
     // In a process group of its own: Ctrl-C between its mount(2) and the sending of the device would leave a dead mount.
     command.env_clear().process_group(0).stdin(Stdio::null()).stdout(Stdio::null());

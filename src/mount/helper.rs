@@ -16,8 +16,8 @@ use crate::sys::process::{self, Parent};
 const HELPER_USAGE: &str = "\
 Usage: mount.blkholefs SPEC DIR [-sfnvhV] [-N NAMESPACE] [-t TYPE] [-o OPTIONS]
 
-Shows the block device SPEC (or a directory of devices, an image, an NBD URI) as a
-regular file in DIR whose holes are real. See mount.blkholefs(8).
+Shows the block device SPEC (or a directory of devices, an image, an NBD URI)
+as a regular file in DIR whose holes are real. See mount.blkholefs(8).
 
   -f  do everything but mount         -s  warn about unknown options
   -n  ignored, for mount(8)           -v  print what is done
@@ -26,8 +26,8 @@ regular file in DIR whose holes are real. See mount.blkholefs(8).
 const COMMAND_USAGE: &str = "\
 Usage: blkholefs mount [-fv] [-o OPTIONS] SPEC DIR
 
-Shows the block device SPEC (or a directory of devices, an image, an NBD URI) as a
-regular file in DIR whose holes are real. See blkholefs(8).
+Shows the block device SPEC (or a directory of devices, an image, an NBD URI)
+as a regular file in DIR whose holes are real. See blkholefs(8).
 
   -f, --foreground       serve in this process, and log to its standard error
   -o, --options OPTIONS  options, between commas; mount.blkholefs(8) lists them

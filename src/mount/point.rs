@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -52,7 +52,7 @@ impl MountPoint {
             match (metadata.is_dir(), metadata.is_file()) {
                 (true, _) => Ok((found, inode, MountPointKind::Directory)),
                 (_, true) => Ok((found, inode, MountPointKind::File)),
-                _ => Err(Error::failed("cannot mount here: neither a directory nor a regular file").on(dir)),
+                _ => Err(neither(dir, &metadata)),
             }
         })?;
         Ok(Self { dir: found, inode, kind, namespace })
@@ -122,6 +122,15 @@ impl MountPoint {
         Err(Error::failed(format!("cannot mount on {}: the mount would cover what it shows", self.dir.display()))
             .on(path))
     }
+}
+
+/// The error for a mountpoint that is neither a directory nor a regular file.
+fn neither(dir: &Path, found: &fs::Metadata) -> Error {
+    let error = Error::failed("cannot mount here: neither a directory nor a regular file").on(dir);
+    if !found.file_type().is_block_device() {
+        return error;
+    }
+    error.hint("the device comes first, and then the directory")
 }
 
 fn refuse_second(list: &[MountEntry], dir: &Path) -> Result<()> {

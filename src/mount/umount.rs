@@ -22,19 +22,34 @@ use crate::spec::{Tag, absolute};
 use crate::sys::device::DeviceId;
 use crate::sys::mountinfo::{self, MountEntry};
 
-const USAGE: &str = "\
+const HELPER_USAGE: &str = "\
 Usage: umount.blkholefs DIR|SPEC [-flnrvhV] [-N NAMESPACE] [-t TYPE]
 
-Unmounts DIR, or what was mounted from SPEC, and waits until the daemon has closed
-the device. See mount.blkholefs(8).
+Unmounts DIR, or what was mounted from SPEC, and waits until the daemon has
+closed the device. See mount.blkholefs(8).
 
   -f  abort pending requests          -l  detach the mount although it is in use
   -n, -r  ignored, for umount(8)      -v  print what is done
   -N  unmount in this mount namespace";
 
-/// Runs `umount.blkholefs` or `blkholefs umount` with the words after the name.
+const COMMAND_USAGE: &str = "\
+Usage: blkholefs umount [-flv] DIR
+
+Unmounts DIR, and waits until the daemon has closed the device. See
+blkholefs(8).
+
+  -f  abort pending requests
+  -l  detach the mount although it is in use
+  -v  print what is done";
+
+/// Runs `umount.blkholefs` with the words after its name.
 pub fn main(name: &str, args: &[OsString]) -> ExitCode {
-    finish(name, USAGE, argv::umount(args), |request| run(name, &request))
+    finish(name, HELPER_USAGE, argv::umount(args), |request| run(name, &request))
+}
+
+/// Runs `blkholefs umount` with the words after that.
+pub fn command(args: &[OsString]) -> ExitCode {
+    finish("blkholefs", COMMAND_USAGE, argv::umount(args), |request| run("blkholefs", &request))
 }
 
 fn run(name: &str, request: &UmountRequest) -> Result<u8> {

@@ -106,15 +106,19 @@ pub fn is_known(name: &str) -> bool {
 
 /// The known options with a similar spelling, nearest first, three at most.
 pub fn near(word: &str) -> Vec<&'static str> {
+    let flags = FLAGS.iter().map(|flag| flag.0);
+    let known =
+        flags.chain([IGNORED, MOUNT_WITH_VALUE, SOURCE, SOURCE_PLAIN, MOUNT_PLAIN].into_iter().flatten().copied());
+    near_in(word, known.filter(|name| !name.is_empty() && !SPELLINGS.contains(name)))
+}
+
+/// The names with a similar spelling, nearest first, three at most.
+pub fn near_in(word: &str, names: impl Iterator<Item = &'static str>) -> Vec<&'static str> {
     const LONGEST: usize = 24;
     if word.len() > LONGEST {
         return Vec::new();
     }
-    let flags = FLAGS.iter().map(|flag| flag.0);
-    let known =
-        flags.chain([IGNORED, MOUNT_WITH_VALUE, SOURCE, SOURCE_PLAIN, MOUNT_PLAIN].into_iter().flatten().copied());
-    let mut found: Vec<_> = known
-        .filter(|name| !name.is_empty() && !SPELLINGS.contains(name))
+    let mut found: Vec<_> = names
         .map(|name| (distance(word.as_bytes(), name.as_bytes()), name))
         .filter(|(distance, name)| *distance <= 2 && *distance * 2 < name.len())
         .collect();

@@ -106,8 +106,11 @@ fn help_and_version() {
         ("blkholefs", vec!["mount", "--help"]),
         ("blkholefs", vec!["umount", "-h"]),
     ] {
+        let usage =
+            if name == "blkholefs" { format!("Usage: blkholefs {} ", words[0]) } else { format!("Usage: {name} ") };
         let ran = bench.run(name, words);
-        assert!(ran.code == 0 && ran.out.starts_with("Usage: ") && ran.err.is_empty(), "{ran:?}");
+        assert!(ran.code == 0 && ran.out.starts_with(&usage) && ran.err.is_empty(), "{ran:?}");
+        assert!(ran.out.lines().all(|line| line.len() <= 80), "wider than a terminal: {ran:?}");
     }
     let version = format!("mount.blkholefs {}\n", env!("CARGO_PKG_VERSION"));
     assert_eq!(bench.run("mount.blkholefs", ["-V"]).out, version);
@@ -135,6 +138,8 @@ fn wrong_input() {
         (&["/dev/null", "mnt"], 32, "/dev/null: "),
         (&[device, "nonexistent"], 32, "/nonexistent: cannot mount here: No such file"),
         (&[device, "/dev/null"], 32, "neither a directory nor a regular file"),
+        (&["mnt", device], 32, "the device comes first, and then the directory"),
+        (&["/dev/nonexistent", "mnt"], 32, "lvchange -ay -K VG/VOLUME"),
         (&[device, "bin/blkholefs/x"], 32, "cannot mount here: Not a directory"),
     ] {
         let ran = bench.run("mount.blkholefs", words);

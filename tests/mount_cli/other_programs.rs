@@ -46,6 +46,9 @@ fn findmnt_verify_warns() {
     let unreachable = "W: unreachable source: nbd://h/x: No such file or directory".to_owned();
     let expected = vec![unreachable, unsupported("blkholefs"), undetected];
     assert_eq!(verified(&bench, &with_spec("nbd://h/x")), (0, expected));
+    let uri = "nbd+unix:///x?socket=/s";
+    let (code, complaints) = verified(&bench, &with_spec(uri));
+    assert_eq!((code, complaints[0].as_str()), (1, format!("E: unsupported source tag: {uri}").as_str()));
     run("mkfs.ext4", ["-q".as_ref(), bench.device.path().as_os_str()]);
     let differs = "E: blkholefs does not match with on-disk ext4".to_owned();
     assert_eq!(verified(&bench, &bench.fstab_line("ro")), (1, vec![unsupported("blkholefs"), differs]));
@@ -58,6 +61,7 @@ fn findmnt_verify_warns() {
         "[E] blkholefs does not match with on-disk ext4",
         "non-bind mount source ... is a directory or regular file",
         "unreachable source",
+        "unsupported source tag",
     ] {
         assert!(page.contains(said), "{said}");
     }
@@ -86,6 +90,31 @@ fn umount_by_type_takes_the_kernels_type() {
         "#,
     );
     assert_eq!(ran.out, "mounted\nunmounted\n".repeat(4), "{ran:?}");
+}
+
+/// The program that refuses to unmount names itself: umount(8), or the helper that it runs.
+#[test]
+fn umount_runs_the_helper_for_a_relative_path_and_for_a_file() {
+    needs!(root, programs["unshare", "mount", "umount"]);
+    let bench = Bench::new();
+    let ran = bench.script(
+        "",
+        r#"
+        touch file
+        refused() { umount "$@" 2>&1 | sed 's/:.*//; q'; }
+        mount -t blkholefs "$DEV" mnt
+        exec 5<"mnt/$(basename "$DEV")"
+        refused "$PWD/mnt"
+        refused mnt
+        exec 5<&-
+        mount -t blkholefs "$DEV" file
+        exec 5<file
+        refused "$PWD/file"
+        exec 5<&-
+        umount "$PWD/mnt" "$PWD/file"
+        "#,
+    );
+    assert_eq!(ran.out, "umount\numount.fuse.blkholefs\numount.fuse.blkholefs\n", "{ran:?}");
 }
 
 /// `mount -t fuse` and, without our helper, `mount -t fuse.blkholefs` run the program through mount.fuse3.
