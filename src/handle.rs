@@ -36,7 +36,7 @@ use crate::export::Export;
 use crate::map::view::{self, Whence};
 use crate::map::{Extent, ExtentKind, HoleMap};
 use crate::reason::{DegradedState, DenseReason};
-use crate::source::{Context, Loaded, Stack, StackTrace};
+use crate::source::{Context, Loaded, Stack, StackTrace, Unique};
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::{memory, stamp};
 use crate::units::Bytes;
@@ -91,6 +91,7 @@ pub struct Handle {
     read_memory: Arc<ReadMemory>,
     /// The number of opens, and of changes that a guard found: what was fetched ahead before is not used after.
     generation: AtomicU64,
+    unique: Unique,
 }
 
 impl Handle {
@@ -120,6 +121,7 @@ impl Handle {
             quiet,
             read_memory: Arc::default(),
             generation: AtomicU64::new(0),
+            unique: Unique::next(),
         }
     }
 
@@ -230,6 +232,11 @@ impl Handle {
     /// the number takes a walk over all extents.
     pub fn allocated(&self) -> Option<Bytes> {
         self.current().and_then(|current| current.stack.allocated())
+    }
+
+    /// A number that no other handle of this process has.
+    pub fn unique(&self) -> &Unique {
+        &self.unique
     }
 
     /// A state that changes when the stack does; `None` while it is not known how the stack is built now.

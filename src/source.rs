@@ -18,6 +18,7 @@
 //! | export of an NBD server | [`nbd`] | block status (base:allocation) |
 //! | anything else | [`dense`] | none |
 
+mod below;
 pub mod changes;
 pub mod dense;
 pub mod device;
@@ -48,7 +49,7 @@ pub use resolve::{Context, Resolver};
 pub use stack::{Loaded, Stack};
 pub use stored::LoadExtents;
 pub use thin::guard::WriteGuard;
-pub use trace::{Reach, StackTrace, Trace};
+pub use trace::{Reach, StackTrace, Trace, Unique};
 
 use std::fs::File;
 use std::sync::Arc;

@@ -5,6 +5,7 @@ pub mod aio;
 pub mod block;
 pub mod boot;
 pub mod buffer;
+pub mod clock;
 pub mod device;
 pub mod dm;
 pub mod file;

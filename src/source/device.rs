@@ -98,12 +98,12 @@ impl Guard for SizeGuard {
     }
 
     /// The device and all below it are known by more than their numbers, which are used again. A device of the kernel's NBD
-    /// client may get another export, and its server may have other clients that write.
+    /// client may get another export, and its server may have other clients that write: it counts as unchanged while it is open.
     fn trace(&self, trace: &mut Trace) {
         trace.add(&self.len);
         let devices = sysfs::incarnations(self.id);
         if devices.as_ref().is_ok_and(|devices| devices.keys().any(|id| id.major == nbd::MAJOR)) {
-            trace.limit(Reach::Process);
+            trace.limit(Reach::Open);
         }
         trace.add_or_nothing(devices);
     }

@@ -91,7 +91,8 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
             return dense(DenseReason::cannot("read its table", &error));
         }
     };
-    resolver.guard(TableGuard::new(control.clone(), device.id, events, table.clone()));
+    let is_lvm = resolver.is_below_lvm();
+    resolver.guard(TableGuard::new(control.clone(), device.id, (events, table.clone()), is_lvm));
     if table.suspended {
         return dense(DenseReason::State("it is suspended".into()));
     }

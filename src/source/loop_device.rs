@@ -22,7 +22,7 @@ use crate::map::{Clip, Extent, HoleMap};
 use crate::reason::DenseReason;
 use crate::source::device::{BlockDevice, MediumGuard};
 use crate::source::file::Reads;
-use crate::source::{Guard, Layer, Reach, Resolver, Trace, dense, file};
+use crate::source::{Guard, Layer, Reach, Resolver, Trace, below, dense, file};
 use crate::sys::device::{self, DeviceId};
 use crate::sys::loopdev::{LoopStatus, MAJOR};
 use crate::sys::sysfs;
@@ -39,6 +39,8 @@ struct LoopGuard {
     status: LoopStatus,
     /// Whether the stack has a guard of what the device is bound to.
     guards_below: bool,
+    /// Whether all that was written to the block device below is in its counters, and not in its page cache.
+    counts_below: bool,
 }
 
 impl Guard for LoopGuard {
@@ -46,13 +48,19 @@ impl Guard for LoopGuard {
         LoopStatus::of(&self.file).is_ok_and(|status| status == self.status)
     }
 
-    /// A file that cannot be reached may be written without a trace, and another process cannot hold it.
+    /// A file that cannot be reached may be written without a trace. It counts as unchanged while the device is open.
     fn trace(&self, trace: &mut Trace) {
         trace.add(&self.status);
         match self.status.block_device {
-            Some(below) => trace.add_or_nothing(sysfs::incarnations(below)),
+            Some(below) => {
+                if !self.counts_below {
+                    trace.limit(Reach::Open);
+                }
+                trace.add_or_nothing(sysfs::incarnations(below));
+                trace.add_or_nothing(below::activity(below));
+            }
             None if self.guards_below => {}
-            None => trace.limit(Reach::Process),
+            None => trace.limit(Reach::Open),
         }
     }
 }
@@ -80,13 +88,18 @@ pub fn layer(device: &BlockDevice, resolver: &mut Resolver<'_>) -> Layer {
             });
         }
     };
+    let mut counts_below = true;
     let below = match status.block_device {
         _ if status.encrypted => Err("it is encrypted".into()),
-        Some(_) if !status.direct_io => Err(DenseReason::Unproven(BUFFERED.into())),
+        Some(id) if !status.direct_io => {
+            counts_below = resolver.read_cached(id);
+            Err(DenseReason::Unproven(BUFFERED.into()))
+        }
         Some(id) => Ok(resolver.device(id, status.offset.saturating_add(device.len))),
         None => backing_file(device, &status, resolver).map(Arc::new),
     };
-    resolver.guard(LoopGuard { file: device.file.clone(), status, guards_below: below.is_ok() });
+    let guards_below = below.is_ok();
+    resolver.guard(LoopGuard { file: device.file.clone(), status, guards_below, counts_below });
     // A regular file is held open below, so no other file has its inode number: the status alone proves the binding.
     if status.block_device.is_some() || below.is_err() {
         resolver.guard(medium);

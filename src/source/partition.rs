@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::reason::DenseReason;
+use crate::source::below::PastPartitions;
 use crate::source::device::BlockDevice;
 use crate::source::{Layer, Resolver, dense};
 use crate::sys::device::DeviceId;
@@ -38,6 +39,9 @@ fn window(device: &BlockDevice, disk: DeviceId, start: Sectors, resolver: &mut R
     let Some((below, clip)) = resolver.window(disk, start, device.len) else {
         return dense::layer(device.name(), "partition", device.len, "its start is out of range");
     };
+    if !resolver.is_below_lvm() {
+        resolver.guard(PastPartitions { disk });
+    }
     Layer {
         name: device.name(),
         kind: "partition".to_owned(),

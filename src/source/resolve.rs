@@ -13,7 +13,7 @@ use crate::source::live::StaticDevices;
 use crate::source::stack::{Dirty, Stack};
 use crate::source::stored::{LoadExtents, StoredExtents};
 use crate::source::table::{Medium, SOURCES, Source};
-use crate::source::{Guard, Layer, dense, dm, nbd, thin};
+use crate::source::{Guard, Layer, below, dense, dm, nbd, thin};
 use crate::sys::device::DeviceId;
 use crate::sys::sysfs::{self, SuspendFile};
 use crate::units::{Bytes, Sectors};
@@ -122,6 +122,11 @@ impl<'a> Resolver<'a> {
         self.guards.push(Box::new(guard));
     }
 
+    /// Whether the device that is being resolved is one of LVM, or below one: only LVM writes to what is below those.
+    pub(super) fn is_below_lvm(&self) -> bool {
+        self.above.iter().any(|id| below::is_of_lvm(*id))
+    }
+
     /// Names a device for which reads and writes of the stack wait while it, or a device below it, is suspended.
     ///
     /// # Errors
@@ -142,6 +147,12 @@ impl<'a> Resolver<'a> {
     /// Names a file whose file system may not know of the writes that its page cache holds.
     pub fn written_through(&mut self, file: File) {
         self.dirty.push(Dirty::File(file));
+    }
+
+    /// Names a device that is read through its page cache, and has no layer. Returns whether its dirty pages will be written back.
+    pub(super) fn read_cached(&mut self, id: DeviceId) -> bool {
+        let device = self.waits_on(id).and_then(|()| BlockDevice::open_id(id));
+        device.map(|device| self.dirty.push(Dirty::Device(device.file))).is_ok()
     }
 
     /// The layer of the block device with that number. `len` is the length that the layer above needs. It is used for a

@@ -21,10 +21,25 @@ const VERSION: (u32, &str) = (1, env!("CARGO_PKG_VERSION"));
 pub enum Reach {
     /// It is none. The result is another one each time.
     Nothing,
+    /// While the device is open, by one handle of this process: otherwise programs that look again after they have read a file
+    /// would find that it changed.
+    Open,
     /// Within this process.
     Process,
     /// Between all processes of this boot.
     Boot,
+}
+
+/// A number that no other value of this process has.
+#[derive(Debug, Hash)]
+pub struct Unique(u64);
+
+impl Unique {
+    /// The next number.
+    pub fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
 }
 
 /// What the guards of a stack have added so far.
@@ -91,14 +106,13 @@ impl Trace {
         if !stamp.has_mapped_writes() {
             self.limit(Reach::Process);
         }
-        self.files.push(stamp.last_change());
+        self.files.push(stamp.changed());
     }
 
     /// The result.
     pub fn finish(mut self) -> StackTrace {
-        static UNIQUE: AtomicU64 = AtomicU64::new(0);
         if self.reach == Reach::Nothing {
-            UNIQUE.fetch_add(1, Ordering::Relaxed).hash(&mut self);
+            Unique::next().hash(&mut self);
         }
         let number = self.hasher.finish128().as_u128();
         let file_changed = if let [file] = self.files[..] { Some(file) } else { None };

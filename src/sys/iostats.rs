@@ -66,8 +66,12 @@ impl CompleteAccounting {
 
 /// Whether a device has I/O counters that count. Drivers without request queues need not count: `drivers/block/brd.c` and
 /// `drivers/md/md-linear.c` do not, nor does native multipath of NVMe before Linux 6.4. Their counters are 0 for ever. Those of
-/// another such device that was never used look the same.
+/// another such device that was never used look the same. The counters of a zram device begin again at 0 when it is reset
+/// (`zram_reset_device` of `drivers/block/zram/zram_drv.c`).
 pub fn counts(id: DeviceId, stat: &StatFile) -> bool {
+    if sysfs::directory(id).join("comp_algorithm").exists() {
+        return false;
+    }
     let has_queue = || ["mq", "../mq"].iter().any(|name| sysfs::directory(id).join(name).exists());
     has_queue() || sysfs::dm_name(id).is_some() || stat.is_moved().unwrap_or(false)
 }

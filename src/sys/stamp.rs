@@ -145,10 +145,10 @@ impl Stamp {
         self.has_mapped_writes
     }
 
-    /// The later one of the modification time and the change time. A time before 1970 is taken for 1970.
-    pub fn last_change(&self) -> SystemTime {
-        let [mtime, ctime] = [self.fields.mtime, self.fields.ctime].map(since_1970);
-        SystemTime::UNIX_EPOCH + mtime.max(ctime)
+    /// The change time, which each write moves, and which nobody can set. (The modification time can be set to the same one after
+    /// a write.) A time before 1970 is taken for 1970.
+    pub fn changed(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + since_1970(self.fields.ctime)
     }
 
     /// Whether the stamp can prove anything.

@@ -161,3 +161,60 @@ fn a_write_right_after_a_stat_moves_the_times() {
     drop(mount);
     assert_eq!(mounted(device.path()), last, "what is not written at once is written at the end");
 }
+
+/// A modification time that a program has set says nothing of a later write.
+#[test]
+fn a_modification_time_that_is_set_again_hides_no_write_from_the_next_boot() {
+    needs!(root, programs["unshare"]);
+    let (image, device) = loop_over(4 * MIB);
+    let touch = || {
+        run("touch", ["-m".as_ref(), "-d".as_ref(), "2100-01-01".as_ref(), image.path().as_os_str()]);
+        settle(image.path());
+    };
+    touch();
+    let before = times_without_run(device.path(), "mode=755")[0];
+    image.write(0..4096);
+    touch();
+    let after = times_without_run(device.path(), "mode=755")[0];
+    assert!(after[0] > before[0] && after[1] > before[1], "{before:?}, {after:?}");
+}
+
+/// A file that is not found by its path may still be written.
+#[test]
+fn a_loop_device_over_a_file_that_was_removed_has_new_times_in_each_open() {
+    needs!(root);
+    let (image, device) = loop_over(4 * MIB);
+    let mount = Mount::new(device.path());
+    let writer = open_for_writing(image.path());
+    fs::remove_file(image.path()).expect("it can be removed");
+    let before = times(mount.file());
+    writer.write_all_at(b"1", MIB).expect("a write inside the image");
+    let after = times(mount.file());
+    assert!(after[0] > before[0]);
+    let file = File::open(mount.file()).expect("it can be read");
+    let open = times(mount.file());
+    assert_eq!(times(mount.file()), open, "while it is open");
+    drop(file);
+}
+
+/// The counters of the upper one do not count what is written to the lower one.
+#[test]
+fn a_write_to_the_device_below_a_loop_device_moves_its_times() {
+    needs!(root);
+    let (image, lower) = loop_over(4 * MIB);
+    for options in [&["--direct-io=off"][..], &["--direct-io=on"]] {
+        let upper = Loop::with_options(lower.path(), options);
+        let mut before = mounted(upper.path());
+        for _ in 0..2 {
+            assert_eq!(mounted(upper.path()), before);
+            // The pages stay dirty.
+            open_for_writing(lower.path()).write_all_at(&[1; 512], MIB).expect("a write to the device");
+            let after = mounted(upper.path());
+            assert!(after[0] > before[0]);
+            before = after;
+            // The stamp of a file is settled some milliseconds after a write.
+            settle(image.path());
+            before = before.max(mounted(upper.path()));
+        }
+    }
+}

@@ -254,16 +254,17 @@ fn a_device_that_is_connected_again_is_all_data() {
     assert_map(mount.file(), &map_of(SIZE, &[]));
 }
 
-/// Between two mounts the device may have been connected to another export, or another client may have written to it.
+/// Between two opens the device may have been connected to another export, or another client may have written to it.
 #[test]
 #[ignore = "needs a kernel with nbd: run tests/run"]
-fn a_device_has_the_same_times_in_one_mount_only() {
+fn a_device_has_the_same_times_while_it_is_open_only() {
     let _kernel = Kernel::new(&[]);
     let linear = Dm::new("0 65536 linear /dev/nbd0 0");
     for device in [Kernel::path(), linear.path()] {
         let mut before = None;
         for _ in 0..3 {
             let mount = Mount::new(device);
+            let _open = File::open(mount.file()).expect("the file opens");
             let time = || mount.file().metadata().and_then(|file| file.modified()).expect("a file with a time");
             let now = time();
             assert_eq!(time(), now, "{}", device.display());
@@ -392,4 +393,24 @@ fn a_static_nbd_device_is_asked_once_until_this_host_writes() {
     assert_eq!(seek_data(&file, 20 * MIB), Some(20 * MIB), "{}", mount.log());
     assert_eq!(seek_data(&file, 12 * MIB), Some(12 * MIB), "it is asked at each question");
     assert_eq!(mount.log().matches("option 'static' ends").count(), 1, "{}", mount.log());
+}
+
+#[test]
+#[ignore = "needs a kernel with nbd: run tests/run"]
+fn another_export_moves_the_times_of_a_mount() {
+    let kernel = Kernel::new(&DATA);
+    let device = Kernel::path();
+    let mount = Mount::new(device);
+    let times = || {
+        let metadata = std::fs::metadata(mount.file()).expect("it is shown");
+        (metadata.modified().expect("a time"), metadata.len())
+    };
+    let before = times();
+    disconnect(device);
+    assert!(is_free(device));
+    let (_server, _image, socket) = kernel.full("other");
+    connect(device, &socket);
+    let after = times();
+    assert!(after.0 > before.0 && after.1 == before.1, "{before:?}, {after:?}");
+    assert!(times().0 > after.0);
 }

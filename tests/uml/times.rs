@@ -1,5 +1,8 @@
 //! The times of devices from one mount to the next, for what the kernel of `tests/times.rs` may not have.
 
+#[path = "times/below.rs"]
+mod below;
+
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;

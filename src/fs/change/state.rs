@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use crate::handle::Handle;
 use crate::source::{BlockDevice, Reach, Trace};
+use crate::sys::clock;
 use crate::sys::iostats::{self, CompleteAccounting};
 use crate::sys::loopdev::LoopStatus;
 use crate::sys::sysfs::{Activity, StatFile};
@@ -33,8 +34,13 @@ impl DeviceState {
         let (inode, activity) = (stat.inode().ok()?, Activity::now(id, &stat).ok()?);
         let stack = handle.trace()?;
         let mut trace = Trace::new();
+        // A disk may have been written by another system while this one slept.
+        trace.add_or_nothing(clock::suspended());
         trace.add(&(id, inode, activity, stack.number));
         trace.limit(stack.reach);
+        if stack.reach == Reach::Open {
+            trace.add(handle.unique());
+        }
         let all = trace.finish();
         let file_changed = stack.file_changed.filter(|_| is_all_of_a_file(device));
         Some(Self { number: all.number, reach: all.reach, file_changed }).filter(|_| counting.holds())

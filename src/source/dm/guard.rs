@@ -9,10 +9,10 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::reason::DenseReason;
-use crate::source::{Guard, Reach, Trace};
+use crate::source::{Guard, Reach, Trace, below};
 use crate::sys::device::DeviceId;
 use crate::sys::dm::{Commit, Control, Events, Table};
-use crate::sys::sysfs;
+use crate::sys::sysfs::{self, Activity};
 use crate::units::Sectors;
 
 /// Guards the text of the live table of a device, and whether the device is suspended.
@@ -22,12 +22,19 @@ pub struct TableGuard {
     seen: Table,
     /// The event counter before the table was last seen to be `seen`.
     events: Mutex<Events>,
+    /// Whether it is a device of LVM, or below one.
+    is_below_lvm: bool,
 }
 
 impl TableGuard {
     /// Guards the table `seen`, which was read after `events`.
-    pub fn new(control: Arc<Control>, id: DeviceId, events: Events, seen: Table) -> Self {
-        Self { control, id, seen, events: Mutex::new(events) }
+    pub fn new(control: Arc<Control>, id: DeviceId, (events, seen): (Events, Table), is_below_lvm: bool) -> Self {
+        Self { control, id, seen, events: Mutex::new(events), is_below_lvm }
+    }
+
+    /// The write counters of the devices that it maps to.
+    fn writes_below(&self) -> io::Result<Vec<(DeviceId, Activity)>> {
+        sysfs::slaves(self.id)?.into_iter().map(|id| Ok((id, below::activity(id)?))).collect()
     }
 }
 
@@ -50,13 +57,18 @@ impl Guard for TableGuard {
     /// A table whose text does not say what the device reads proves something together with the events within this process.
     /// Another process cannot know of a table that was replaced and restored, except for a device of LVM: that is given
     /// another table only with another text, or as a new device.
+    ///
+    /// Writes to the devices below that did not go through this one are counted there. Those below devices of LVM are not
+    /// looked at: they are written for other volumes too.
     fn trace(&self, trace: &mut Trace) {
         trace.add(&self.seen);
         if self.seen.targets.iter().all(|target| PLACED.contains(&target.kind.as_str())) {
+            if !self.is_below_lvm {
+                trace.add_or_nothing(self.writes_below());
+            }
             return;
         }
-        let uuid = sysfs::attribute(self.id, "dm/uuid");
-        if uuid.is_some_and(|uuid| uuid.starts_with("LVM-")) {
+        if below::is_of_lvm(self.id) {
             trace.add_or_nothing(tables_below(&self.control, self.id));
         } else {
             match self.control.events() {

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 
 use super::super::device::DeviceId;
 use super::directory;
@@ -26,6 +27,27 @@ impl IoCounters {
     pub fn of_discards(&self) -> (u64, u64) {
         (self.discards, self.discard_sectors)
     }
+
+    /// The sums with other counters. They wrap, as the counters of the kernel do.
+    #[must_use]
+    pub fn with(&self, other: &Self) -> Self {
+        self.combined(other, u64::wrapping_add)
+    }
+
+    /// The differences from other counters. They wrap: the counters need not be of one time.
+    #[must_use]
+    pub fn without(&self, other: &Self) -> Self {
+        self.combined(other, u64::wrapping_sub)
+    }
+
+    fn combined(&self, other: &Self, combine: fn(u64, u64) -> u64) -> Self {
+        Self {
+            writes: combine(self.writes, other.writes),
+            write_sectors: combine(self.write_sectors, other.write_sectors),
+            discards: combine(self.discards, other.discards),
+            discard_sectors: combine(self.discard_sectors, other.discard_sectors),
+        }
+    }
 }
 
 /// The open attribute `stat` of a block device. Each read of the counters costs one system call.
@@ -38,7 +60,15 @@ impl StatFile {
     /// # Errors
     /// As open(2).
     pub fn open(id: DeviceId) -> io::Result<Self> {
-        File::open(directory(id).join("stat")).map(Self)
+        Self::open_in(&directory(id))
+    }
+
+    /// Opens the attribute of the device with that directory in sysfs.
+    ///
+    /// # Errors
+    /// As open(2).
+    pub fn open_in(directory: &Path) -> io::Result<Self> {
+        File::open(directory.join("stat")).map(Self)
     }
 
     /// The inode number of the attribute. It differs from that of every other device, including a later device with the same
@@ -168,5 +198,13 @@ mod tests {
         for text in ["", "x", "1 2", "1 -2", "1 99999999999999999999999"] {
             assert_eq!(parse_stat(text), None, "{text:?}");
         }
+    }
+
+    #[test]
+    fn sums_and_differences_wrap() {
+        let one = IoCounters { writes: 1, write_sectors: 2, discards: 3, discard_sectors: 4 };
+        let none = IoCounters::default();
+        assert_eq!(one.with(&one).without(&one), one);
+        assert_eq!(none.without(&one).with(&one), none);
     }
 }
