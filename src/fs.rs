@@ -430,7 +430,9 @@ impl FileSystem {
     /// Drops the extents of all open devices. They are loaded again at the next question.
     pub fn drop_maps(&self) {
         let devices = self.lock_devices();
-        devices.by_ino.values().for_each(|device| device.handle.drop_map());
-        info!("dropped the maps of {} open devices", devices.by_ino.len());
+        // What the extents hold open is closed after the lock: a device that hangs must not block the opens of others.
+        let dropped: Vec<_> = devices.by_ino.values().map(|device| device.handle.drop_map()).collect();
+        drop(devices);
+        info!("dropped the maps of {} open devices", dropped.len());
     }
 }

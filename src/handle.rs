@@ -47,7 +47,7 @@ use sequence::SequenceNumber;
 use slot::{Content, Slot};
 use waits::Waits;
 
-pub use degraded::DenseLayer;
+pub use degraded::{DenseLayer, HandleState};
 pub use holes_now::{HolesNow, StackState};
 pub use map_cache::MapCache;
 pub use read_memory::ReadPermit;
@@ -252,9 +252,10 @@ impl Handle {
         }
     }
 
-    /// Drops the extents and everything that they hold open. The next question resolves and loads them again.
-    pub fn drop_map(&self) {
-        self.slot.set(Content::Empty);
+    /// Drops the extents and everything that they hold open. The next question resolves and loads them again. A caller that
+    /// holds a lock drops what is returned later: that closes devices and files, which may take long.
+    pub fn drop_map(&self) -> impl Sized + use<> {
+        self.slot.replace(Content::Empty)
     }
 
     /// The result of `ask`, which gets the extents, after a check that they were valid during the call. Loads them

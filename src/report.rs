@@ -30,7 +30,7 @@ pub use grid::Scene;
 pub use picture::{Look, picture};
 pub use stack::{json, json_fields, tree};
 pub use status::{status, status_json};
-pub use svg::{DECLARATION as SVG_DECLARATION, svg};
+pub use svg::{BEGIN as SVG_BEGIN, svg};
 pub use text::{human, quoted};
 pub use totals::Totals;
 pub use volumes::{volumes, volumes_json};

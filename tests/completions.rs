@@ -249,6 +249,32 @@ fn devices_and_images_are_offered() {
     assert_eq!(bash_line(&line), strings(&[&at("folder")]));
 }
 
+/// Options of a shell change how it expands patterns and divides words.
+#[test]
+fn bash_offers_the_same_whatever_the_shell_options_are() {
+    let set = |setting: &str, words: &[&str], line: &str| {
+        let script = format!(
+            "{BASH}\nCOMP_LINE=$1 COMP_POINT=${{#1}}; shift; COMP_WORDS=(\"$@\") COMP_CWORD=$(($# - 1))\n{setting}\n\
+             _blkholefs\nprintf '%s\\n' ended ${{COMPREPLY[@]+\"${{COMPREPLY[@]}}\"}}"
+        );
+        let printed = run("bash", ["-c", &script, "bash", line].iter().chain(words));
+        let mut lines = printed.lines().map(str::to_owned);
+        assert_eq!(lines.next().as_deref(), Some("ended"), "{setting}: {line}");
+        lines.collect::<BTreeSet<_>>()
+    };
+    for setting in ["shopt -s failglob", "shopt -s nullglob", "set -f", "set -u", "IFS=:", "IFS="] {
+        for line in ["blkholefs map --", "blkholefs mount -o ro,s", "blkholefs map [a", "blkholefs "] {
+            let words: Vec<_> = line.split(' ').collect();
+            assert_eq!(set(setting, &words, line), bash(&words, line), "{setting}: {line}");
+        }
+        // Not every machine has labels of partitions, nor a directory for them.
+        for tag in ["UUID", "LABEL", "PARTUUID", "PARTLABEL"] {
+            let (words, line) = (["blkholefs", "map", tag, "=", ""], format!("blkholefs map {tag}="));
+            assert_eq!(set(setting, &words, &line), bash(&words, &line), "{setting}: {line}");
+        }
+    }
+}
+
 /// A mount at a directory whose name has any characters. Dropping this value unmounts it.
 struct Mounted<'a>(&'a Path);
 

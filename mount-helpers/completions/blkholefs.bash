@@ -31,8 +31,9 @@ _blkholefs_files() {
     local -a found
     if [[ $typed =~ ^(UUID|LABEL|PARTUUID|PARTLABEL)= && ${2-} == all ]]; then
         kind=${BASH_REMATCH[1]}
-        for path in "/dev/disk/by-${kind,,}"/*; do
-            [[ -e $path ]] || continue
+        # Not a pattern of the shell, whose options may make one without matches an error.
+        mapfile -t found < <(compgen -f -- "/dev/disk/by-${kind,,}/")
+        for path in "${found[@]}"; do
             # udev writes a space as \x20. What is no such escape has no special characters.
             printf -v name '%b' "${path##*/}"
             _blkholefs_offer "$before" "$kind=$name"
@@ -120,6 +121,8 @@ _blkholefs_operands() {
 _blkholefs() {
     local -a words
     local cur command options="" about="-h --help -V --version" i part keep
+    # The lists of words are divided at blanks, whatever the user has set.
+    local IFS=$' \t\n'
     COMPREPLY=()
     _blkholefs_words
     # What was typed may have quotes; the names that are offered have none.

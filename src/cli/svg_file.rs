@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::report::SVG_DECLARATION;
+use crate::report::SVG_BEGIN;
 
 /// Where a picture is written to.
 pub struct SvgFile {
@@ -26,7 +26,11 @@ impl SvgFile {
         let refused = |what: &str| Err(Error::usage(format!("--svg: {what}")).on(typed));
         let metadata = match fs::metadata(typed) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Self { path: typed.into(), permissions: None });
+                // The rename at the end would replace the link.
+                return match fs::symlink_metadata(typed).is_ok() {
+                    true => refused("it is a symbolic link that leads to nothing"),
+                    false => Ok(Self { path: typed.into(), permissions: None }),
+                };
             }
             other => other.map_err(|error| Error::failed("cannot find out what it is").on(typed).because(error))?,
         };
@@ -72,9 +76,9 @@ impl SvgFile {
 fn is_picture(path: &Path) -> Result<bool> {
     let mut begin = Vec::new();
     File::open(path)
-        .and_then(|file| file.take(SVG_DECLARATION.len() as u64).read_to_end(&mut begin))
+        .and_then(|file| file.take(SVG_BEGIN.len() as u64).read_to_end(&mut begin))
         .map_err(|error| Error::failed("cannot read what is there").on(path).because(error))?;
-    Ok(begin == SVG_DECLARATION.as_bytes())
+    Ok(begin == SVG_BEGIN.as_bytes())
 }
 
 #[cfg(test)]
@@ -83,7 +87,8 @@ mod tests {
 
     use super::*;
 
-    const PICTURE: &str = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<svg/>\n";
+    const PICTURE: &str =
+        concat!("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n", "<!-- a picture by blkholefs map -->\n<svg/>\n",);
 
     #[test]
     fn only_a_picture_is_replaced() {
@@ -105,11 +110,15 @@ mod tests {
         assert!(open("empty").is_ok());
         fs::write(at("image"), "bytes of an image").unwrap();
         assert!(refused("image").contains("no picture"));
+        fs::write(at("document"), "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<svg xmlns=\"x\"/>\n").unwrap();
+        assert!(refused("document").contains("no picture"), "another program wrote it");
+        symlink("nothing", at("dangling")).unwrap();
+        assert!(refused("dangling").contains("leads to nothing"));
         fs::hard_link(at("new"), at("device")).unwrap();
         assert!(refused("new").contains("the device itself"));
         assert!(refused(".").contains("no regular file"));
         assert_eq!(fs::read(at("image")).unwrap(), b"bytes of an image");
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 5, "nothing is left beside them");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 7, "nothing is left beside them");
     }
 
     #[test]

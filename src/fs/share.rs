@@ -60,7 +60,7 @@ pub(super) struct OpenDevice {
 
 impl OpenDevice {
     /// A device with its first open file.
-    fn new(handle: Arc<Handle>) -> Self {
+    pub(super) fn new(handle: Arc<Handle>) -> Self {
         Self { handle, opens: 1, len_is_given: Arc::default() }
     }
 }
@@ -98,24 +98,26 @@ impl FileSystem {
             return Err(Error::from_errno(libc::ESTALE));
         }
         let mut new = Handle::new(export, self.context.clone(), self.maps.clone());
+        // Declared before the lock, so that a device that turns out not to be needed is closed after it.
+        let (shared, replaced);
         let mut devices = self.lock_devices();
         // The device may be open by another name.
         let same = |device: &&OpenDevice| identity.is_some() && device.handle.export().identity() == identity;
         if let Some(other) = devices.by_ino.values().find(same) {
             new.share_read_memory(&other.handle);
         }
-        let new = Arc::new(new);
+        shared = Arc::new(new);
         // Another request may have opened it in between.
         if let Some(handle) = self.join(&mut devices, ino, identity)? {
             return Ok(handle);
         }
         self.nodes.renew(ino, node)?;
-        let replaced = devices.by_ino.insert(ino, OpenDevice::new(new.clone()));
-        if let Some(device) = replaced {
+        replaced = devices.by_ino.insert(ino, OpenDevice::new(shared.clone()));
+        if let Some(device) = &replaced {
             // Its open files share the page cache of the inode with the new ones.
             device.handle.begin_generation();
         }
-        Ok(new)
+        Ok(shared)
     }
 
     /// The handle for one more open of a view: that of the inode, if it is open, or a new one.

@@ -6,7 +6,7 @@ use log::info;
 
 use super::FileSystem;
 use crate::error::shown;
-use crate::handle::DenseLayer;
+use crate::handle::{DenseLayer, HandleState};
 use crate::units::Bytes;
 
 /// The state of a mount.
@@ -43,19 +43,22 @@ impl FileSystem {
     /// The state of the mount now. It waits for no device and for no server.
     pub fn status(&self) -> Status {
         let open_files = self.open.len() as u64;
-        // All of it under the lock: a handle that is kept beyond it would keep a device open after its last close.
+        // All of it under the lock: a handle that is kept beyond it would keep a device open after its last close. A stack that
+        // was replaced in between is dropped after the lock: a device that hangs must not block the opens of others.
+        let mut replaced = Vec::new();
         let devices = self.lock_devices();
         let mut files: Vec<_> = devices
             .by_ino
             .iter()
-            .map(|(ino, device)| FileStatus {
-                name: self.nodes.path(*ino).map_or_else(|_| OsString::new(), OsString::from),
-                opens: device.opens as u64,
-                map_memory: device.handle.map_memory(),
-                dense: device.handle.dense_layers(),
+            .map(|(ino, device)| {
+                let (HandleState { map_memory, dense }, old) = device.handle.state();
+                replaced.push(old);
+                let name = self.nodes.path(*ino).map_or_else(|_| OsString::new(), OsString::from);
+                FileStatus { name, opens: device.opens as u64, map_memory, dense }
             })
             .collect();
         drop(devices);
+        drop(replaced);
         files.sort_by(|one, other| one.name.cmp(&other.name));
         Status {
             open_files,
@@ -82,3 +85,6 @@ impl FileSystem {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,12 +2,13 @@
 //! what `blkholefs status` prints.
 
 use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use log::{Level, log};
 
 use super::Handle;
+use super::resolved::Resolved;
 use crate::error::shown;
 use crate::reason::Degraded;
 use crate::source::{Layer, Loaded, Stack};
@@ -56,6 +57,15 @@ pub struct DenseLayer {
     pub is_degraded: bool,
 }
 
+/// What the last questions about an open device found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HandleState {
+    /// The memory that the loaded extents take.
+    pub map_memory: Bytes,
+    /// The layers that are all data, and the device itself if its last question had no valid answer.
+    pub dense: Vec<DenseLayer>,
+}
+
 /// The number of layers that are kept for one device. A table may have thousands of targets.
 const MOST_LAYERS: usize = 64;
 
@@ -78,17 +88,26 @@ fn add_dense(layer: &Layer, found: &mut Vec<DenseLayer>) {
 }
 
 impl Handle {
-    /// The layers that are all data, and the device itself if its last question had no valid answer. Nothing is resolved,
-    /// loaded or queried for that: it is what the last questions found.
-    pub fn dense_layers(&self) -> Vec<DenseLayer> {
+    /// What the last questions found. Nothing is resolved, loaded or queried for that.
+    ///
+    /// The second value is the stack that was looked at, if another request has replaced it since. Dropping that closes devices
+    /// and files, which may take long: a caller that holds a lock drops it later.
+    pub fn state(&self) -> (HandleState, impl Sized + use<>) {
+        let current = self.current();
+        let map_memory = current.as_ref().map_or(Bytes::ZERO, |current| current.memory());
+        let dense = self.dense_layers(current.as_deref());
+        (HandleState { map_memory, dense }, current.and_then(Arc::into_inner))
+    }
+
+    fn dense_layers(&self, current: Option<&Resolved>) -> Vec<DenseLayer> {
         let mut found = Vec::new();
         if let Some(Degraded { since, reason }) = self.unanswered.now() {
             let layer = shown(self.export.name()).to_string();
             found.push(DenseLayer { layer, reason, since: Some(since), is_degraded: true });
         }
-        let Some(current) = self.current() else { return found };
+        let Some(current) = current else { return found };
         add_dense(&current.stack.top, &mut found);
-        let noted = self.lock_dense_layers();
+        let noted = self.noted_layers();
         for dense in &mut found {
             dense.since = dense.since.or_else(|| since_in(&noted, dense));
         }
@@ -102,20 +121,15 @@ impl Handle {
         }
         let mut now = Vec::new();
         add_dense(&stack.top, &mut now);
-        let mut noted = self.lock_dense_layers();
+        let mut noted = self.noted_layers();
         for dense in &mut now {
             dense.since = dense.since.or_else(|| since_in(&noted, dense)).or_else(|| Some(SystemTime::now()));
         }
         *noted = now;
     }
 
-    fn lock_dense_layers(&self) -> MutexGuard<'_, Vec<DenseLayer>> {
+    fn noted_layers(&self) -> MutexGuard<'_, Vec<DenseLayer>> {
         self.dense_layers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The memory that the loaded extents take.
-    pub fn map_memory(&self) -> Bytes {
-        self.current().map_or(Bytes::ZERO, |current| current.memory())
     }
 
     /// Notes that a question had no valid answer. A device that is gone has none either, and its requests fail.

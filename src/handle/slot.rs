@@ -37,7 +37,12 @@ impl Slot {
     /// Replaces what is in the slot.
     pub(super) fn set(&self, content: Content) {
         // What was in the slot is dropped after the lock.
-        let _before = std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), content);
+        drop(self.replace(content));
+    }
+
+    /// Replaces what is in the slot. What was there is dropped by the caller, after the lock.
+    pub(super) fn replace(&self, content: Content) -> Content {
+        std::mem::replace(&mut *self.0.write().unwrap_or_else(PoisonError::into_inner), content)
     }
 
     /// Empties the slot for lack of room, if `resolved` is what it has.

@@ -128,13 +128,13 @@ fn a_lasting_failure_after_a_stat_is_all_data_with_its_reason() {
     }
     assert!(!handle.has_hole().unwrap());
     assert_eq!(*handle.logged_reason.lock().unwrap(), Some(reason));
-    let dense = handle.dense_layers();
+    let dense = handle.state().0.dense;
     assert_eq!((dense.len(), &*dense[0].reason, dense[0].is_degraded), (1, "wrong checksum", true));
     let since = dense[0].since.expect("the time of the load");
     handle.drop_map();
-    assert_eq!(handle.dense_layers(), [], "nothing is known");
+    assert_eq!(handle.state().0.dense, [], "nothing is known");
     assert_eq!(handle.seek(Bytes::ZERO, Whence::Hole).unwrap(), Some(LEN));
-    assert_eq!(handle.dense_layers()[0].since, Some(since), "the same reason as before");
+    assert_eq!(handle.state().0.dense[0].since, Some(since), "the same reason as before");
     assert_eq!(counters.loads(), 2, "nothing changed, apart from the map that was dropped");
 }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::Pid;
 
-use crate::mount::record;
+use crate::mount::{record, status};
 use crate::sys::device::DeviceId;
 use crate::sys::mountinfo::MountEntry;
 use crate::sys::process;
@@ -51,7 +51,9 @@ impl Daemon {
     /// The daemon of a mount, if it has a record. It must be looked up before the unmount: after that, another mount may
     /// have the device number.
     pub fn of(mount: &MountEntry) -> Option<Self> {
-        let pid = record::daemon_of(&record::directory()?, mount.device)?;
+        let directory = record::directory()?;
+        let recorded = record::daemon_of(&directory, mount.device)?;
+        let pid = status::process_of(&directory, mount.device, recorded)?;
         // A process that has ended since is not waited for.
         let process = process::pidfd_open(pid).ok()?;
         Some(Self { pid, process, device: mount.device })

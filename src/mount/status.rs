@@ -80,6 +80,13 @@ impl Drop for StatusSocket {
     }
 }
 
+/// The process id in the namespace of this process of the daemon that serves the mount with `device`. `recorded` is that in its
+/// own namespace, and the result where there is no connection. `None` if it has none here: it runs in a namespace that this
+/// process is not in, such as that of another container.
+pub fn process_of(directory: &Path, device: DeviceId, recorded: Pid) -> Option<Pid> {
+    ask::process(directory, &record::socket_name(device, recorded)).unwrap_or(Some(recorded))
+}
+
 /// A socket that no child inherits.
 fn new_socket(flags: SockFlag) -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Unix, SockType::Stream, flags | SockFlag::SOCK_CLOEXEC, None)?)

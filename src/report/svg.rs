@@ -29,8 +29,9 @@ const ITEMS: usize = (WIDTH - LEFT) / ITEM;
 /// How much fits into the first line, in half the width of a usual letter.
 const NAME: usize = 140;
 
-/// The first line of each picture. A file that begins with it may be replaced by another picture.
-pub const DECLARATION: &str = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>";
+/// The first lines of each picture. A file that begins with them may be replaced by another picture. Documents of other programs
+/// begin with the first one, too.
+pub const BEGIN: &str = "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<!-- a picture by blkholefs map -->\n";
 
 /// The colour of a shade. Blue, orange and grey differ for all kinds of colour vision, and the tones of each also by brightness.
 /// (The ramp of blue tones is "Blues" of ColorBrewer, that of orange tones is "Oranges".)
@@ -101,7 +102,7 @@ fn cells(out: &mut dyn Write, grid: &Grid, is_since: bool) -> io::Result<()> {
 /// The first elements: the title and the description for screen readers, the background, which makes the picture readable in light
 /// and in dark documents, and the first two lines of text.
 fn head(out: &mut dyn Write, title: &str, measure: &str, sums: &[String], height: usize) -> io::Result<()> {
-    writeln!(out, "{DECLARATION}")?;
+    write!(out, "{BEGIN}")?;
     writeln!(
         out,
         "<svg xmlns=\"http://www.w3.org/2000/svg\" version=\"1.1\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} \

@@ -296,6 +296,28 @@ fn a_mount_in_another_namespace_and_a_bind_mount() {
     bench.umount();
 }
 
+/// A daemon in a container: its number in the record is that of its namespace, where it is the first process.
+#[test]
+fn a_daemon_in_another_pid_namespace_has_its_number_here() {
+    needs!(root, programs["unshare"]);
+    let bench = Bench::new();
+    let place = bench.mnt();
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork"]).arg(bench.bin("blkholefs")).args(["mount", "-f"]);
+    let mut container = command.arg(bench.device.path()).arg(&place).stderr(Stdio::null()).spawn().unwrap();
+    let words = ["status".as_ref(), "--json".as_ref(), place.as_os_str()];
+    assert!(wait_until(|| bench.run("blkholefs", words).out.contains("\"state\": \"serving\"")));
+    let parent = container.id();
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
+    let daemon: u32 = children.trim().parse().expect("one child");
+    let record = Path::new("/run/blkholefs").join(bench.mounted().unwrap()[2].replace(':', "-"));
+    assert!(fs::read_to_string(record).unwrap().starts_with("1\n"), "the case that is tested");
+    assert_eq!(bench.status()["pid"], json!(daemon));
+    let words: [OsString; 2] = ["-v".into(), place.into()];
+    crate::bench::assert_ended(daemon, &bench.run("umount.blkholefs", words));
+    assert_eq!(container.wait().unwrap().code(), Some(0));
+}
+
 /// What is no mount is an error, and the others are printed.
 #[test]
 fn directories_that_are_no_mounts_are_errors() {

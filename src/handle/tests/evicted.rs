@@ -119,12 +119,12 @@ fn a_map_that_was_not_kept_is_all_data_in_its_rest_where_no_request_may_wait() {
     assert_eq!((second.ask(), second.ask()), (ALL_DATA, ALL_DATA));
     assert_eq!((maps.clock.now(), second.loads(), second.counters.resolved()), (before, 1, resolved), "costs nothing");
     assert!(second.warned() && !second.handle.logged_busy.load(Ordering::Relaxed));
-    let degraded = second.handle.dense_layers();
+    let degraded = second.handle.state().0.dense;
     assert_eq!((degraded.len(), &*degraded[0].layer, degraded[0].is_degraded), (1, "counting", true));
     assert!(degraded[0].reason.contains("does not fit in map_cache"), "{degraded:?}");
     maps.clock.sleep(9 * COST);
     assert_eq!((second.ask(), second.loads()), (EXACT, 2));
-    assert_eq!(second.handle.dense_layers(), [], "the last answer was exact");
+    assert_eq!(second.handle.state().0.dense, [], "the last answer was exact");
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn a_stat_in_the_rest_of_a_map_neither_waits_nor_loads_it() {
 fn maps_that_the_user_drops_may_be_read_at_once() {
     let (maps, first, second) = room_for_one();
     assert_eq!((first.ask(), second.ask()), (EXACT, EXACT));
-    [&first, &second].iter().for_each(|device| device.handle.drop_map());
+    [&first, &second].iter().for_each(|device| drop(device.handle.drop_map()));
     let before = maps.clock.now();
     assert_eq!((second.ask(), second.loads()), (EXACT, 2));
     assert_eq!(maps.clock.now() - before, COST);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::unistd::{Pid, geteuid};
 
-use super::ask;
+use super::ask::{self, Asked};
 use crate::error::{Error, Result, plain};
 use crate::fs::Status;
 use crate::mount::point;
@@ -32,7 +32,7 @@ pub struct MountStatus {
     pub mountpoints: Vec<PathBuf>,
     /// The options that matter, between commas, `ro` or `rw` first. `None` where there is no record of them.
     pub options: Option<OsString>,
-    /// The daemon.
+    /// The daemon, by its number in the PID namespace of this process.
     pub daemon: Option<Pid>,
     /// The memory of the daemon that is resident.
     pub resident: Option<Bytes>,
@@ -183,8 +183,9 @@ impl Found {
         Some(record::socket_name(self.device, record.text.daemon))
     }
 
-    fn with_answer(self, answer: Option<io::Result<Status>>) -> MountStatus {
+    fn with_answer(self, asked: Option<Asked>) -> MountStatus {
         let is_own = self.user == Some(geteuid().as_raw());
+        let (answer, process) = asked.map_or((None, None), |asked| (Some(asked.answer), asked.process));
         let state = match (answer, &self.record) {
             (Some(Ok(status)), _) => MountState::Serving(status),
             (Some(Err(error)), _) => MountState::Silent(why_silent(&error)),
@@ -192,7 +193,8 @@ impl Found {
             (None, None) if is_own => MountState::NoRecord,
             (None, None) => MountState::OfOtherUser,
         };
-        let daemon = self.record.as_ref().map(|record| record.text.daemon);
+        // A daemon may run in another PID namespace, where the record has its number.
+        let daemon = process.unwrap_or_else(|| self.record.as_ref().map(|record| record.text.daemon));
         let is_running = self.record.as_ref().is_some_and(|record| record.is_running);
         let first = self.mountpoints.first().cloned().unwrap_or_default();
         let of_table = Description { spec: self.source, directory: first, options: OsString::new() };
@@ -215,11 +217,11 @@ impl Found {
 /// A sentence without its final stop. Its subject, the daemon, is called "it".
 fn why_silent(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
-            format!("it did not answer within {} s", ask::TIMEOUT.as_secs())
-        }
+        io::ErrorKind::TimedOut => format!("it did not answer within {} s", ask::TIMEOUT.as_secs()),
+        io::ErrorKind::WouldBlock => "it does not answer, and many questions wait for it already".to_owned(),
         io::ErrorKind::NotFound => "it has no socket: it is of an older version, or starts or ends".to_owned(),
         io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => "it ends".to_owned(),
+        io::ErrorKind::ConnectionRefused => "it starts or ends".to_owned(),
         io::ErrorKind::InvalidData => "its answer is not understood".to_owned(),
         _ => format!("it cannot be asked: {}", plain(error)),
     }
@@ -269,8 +271,9 @@ mod tests {
     #[test]
     fn records_and_the_list_of_the_kernel_are_put_together() {
         let shown = found().into_iter().map(|mount| {
-            let (minor, answer) = (mount.device.minor, mount.socket().map(|_| Ok(Status::default())));
-            let mount = mount.with_answer(answer);
+            let minor = mount.device.minor;
+            let asked = mount.socket().map(|_| Asked { answer: Ok(Status::default()), process: None });
+            let mount = mount.with_answer(asked);
             let state = match mount.state {
                 MountState::Serving(_) => "serving",
                 MountState::Silent(_) => "silent",
@@ -289,6 +292,16 @@ mod tests {
         ];
         let expected = expected.map(|(minor, spec, points, state)| (minor, spec.to_owned(), points, state));
         assert_eq!(shown.collect::<Vec<_>>(), expected, "51 is the record of a mount that is gone");
+    }
+
+    #[test]
+    fn a_daemon_that_is_silent_has_a_reason() {
+        let reason = |kind: io::ErrorKind| why_silent(&kind.into());
+        assert_eq!(reason(io::ErrorKind::TimedOut), "it did not answer within 5 s");
+        // connect(2) fails at once where the queue of the socket is full.
+        assert_eq!(reason(io::ErrorKind::WouldBlock), "it does not answer, and many questions wait for it already");
+        assert_eq!(reason(io::ErrorKind::ConnectionRefused), "it starts or ends");
+        assert_eq!(reason(io::ErrorKind::PermissionDenied), "it cannot be asked: permission denied");
     }
 
     #[test]

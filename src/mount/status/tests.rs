@@ -102,13 +102,14 @@ fn many_questions_at_a_time_are_answered() {
     let mode = std::fs::metadata(&socket.path).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     for answer in ask::all(directory.path(), &names(50), Duration::from_secs(60)) {
-        assert_eq!(answer.unwrap().open_files, 0);
+        assert_eq!(answer.process, Some(Some(Pid::this())));
+        assert_eq!(answer.answer.unwrap().open_files, 0);
     }
     drop(fs);
-    let answer = ask::all(directory.path(), &names(1), Duration::from_secs(60)).remove(0);
+    let answer = ask::all(directory.path(), &names(1), Duration::from_secs(60)).remove(0).answer;
     assert_eq!(answer.unwrap_err().kind(), io::ErrorKind::UnexpectedEof, "the thread keeps no file system");
     drop(socket);
-    let answer = ask::all(directory.path(), &names(1), Duration::from_secs(60)).remove(0);
+    let answer = ask::all(directory.path(), &names(1), Duration::from_secs(60)).remove(0).answer;
     assert_eq!(answer.unwrap_err().kind(), io::ErrorKind::NotFound);
 }
 
@@ -118,7 +119,7 @@ fn the_path_of_the_directory_may_be_longer_than_an_address() {
     let long = directory.path().join("x".repeat(200));
     std::fs::create_dir(&long).unwrap();
     let (_socket, _fs) = served(&long);
-    assert!(ask::all(&long, &names(1), Duration::from_secs(60)).remove(0).is_ok());
+    assert!(ask::all(&long, &names(1), Duration::from_secs(60)).remove(0).answer.is_ok());
 }
 
 #[test]
@@ -129,7 +130,7 @@ fn a_daemon_that_does_not_answer_ends_the_question_at_its_deadline() {
     let start = Instant::now();
     // More than the queue of connections holds.
     for answer in ask::all(directory.path(), &names(200), Duration::from_millis(50)) {
-        let kind = answer.unwrap_err().kind();
+        let kind = answer.answer.unwrap_err().kind();
         assert!(matches!(kind, io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{kind}");
     }
     assert!(start.elapsed() < Duration::from_secs(30));
@@ -145,7 +146,7 @@ fn an_answer_without_end_is_refused() {
         let (mut connection, _) = listener.accept().unwrap();
         while connection.write_all(&[b'x'; 4096]).is_ok() {}
     });
-    let answer = ask::all(directory.path(), &names(1), Duration::from_secs(60)).remove(0);
+    let answer = ask::all(directory.path(), &names(1), Duration::from_secs(60)).remove(0).answer;
     assert_eq!(answer.unwrap_err().kind(), io::ErrorKind::InvalidData);
     endless.join().unwrap();
 }
