@@ -177,7 +177,8 @@ fn a_terminal_gets_a_bar() {
     needs!(programs["script"]);
     let image = Image::with_data(SIZE, &DATA);
     let log = tempfile::NamedTempFile::new().expect("a temporary file");
-    let command = format!("{} verify {}", env!("CARGO_BIN_EXE_blkholefs"), image.path().display());
+    // The environment of a test need not have a terminal's name.
+    let command = format!("TERM=xterm {} verify {}", env!("CARGO_BIN_EXE_blkholefs"), image.path().display());
     let shown = run("script", ["-qec".as_ref(), command.as_ref(), log.path().as_os_str()]);
     assert!(shown.contains("% of 8.00 MiB"), "{shown:?}");
     let last = shown.lines().last().expect("lines");

@@ -1,6 +1,6 @@
 //! How far a verification is: a bar on a terminal, else a line from time to time.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -33,12 +33,13 @@ impl Progress {
         Self::with(Output::None)
     }
 
-    /// Shows a bar if the standard error is a terminal, else lines that begin with `name`.
+    /// Shows a bar if the standard error is a terminal that can draw one, else lines that begin with `name`.
     pub fn shown(name: String) -> Self {
-        if !io::stderr().is_terminal() {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        // Where TERM is `dumb` or not set, a terminal is hidden too.
+        if bar.is_hidden() {
             return Self::with(Output::Lines(Lines::new(name, Instant::now())));
         }
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         let style = ProgressStyle::with_template(TEMPLATE).unwrap_or_else(|_| ProgressStyle::default_bar());
         Self::with(Output::Bar(bar.with_style(style.progress_chars("#- "))))
     }
