@@ -117,16 +117,21 @@ fn umount_runs_the_helper_for_a_relative_path_and_for_a_file() {
     assert_eq!(ran.out, "umount\numount.fuse.blkholefs\numount.fuse.blkholefs\n", "{ran:?}");
 }
 
+/// Runs a script where mount(8) finds mount.fuse3 for the type fuse, and mount.fuse3 finds the program.
+fn script_with_mount_fuse(bench: &Bench, fstab: &str, script: &str) -> Ran {
+    let links = "ln -sf \"$PROGRAM\" farm/sbin/blkholefs\nln -sf mount.fuse3 farm/sbin/mount.fuse\n";
+    bench.script(fstab, &format!("{links}{script}"))
+}
+
 /// `mount -t fuse` and, without our helper, `mount -t fuse.blkholefs` run the program through mount.fuse3.
 #[test]
 fn mount_fuse_runs_the_program() {
     needs!(root, programs["unshare", "mount", "umount", "mount.fuse3", "findmnt"]);
     let bench = Bench::new();
-    let ran = bench.script(
+    let ran = script_with_mount_fuse(
+        &bench,
         "",
         r#"
-        ln -sf "$PROGRAM" farm/sbin/blkholefs
-        ln -sf mount.fuse3 farm/sbin/mount.fuse
         shows() { findmnt -rno SOURCE,FSTYPE,VFS-OPTIONS mnt; cmp "$DEV" "mnt/${1:-$(basename "$DEV")}"; umount mnt -c; }
         mount -t fuse "blkholefs#$DEV" mnt
         shows
@@ -155,11 +160,10 @@ fn the_type_fuse_in_fstab_is_mounted_once() {
     needs!(root, programs["unshare", "mount", "umount", "mount.fuse3", "df"]);
     let bench = Bench::new();
     let line = format!("blkholefs#{} {} fuse ro 0 0\n", bench.device.path().display(), bench.mnt().display());
-    let ran = bench.script(
+    let ran = script_with_mount_fuse(
+        &bench,
         &line,
         r#"
-        ln -sf "$PROGRAM" farm/sbin/blkholefs
-        ln -sf mount.fuse3 farm/sbin/mount.fuse
         mount -a -T fstab
         mount -a -T fstab || echo $?
         df --output=source -t fuse.blkholefs mnt | tail -n 1
@@ -178,11 +182,10 @@ fn the_type_fuse_in_fstab_is_mounted_once() {
 fn a_spec_of_mount_fuse_is_no_command() {
     needs!(root, programs["unshare", "mount", "umount", "mount.fuse3", "findmnt"]);
     let bench = Bench::new();
-    let ran = bench.script(
+    let ran = script_with_mount_fuse(
+        &bench,
         "",
         r#"
-        ln -sf "$PROGRAM" farm/sbin/blkholefs
-        ln -sf mount.fuse3 farm/sbin/mount.fuse
         for name in umount map; do
             cp "$DEV" $name
             mount -t fuse "blkholefs#$name" mnt
@@ -203,11 +206,10 @@ fn a_spec_of_mount_fuse_is_no_command() {
 fn mount_fuse_mounts_for_another_user() {
     needs!(root, programs["unshare", "mount", "umount", "mount.fuse3", "fusermount3"]);
     let bench = Bench::new();
-    let ran = bench.script(
+    let ran = script_with_mount_fuse(
+        &bench,
         "",
         r#"
-        ln -sf "$PROGRAM" farm/sbin/blkholefs
-        ln -sf mount.fuse3 farm/sbin/mount.fuse
         cp "$DEV" image
         chmod 644 image
         chown nobody mnt
@@ -227,11 +229,10 @@ fn mount_fuse_mounts_for_another_user() {
 fn mount_fuse_fails_as_the_helper_does() {
     needs!(root, programs["unshare", "mount", "umount", "mount.fuse3"]);
     let bench = Bench::new();
-    let ran = bench.script(
+    let ran = script_with_mount_fuse(
+        &bench,
         "",
         r#"
-        ln -sf "$PROGRAM" farm/sbin/blkholefs
-        ln -sf mount.fuse3 farm/sbin/mount.fuse
         try() { "$@" || echo $?; }
         try mount -t fuse "blkholefs#$DEV" mnt -o frob
         try mount -t fuse blkholefs#/nonexistent mnt
