@@ -130,13 +130,17 @@ mod tests {
         Identity { kind: "thin", fields }
     }
 
+    /// The extents as a map gives them, from the start, the end and the kind of each.
+    pub fn items(extents: &[(u64, u64, ExtentKind)]) -> impl Iterator<Item = io::Result<(Bytes, Extent)>> {
+        let item = |(start, end, kind): &_| Ok((Bytes::new(*start), Extent { end: Bytes::new(*end), kind: *kind }));
+        extents.iter().map(item)
+    }
+
     pub fn printed(format: MapFormat, is_since: bool, extents: &[(u64, u64, ExtentKind)]) -> String {
         let identity = identity();
         let len = Bytes::new(extents.last().map_or(0, |extent| extent.1));
         let subject = Subject { len, part: WHOLE, since: is_since.then_some(&identity) };
-        let mut extents = extents
-            .iter()
-            .map(|(start, end, kind)| Ok((Bytes::new(*start), Extent { end: Bytes::new(*end), kind: *kind })));
+        let mut extents = items(extents);
         let mut out = Vec::new();
         map(&mut out, format, &subject, &mut extents).unwrap();
         String::from_utf8(out).unwrap()

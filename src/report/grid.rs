@@ -229,8 +229,8 @@ fn percent(sum: u64, all: u64) -> String {
 pub mod tests {
     use proptest::prelude::*;
 
+    use super::super::tests::items;
     use super::*;
-    use crate::map::Extent;
 
     /// The grid of a whole device with these extents.
     pub fn grid(columns: usize, rows: usize, is_since: bool, extents: &[(u64, u64, ExtentKind)]) -> Grid {
@@ -240,9 +240,7 @@ pub mod tests {
     }
 
     fn of(scene: &Scene<'_>, columns: usize, rows: usize, extents: &[(u64, u64, ExtentKind)]) -> Grid {
-        let mut extents = extents
-            .iter()
-            .map(|(start, end, kind)| Ok((Bytes::new(*start), Extent { end: Bytes::new(*end), kind: *kind })));
+        let mut extents = items(extents);
         Grid::of(scene, columns, rows, &mut extents).unwrap()
     }
 

@@ -129,8 +129,9 @@ fn items(out: &mut dyn Write, columns: usize, items: impl Iterator<Item = (usize
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::items;
     use super::*;
-    use crate::map::{Extent, ExtentKind};
+    use crate::map::ExtentKind;
     use crate::units::Bytes;
 
     const ASCII: Look = Look { columns: 80, has_unicode: false, has_colours: false };
@@ -138,9 +139,7 @@ mod tests {
     fn drawn(look: Look, name: &str, older: Option<&str>, extents: &[(u64, u64, ExtentKind)]) -> String {
         let len = Bytes::new(extents.last().map_or(0, |extent| extent.1));
         let scene = Scene { name, older, len, range: &(Bytes::ZERO..len) };
-        let mut extents = extents
-            .iter()
-            .map(|(start, end, kind)| Ok((Bytes::new(*start), Extent { end: Bytes::new(*end), kind: *kind })));
+        let mut extents = items(extents);
         let mut out = Vec::new();
         picture(&mut out, &scene, look, &mut extents).unwrap();
         String::from_utf8(out).unwrap()

@@ -169,16 +169,15 @@ fn escaped(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::items;
     use super::*;
-    use crate::map::{Extent, ExtentKind};
+    use crate::map::ExtentKind;
     use crate::units::Bytes;
 
     fn drawn(name: &str, older: Option<&str>, extents: &[(u64, u64, ExtentKind)]) -> String {
         let len = Bytes::new(extents.last().map_or(0, |extent| extent.1));
         let scene = Scene { name, older, len, range: &(Bytes::ZERO..len) };
-        let mut extents = extents
-            .iter()
-            .map(|(start, end, kind)| Ok((Bytes::new(*start), Extent { end: Bytes::new(*end), kind: *kind })));
+        let mut extents = items(extents);
         let mut out = Vec::new();
         svg(&mut out, &scene, &mut extents).unwrap();
         String::from_utf8(out).unwrap()
